@@ -1,0 +1,94 @@
+"""What every script shares and what knows nothing of GPTs: the command line, sentences for users, files that survive a crash.
+
+A script's settings are one frozen dataclass; `parse` turns it into flags, with the comment behind each field as its help.
+Bad input raises `UserError` with one sentence (the numbers and the remedy); `run` prints it and exits with code 2.
+"""
+import argparse
+import dataclasses
+import inspect
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+
+class UserError(Exception):
+    """Something the user can mend: one sentence with the numbers and the remedy. Scripts print it and exit with code 2."""
+
+
+def parse(cls, argv=None):
+    """Command line -> instance of the frozen dataclass `cls`. Fields without a default are positional; a bool field
+    `x` becomes --x / --no-x; `T | None` takes T; the comment behind each field is its help text."""
+    help_text = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
+    parser = argparse.ArgumentParser(description=inspect.getmodule(cls).__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    types = get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        kind = next((t for t in get_args(types[f.name]) if t is not type(None)), types[f.name])
+        text = help_text.get(f.name, "").replace("%", "%%")
+        if f.default is dataclasses.MISSING:
+            parser.add_argument(f.name, type=kind, help=text)
+            continue
+        flag, text = "--" + f.name.replace("_", "-"), f"{text} [{f.default}]"
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=text)
+        else:
+            parser.add_argument(flag, type=kind, default=f.default, help=text, metavar=kind.__name__.upper())
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def run(main, *args):
+    """Call `main`; a UserError, or a file the system will not give or take, ends the program as one sentence with exit code 2."""
+    try:
+        main(*args)
+    except UserError as problem:
+        sys.exit(print(f"error: {problem}", file=sys.stderr) or 2)
+    except BrokenPipeError:
+        sys.stderr.close()                   # the reader of our output went away, as in `… | head`: nothing to say
+    except OSError as problem:
+        if problem.errno is None:
+            raise                            # not the system's: a bug of ours, show the traceback
+        where = f" ({problem.filename})" if problem.filename else ""
+        sys.exit(print(f"error: {problem.strerror}{where}: check the path, its permissions and the free disk space",
+                       file=sys.stderr) or 2)
+
+
+def write_atomic(path, write):
+    """Call `write(file)` on a temporary binary file beside `path`, fsync it, rename it: `path` is whole or as it was.
+    OSError (disk full, no permission) passes through after the temporary file is removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_records(path):
+    """metrics.jsonl -> list of dicts; a last line cut short by a crash is left out."""
+    path = Path(path)
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def append_record(path, **record):
+    """One JSON object as one line, flushed, so that a killed run leaves whole lines."""
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def pick_device(name):
+    """"auto" -> "cuda" if there is one, else "mps", else "cpu"; a device that is asked for and absent is an error."""
+    import torch
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(k for k in available if available[k]) if name == "auto" else name.split(":")[0]
+    if not available.get(kind):
+        raise UserError(f"device {name!r} is not available here; give one of {[k for k in available if available[k]]} or auto")
+    return kind if name == "auto" else name

@@ -1,0 +1,92 @@
+"""Cross-entropy and distillation on logits, never holding a whole (B, T, V) array; the frozen teacher and when to drop it.
+
+    python -m pytest tests/test_distill.py         # the formulas against torch.distributions and the plain full-logits loss
+
+The loss takes *hidden states* and the output projection. Logits exist for one chunk of tokens at a time, in at least float32;
+each chunk's gradient is formed at once, in the forward pass, so that nothing of size V is kept for the backward pass.
+IDEA Prune (arXiv 2503.05920) does not publish its distillation loss: forward KL on logits at temperature 1, mixed with
+cross-entropy, is our choice (and Minitron's best, arXiv 2407.14679). Not here: losses on inner layers, cached teachers.
+"""
+import torch
+
+CHUNK_VALUES = 2**24                   # logits per chunk: 64 MB in float32; 341 tokens at V = 49,152
+
+
+def kl(student_logits, teacher_logits, temperature=1.0):
+    """Forward KL(teacher ‖ student) per token, times temperature² (Hinton et al., arXiv 1503.02531, so that the gradient's scale
+    does not depend on it), and its gradient in the student's logits. Both (N, V) -> (N,), (N, V); nats per token."""
+    log_p = (student_logits / temperature).log_softmax(-1)
+    log_q = (teacher_logits / temperature).log_softmax(-1)
+    q = log_q.exp()
+    return (q * (log_q - log_p)).sum(-1) * temperature**2, (log_p.exp() - q) * temperature
+
+
+def cross_entropy(logits, targets):
+    """-log p(target) per token and its gradient in the logits. (N, V), (N,) -> (N,), (N, V); nats per token."""
+    log_p = logits.log_softmax(-1)
+    gradient = log_p.exp()
+    gradient.scatter_add_(1, targets[:, None], -torch.ones_like(gradient[:, :1]))
+    return -log_p.gather(1, targets[:, None]).squeeze(1), gradient
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, w, targets, teacher_h, teacher_w, kd_weight, temperature, needs_grad):
+        N, chunk = h.size(0), max(1, CHUNK_VALUES // w.size(0))
+        wide = torch.promote_types(h.dtype, torch.float32)                      # float32, or float64 for tests
+        dh, dw = (torch.empty_like(h), torch.zeros_like(w)) if needs_grad else (None, None)
+        ce_sum, kl_sum, teacher_sum = h.new_zeros(3, dtype=wide).unbind()
+        for a in range(0, N, chunk):
+            x, y = h[a:a + chunk], targets[a:a + chunk]
+            logits = (x @ w.T).to(wide)                                         # (chunk, V)
+            ce, g = cross_entropy(logits, y)
+            ce_sum = ce_sum + ce.sum()
+            if teacher_h is not None:
+                teacher_logits = (teacher_h[a:a + chunk] @ teacher_w.T).to(wide)
+                divergence, kd_g = kl(logits, teacher_logits, temperature)
+                kl_sum = kl_sum + divergence.sum()
+                teacher_sum = teacher_sum + (teacher_logits.logsumexp(-1) - teacher_logits.gather(1, y[:, None])[:, 0]).sum()
+                g = (1 - kd_weight) * g + kd_weight * kd_g
+            if needs_grad:
+                g = (g / N).to(h.dtype)
+                dh[a:a + chunk] = g @ w
+                dw += g.T @ x
+        stats = torch.stack((ce_sum, kl_sum, teacher_sum)) / N
+        loss = stats[0] if teacher_h is None else (1 - kd_weight) * stats[0] + kd_weight * stats[1]
+        ctx.mark_non_differentiable(stats)
+        if needs_grad:
+            ctx.save_for_backward(dh, dw)
+        return loss.clone(), stats
+
+    @staticmethod
+    def backward(ctx, dloss, _):
+        dh, dw = ctx.saved_tensors
+        return dh * dloss.to(dh.dtype), dw * dloss.to(dw.dtype), None, None, None, None, None, None
+
+
+def chunked_loss(hidden, weight, targets, teacher_hidden=None, teacher_weight=None, kd_weight=0.5, temperature=1.0):
+    """Loss of a batch from its last hidden states: cross-entropy without a teacher, with one
+    (1 - kd_weight) · cross-entropy + kd_weight · temperature² · KL(teacher ‖ student), both mean nats per token.
+
+    hidden (B, T, C), weight (V, C), targets (B, T), teacher_hidden (B, T, C'), teacher_weight (V, C').
+    Returns the loss (differentiable in hidden and weight, once) and a detached (3,): cross-entropy, KL, teacher's cross-entropy
+    (the last two are 0 without a teacher)."""
+    teacher = (None, None) if teacher_hidden is None else (teacher_hidden.detach().flatten(0, 1), teacher_weight.detach())
+    return _ChunkedLoss.apply(hidden.flatten(0, 1), weight, targets.flatten(), *teacher, kd_weight, temperature,
+                              torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad))
+
+
+def freeze(model):
+    """The model as a teacher: no parameter of it takes a gradient."""
+    return model.requires_grad_(False).eval()
+
+
+def smooth(average, value, beta=0.98):
+    """Moving average over about 1/(1-beta) steps that starts at its first value."""
+    return value if average is None else beta * average + (1 - beta) * value
+
+
+def overtaken(student_ce, teacher_ce):
+    """Whether to drop the teacher for good: its smoothed cross-entropy on the student's own batches is no longer below the
+    student's. A teacher that the student has overtaken pulls it back (our own trials)."""
+    return teacher_ce >= student_ce

@@ -1,0 +1,109 @@
+"""How good a model is: nats per token, perplexity, bits per byte under one stated protocol; and a sample of its text.
+
+    python eval.py runs/idea-laptop-0 --sample "def read(path):"
+    python eval.py runs/idea-laptop-0 --data README.md --stride 32
+
+Protocol. The hold-out is cut into windows of block_size + 1 tokens. Without --stride: `windows` of them, evenly spaced, not
+overlapping, always the same ones; no context from before a window; its first token is only context, the others all count.
+With --stride s: windows start every s tokens over the whole text and, but for the first, count their last s tokens, so that
+every counted token has at least block_size - s tokens of context. Losses are means over counted tokens, formed in the
+weights' dtype with float32 logits (float64 for float64 weights); bits per byte divides by the UTF-8 bytes those tokens stand for.
+Not here: benchmark tasks.
+"""
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+from common import UserError, parse, pick_device, run
+from distill import chunked_loss
+from model import load
+
+
+@dataclass(frozen=True)
+class Eval:
+    checkpoint: str               # ckpt_*.pt, or the folder of a run
+    data: str | None = None       # a text file to evaluate whole; default: the hold-out of the corpus that the model was trained on
+    windows: int = 256            # windows of the hold-out, evenly spaced (0 = all)
+    stride: int = 0               # move windows by so many tokens over the whole text (0 = windows as above)
+    batch: int = 32               # windows per forward pass
+    sample: str | None = None     # also continue this prompt
+    tokens: int = 300             # length of the sample
+    temperature: float = 0.8      # of the sample; 0 = greedy
+    top_k: int = 50               # of the sample; 0 = all tokens
+    seed: int = 0                 # of the sample
+    device: str = "auto"          # auto, cpu, cuda, mps
+
+
+@torch.no_grad()
+def evaluate(model, tokens, byte_lengths, windows=256, stride=0, batch=32):
+    """Mean loss of `model` over windows of `tokens` (N,), see the protocol above -> {"loss" (nats per token), "perplexity",
+    "bits_per_byte", "tokens" (counted)}. Raises UserError where the text is shorter than one window."""
+    T, device = model.config.block_size, model.embed.weight.device
+    available = (len(tokens) - 1) // T
+    if available < 1:
+        raise UserError(f"the text has {len(tokens)} tokens, one window takes {T + 1}: give a longer text")
+    if stride:
+        if not 0 < stride <= T:
+            raise UserError(f"--stride {stride} must be between 1 and the context of {T} tokens")
+        starts = np.arange(0, len(tokens) - T, stride)
+    else:
+        count = min(windows or available, available)
+        starts = np.arange(count) * available // count * T
+    nats, counted, in_bytes = 0.0, 0, 0
+    for a in range(0, len(starts), batch):
+        chunk = torch.from_numpy(np.stack([np.asarray(tokens[s:s + T + 1]) for s in starts[a:a + batch]]).astype(np.int64))
+        x, y = chunk[:, :-1].to(device), chunk[:, 1:].to(device)                # (batch, T)
+        hidden = model.hidden(x)
+        parts = [(hidden, y)]
+        if stride:                                                              # later windows: their last `stride` tokens
+            parts = [(hidden[:1], y[:1]), (hidden[1:, -stride:], y[1:, -stride:])] if a == 0 else \
+                    [(hidden[:, -stride:], y[:, -stride:])]
+        for h, t in parts:
+            if t.numel():
+                nats += chunked_loss(h, model.head_weight, t)[0].item() * t.numel()
+                counted += t.numel()
+                in_bytes += int(byte_lengths[t.cpu().numpy()].sum())
+    loss = nats / counted
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": nats / math.log(2) / max(1, in_bytes),
+            "tokens": counted}
+
+
+def sample(model, tokenizer, prompt_ids, tokens, temperature=0.8, top_k=50, seed=0):
+    """Continue prompt_ids (N,) -> the continuation as text. Drawn on the CPU, so that devices agree on the random numbers."""
+    device = model.embed.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    idx = torch.from_numpy(np.asarray(prompt_ids).astype(np.int64))[None].to(device)
+    out = model.generate(idx, tokens, temperature, top_k, generator)
+    return tokenizer.decode(out[0, idx.size(1):].tolist())
+
+
+def main(config):
+    device = pick_device(config.device)
+    model, state = load(config.checkpoint, device)
+    trained = state["run"]
+    tokenizer = data.tokenizer(trained["tokenizer"])
+    if config.data is None:
+        tokens, name = data.load(trained["data"], trained["tokenizer"]).val, f"hold-out of {trained['data']}"
+    else:
+        try:
+            tokens, name = tokenizer.encode(Path(config.data).read_text(encoding="utf-8")), config.data
+        except UnicodeDecodeError:
+            raise UserError(f"{config.data} is not UTF-8 text; convert it first") from None
+    result = evaluate(model, tokens, tokenizer.byte_lengths(), config.windows, config.stride, config.batch)
+    print(f"{config.checkpoint} at step {state['step']}: {model.config.num_params()['total']:,} parameters, {name}, "
+          f"{result['tokens']:,} tokens in windows of {model.config.block_size}\n"
+          f"  {result['loss']:.4f} nats per token   perplexity {result['perplexity']:.3f}   "
+          f"{result['bits_per_byte']:.4f} bits per byte")
+    if config.sample is not None:
+        ids = tokenizer.encode(config.sample)
+        if len(ids) == 0:
+            raise UserError("--sample needs a prompt of at least one token, for example --sample 'def '")
+        print("\n" + config.sample + sample(model, tokenizer, ids, config.tokens, config.temperature, config.top_k, config.seed))
+
+
+if __name__ == "__main__":
+    run(lambda: main(parse(Eval)))

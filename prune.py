@@ -1,0 +1,154 @@
+"""Structured pruning while a model trains: score units, choose who stays, zero the others in place, slice them off later.
+
+    python -m pytest tests/test_prune.py           # the two facts below, and what breaks them
+
+A *unit* is an FFN neuron (gate row, up row, down column) or a KV group (one KV head with the query heads it serves: k, v and q
+rows and biases, o columns). Two facts make pruning inside a training loop simple:
+  1. A dead unit stays dead. Where all of a unit's entries are 0, its output and every one of its gradients are exactly 0; with
+     its Adam moments set to 0 as well, AdamW (eps > 0, decay multiplies) leaves it at 0. So a cut only writes zeros: no masks, no
+     new optimizer, nothing for torch.compile or DDP to notice.
+  2. So slicing is exact, whenever it comes: the smaller model has the same logits and takes the same next AdamW step.
+Score, as far as IDEA Prune (arXiv 2503.05920) is known: |w · dL/dw|, averaged over the unit's entries and over time. The exact
+form is unpublished; ours is that of LoSparse (arXiv 2306.11222) and, with `uncertainty`, PLATON (arXiv 2206.12562).
+To change the criterion, change `sensitivity`.
+"""
+import math
+
+import torch
+
+from model import GPT
+
+
+def coupled(config, layer, kind):
+    """Parameters that a unit of this layer has entries in: [(name, dimension that runs over the units)]. A unit's entries are
+    consecutive along it: 1 row of a neuron, D rows of a KV head, (H_l/K_l)·D rows of the query heads it serves."""
+    if kind == "ffn":
+        return [(f"blocks.{layer}.ffn.{name}.weight", dim) for name, dim in (("gate", 0), ("up", 0), ("down", 1))]
+    bias = [("q.bias", 0), ("k.bias", 0), ("v.bias", 0)] if config.qkv_bias else []
+    return [(f"blocks.{layer}.attn.{name}", dim)
+            for name, dim in [("q.weight", 0), ("k.weight", 0), ("v.weight", 0), ("o.weight", 1)] + bias]
+
+
+def by_unit(tensor, dim, units):
+    """View with the dimension split: (…, units · r, …) -> (…, units, r, …); dimension `dim` now counts units."""
+    return tensor.unflatten(dim, (units, -1))
+
+
+def everything(config):
+    """The keep that keeps all: {(layer, kind): indices (units,)}."""
+    return {key: torch.arange(n) for key, n in config.widths().items()}
+
+
+# -- score
+
+@torch.no_grad()
+def sensitivity(model):
+    """First-order estimate of what the loss loses with each unit: mean over its entries of |w · dL/dw|, from the gradients in
+    place (averaged over micro-batches and processes). -> {(layer, kind): (units,) float32}; a mean, so that kinds compare."""
+    parameters, scores = dict(model.named_parameters()), {}
+    for (layer, kind), units in model.config.widths().items():
+        if units:
+            total, entries = 0.0, 0
+            for name, dim in coupled(model.config, layer, kind):
+                p = parameters[name]
+                sums = by_unit((p * p.grad).abs(), dim, units).movedim(dim, 0).flatten(1).sum(1)
+                total, entries = total + sums, entries + p.numel() // units
+            scores[layer, kind] = (total / entries).float()
+    return scores
+
+
+def average(averages, fresh, beta=0.85, beta_uncertainty=0.95):
+    """Moving averages of the score I and of its change U (PLATON, eq. 6-7): Ī <- β Ī + (1-β) I, U <- β' U + (1-β') |I - Ī|.
+    {(layer, kind): (2, units)}; the first call starts at (I, 0). Returns new tensors."""
+    if averages is None:
+        return {key: torch.stack((i, torch.zeros_like(i))) for key, i in fresh.items()}
+    new = {}
+    for key, i in fresh.items():
+        mean = beta * averages[key][0] + (1 - beta) * i
+        new[key] = torch.stack((mean, beta_uncertainty * averages[key][1] + (1 - beta_uncertainty) * (i - mean).abs()))
+    return new
+
+
+def ranking(averages, keep, uncertainty=False):
+    """What `choose` ranks by: Ī (LoSparse), or Ī · U with `uncertainty` (PLATON); -inf for units that are dead already."""
+    scores = {}
+    for key, (mean, change) in averages.items():
+        score = torch.full_like(mean, -math.inf)
+        score[keep[key].to(score.device)] = (mean * change if uncertainty else mean)[keep[key].to(score.device)]
+        scores[key] = score
+    return scores
+
+
+# -- allocate and choose
+
+def allocate(start, target, size, at_most):
+    """How many units each layer keeps when `size` of the removable parameters of config `start` may stay, on the straight way to
+    config `target`: -> {(layer, kind): units}, none above at_most[key]. The sum is at most the budget and short of it by less
+    than the cheapest unit that could still have stayed; at the target's own size it is exactly the target."""
+    all_, least = start.removable_params(), target.removable_params()
+    budget = math.floor(size * all_ + 1e-6)
+    share = (budget - least) / (all_ - least) if all_ > least else 0.0          # of what goes, how much is still there
+    first, last = start.widths(), target.widths()
+    exact = {key: last[key] + share * (first[key] - last[key]) for key in first}
+    widths = {key: min(at_most[key], math.floor(exact[key] + 1e-9)) for key in first}
+    left = budget - start.resized(widths).removable_params()
+    while True:                                                                 # fill up, where most is missing first
+        allowed = [key for key in first if widths[key] < min(at_most[key], first[key]) and start.unit_params(*key) <= left
+                   and first[key] > last[key]]
+        if not allowed:
+            return widths
+        key = max(allowed, key=lambda k: exact[k] - widths[k])                  # ties: the first layer
+        widths[key], left = widths[key] + 1, left - start.unit_params(*key)
+
+
+def choose(scores, widths):
+    """The best-scored units of each layer: {(layer, kind): indices (widths[layer, kind],), ascending}. Pure; ties by index."""
+    return {key: torch.sort(torch.sort(score.cpu(), descending=True, stable=True).indices[:widths[key]]).values
+            for key, score in scores.items()}
+
+
+# -- zero and slice
+
+@torch.no_grad()
+def zero_(model, optimizer, keep):
+    """Kill, in place, every unit that is not in `keep`: its weights and its Adam moments become 0. optimizer may be None."""
+    parameters = dict(model.named_parameters())
+    for (layer, kind), units in model.config.widths().items():
+        alive = keep.get((layer, kind), torch.arange(units))
+        dead = torch.ones(units, dtype=torch.bool).index_fill_(0, alive, False).nonzero().flatten()
+        if dead.numel() == 0:
+            continue
+        for name, dim in coupled(model.config, layer, kind):
+            p = parameters[name]
+            moments = optimizer.state.get(p, {}).values() if optimizer else ()
+            for tensor in (p, *(m for m in moments if m.shape == p.shape)):
+                by_unit(tensor, dim, units).index_fill_(dim, dead.to(p.device), 0)
+
+
+@torch.no_grad()
+def slice(model, optimizer, keep):
+    """Cut dead units off for good: -> (model, optimizer) with only the entries in `keep`, same dtype, device, hyperparameters,
+    moments and step counts. optimizer may be None. A sub-block that keeps no unit goes, with the norm in front of it."""
+    config = model.config.resized({key: len(indices) for key, indices in keep.items()})
+    units = model.config.widths()
+    cuts = {name: (dim, units[key], indices) for key, indices in keep.items() for name, dim in coupled(model.config, *key)}
+
+    def cut(name, tensor):
+        if name not in cuts:
+            return tensor.clone()
+        dim, n, indices = cuts[name]
+        return by_unit(tensor, dim, n).index_select(dim, indices.to(tensor.device)).flatten(dim, dim + 1)
+
+    with torch.device("meta"):
+        small = GPT(config)
+    old = dict(model.named_parameters())
+    small.load_state_dict({name: cut(name, old[name]) for name, _ in small.named_parameters()}, assign=True)
+    if optimizer is None:
+        return small, None
+    new, name_of = dict(small.named_parameters()), {p: name for name, p in old.items()}
+    groups = [{**group, "params": [new[name_of[p]] for p in group["params"] if name_of[p] in new]} for group in optimizer.param_groups]
+    smaller = type(optimizer)(groups)
+    for p, state in optimizer.state.items():
+        if (name := name_of[p]) in new:
+            smaller.state[new[name]] = {k: cut(name, v) if v.shape == p.shape else v.clone() for k, v in state.items()}
+    return small, smaller
