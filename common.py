@@ -1,7 +1,7 @@
-"""What every script shares and what knows nothing of GPTs: the command line, sentences for users, files that survive a crash.
+"""What every script shares, knowing nothing of GPTs: the command line, sentences for users, files that survive a crash.
 
-A script's settings are one frozen dataclass; `parse` turns it into flags, with the comment behind each field as its help.
-Bad input raises `UserError` with one sentence (the numbers and the remedy); `run` prints it and exits with code 2.
+A script's settings are one frozen dataclass; `parse` turns it into flags, with the comment behind each field as its
+help. Bad input raises `UserError` with one sentence (the numbers and the remedy); `run` prints it and exits with 2.
 """
 import argparse
 import dataclasses
@@ -11,16 +11,17 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 
 class UserError(Exception):
-    """Something the user can mend: one sentence with the numbers and the remedy. Scripts print it and exit with code 2."""
+    """Something the user can mend: one sentence with the numbers and the remedy. Scripts print it and exit with 2."""
 
 
 def parse(cls, argv=None):
-    """Command line -> instance of the frozen dataclass `cls`. Fields without a default are positional; a bool field
-    `x` becomes --x / --no-x; `T | None` takes T; the comment behind each field is its help text."""
+    """Command line -> instance of the frozen dataclass `cls`. Fields without a default are positional (a tuple takes
+    all there are); a bool field `x` becomes --x / --no-x; `T | None` takes T; the comment behind each field is its
+    help."""
     help_text = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
     parser = argparse.ArgumentParser(description=inspect.getmodule(cls).__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -29,7 +30,7 @@ def parse(cls, argv=None):
         kind = next((t for t in get_args(types[f.name]) if t is not type(None)), types[f.name])
         text = help_text.get(f.name, "").replace("%", "%%")
         if f.default is dataclasses.MISSING:
-            parser.add_argument(f.name, type=kind, help=text)
+            parser.add_argument(f.name, type=kind, help=text, nargs="+" if get_origin(types[f.name]) is tuple else None)
             continue
         flag, text = "--" + f.name.replace("_", "-"), f"{text} [{f.default}]"
         if kind is bool:
@@ -40,7 +41,8 @@ def parse(cls, argv=None):
 
 
 def run(main, *args):
-    """Call `main`; a UserError, or a file the system will not give or take, ends the program as one sentence with exit code 2."""
+    """Call `main`; a UserError, or a file the system will not give or take, ends the program as one sentence with
+    exit code 2."""
     try:
         main(*args)
     except UserError as problem:
@@ -90,5 +92,6 @@ def pick_device(name):
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = next(k for k in available if available[k]) if name == "auto" else name.split(":")[0]
     if not available.get(kind):
-        raise UserError(f"device {name!r} is not available here; give one of {[k for k in available if available[k]]} or auto")
+        raise UserError(f"device {name!r} is not available here; give auto or one of "
+                        f"{', '.join(k for k in available if available[k])}")
     return kind if name == "auto" else name

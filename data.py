@@ -174,7 +174,9 @@ def hold_out(fresh, source):
     """-> rule(name, text) = [(side, text), ...]. To `val` goes a document whose sha256 (of its name, or of its text
     where it has none) is 0 modulo HOLD_OUT. Only where that leaves a side empty: the one with the smallest hash; of a
     single document the last tenth. `fresh()` starts a pass, read no further than needed. UserError: no text."""
-    number = lambda name, text: int(sha256(text if name is None else name), 16)
+    def number(name, text):
+        return int(sha256(text if name is None else name), 16)
+
     hashes, sides = [], set()
     for document in fresh():
         hashes.append(number(*document))
@@ -197,7 +199,7 @@ def tokenize(fresh, source, tok, workers, flush):
 
     def blocks():
         block, characters = {"train": [], "val": []}, {"train": 0, "val": 0}
-        for side, name, text in ((side, name, part) for name, text in fresh() for side, part in rule(name, text)):
+        for side, name, text in ((side, name, part) for name, whole in fresh() for side, part in rule(name, whole)):
             counts[side] += 1
             digest.update(json.dumps([side, name, sha256(text)]).encode())
             block[side].append(text)

@@ -1,11 +1,13 @@
-"""Cross-entropy and distillation on logits, never holding a whole (B, T, V) array; the frozen teacher and when to drop it.
+"""Cross-entropy and distillation on logits, never holding a whole (B, T, V) array; the frozen teacher and when to
+drop it.
 
-    python -m pytest tests/test_distill.py         # the formulas against torch.distributions and the plain full-logits loss
+    python -m pytest tests/test_distill.py         # against torch.distributions and the plain full-logits loss
 
-The loss takes *hidden states* and the output projection. Logits exist for one chunk of tokens at a time, in at least float32;
-each chunk's gradient is formed at once, in the forward pass, so that nothing of size V is kept for the backward pass.
-IDEA Prune (arXiv 2503.05920) does not publish its distillation loss: forward KL on logits at temperature 1, mixed with
-cross-entropy, is our choice (and Minitron's best, arXiv 2407.14679). Not here: losses on inner layers, cached teachers.
+The loss takes *hidden states* and the output projection. Logits exist for one chunk of tokens at a time, in at least
+float32; each chunk's gradient is formed at once, in the forward pass, so that nothing of size V is kept for the
+backward pass. IDEA Prune (arXiv 2503.05920) does not publish its distillation loss: forward KL on logits at
+temperature 1, mixed with cross-entropy, is our choice (and Minitron's best, arXiv 2407.14679). Not here: losses on
+inner layers, cached teachers.
 """
 import torch
 
@@ -13,8 +15,9 @@ CHUNK_VALUES = 2**24                   # logits per chunk: 64 MB in float32; 341
 
 
 def kl(student_logits, teacher_logits, temperature=1.0):
-    """Forward KL(teacher ‖ student) per token, times temperature² (Hinton et al., arXiv 1503.02531, so that the gradient's scale
-    does not depend on it), and its gradient in the student's logits. Both (N, V) -> (N,), (N, V); nats per token."""
+    """Forward KL(teacher ‖ student) per token, times temperature² (Hinton et al., arXiv 1503.02531, so that the
+    gradient's scale does not depend on it), and its gradient in the student's logits. Both (N, V) -> (N,), (N, V);
+    nats per token."""
     log_p = (student_logits / temperature).log_softmax(-1)
     log_q = (teacher_logits / temperature).log_softmax(-1)
     q = log_q.exp()
@@ -45,7 +48,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 teacher_logits = (teacher_h[a:a + chunk] @ teacher_w.T).to(wide)
                 divergence, kd_g = kl(logits, teacher_logits, temperature)
                 kl_sum = kl_sum + divergence.sum()
-                teacher_sum = teacher_sum + (teacher_logits.logsumexp(-1) - teacher_logits.gather(1, y[:, None])[:, 0]).sum()
+                teacher_ce = teacher_logits.logsumexp(-1) - teacher_logits.gather(1, y[:, None]).squeeze(1)
+                teacher_sum = teacher_sum + teacher_ce.sum()
                 g = (1 - kd_weight) * g + kd_weight * kd_g
             if needs_grad:
                 g = (g / N).to(h.dtype)
@@ -68,12 +72,14 @@ def chunked_loss(hidden, weight, targets, teacher_hidden=None, teacher_weight=No
     """Loss of a batch from its last hidden states: cross-entropy without a teacher, with one
     (1 - kd_weight) · cross-entropy + kd_weight · temperature² · KL(teacher ‖ student), both mean nats per token.
 
-    hidden (B, T, C), weight (V, C), targets (B, T), teacher_hidden (B, T, C'), teacher_weight (V, C').
-    Returns the loss (differentiable in hidden and weight, once) and a detached (3,): cross-entropy, KL, teacher's cross-entropy
+    hidden (B, T, C), weight (V, C), targets (B, T), teacher_hidden (B, T, C'), teacher_weight (V, C'). Returns the
+    loss (differentiable in hidden and weight, once) and a detached (3,): cross-entropy, KL, teacher's cross-entropy
     (the last two are 0 without a teacher)."""
-    teacher = (None, None) if teacher_hidden is None else (teacher_hidden.detach().flatten(0, 1), teacher_weight.detach())
-    return _ChunkedLoss.apply(hidden.flatten(0, 1), weight, targets.flatten(), *teacher, kd_weight, temperature,
-                              torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad))
+    if teacher_hidden is not None:
+        teacher_hidden, teacher_weight = teacher_hidden.detach().flatten(0, 1), teacher_weight.detach()
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _ChunkedLoss.apply(hidden.flatten(0, 1), weight, targets.flatten(), teacher_hidden, teacher_weight,
+                              kd_weight, temperature, needs_grad)
 
 
 def freeze(model):
@@ -87,6 +93,6 @@ def smooth(average, value, beta=0.98):
 
 
 def overtaken(student_ce, teacher_ce):
-    """Whether to drop the teacher for good: its smoothed cross-entropy on the student's own batches is no longer below the
-    student's. A teacher that the student has overtaken pulls it back (our own trials)."""
+    """Whether to drop the teacher for good: its smoothed cross-entropy on the student's own batches is no longer
+    below the student's. A teacher that the student has overtaken pulls it back (our own trials)."""
     return teacher_ce >= student_ce

@@ -3,12 +3,12 @@
     python eval.py runs/idea-laptop-0 --sample "def read(path):"
     python eval.py runs/idea-laptop-0 --data README.md --stride 32
 
-Protocol. The hold-out is cut into windows of block_size + 1 tokens. Without --stride: `windows` of them, evenly spaced, not
-overlapping, always the same ones; no context from before a window; its first token is only context, the others all count.
-With --stride s: windows start every s tokens over the whole text and, but for the first, count their last s tokens, so that
-every counted token has at least block_size - s tokens of context. Losses are means over counted tokens, formed in the
-weights' dtype with float32 logits (float64 for float64 weights); bits per byte divides by the UTF-8 bytes those tokens stand for.
-Not here: benchmark tasks.
+Protocol. The hold-out is cut into windows of block_size + 1 tokens. Without --stride: `windows` of them, evenly
+spaced, not overlapping, always the same ones; no context from before a window; its first token is only context, the
+others all count. With --stride s: windows start every s tokens over the whole text and, but for the first, count
+their last s tokens, so that every counted token has at least block_size - s tokens of context. Losses are means over
+counted tokens, formed in the weights' dtype with float32 logits (float64 for float64 weights); bits per byte divides
+by the UTF-8 bytes those tokens stand for. Not here: benchmark tasks.
 """
 import math
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from model import load
 @dataclass(frozen=True)
 class Eval:
     checkpoint: str               # ckpt_*.pt, or the folder of a run
-    data: str | None = None       # a text file to evaluate whole; default: the hold-out of the corpus that the model was trained on
+    data: str | None = None       # a text file to evaluate whole; default: the hold-out of the training corpus
     windows: int = 256            # windows of the hold-out, evenly spaced (0 = all)
     stride: int = 0               # move windows by so many tokens over the whole text (0 = windows as above)
     batch: int = 32               # windows per forward pass
@@ -40,8 +40,8 @@ class Eval:
 
 @torch.no_grad()
 def evaluate(model, tokens, byte_lengths, windows=256, stride=0, batch=32):
-    """Mean loss of `model` over windows of `tokens` (N,), see the protocol above -> {"loss" (nats per token), "perplexity",
-    "bits_per_byte", "tokens" (counted)}. Raises UserError where the text is shorter than one window."""
+    """Mean loss of `model` over windows of `tokens` (N,), see the protocol above -> {"loss" (nats per token),
+    "perplexity", "bits_per_byte", "tokens" (counted)}. Raises UserError where the text is shorter than one window."""
     T, device = model.config.block_size, model.embed.weight.device
     available = (len(tokens) - 1) // T
     if available < 1:
@@ -55,25 +55,26 @@ def evaluate(model, tokens, byte_lengths, windows=256, stride=0, batch=32):
         starts = np.arange(count) * available // count * T
     nats, counted, in_bytes = 0.0, 0, 0
     for a in range(0, len(starts), batch):
-        chunk = torch.from_numpy(np.stack([np.asarray(tokens[s:s + T + 1]) for s in starts[a:a + batch]]).astype(np.int64))
-        x, y = chunk[:, :-1].to(device), chunk[:, 1:].to(device)                # (batch, T)
-        hidden = model.hidden(x)
+        rows = np.stack([tokens[s:s + T + 1] for s in starts[a:a + batch].tolist()])
+        rows = torch.from_numpy(rows.astype(np.int64)).to(device)               # (batch, T + 1)
+        hidden, y = model.hidden(rows[:, :-1]), rows[:, 1:]
         parts = [(hidden, y)]
-        if stride:                                                              # later windows: their last `stride` tokens
-            parts = [(hidden[:1], y[:1]), (hidden[1:, -stride:], y[1:, -stride:])] if a == 0 else \
-                    [(hidden[:, -stride:], y[:, -stride:])]
+        if stride:                                                              # all but the first: the last tokens
+            first = 1 if a == 0 else 0
+            parts = [(hidden[:first], y[:first]), (hidden[first:, -stride:], y[first:, -stride:])]
         for h, t in parts:
             if t.numel():
                 nats += chunked_loss(h, model.head_weight, t)[0].item() * t.numel()
                 counted += t.numel()
                 in_bytes += int(byte_lengths[t.cpu().numpy()].sum())
     loss = nats / counted
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": nats / math.log(2) / max(1, in_bytes),
-            "tokens": counted}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": counted,
+            "bits_per_byte": nats / math.log(2) / max(1, in_bytes)}
 
 
 def sample(model, tokenizer, prompt_ids, tokens, temperature=0.8, top_k=50, seed=0):
-    """Continue prompt_ids (N,) -> the continuation as text. Drawn on the CPU, so that devices agree on the random numbers."""
+    """Continue prompt_ids (N,) -> the continuation as text. Drawn on the CPU, so that devices agree on the random
+    numbers."""
     device = model.embed.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     idx = torch.from_numpy(np.asarray(prompt_ids).astype(np.int64))[None].to(device)
@@ -102,7 +103,8 @@ def main(config):
         ids = tokenizer.encode(config.sample)
         if len(ids) == 0:
             raise UserError("--sample needs a prompt of at least one token, for example --sample 'def '")
-        print("\n" + config.sample + sample(model, tokenizer, ids, config.tokens, config.temperature, config.top_k, config.seed))
+        text = sample(model, tokenizer, ids, config.tokens, config.temperature, config.top_k, config.seed)
+        print(f"\n{config.sample}{text}")
 
 
 if __name__ == "__main__":

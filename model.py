@@ -2,17 +2,18 @@
 
     python -c "import model; print(model.preset('laptop', vocab_size=256)[0].num_params())"
 
-`GPTConfig` holds one number of query heads, KV heads and FFN neurons *per layer*, so a pruned model is the same class with
-other numbers: no masks, no subclasses. Zero heads or zero neurons switch that sub-block (and the norm before it) off.
-RMSNorm, rotary positions (with Llama-3 scaling), grouped-query attention, SwiGLU; optionally tied embedding, QKV bias and
-QK norm: SmolLM2, MobileLLM, Llama 2/3, Qwen 2.5 and Qwen 3 are configs of it, not code paths.
+`GPTConfig` holds one number of query heads, KV heads and FFN neurons *per layer*, so a pruned model is the same class
+with other numbers: no masks, no subclasses. Zero heads or zero neurons switch that sub-block (and the norm before it)
+off. RMSNorm, rotary positions (with Llama-3 scaling), grouped-query attention, SwiGLU; optionally tied embedding, QKV
+bias and QK norm: SmolLM2, MobileLLM, Llama 2/3, Qwen 2.5 and Qwen 3 are configs of it, not code paths.
 
-Shapes: B sequences, T tokens, C d_model, D head_dim, V vocabulary; H_l query heads, K_l KV heads, F_l neurons in layer l.
-Not here: dropout, sliding windows, mixture of experts, tensor parallelism.
+Shapes: B sequences, T tokens, C d_model, D head_dim, V vocabulary; H_l query heads, K_l KV heads, F_l neurons in
+layer l. Not here: dropout, sliding windows, mixture of experts, tensor parallelism.
 """
 import dataclasses
 import math
 import pickle
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ class GPTConfig:
     qk_norm: bool = False                  # Qwen 3: RMSNorm over each head of q and k, one gain per layer
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: tuple[float, ...] = ()   # Llama 3: (factor, low_freq_factor, high_freq_factor, original context); () = none
+    rope_scaling: tuple[float, ...] = ()   # Llama 3: (factor, low_freq_factor, high_freq_factor, original context)
 
     def __post_init__(self):
         for name in ("n_head", "n_kv_head", "d_ff", "rope_scaling"):
@@ -51,8 +52,8 @@ class GPTConfig:
                             f"{len(self.n_kv_head)} and {len(self.d_ff)}")
         for layer, (h, k, f) in enumerate(zip(self.n_head, self.n_kv_head, self.d_ff)):
             if min(h, k, f) < 0 or (h == 0) != (k == 0) or (k and h % k):
-                raise UserError(f"layer {layer}: {h} query heads over {k} KV heads and {f} neurons; query heads must be a "
-                                "multiple of KV heads, both zero or neither, and nothing negative")
+                raise UserError(f"layer {layer}: {h} query heads over {k} KV heads and {f} neurons; query heads must "
+                                "be a multiple of KV heads, both zero or neither, and nothing negative")
         if self.head_dim % 2 or min(self.vocab_size, self.block_size, self.d_model, self.head_dim) < 1:
             raise UserError(f"head_dim {self.head_dim} must be even (rotary positions turn pairs), and vocab_size "
                             f"{self.vocab_size}, block_size {self.block_size}, d_model {self.d_model} positive")
@@ -61,8 +62,8 @@ class GPTConfig:
     def n_layer(self):
         return len(self.d_ff)
 
-    # -- units: what pruning removes. "ffn": one neuron (a gate row, an up row, a down column). "kv": one KV head together with
-    #    the query heads it serves (k, v and q rows, o columns). Together they are the *removable* parameters.
+    # -- units: what pruning removes. "ffn": one neuron (a gate row, an up row, a down column). "kv": one KV head
+    #    together with the query heads it serves (k, v and q rows, o columns). Together: the *removable* parameters.
     def widths(self):
         """{(layer, kind): number of units} over the kinds "ffn" and "kv"."""
         return {(l, kind): n for kind, ns in (("ffn", self.d_ff), ("kv", self.n_kv_head)) for l, n in enumerate(ns)}
@@ -78,7 +79,8 @@ class GPTConfig:
         return sum(n * self.unit_params(l, kind) for (l, kind), n in self.widths().items())
 
     def resized(self, widths):
-        """The same model with other widths: {(layer, kind): units} -> GPTConfig. Layers that are not named keep theirs."""
+        """The same model with other widths: {(layer, kind): units} -> GPTConfig. Layers that are not named keep
+        theirs."""
         w = {**self.widths(), **widths}
         group = [h // max(1, k) for h, k in zip(self.n_head, self.n_kv_head)]
         return dataclasses.replace(self, d_ff=tuple(w[l, "ffn"] for l in range(self.n_layer)),
@@ -87,11 +89,13 @@ class GPTConfig:
 
     # -- cost
     def num_params(self):
-        """Parameters by group: {"embedding", "attention", "ffn", "norm", "head", "total"}; a tied head counts once, as embedding."""
+        """Parameters by group: {"embedding", "attention", "ffn", "norm", "head", "total"}; a tied head counts once,
+        as embedding."""
         C, D = self.d_model, self.head_dim
         groups = {
             "embedding": self.vocab_size * C,
-            "attention": sum(D * (2 * (h + k) * C + (h + 2 * k) * self.qkv_bias) for h, k in zip(self.n_head, self.n_kv_head)),
+            "attention": sum(D * (2 * (h + k) * C + (h + 2 * k) * self.qkv_bias)
+                             for h, k in zip(self.n_head, self.n_kv_head)),
             "ffn": sum(3 * C * f for f in self.d_ff),
             "norm": C * (1 + sum(h > 0 for h in self.n_head) + sum(f > 0 for f in self.d_ff))
                     + 2 * D * self.qk_norm * sum(h > 0 for h in self.n_head),
@@ -99,10 +103,10 @@ class GPTConfig:
         return groups | {"total": sum(groups.values())}
 
     def flops_per_token(self, T, backward=True):
-        """FLOPs per token at context T: 2 per matrix entry and multiply-add, attention counted over the full T x T square as in
-        PaLM (arXiv 2204.02311, appendix B; a causal kernel does half of it), norms and activations not counted; the backward
-        pass costs twice the forward pass."""
-        p = self.num_params()
+        """FLOPs per token at context T: 2 per matrix entry and multiply-add, attention counted over the full T x T
+        square as in PaLM (arXiv 2204.02311, appendix B; a causal kernel does half of it), norms and activations not
+        counted; the backward pass costs twice the forward pass."""
+        p = dataclasses.replace(self, qkv_bias=False).num_params()    # a bias is added, not multiplied
         matrices = p["attention"] + p["ffn"] + self.vocab_size * self.d_model
         forward = 2 * matrices + 4 * T * self.head_dim * sum(self.n_head)
         return forward * (3 if backward else 1)
@@ -113,8 +117,9 @@ class GPTConfig:
 
 
 def rotary(config, start, T, device, dtype):
-    """cos, sin (T, D/2) of positions start … start+T-1 (RoFormer, arXiv 2104.09864), formed in float64 and rounded once;
-    Llama 3's frequency scaling where config.rope_scaling is set (as in Meta's release, smooth between the two factors)."""
+    """cos, sin (T, D/2) of positions start … start+T-1 (RoFormer, arXiv 2104.09864), formed in float64 and rounded
+    once; Llama 3's frequency scaling where config.rope_scaling is set (as in Meta's release, smooth between the two
+    factors)."""
     D = config.head_dim
     freq = config.rope_theta ** (-torch.arange(0, D, 2, device=device, dtype=torch.float64) / D)
     if config.rope_scaling:
@@ -161,7 +166,7 @@ class Attention(nn.Module):
         k = self.k(x).view(B, T, self.K, self.D).transpose(1, 2)      # (B, K_l, T, D)
         v = self.v(x).view(B, T, self.K, self.D).transpose(1, 2)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        if cache is not None:                                         # a list [k, v] of this layer, empty before the prompt
+        if cache is not None:                                         # a list [k, v], empty before the prompt
             cache[:] = (k, v) if not cache else (torch.cat((cache[0], k), 2), torch.cat((cache[1], v), 2))
             k, v = cache
         if self.K != self.H:                                          # query head h reads KV head h // (H_l/K_l)
@@ -189,8 +194,9 @@ class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         C, eps = config.d_model, config.norm_eps
-        self.attn_norm, self.attn = (RMSNorm(C, eps), Attention(config, layer)) if config.n_head[layer] else (None, None)
-        self.ffn_norm, self.ffn = (RMSNorm(C, eps), FFN(config, layer)) if config.d_ff[layer] else (None, None)
+        has_attn, has_ffn = config.n_head[layer] > 0, config.d_ff[layer] > 0
+        self.attn_norm, self.attn = (RMSNorm(C, eps), Attention(config, layer)) if has_attn else (None, None)
+        self.ffn_norm, self.ffn = (RMSNorm(C, eps), FFN(config, layer)) if has_ffn else (None, None)
 
     def forward(self, x, cos, sin, cache=None):
         if self.attn is not None:
@@ -201,7 +207,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The decoder. Initialised as GPT-2: normal(0, 0.02), projections into the residual stream divided by sqrt(2 n_layer)."""
+    """The decoder. Initialised as GPT-2: normal(0, 0.02), projections into the residual stream divided by sqrt(2
+    n_layer)."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -239,8 +246,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, tokens, temperature=1.0, top_k=None, generator=None):
-        """Continue the prompt idx (B, T) by so many tokens; returns (B, T + tokens). temperature 0 = greedy. With a KV cache;
-        a context that outgrows block_size starts again from its last half."""
+        """Continue the prompt idx (B, T) by so many tokens; returns (B, T + tokens). temperature 0 = greedy. With a
+        KV cache; a context that outgrows block_size starts again from its last half."""
         cache, filled, limit = None, 0, self.config.block_size
         for _ in range(tokens):
             if cache is None or filled == limit:
@@ -259,36 +266,39 @@ class GPT(nn.Module):
         return idx
 
 
-# -- sizes. Targets; the enlarged model is the same with wider FFNs (IDEA Prune widens nothing else) and, if asked, more KV groups.
+# -- sizes: the targets. The enlarged model is the same with wider FFNs (IDEA Prune widens nothing else) and, if asked,
+#    more KV groups.
 PRESETS = {  # name: layers, d_model, query heads, KV heads, head_dim, target d_ff, context
     "toy":    (2, 32, 4, 2, 8, 64, 64),
     "laptop": (4, 64, 4, 2, 16, 192, 128),
     "10m":    (6, 384, 6, 6, 64, 1024, 512),
     "124m":   (12, 768, 12, 12, 64, 2048, 1024),
-    "1.3b":   (24, 2048, 16, 8, 128, 6272, 4096),                     # the paper's scale: 2.8B -> 1.3B with gpt2's vocabulary
+    "1.3b":   (24, 2048, 16, 8, 128, 6272, 4096),     # the paper's scale: 2.8B -> 1.3B with gpt2's vocabulary
 }
 
 
 def preset(name, vocab_size, enlarge_ff=2.6, enlarge_kv=1.0):
-    """(target, enlarged) configs. enlarge_ff widens every FFN (2.6: IDEA Prune's best), enlarge_kv multiplies the KV groups.
-    Raises UserError for an unknown name and for a target larger than the enlarged model."""
+    """(target, enlarged) configs. enlarge_ff widens every FFN (2.6: IDEA Prune's best), enlarge_kv multiplies the KV
+    groups. Raises UserError for an unknown name and for a target larger than the enlarged model."""
     if name not in PRESETS:
         raise UserError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
     L, C, H, K, D, d_ff, T = PRESETS[name]
     target = GPTConfig(vocab_size, T, C, D, (H,) * L, (K,) * L, (d_ff,) * L)
     wide_ff = d_ff if enlarge_ff == 1 else 8 * round(d_ff * enlarge_ff / 8)
     wide_k = round(K * enlarge_kv)
-    if wide_ff < d_ff or wide_k < K:
-        raise UserError(f"the target ({d_ff} neurons, {K} KV heads) is larger than the enlarged model ({wide_ff}, {wide_k}); "
-                        "give --enlarge-ff and --enlarge-kv of at least 1")
+    if min(enlarge_ff, enlarge_kv) < 1:
+        raise UserError(f"the target must not be larger than the enlarged model, here {enlarge_ff} times its {d_ff} "
+                        f"neurons and {enlarge_kv} times its {K} KV heads; give --enlarge-ff and --enlarge-kv of at least 1")
     return target, target.resized({(l, kind): n for l in range(L) for kind, n in (("ffn", wide_ff), ("kv", wide_k))})
 
 
 # -- checkpoints: one self-describing file, read by one function for everybody
 def save(path, model, **state):
-    """Write {"format", "config", "model", **state} to `path`: temporary name, fsync, rename. `state` is plain Python and tensors
-    (the tokenizer's name, plan, step, optimizer, provenance …), so that it loads with weights_only=True."""
-    content = {"format": FORMAT, "config": dataclasses.asdict(model.config), "model": model.state_dict(), **state}
+    """Write {"format", "config", "model", **state} to `path`: temporary name, fsync, rename. `state` is plain Python
+    and tensors (the tokenizer's name, plan, step, optimizer, provenance …), so that it loads with
+    weights_only=True."""
+    plain = getattr(model, "_orig_mod", model)                        # torch.compile's wrapper would prefix every name
+    content = {"format": FORMAT, "config": dataclasses.asdict(plain.config), "model": plain.state_dict(), **state}
     write_atomic(path, lambda file: torch.save(content, file))
 
 
@@ -304,21 +314,25 @@ def load(path, device="cpu"):
     file = newest(path) if path.is_dir() else path
     if file is None or not file.exists():
         raise UserError(f"no checkpoint at {path}; give a ckpt_*.pt file or the folder of a run")
+    open(file, "rb").close()                 # what the system refuses passes through, and is not called truncated
     try:
         state = torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError as problem:
-        raise UserError(f"{file} is not a checkpoint of plain tensors (pickled code is never run): "
-                        f"{str(problem).splitlines()[0][:100]}") from None
-    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as problem:
-        raise UserError(f"{file} is truncated or no checkpoint ({str(problem).splitlines()[0][:100]}); "
+        code = re.search(r"GLOBAL ([\w.]+)", str(problem))
+        raise UserError(f"{file} is not a checkpoint of plain tensors and numbers"
+                        + (f": it would run {code[1]}, and pickled code is never run" if code else "")
+                        + "; use a file that train.py wrote") from None
+    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, LookupError, OSError) as problem:
+        raise UserError(f"{file} is truncated or no checkpoint ({(str(problem) or 'it ends').splitlines()[0][:100]}); "
                         "delete it to go on from the one before") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise UserError(f"{file} has format {found!r}, this code reads {FORMAT!r}; use the code that wrote it")
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**state.pop("config")))
     try:
+        with torch.device("meta"):
+            model = GPT(GPTConfig(**state.pop("config")))
         model.load_state_dict(state.pop("model"), assign=True)
-    except RuntimeError as problem:
-        raise UserError(f"{file}: config and weights disagree: {' '.join(str(problem).split())[:200]}") from None
+    except (RuntimeError, KeyError, TypeError) as problem:
+        raise UserError(f"{file}: config and weights disagree or are missing: "
+                        f"{' '.join(str(problem).split())[:200]}") from None
     return model, state

@@ -1,16 +1,16 @@
-"""Structured pruning while a model trains: score units, choose who stays, zero the others in place, slice them off later.
+"""Structured pruning while a model trains: score units, choose who stays, zero the others in place, slice them off.
 
     python -m pytest tests/test_prune.py           # the two facts below, and what breaks them
 
-A *unit* is an FFN neuron (gate row, up row, down column) or a KV group (one KV head with the query heads it serves: k, v and q
-rows and biases, o columns). Two facts make pruning inside a training loop simple:
-  1. A dead unit stays dead. Where all of a unit's entries are 0, its output and every one of its gradients are exactly 0; with
-     its Adam moments set to 0 as well, AdamW (eps > 0, decay multiplies) leaves it at 0. So a cut only writes zeros: no masks, no
-     new optimizer, nothing for torch.compile or DDP to notice.
+A *unit* is an FFN neuron (gate row, up row, down column) or a KV group (one KV head with the query heads it serves:
+k, v and q rows and biases, o columns). Two facts make pruning inside a training loop simple:
+  1. A dead unit stays dead. Where all of a unit's entries are 0, its output and every one of its gradients are
+     exactly 0; with its Adam moments set to 0 as well, AdamW (eps > 0, decay multiplies) leaves it at 0. So a cut
+     only writes zeros: no masks, no new optimizer, nothing for torch.compile or DDP to notice.
   2. So slicing is exact, whenever it comes: the smaller model has the same logits and takes the same next AdamW step.
-Score, as far as IDEA Prune (arXiv 2503.05920) is known: |w · dL/dw|, averaged over the unit's entries and over time. The exact
-form is unpublished; ours is that of LoSparse (arXiv 2306.11222) and, with `uncertainty`, PLATON (arXiv 2206.12562).
-To change the criterion, change `sensitivity`.
+Score, as far as IDEA Prune (arXiv 2503.05920) is known: |w · dL/dw|, averaged over the unit's entries and over time.
+The exact form is unpublished; ours is that of LoSparse (arXiv 2306.11222) and, with `uncertainty`, PLATON (arXiv
+2206.12562). To change the criterion, change `sensitivity`.
 """
 import math
 
@@ -20,8 +20,9 @@ from model import GPT
 
 
 def coupled(config, layer, kind):
-    """Parameters that a unit of this layer has entries in: [(name, dimension that runs over the units)]. A unit's entries are
-    consecutive along it: 1 row of a neuron, D rows of a KV head, (H_l/K_l)·D rows of the query heads it serves."""
+    """Parameters that a unit of this layer has entries in: [(name, dimension that runs over the units)]. A unit's
+    entries are consecutive along it: 1 row of a neuron, D rows of a KV head, (H_l/K_l)·D rows of the query heads it
+    serves."""
     if kind == "ffn":
         return [(f"blocks.{layer}.ffn.{name}.weight", dim) for name, dim in (("gate", 0), ("up", 0), ("down", 1))]
     bias = [("q.bias", 0), ("k.bias", 0), ("v.bias", 0)] if config.qkv_bias else []
@@ -43,8 +44,9 @@ def everything(config):
 
 @torch.no_grad()
 def sensitivity(model):
-    """First-order estimate of what the loss loses with each unit: mean over its entries of |w · dL/dw|, from the gradients in
-    place (averaged over micro-batches and processes). -> {(layer, kind): (units,) float32}; a mean, so that kinds compare."""
+    """First-order estimate of what the loss loses with each unit: mean over its entries of |w · dL/dw|, from the
+    gradients in place (averaged over micro-batches and processes). -> {(layer, kind): (units,) float32}; a mean, so
+    that kinds compare."""
     parameters, scores = dict(model.named_parameters()), {}
     for (layer, kind), units in model.config.widths().items():
         if units:
@@ -58,8 +60,8 @@ def sensitivity(model):
 
 
 def average(averages, fresh, beta=0.85, beta_uncertainty=0.95):
-    """Moving averages of the score I and of its change U (PLATON, eq. 6-7): Ī <- β Ī + (1-β) I, U <- β' U + (1-β') |I - Ī|.
-    {(layer, kind): (2, units)}; the first call starts at (I, 0). Returns new tensors."""
+    """Moving averages of the score I and of its change U (PLATON, eq. 6-7): Ī <- β Ī + (1-β) I, U <- β' U + (1-β') |I
+    - Ī|. {(layer, kind): (2, units)}; the first call starts at (I, 0). Returns new tensors."""
     if averages is None:
         return {key: torch.stack((i, torch.zeros_like(i))) for key, i in fresh.items()}
     new = {}
@@ -70,7 +72,8 @@ def average(averages, fresh, beta=0.85, beta_uncertainty=0.95):
 
 
 def ranking(averages, keep, uncertainty=False):
-    """What `choose` ranks by: Ī (LoSparse), or Ī · U with `uncertainty` (PLATON); -inf for units that are dead already."""
+    """What `choose` ranks by: Ī (LoSparse), or Ī · U with `uncertainty` (PLATON); -inf for units that are dead
+    already."""
     scores = {}
     for key, (mean, change) in averages.items():
         score = torch.full_like(mean, -math.inf)
@@ -82,9 +85,10 @@ def ranking(averages, keep, uncertainty=False):
 # -- allocate and choose
 
 def allocate(start, target, size, at_most):
-    """How many units each layer keeps when `size` of the removable parameters of config `start` may stay, on the straight way to
-    config `target`: -> {(layer, kind): units}, none above at_most[key]. The sum is at most the budget and short of it by less
-    than the cheapest unit that could still have stayed; at the target's own size it is exactly the target."""
+    """How many units each layer keeps when `size` of the removable parameters of config `start` may stay, on the
+    straight way to config `target`: -> {(layer, kind): units}, none above at_most[key]. The sum is at most the budget
+    and short of it by less than the cheapest unit that could still have stayed; at the target's own size it is
+    exactly the target."""
     all_, least = start.removable_params(), target.removable_params()
     budget = math.floor(size * all_ + 1e-6)
     share = (budget - least) / (all_ - least) if all_ > least else 0.0          # of what goes, how much is still there
@@ -93,8 +97,8 @@ def allocate(start, target, size, at_most):
     widths = {key: min(at_most[key], math.floor(exact[key] + 1e-9)) for key in first}
     left = budget - start.resized(widths).removable_params()
     while True:                                                                 # fill up, where most is missing first
-        allowed = [key for key in first if widths[key] < min(at_most[key], first[key]) and start.unit_params(*key) <= left
-                   and first[key] > last[key]]
+        allowed = [key for key in first if first[key] > last[key] and widths[key] < min(at_most[key], first[key])
+                   and start.unit_params(*key) <= left]
         if not allowed:
             return widths
         key = max(allowed, key=lambda k: exact[k] - widths[k])                  # ties: the first layer
@@ -102,7 +106,8 @@ def allocate(start, target, size, at_most):
 
 
 def choose(scores, widths):
-    """The best-scored units of each layer: {(layer, kind): indices (widths[layer, kind],), ascending}. Pure; ties by index."""
+    """The best-scored units of each layer: {(layer, kind): indices (widths[layer, kind],), ascending}. Pure; ties by
+    index."""
     return {key: torch.sort(torch.sort(score.cpu(), descending=True, stable=True).indices[:widths[key]]).values
             for key, score in scores.items()}
 
@@ -111,7 +116,8 @@ def choose(scores, widths):
 
 @torch.no_grad()
 def zero_(model, optimizer, keep):
-    """Kill, in place, every unit that is not in `keep`: its weights and its Adam moments become 0. optimizer may be None."""
+    """Kill, in place, every unit that is not in `keep`: its weights and its Adam moments become 0. optimizer may be
+    None."""
     parameters = dict(model.named_parameters())
     for (layer, kind), units in model.config.widths().items():
         alive = keep.get((layer, kind), torch.arange(units))
@@ -127,11 +133,13 @@ def zero_(model, optimizer, keep):
 
 @torch.no_grad()
 def slice(model, optimizer, keep):
-    """Cut dead units off for good: -> (model, optimizer) with only the entries in `keep`, same dtype, device, hyperparameters,
-    moments and step counts. optimizer may be None. A sub-block that keeps no unit goes, with the norm in front of it."""
+    """Cut dead units off for good: -> (model, optimizer) with only the entries in `keep`, same dtype, device,
+    hyperparameters, moments and step counts. optimizer may be None. A sub-block that keeps no unit goes, with the
+    norm in front of it."""
     config = model.config.resized({key: len(indices) for key, indices in keep.items()})
     units = model.config.widths()
-    cuts = {name: (dim, units[key], indices) for key, indices in keep.items() for name, dim in coupled(model.config, *key)}
+    cuts = {name: (dim, units[key], indices) for key, indices in keep.items()
+            for name, dim in coupled(model.config, *key)}
 
     def cut(name, tensor):
         if name not in cuts:
@@ -143,10 +151,13 @@ def slice(model, optimizer, keep):
         small = GPT(config)
     old = dict(model.named_parameters())
     small.load_state_dict({name: cut(name, old[name]) for name, _ in small.named_parameters()}, assign=True)
+    for name, p in small.named_parameters():
+        p.requires_grad_(old[name].requires_grad)
     if optimizer is None:
         return small, None
     new, name_of = dict(small.named_parameters()), {p: name for name, p in old.items()}
-    groups = [{**group, "params": [new[name_of[p]] for p in group["params"] if name_of[p] in new]} for group in optimizer.param_groups]
+    groups = [{**group, "params": [new[name_of[p]] for p in group["params"] if name_of[p] in new]}
+              for group in optimizer.param_groups]
     smaller = type(optimizer)(groups)
     for p, state in optimizer.state.items():
         if (name := name_of[p]) in new:

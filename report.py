@@ -1,7 +1,7 @@
 """What runs recorded, as a table and a picture. Reads metrics.jsonl only (train.py lists its records).
 
-    python report.py runs/idea-laptop-0                      # one run: sizes, losses, FLOPs, samples; writes run.png beside it
-    python report.py runs/*-laptop-*                         # several: mean ± spread by plan, and paired differences by seed
+    python report.py runs/idea-laptop-0            # one run: sizes, losses, FLOPs, samples; draws run.png beside it
+    python report.py runs/*-laptop-*              # several: mean ± spread by plan, and paired differences by seed
 
 "±" is half the distance between the largest and the smallest seed: with few seeds it says more than a standard error.
 """
@@ -14,8 +14,8 @@ from common import UserError, parse, read_records, run
 
 @dataclass(frozen=True)
 class Report:
-    runs: str                # folders of runs or metrics.jsonl files; several with spaces between them
-    against: str = "scratch" # the plan that paired differences are taken to
+    runs: tuple[str, ...]     # folders of runs, or metrics.jsonl files
+    against: str = "scratch"  # the plan that paired differences are taken to
 
 
 def records(path):
@@ -37,15 +37,16 @@ def summary(path):
         raise UserError(f"{path} is not finished; run the same train.py command again to go on")
     s = r["summary"][0]
     lines = [f"{s['plan']} / {s['preset']} / seed {s['seed']}: {s['params']:,} parameters, {s['tokens']:,} tokens "
-             f"({s['tokens'] / s['params']:.0f} per parameter, {s['epochs']:.2f} epochs), {s['flops_executed']:.3g} FLOPs executed, "
-             f"{s['flops_credited']:.3g} credited",
+             f"({s['tokens'] / s['params']:.0f} per parameter, {s['epochs']:.2f} epochs), "
+             f"{s['flops_executed']:.3g} FLOPs executed, {s['flops_credited']:.3g} credited",
              "",
              "                        step     parameters   val loss (nats/token)   bits per byte"]
-    moments = [(e, e["stage"] + (" begins" if e["step"] < s["step"] else " ends"))
-               for i, e in enumerate(r["eval"]) if e["step"] == s["step"] or i == 0 or e["stage"] != r["eval"][i - 1]["stage"]]
+    moments = [(e, e["stage"] + (" begins" if e["step"] < s["step"] else " ends")) for i, e in enumerate(r["eval"])
+               if e["step"] == s["step"] or i == 0 or e["stage"] != r["eval"][i - 1]["stage"]]
     moments += [(p, "after the last cut") for p in r.get("prune", [])[-1:]]
     for e, what in sorted(moments, key=lambda m: m[0]["step"]):
-        lines.append(f"  {what:20} {e['step']:6}   {e['params']:12,}   {e['val_loss']:21.4f}   {e['bits_per_byte']:13.4f}")
+        lines.append(f"  {what:20} {e['step']:6}   {e['params']:12,}   {e['val_loss']:21.4f}   "
+                     f"{e['bits_per_byte']:13.4f}")
     seconds = "   ".join(f"{part} {value:.1f}" for part, value in s["seconds"].items())
     lines += ["", f"seconds: {seconds};  score + cut + slice = {100 * s['pruning_share']:.2f} % of the run",
               f"peak memory {s['peak_bytes'] / 2**30:.2f} GiB; {picture(path)}", ""]
@@ -63,15 +64,18 @@ def picture(path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     r, out = records(path), Path(path) / "run.png"
-    figure, (loss, rate, size) = plt.subplots(3, 1, figsize=(8, 8), sharex=True, height_ratios=(3, 1, 1), layout="constrained")
-    millions = lambda tag: [e["tokens"] / 1e6 for e in r.get(tag, [])]                      # noqa: E731
-    value = lambda tag, key: [e[key] for e in r.get(tag, [])]                               # noqa: E731
-    held_out = sorted([(e["tokens"] / 1e6, i, e["val_loss"]) for tag in ("eval", "prune") for i, e in enumerate(r.get(tag, []))])
+    figure, (loss, rate, size) = plt.subplots(3, 1, figsize=(8, 8), sharex=True, height_ratios=(3, 1, 1),
+                                              layout="constrained")
+    millions = lambda tag: [e["tokens"] / 1e6 for e in r.get(tag, [])]
+    value = lambda tag, key: [e[key] for e in r.get(tag, [])]
+    held_out = sorted(((e["tokens"] / 1e6, e["val_loss"]) for tag in ("eval", "prune") for e in r.get(tag, [])),
+                      key=lambda point: point[0])                                           # a cut comes after its eval
     loss.plot(millions("step"), value("step", "ce"), lw=.7, color="0.7", label="training batches")
-    loss.plot([t for t, _, _ in held_out], [v for _, _, v in held_out], color="C0", label="hold-out (also right after each cut)")
+    loss.plot(*zip(*held_out), color="C0", label="hold-out (also right after each cut)")
     losses = sorted(value("step", "ce"))
     if losses:
-        loss.set_ylim(losses[0] - .05, max(losses[int(len(losses) * .9)], max(value("prune", "val_loss"), default=0)) + .1)
+        top = max([losses[int(len(losses) * .9)], *value("prune", "val_loss")])             # the first steps may leave
+        loss.set_ylim(losses[0] - .05, top + .1)
     for e in r.get("slice", []):
         loss.axvline(e["tokens"] / 1e6, color="C3", lw=1, label="sliced to the target size")
     loss.set_ylabel("loss (nats per token)")
@@ -92,7 +96,8 @@ def picture(path):
 
 
 def table(paths, against="scratch"):
-    """Finished runs, grouped by plan -> Markdown table: final loss by seed, tokens, FLOPs, difference to `against`, seed by seed."""
+    """Finished runs, grouped by plan -> Markdown table: final loss by seed, tokens, FLOPs, difference to `against`,
+    seed by seed."""
     runs = {}
     for path in paths:
         r = records(path)
@@ -101,14 +106,15 @@ def table(paths, against="scratch"):
             runs.setdefault(s["plan"], {})[s["seed"]] = s
     if not runs:
         raise UserError("none of these runs is finished; run the same train.py commands again to go on")
-    spread = lambda values: (max(values) - min(values)) / 2                                 # noqa: E731
-    lines = [f"| plan | seeds | parameters | tokens | FLOPs executed | FLOPs credited | val loss (nats/token) | minus {against}, by seed |",
-             "|---|---|---|---|---|---|---|---|"]
+    spread = lambda values: (max(values) - min(values)) / 2
+    lines = ["| plan | seeds | parameters | tokens | FLOPs executed | FLOPs credited | val loss (nats/token) | "
+             f"minus {against}, by seed |", "|---|---|---|---|---|---|---|---|"]
     for plan, seeds in sorted(runs.items(), key=lambda item: statistics.mean(s["val_loss"] for s in item[1].values())):
         s, losses = next(iter(seeds.values())), [s["val_loss"] for s in seeds.values()]
-        mean = lambda key: statistics.mean(s[key] for s in seeds.values())                  # noqa: E731
+        mean = lambda key: statistics.mean(s[key] for s in seeds.values())
         both = [k for k in sorted(seeds) if k in runs.get(against, {})]
-        paired = ", ".join(f"{seeds[k]['val_loss'] - runs[against][k]['val_loss']:+.4f}" for k in both) if plan != against else ""
+        paired = "" if plan == against else \
+            ", ".join(f"{seeds[k]['val_loss'] - runs[against][k]['val_loss']:+.4f}" for k in both)
         lines.append(f"| `{plan}` | {', '.join(map(str, sorted(seeds)))} | {s['params']:,} | {s['tokens']:,} | "
                      f"{mean('flops_executed'):.3g} | {mean('flops_credited'):.3g} | "
                      f"{statistics.mean(losses):.4f} ± {spread(losses):.4f} | {paired} |")
@@ -116,8 +122,7 @@ def table(paths, against="scratch"):
 
 
 def main(config):
-    paths = config.runs.split()
-    print(summary(paths[0]) if len(paths) == 1 else table(paths, config.against))
+    print(summary(config.runs[0]) if len(config.runs) == 1 else table(config.runs, config.against))
 
 
 if __name__ == "__main__":

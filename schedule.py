@@ -1,12 +1,14 @@
-"""Pure functions of the step: which stage, which learning rate, which size, when to score. Nothing of ours is imported, no torch.
+"""Pure functions of the step: which stage, which learning rate, which size, when to score. No torch.
 
     python -c "from schedule import *; print(resolve('idea', steps=1000, final_size=.5).events)"
 
-A plan is a tuple of rows (`PLANS`); `resolve` turns one into a `Timeline` of plain numbers, and everything after that is a
-function of (step, timeline): nothing is remembered, so a resumed run cannot differ. The point of IDEA Prune (arXiv 2503.05920)
-is visible here: `idea` has one cosine over all three stages, `naive` has `restart=True` in its prune row.
-Not here: the loop (train.py) and what is cut (prune.py).
+A plan is a tuple of rows (`PLANS`); `resolve` turns one into a `Timeline` of plain numbers, and everything after that
+is a function of (step, timeline): nothing is remembered, so a resumed run cannot differ. The point of IDEA Prune
+(arXiv 2503.05920) is visible here: `idea` has one cosine over all three stages, `naive` has `restart=True` in its
+prune row. Not here: the loop (train.py) and what is cut (prune.py).
 """
+import bisect
+import functools
 import math
 from dataclasses import dataclass
 
@@ -32,14 +34,15 @@ PLANS = {
     "idea":    (Stage("enlarge", .5), Stage("prune", .2, "cubic"), Stage("recover", .3)),
     "idea-kd": (Stage("enlarge", .5), Stage("prune", .2, "cubic", kd=True), Stage("recover", .3, kd=True)),
     # The Journey Matters (arXiv 2501.12486): prune between 25 % and 75 % of the compute, geometric sizes
-    "journey": (Stage("enlarge", .25, of="flops"), Stage("prune", .5, "geometric", of="flops"), Stage("recover", .25, of="flops")),
+    "journey": (Stage("enlarge", .25, of="flops"), Stage("prune", .5, "geometric", of="flops"),
+                Stage("recover", .25, of="flops")),
     # the target from scratch, taught by a given checkpoint
     "kd":      (Stage("recover", 1.0, kd=True),),
 }
 
 LAWS = {  # kept fraction after a share x in (0, 1] of the cuts, ending at f
     "cubic":     lambda x, f: f + (1 - f) * (1 - x) ** 3,     # LoSparse / PLATON, and our default
-    "linear":    lambda x, f: 1 - (1 - f) * x,
+    "linear":    lambda x, f: f + (1 - f) * (1 - x),
     "geometric": lambda x, f: f ** x,                         # The Journey Matters: keep(k) = (1-S)^((k+1)/n)
     "oneshot":   lambda x, f: f,
 }
@@ -57,8 +60,9 @@ class Timeline:
 
 def resolve(plan, steps, final_size, *, enlarge_share=None, prune_share=None, law=None, cuts=20, slice_at=None,
             flops_at_size=None):
-    """Plan name -> Timeline. final_size: kept fraction of removable parameters at the end; shares and law None = the plan's own;
-    flops_at_size(size) -> credited FLOPs per token, needed by plans that share out FLOPs. Raises ValueError with a sentence."""
+    """Plan name -> Timeline. final_size: kept fraction of removable parameters at the end; shares and law None = the
+    plan's own; flops_at_size(size) -> credited FLOPs per token, needed by plans that share out FLOPs. Raises
+    ValueError with a sentence."""
     if plan not in PLANS:
         raise ValueError(f"no plan {plan!r}; there are {', '.join(PLANS)}")
     rows, names = PLANS[plan], [s.name for s in PLANS[plan]]
@@ -79,14 +83,14 @@ def resolve(plan, steps, final_size, *, enlarge_share=None, prune_share=None, la
     before = rows[0].share if enlarge_share is None else enlarge_share
     during = row.share if prune_share is None else prune_share
     if not (0 < before < 1 and 0 <= during and before + during < 1):
-        raise ValueError(f"the enlarge stage has a share of {before} and the prune stage of {during}; they must be positive and "
-                         "leave something to recover: a sum below 1")
+        raise ValueError(f"the enlarge stage has a share of {before} and the prune stage of {during}; they must be "
+                         "positive and leave something to recover: a sum below 1")
 
     def timeline(a, b):
         """Prune in [a, b): the first cut at a, the last at b-1, so that the stage ends at the target size."""
-        if not 0 < a <= b - n < b < steps:
-            raise ValueError(f"{n} cuts need at least {n} steps in the prune stage and one step before and after it; "
-                             f"it spans steps {a} to {b} of {steps}: give more --steps or fewer --cuts")
+        if not (n > 0 and 0 < a <= b - n < b < steps):
+            raise ValueError(f"{n} cuts need at least {max(1, n)} steps in the prune stage and one step before and "
+                             f"after it; it spans steps {a} to {b} of {steps}: give more --steps or fewer --cuts")
         at = [a + (k * (b - 1 - a)) // max(1, n - 1) for k in range(n)]
         events = tuple((s, LAWS[law]((k + 1) / n, final_size)) for k, s in enumerate(at))
         spans = {"enlarge": (0, a), "prune": (a, b), "recover": (b, steps)}
@@ -96,26 +100,36 @@ def resolve(plan, steps, final_size, *, enlarge_share=None, prune_share=None, la
 
     first, last = round(before * steps), max(round(before * steps) + 1, round((before + during) * steps))
     if row.of == "flops":
-        first, last = share_out_flops(timeline, first, last, before, before + during, flops_at_size)
+        first, last = share_out_flops(timeline, n, steps, before, before + during, flops_at_size)
     found = timeline(first, last)
     if not found.events[-1][0] <= found.slice_at < steps:
-        raise ValueError(f"--slice-at {slice_at} is outside of [{found.events[-1][0]}, {steps}): units can be sliced off from the "
-                         "last cut on and before the run ends")
+        raise ValueError(f"--slice-at {slice_at} is outside of [{found.events[-1][0]}, {steps}): units can be sliced "
+                         "off from the last cut on and before the run ends")
     return found
 
 
-def share_out_flops(timeline, a, b, share_a, share_b, flops_at_size):
-    """Steps (a, b) at which the shares share_a and share_b of the run's credited training FLOPs are spent. The cost of a step
-    depends on the sizes, the sizes on (a, b): a fixed point, found by repeating. (arXiv 2501.12486; the solution is ours.)"""
-    tried = set()
-    while (a, b) not in tried:
-        tried.add((a, b))
-        t = timeline(a, b)
-        spent = [0.0]
-        for step in range(t.steps):
-            spent.append(spent[-1] + flops_at_size(size_at(step, t)))
-        a, b = (min(range(t.steps + 1), key=lambda s, goal=share * spent[-1]: abs(spent[s] - goal)) for share in (share_a, share_b))
-    return a, b
+def share_out_flops(timeline, n, steps, share_a, share_b, flops_at_size):
+    """Steps (a, b) at which the shares share_a and share_b of the run's credited training FLOPs are spent, to the
+    nearest step. The cost of a step depends on the sizes, the sizes on (a, b): b is bisected for every a, and a around
+    that. (arXiv 2501.12486; the solution is ours.)"""
+    flops_at_size = functools.cache(flops_at_size)
+
+    def excess(a, b, at, share):
+        """FLOPs spent before the step `at`, less the share of the run's."""
+        spans = ((0, 1.0), *timeline(a, b).events, (steps, 0.0))
+        flops = [(start, stop, flops_at_size(size)) for (start, size), (stop, _) in zip(spans, spans[1:])]
+        return sum((min(at, stop) - min(at, start) - share * (stop - start)) * f for start, stop, f in flops)
+
+    def root(low, high, excess_at):
+        """The step in low … high-1 whose excess, growing with the step, is nearest to zero."""
+        after = bisect.bisect_left(range(low, high), 0, key=excess_at) + low
+        return min(range(max(low, after - 1), min(high, after + 1)), key=lambda s: abs(excess_at(s)), default=low)
+
+    def end(a):
+        return root(a + n, steps, lambda b: excess(a, b, b, share_b))
+
+    a = root(1, steps - n, lambda a: excess(a, end(a), a, share_a))
+    return a, end(a)
 
 
 def stage_at(step, timeline):
@@ -124,15 +138,15 @@ def stage_at(step, timeline):
 
 
 def size_at(step, timeline):
-    """Kept fraction of the removable parameters during `step`: 1 before the first cut, constant between cuts. A plan without
-    cuts is at its final size throughout, which is 1 of what it started with."""
+    """Kept fraction of the removable parameters during `step`: 1 before the first cut, constant between cuts. A plan
+    without cuts is at its final size throughout, which is 1 of what it started with."""
     return next((size for at, size in reversed(timeline.events) if at <= step), 1.0)
 
 
 def lr_at(step, timeline, lr, min_lr, warmup_share=.05, shape="cosine", decay_share=.1):
-    """Learning rate of `step`. Linear warm-up over warmup_share of the cycle: the first step has lr/warm-up steps, never 0. Then
-    cosine: down to min_lr, which the cycle's last step has exactly. wsd: constant, then over the last decay_share a line down to
-    min_lr. (A warm-up as long as the cycle ends at lr.)"""
+    """Learning rate of `step`. Linear warm-up over warmup_share of the cycle: the first step has lr/warm-up steps,
+    never 0. Then cosine: down to min_lr, which the cycle's last step has exactly. wsd: constant, then over the last
+    decay_share a line down to min_lr. (A warm-up as long as the cycle ends at lr.)"""
     start, stop = next((a, b) for a, b in timeline.cycles if a <= step < b)
     t, n = step - start, stop - start
     warm = min(n, max(1, round(warmup_share * n)))
@@ -141,11 +155,13 @@ def lr_at(step, timeline, lr, min_lr, warmup_share=.05, shape="cosine", decay_sh
     if shape == "cosine":
         return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * (t + 1 - warm) / (n - warm))) / 2
     decay = min(n - warm, max(1, round(decay_share * n)))
-    return lr + (min_lr - lr) * max(0, t + 1 - (n - decay)) / decay
+    x = max(0, t + 1 - (n - decay)) / decay
+    return lr * (1 - x) + min_lr * x
 
 
 def score_at(step, timeline, every=5, window=100):
-    """Whether to score units from this step's gradients: every few steps, and only within `window` steps before a cut; the last
-    one is the step right before the cut. (LoSparse refreshes every 10 steps throughout; the window is our choice.)"""
+    """Whether to score units from this step's gradients: every few steps, and only within `window` steps before a
+    cut; the last one is the step right before the cut. (LoSparse refreshes every 10 steps throughout; the window is
+    our choice.)"""
     next_cut = next((at for at, _ in timeline.events if at > step), None)
     return next_cut is not None and next_cut - step <= window and (next_cut - step - 1) % every == 0

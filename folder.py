@@ -1,0 +1,141 @@
+"""A run is a folder: what it must remember to go on where it stopped, bit for bit, and what it refuses.
+
+    ckpt_<step>.pt   the newest two; each is the state *before* that step's events and holds all that a step changes
+    teacher.pt       the enlarged model before the first cut, where it became the teacher; never rotated away
+    metrics.jsonl    records (train.py lists them), rewound on resume to the moment the checkpoint was taken
+
+No random-number state is kept: after the initial weights nothing draws from one, batches are a function of the step.
+Not here: the loop (train.py), the checkpoint's format (model.py).
+"""
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+import model as models
+from common import UserError, append_record, read_records, write_atomic
+from distill import freeze
+
+NOT_IDENTITY = ("stage", "device", "out", "compile")     # two calls of the same run may differ in these
+
+
+PARTS = ("train", "score", "cut", "slice", "eval", "save")           # of a run's wall time
+
+
+@dataclass
+class State:
+    """All that a step changes, and so all that a checkpoint holds."""
+    model: models.GPT
+    optimizer: torch.optim.Optimizer
+    keep: dict                               # {(layer, kind): indices of live units} in the model as it is now
+    averages: dict | None = None             # {(layer, kind): (2, units)}, the score's moving averages (prune.average)
+    teacher: models.GPT | None = None        # frozen; its file is not in the checkpoint
+    step: int = 0
+    teacher_file: dict | None = None         # {"file", "sha256" of its weights}; stays when the teacher is dropped
+    dropped: bool = False                    # the teacher, for good
+    smooth: list = field(default_factory=lambda: [None, None])      # smoothed cross-entropy of student and teacher
+    window: list = field(default_factory=lambda: [0.0] * 7)         # sums since the last "step" record (train.main)
+    flops: list = field(default_factory=lambda: [0.0, 0.0])         # executed, credited
+    seconds: dict = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+
+
+PLAIN = ("step", "teacher_file", "dropped", "smooth", "window", "flops", "seconds")     # State's plain numbers
+
+
+class Folder:
+    """The files of one run. `config`: the resolved Train settings; `writes`: only one process of a run does."""
+    def __init__(self, path, config, fingerprint, writes):
+        self.path, self.metrics, self.writes = path, path / "metrics.jsonl", writes
+        self.batch_tokens = config.batch_tokens
+        self.identity = {k: v for k, v in asdict(config).items() if k not in NOT_IDENTITY}
+        self.identity["fingerprint"] = fingerprint
+
+    def log(self, tag, step, **record):
+        if self.writes:
+            append_record(self.metrics, tag=tag, step=step, tokens=step * self.batch_tokens, **record)
+
+    def refuse_others(self, found):
+        """UserError where `found` is another configuration than ours."""
+        differ = [f"{k} is {found.get(k)!r} there and {v!r} here"
+                  for k, v in self.identity.items() if found.get(k) != v]
+        if differ:
+            raise UserError(f"{self.path} holds a run of another configuration ({'; '.join(differ)}); "
+                            "give another --out or delete it")
+
+    def resume(self, device, make_optimizer):
+        """The State in the newest checkpoint, but for the teacher; None where the folder holds no checkpoint."""
+        if not models.newest(self.path):
+            if self.metrics.exists():                    # killed before its first checkpoint, or not ours
+                self.refuse_others(next(iter(read_records(self.metrics)), {}))
+            return None
+        model, saved = models.load(self.path, device)
+        self.refuse_others(saved["run"])
+        state = State(model, make_optimizer(model), {(l, kind): i for l, kind, i in saved["keep"]},
+                      saved["averages"] and {(l, kind): v for l, kind, v in saved["averages"]})
+        state.optimizer.load_state_dict(saved["optimizer"])
+        for name in PLAIN:
+            setattr(state, name, saved[name])
+        return state
+
+    def rewind(self, step, **about):
+        """metrics.jsonl as it was when the checkpoint of `step` was taken; what came after is written again."""
+        if self.writes:
+            kept = [r for r in read_records(self.metrics)[1:]
+                    if r["step"] < step or r["step"] == step and r["tag"] == "step"]
+            records = [{"tag": "config", "step": 0, "tokens": 0, **self.identity, **about}, *kept]
+            write_atomic(self.metrics, lambda file: file.write("".join(json.dumps(r) + "\n" for r in records).encode()))
+
+    def save(self, state):
+        """Write ckpt_<step>.pt (a checkpoint of this step that is there already is the same one); keep the newest
+        two."""
+        path = self.path / f"ckpt_{state.step:08d}.pt"
+        if self.writes and not path.exists():
+            models.save(path, state.model, run=self.identity, optimizer=state.optimizer.state_dict(),
+                        keep=[(*key, i) for key, i in state.keep.items()],
+                        averages=state.averages and [(*key, v) for key, v in state.averages.items()],
+                        **{name: getattr(state, name) for name in PLAIN}, provenance=provenance())
+            for old in sorted(self.path.glob("ckpt_*.pt"))[:-2]:
+                old.unlink()
+
+    def save_teacher(self, model, step):
+        path = self.path / "teacher.pt"
+        if self.writes:
+            models.save(path, model, run=self.identity, step=step)
+        return path
+
+    def open_teacher(self, path, state):
+        """Load the teacher into `state`; UserError for one of another tokenizer or changed since the run began."""
+        device, dtype = state.model.embed.weight.device, state.model.embed.weight.dtype
+        teacher, saved = models.load(path, device)
+        mine, theirs = self.identity["tokenizer"], saved.get("run", {}).get("tokenizer")
+        if teacher.config.vocab_size != state.model.config.vocab_size or theirs != mine:
+            raise UserError(f"the teacher {path} has {teacher.config.vocab_size} tokens of {theirs!r}, the student "
+                            f"{state.model.config.vocab_size} of {mine!r}; give a teacher with the same tokenizer")
+        file = models.newest(path) if Path(path).is_dir() else Path(path)
+        found = {"file": str(file), "sha256": fingerprint(teacher)}
+        if state.teacher_file and state.teacher_file["sha256"] != found["sha256"]:
+            raise UserError(f"the teacher {file} has changed since the run began (sha256 {found['sha256'][:12]}, then "
+                            f"{state.teacher_file['sha256'][:12]}); restore it or begin anew with another --out")
+        state.teacher_file, state.teacher = found, freeze(teacher.to(dtype))
+
+
+def fingerprint(model):
+    """sha256 over a model's config and weights (two files of the same model may differ in bytes)."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for p in model.parameters():
+        digest.update(p.detach().cpu().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def provenance():
+    """Which code wrote a checkpoint: versions and the commit, "unknown" outside of a git checkout."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True,
+                                cwd=Path(__file__).parent).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {"torch": str(torch.__version__), "python": sys.version.split()[0], "commit": commit}

@@ -1,0 +1,202 @@
+"""Invariants of distill.py: the oracles are torch.distributions, F.cross_entropy and autograd on the full logits."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributions import Categorical, kl_divergence
+
+import distill
+from distill import chunked_loss, cross_entropy, freeze, kl, overtaken, smooth
+
+B, T, C, V = 3, 7, 5, 13                                 # 21 tokens
+
+
+def draw(*shape, scale=2.0, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) * scale
+
+
+def batch(dtype=torch.float64, teacher_width=4):
+    """hidden, weight, targets, teacher_hidden, teacher_weight; the teacher has a width of its own."""
+    targets = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(9))
+    hidden, weight = draw(B, T, C, dtype=dtype).requires_grad_(), draw(V, C, seed=1, dtype=dtype).requires_grad_()
+    return hidden, weight, targets, draw(B, T, teacher_width, seed=2, dtype=dtype), draw(V, teacher_width, seed=3, dtype=dtype)
+
+
+def plain(hidden, weight, targets, teacher_hidden=None, teacher_weight=None, kd_weight=0.5, temperature=1.0):
+    """The definition, on full logits; also a (3,) of its parts."""
+    s, y = (hidden @ weight.T).flatten(0, 1).float().to(hidden.dtype), targets.flatten()
+    ce = F.cross_entropy(s, y)
+    if teacher_hidden is None:
+        return ce, torch.stack((ce, ce * 0, ce * 0))
+    t = (teacher_hidden @ teacher_weight.T).flatten(0, 1)
+    divergence = kl_divergence(Categorical(logits=t / temperature), Categorical(logits=s / temperature)).mean() * temperature**2
+    return (1 - kd_weight) * ce + kd_weight * divergence, torch.stack((ce, divergence, F.cross_entropy(t, y)))
+
+
+def near(found, expected, relative=1e-10):
+    """Relative to the largest entry, and the shapes are the same."""
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= relative * expected.abs().max()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_kl_is_that_of_torch_distributions_and_so_is_its_gradient(temperature):
+    s, t = draw(6, V).requires_grad_(), draw(6, V, seed=1)
+    expected = kl_divergence(Categorical(logits=t / temperature), Categorical(logits=s / temperature)) * temperature**2
+    value, gradient = kl(s.detach(), t, temperature)
+    near(value, expected.detach())
+    near(gradient, torch.autograd.grad(expected.sum(), s)[0])
+    for a, b in ((3.0, 0.0), (0.0, -40.0), (1000.0, 1000.0)):                       # a constant added to logits
+        moved, moved_gradient = kl(s.detach() + a, t + b, temperature)
+        near(moved, value, 1e-9), near(moved_gradient, gradient, 1e-9)
+
+
+def test_cross_entropy_is_that_of_torch_and_so_is_its_gradient():
+    s, y = draw(6, V).requires_grad_(), torch.tensor([0, 12, 3, 3, 7, 1])
+    expected = F.cross_entropy(s, y, reduction="none")
+    value, gradient = cross_entropy(s.detach(), y)
+    near(value, expected.detach())
+    near(gradient, torch.autograd.grad(expected.sum(), s)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_kl_and_its_gradient_vanish_at_student_equals_teacher_and_only_there(dtype):
+    p = draw(50, V, dtype=dtype)
+    for temperature in (0.5, 1.0, 3.0):
+        value, gradient = kl(p, p.clone(), temperature)
+        assert (value == 0).all() and (gradient == 0).all()
+        for scale in (2.0, 1e-2):                                                      # near to it, too
+            value, gradient = kl(p, p + draw(50, V, seed=4, dtype=dtype, scale=scale), temperature)
+            assert (value > 0).all() and (gradient.norm(dim=1) > 0).all()
+    hidden, weight, targets = batch(dtype)[:3]
+    loss, stats = chunked_loss(hidden, weight, targets, hidden.detach().clone(), weight.detach().clone(), kd_weight=1.0)
+    loss.backward()
+    assert loss == 0 and stats[1] == 0 and stats[0] == stats[2] > 1 and not hidden.grad.any() and not weight.grad.any()
+
+
+@pytest.mark.parametrize("chunk_values", [V * 21, V * 7, V * 8 + 5, 1])            # one, three, ragged; never 0 tokens
+@pytest.mark.parametrize("kd_weight, temperature", [(0.0, 1.0), (0.5, 1.0), (0.5, 2.5), (1.0, 2.5), (None, 1.0)])
+def test_chunked_loss_is_the_plain_one_in_value_and_gradients(monkeypatch, chunk_values, kd_weight, temperature):
+    monkeypatch.setattr(distill, "CHUNK_VALUES", chunk_values)
+    inputs = batch() if kd_weight is not None else batch()[:3]
+    options = dict(kd_weight=kd_weight, temperature=temperature) if kd_weight is not None else {}
+    expected, parts = plain(*inputs, **options)
+    expected_gradients = torch.autograd.grad(expected, inputs[:2])
+    loss, stats = chunked_loss(*inputs, **options)
+    near(loss.detach(), expected.detach()), near(stats, parts.detach())
+    for found, gradient in zip(torch.autograd.grad(loss / 3, inputs[:2]), expected_gradients):   # the factor upstream
+        near(found, gradient / 3)
+    assert not stats.requires_grad
+    with torch.no_grad():
+        same, same_stats = chunked_loss(*inputs, **options)
+    assert not same.requires_grad and same == loss and torch.equal(same_stats, stats)
+
+
+@pytest.mark.parametrize("autocast, tolerance", [(False, 3e-6), (True, 0.03)])
+def test_chunked_loss_in_float32_and_under_bfloat16_autocast(monkeypatch, autocast, tolerance):
+    monkeypatch.setattr(distill, "CHUNK_VALUES", V * 8)
+    inputs = [x.detach().float().requires_grad_(i < 2) if x.is_floating_point() else x for i, x in enumerate(batch())]
+    wide = [x.detach().double().requires_grad_(i < 2) if x.is_floating_point() else x for i, x in enumerate(inputs)]
+    expected, parts = plain(*wide)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss, stats = chunked_loss(*inputs)
+    assert loss.dtype == stats.dtype == torch.float32                              # logits and sums are never narrower
+    near(loss.detach().double(), expected.detach(), tolerance), near(stats.double(), parts.detach(), tolerance)
+    for found, gradient in zip(torch.autograd.grad(loss, inputs[:2]), torch.autograd.grad(expected, wide[:2])):
+        assert found.dtype == torch.float32
+        near(found.double(), gradient, tolerance)
+
+
+def test_the_loss_is_a_mean_over_tokens_and_of_the_right_size_for_every_vocabulary():
+    hidden, weight, targets, teacher_hidden, teacher_weight = batch()
+    whole = chunked_loss(hidden, weight, targets, teacher_hidden, teacher_weight)[0]
+    rows = [chunked_loss(hidden[i:i + 1], weight, targets[i:i + 1], teacher_hidden[i:i + 1], teacher_weight)[0]
+            for i in range(B)]
+    near(sum(rows).detach() / B, whole.detach())
+    for n in (2, 13, 5000):       # an even student: log V nats; a teacher sure of one token: log V nats away from it
+        even, sure = torch.zeros(n, C), torch.cat((torch.full((1, C), 100.0), torch.zeros(n - 1, C)))
+        _, stats = chunked_loss(torch.ones(2, 4, C), even, torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 4, C), sure)
+        near(stats, torch.tensor([n, n, 1.0]).log(), 1e-6)
+
+
+def test_the_teacher_takes_no_gradient():
+    hidden, weight, targets, teacher_hidden, teacher_weight = batch()
+    teacher_hidden.requires_grad_(), teacher_weight.requires_grad_()
+    chunked_loss(hidden, weight, targets, teacher_hidden, teacher_weight)[0].backward()
+    assert teacher_hidden.grad is None and teacher_weight.grad is None and hidden.grad.any() and weight.grad.any()
+    teacher = freeze(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout()))
+    assert not any(p.requires_grad for p in teacher.parameters()) and not teacher[1].training
+
+
+class Objective(torch.nn.Module):
+    """As in train.py: the loss within one forward."""
+    def __init__(self, hidden, weight):
+        super().__init__()
+        self.hidden, self.weight = torch.nn.Parameter(hidden.detach().clone()), torch.nn.Parameter(weight.detach().clone())
+
+    def forward(self, targets, teacher_hidden=None, teacher_weight=None):
+        return chunked_loss(self.hidden * 2, self.weight, targets, teacher_hidden, teacher_weight, 0.7, 1.5)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_torch_compile_takes_the_loss_as_one_graph_and_gives_the_same_gradients(monkeypatch, backend):
+    monkeypatch.setattr(distill, "CHUNK_VALUES", V * 8)
+    hidden, weight, *rest = batch()
+    for taught in (rest, rest[:1]):
+        eager, traced = Objective(hidden, weight), Objective(hidden, weight)
+        compiled = torch.compile(traced, fullgraph=True, backend=backend, dynamic=False)
+        (loss, stats), (found, found_stats) = eager(*taught), compiled(*taught)
+        (loss / 2).backward(), (found / 2).backward()
+        near(found.detach(), loss.detach()), near(found_stats, stats)
+        near(traced.hidden.grad, eager.hidden.grad), near(traced.weight.grad, eager.weight.grad)
+
+
+def test_smoothing_starts_at_the_first_value_and_a_teacher_no_longer_better_is_dropped():
+    average = None
+    for value, expected in ((4.0, 4.0), (2.0, 3.0), (7.0, 5.0), (5.0, 5.0)):
+        average = smooth(average, value, beta=0.5)
+        assert average == expected
+    assert smooth(1.0, 2.0) == pytest.approx(1.02)
+    assert [overtaken(student, teacher) for student, teacher in ((3.0, 2.9), (3.0, 3.0), (3.0, 3.1))] == [False, True, True]
+
+
+def peak_bytes():
+    """Peak memory of this very process: VmHWM, as ru_maxrss starts at the parent's where a process is spawned."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def measure_memory(kind, tokens, vocabulary=49152, width=64):
+    """Print by how many bytes one loss and its backward pass raise the peak."""
+    torch.set_num_threads(2)
+    hidden, weight = draw(1, tokens, width, dtype=torch.float32), draw(vocabulary, width, seed=1, dtype=torch.float32)
+    taught = (hidden.clone(), weight.clone())
+    targets = torch.arange(tokens)[None]
+    for f in (plain, chunked_loss):                          # libraries and threads are up before the baseline is taken
+        f(hidden[:, :8].clone().requires_grad_(), weight[:9].clone().requires_grad_(), targets[:, :8], taught[0][:, :8],
+          taught[1][:9])[0].backward()
+    hidden.requires_grad_(), weight.requires_grad_()
+    before = peak_bytes()
+    {"plain": plain, "ours": chunked_loss}[kind](hidden, weight, targets, *taught)[0].backward()
+    print(peak_bytes() - before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_the_peak_is_at_most_a_third_of_the_plain_formula_s(tokens=2048):
+    """At 8,192 tokens of a vocabulary of 49,152 (slower) the same two commands gave the numbers in the README."""
+    peak = {}
+    for kind in ("plain", "ours"):
+        command = [sys.executable, __file__, kind, str(tokens)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent,
+                              env={"PYTHONPATH": ".", "PATH": "/usr/bin:/bin"})
+        peak[kind] = int(done.stdout)
+    ratio = peak["ours"] / peak["plain"]
+    print(f"{tokens} tokens, V = 49,152: plain {peak['plain'] / 2**20:.0f} MB, ours {peak['ours'] / 2**20:.0f} MB, {ratio:.3f}")
+    assert peak["ours"] > 2**26 and ratio <= 0.35           # above 64 MB: the measurement sees one chunk at least
+
+
+if __name__ == "__main__":
+    measure_memory(sys.argv[1], int(sys.argv[2]))

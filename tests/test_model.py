@@ -1,0 +1,270 @@
+"""Invariants of model.py: transformers is the oracle of values and gradients, the real parameters that of the costs."""
+import dataclasses
+import pickle
+
+import pytest
+import torch
+import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from common import UserError
+from model import FORMAT, GPT, PRESETS, GPTConfig, load, preset, save
+
+LLAMA3 = (8.0, 0.5, 4.0, 32.0)                  # frequencies on both sides of and between the two factors
+FAMILIES = {  # transformers' class and what differs from the shape below; ours
+    "llama": ("Llama", dict(num_key_value_heads=6), {}),
+    "llama-gqa": ("Llama", {}, {}),
+    "llama-mqa-untied": ("Llama", dict(num_key_value_heads=1, tie_word_embeddings=False), dict(tie_embeddings=False)),
+    "llama3": ("Llama", dict(rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=0.5, high_freq_factor=4.,
+                                               original_max_position_embeddings=32)), dict(rope_scaling=LLAMA3)),
+    "qwen2": ("Qwen2", {}, dict(qkv_bias=True)),
+    "qwen3": ("Qwen3", dict(head_dim=16), dict(qk_norm=True)),
+}
+OURS = [("embed_tokens", "embed"), ("layers.", "blocks."), ("self_attn", "attn"), ("mlp", "ffn"), ("_proj", ""),
+        ("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm"), ("lm_head", "head"), ("model.", "")]
+
+
+def renamed(name):
+    for theirs, ours in OURS:
+        name = name.replace(theirs, ours)
+    return name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_equal_those_of_transformers(family):
+    torch.manual_seed(0)
+    kind, theirs, ours = FAMILIES[family]
+    shape = dict(vocab_size=61, hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6,
+                 num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-3, rope_theta=500.0,
+                 tie_word_embeddings=True, attention_bias=False) | theirs
+    oracle = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**shape)).eval()
+    with torch.no_grad():
+        for name, p in oracle.named_parameters():       # gains and biases too, which transformers starts at 1 and 0
+            p.normal_(mean="norm" in name, std=0.2)
+    model = GPT(GPTConfig(61, 64, 48, theirs.get("head_dim", 8), (6, 6), (shape["num_key_value_heads"],) * 2, (40, 40),
+                          norm_eps=1e-3, rope_theta=500.0, **ours))
+    model.load_state_dict({renamed(name): p.detach().clone() for name, p in oracle.named_parameters()})
+    idx, upstream = torch.randint(61, (2, 40)), torch.randn(2, 40, 61)
+    expected, found = oracle(idx).logits, model(idx)
+    assert expected.std() > 0.5 and (expected - found).abs().max() <= 1e-5
+    for logits in (expected, found):
+        (logits * upstream).sum().backward()
+    gradients = {renamed(name): p.grad for name, p in oracle.named_parameters()}
+    assert gradients.keys() == dict(model.named_parameters()).keys()
+    for name, p in model.named_parameters():
+        assert gradients[name].norm() > 0 and (p.grad - gradients[name]).norm() <= 1e-4 * gradients[name].norm(), name
+
+
+def tiny(**changes):
+    """A pruned shape: another number of heads, groups and neurons in every layer."""
+    shape = dict(vocab_size=37, block_size=8, d_model=12, head_dim=4, n_head=(4, 6, 2, 3), n_kv_head=(2, 6, 1, 1),
+                 d_ff=(5, 24, 1, 8)) | changes
+    return GPTConfig(**shape)
+
+
+def wild(config, dtype=torch.float64):
+    """A model with large random weights, so that nothing is near to its value at initialisation."""
+    torch.manual_seed(1)
+    model = GPT(config).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.5)
+    return model
+
+
+VARIANTS = [dict(), dict(qkv_bias=True, tie_embeddings=False), dict(qk_norm=True, rope_scaling=LLAMA3)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("layer", [0, 1, 3])
+@pytest.mark.parametrize("kinds", [("ffn",), ("kv",), ("ffn", "kv")])
+def test_an_absent_sub_block_has_no_parameters_and_computes_what_a_zeroed_one_does(layer, kinds, variant):
+    full = wild(tiny(**variant))
+    cut = GPT(full.config.resized({(layer, kind): 0 for kind in kinds})).double()
+    gone = tuple(f"blocks.{layer}.{part}" for kind in kinds for part in {"ffn": ("ffn",), "kv": ("attn",)}[kind])
+    assert {n for n, _ in full.named_parameters() if not n.startswith(gone)} == {n for n, _ in cut.named_parameters()}
+    cut.load_state_dict({name: p for name, p in full.state_dict().items() if not name.startswith(gone)})
+    with torch.no_grad():
+        for kind in kinds:
+            {"ffn": full.blocks[layer].ffn.down, "kv": full.blocks[layer].attn.o}[kind].weight.zero_()
+        idx = torch.randint(37, (2, 8))
+        torch.testing.assert_close(cut(idx), full(idx), rtol=0, atol=1e-12)
+    assert cut.config.n_head[layer] == (0 if "kv" in kinds else full.config.n_head[layer])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("empty", [{}, {(0, "kv"): 0, (0, "ffn"): 0, (3, "kv"): 0}, {(l, "kv"): 0 for l in range(4)}])
+def test_costs_are_those_of_the_real_tensors(variant, empty):
+    config = tiny(**variant).resized(empty)
+    model, T, B = GPT(config), 7, 2
+    count = dict.fromkeys(("embedding", "attention", "ffn", "norm", "head"), 0)
+    for name, p in model.named_parameters():
+        group = [g for g, part in (("norm", "norm"), ("attention", ".attn."), ("ffn", ".ffn."), ("head", "head"),
+                                   ("embedding", "embed")) if part in name][0]
+        count[group] += p.numel()
+    assert config.num_params() == count | {"total": sum(p.numel() for p in model.parameters())}
+    one_less = {(l, kind): n - 1 for (l, kind), n in config.widths().items() if n > 1}    # so that no norm goes
+    for unit, n in one_less.items():
+        smaller = GPT(config.resized({unit: n}))
+        assert config.unit_params(*unit) == count_all(model) - count_all(smaller)
+    assert config.removable_params() == count["attention"] + count["ffn"]
+    idx = torch.randint(37, (B, T))
+    for backward in (False, True):           # the counter sees matrix products, and attention's with the math kernel
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            loss = model(idx).sum()
+            if backward:
+                loss.backward()
+        assert counter.get_total_flops() == config.flops_per_token(T, backward) * B * T
+    cache = [[] for _ in model.blocks]
+    model(idx, cache)
+    assert sum(t.numel() * 4 for layer in cache for t in layer) == config.kv_bytes_per_token(4) * B * T
+    assert config.kv_bytes_per_token() * 2 == config.kv_bytes_per_token(4)
+
+
+def count_all(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("widths", [{}, {(0, "kv"): 0, (2, "ffn"): 0}])
+def test_prefill_in_chunks_gives_the_logits_of_one_forward(widths):
+    model = wild(tiny(qk_norm=True).resized(widths))
+    idx, cache = torch.randint(37, (2, 12)), [[] for _ in range(4)]
+    with torch.no_grad():
+        parts = [model(part, cache) for part in idx.split((5, 1, 4, 2), dim=1)]
+        torch.testing.assert_close(torch.cat(parts, 1), model(idx), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 7, 8])
+@pytest.mark.parametrize("prompt", [1, 5, 8, 13])
+def test_generation_with_a_cache_equals_that_without_beyond_block_size(block_size, prompt):
+    model = wild(tiny(block_size=block_size, n_head=(0, 6, 2, 3), n_kv_head=(0, 6, 1, 1)))
+    idx = torch.randint(37, (2, prompt))
+    expected, context = idx, idx[:, -block_size:]
+    for _ in range(21):
+        new = model(context)[:, -1:].argmax(-1)
+        expected, context = torch.cat((expected, new), 1), torch.cat((context, new), 1)
+        if context.size(1) > block_size:                   # starts again from its last half
+            context = context[:, -max(1, block_size // 2):]
+    assert torch.equal(model.generate(idx, 21, temperature=0), expected)
+    assert torch.equal(model.generate(idx, 21, temperature=2.0, top_k=1), expected)
+    assert torch.equal(model.generate(idx, 21, temperature=1e-4, top_k=99), expected)
+
+
+def test_sampling_repeats_with_its_generator_and_stays_within_top_k():
+    model, idx = wild(tiny(block_size=64)), torch.randint(37, (3, 5))
+    a, b, c = (model.generate(idx, 30, 3.0, 4, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6))
+    assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(a[:, :5], idx)
+    top = model(a)[:, 4:-1].float().topk(4).indices                                        # (B, 30, 4)
+    rank = (top == a[:, 5:, None]).int()
+    assert (rank.sum(-1) == 1).all() and (rank.sum((0, 1)) > 0).all()             # only, and all, of the first four
+
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(n_head=(4, 6, 2)), "one number per layer, got 3, 4 and 4"),
+    (dict(n_head=(), n_kv_head=(), d_ff=()), "one number per layer, got 0, 0 and 0"),
+    (dict(n_head=(4, 6, 3, 3), n_kv_head=(2, 6, 2, 1)), "layer 2: 3 query heads over 2 KV heads"),
+    (dict(n_kv_head=(2, 0, 1, 1)), "layer 1: 6 query heads over 0 KV heads"),
+    (dict(n_head=(4, 6, 2, 0)), "layer 3: 0 query heads over 1 KV heads"),
+    (dict(d_ff=(-1, 24, 1, 8)), "layer 0: .* and -1 neurons"),
+    (dict(head_dim=5), "head_dim 5 must be even"), (dict(d_model=0), "d_model 0 positive"),
+    (dict(vocab_size=0), "vocab_size 0"), (dict(block_size=0), "block_size 0")])
+def test_shapes_that_do_not_fit_are_refused_with_layer_and_numbers(changes, says):
+    with pytest.raises(UserError, match=says):
+        tiny(**changes)
+
+
+def test_presets_build_and_the_paper_s_sizes_are_met_by_the_ffn_alone():
+    for name in PRESETS:
+        target, enlarged = preset(name, 50257)
+        with torch.device("meta"):
+            assert count_all(GPT(target)) < count_all(GPT(enlarged))
+    target, enlarged = preset("1.3b", 50257)
+    assert 1.25e9 < target.num_params()["total"] < 1.4e9 and 2.7e9 < enlarged.num_params()["total"] < 2.9e9
+    assert dataclasses.replace(enlarged, d_ff=target.d_ff) == target
+    target, enlarged = preset("toy", 256, enlarge_ff=1, enlarge_kv=2)
+    assert enlarged == dataclasses.replace(target, n_head=(8, 8), n_kv_head=(4, 4))
+    for refused, says in [(dict(name="2b"), "no preset '2b'; there are toy,"), (dict(enlarge_ff=0.5), "--enlarge-ff"),
+                          (dict(enlarge_ff=0.99), "--enlarge-ff"), (dict(enlarge_kv=0.9), "--enlarge-kv")]:
+        with pytest.raises(UserError, match=says):
+            preset(**dict(name="toy", vocab_size=256) | refused)
+
+
+def test_save_and_load_round_trip_bitwise_with_state_and_without_compile_s_prefix(tmp_path):
+    model = wild(tiny(qkv_bias=True, rope_scaling=LLAMA3), torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters())
+    compiled = torch.compile(model, backend="eager")
+    compiled(torch.zeros(1, 3, dtype=torch.long)).sum().backward()
+    optimizer.step()
+    state = dict(step=7, plan="idea", shares=[0.5, None], optimizer=optimizer.state_dict())
+    save(tmp_path / "ckpt_9.pt", GPT(tiny()), step=6)
+    for wrapped in (model, compiled):
+        save(tmp_path / "ckpt_10.pt", wrapped, **state)
+        found, other = load(tmp_path)                                # the newest by number, not by name
+        assert found.config == model.config and type(found) is GPT and all(p.requires_grad for p in found.parameters())
+        assert list(found.state_dict()) == list(model.state_dict()) and set(other) == {"format", *state}
+        assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), model.state_dict().values()))
+        assert {k: other[k] for k in ("step", "plan", "shares")} == {k: state[k] for k in ("step", "plan", "shares")}
+        moments = [o["state"][3]["exp_avg"] for o in (other["optimizer"], state["optimizer"])]
+        assert torch.equal(*moments) and moments[0].any()
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["ckpt_10.pt", "ckpt_9.pt"]
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_load_refuses_in_one_sentence_what_is_no_checkpoint_and_never_runs_code(tmp_path):
+    model, whole, file, marker = GPT(tiny()), tmp_path / "whole.pt", tmp_path / "bad.pt", tmp_path / "ran"
+    save(whole, model)
+    content = torch.load(whole, weights_only=True)
+
+    def refused(says):
+        with pytest.raises(UserError, match=says) as problem:
+            load(file)
+        assert "\n" not in str(problem.value) and "bad.pt" in str(problem.value) and len(str(problem.value)) < 500
+
+    refused("no checkpoint at .*; give")
+    raw = whole.read_bytes()
+    for length in (0, 1, 2, 10, 100, len(raw) // 2, len(raw) - 100, len(raw) - 1):
+        file.write_bytes(raw[:length])
+        refused("truncated or no checkpoint|not a checkpoint")
+    for text in (b"hello", b"\x80\x02.", b"PK\x03\x04" + bytes(999), bytes(range(256)) * 9):
+        file.write_bytes(text)
+        refused("truncated or no checkpoint|not a checkpoint")
+    for other, says in [({"format": "nanoprune checkpoint 0"}, "format 'nanoprune checkpoint 0', this code reads"),
+                        ({"format": None}, "format None"), ({"config": {"n_layer": 3}}, "config"),
+                        ({"model": {k: v for k, v in content["model"].items() if "up" not in k}}, "ffn.up"),
+                        ({"model": content["model"] | {"blocks.0.attn.q.weight": torch.ones(3)}}, "attn.q")]:
+        torch.save(content | other, file)
+        refused(says)
+    for missing in ("config", "model"):
+        torch.save({k: v for k, v in content.items() if k != missing}, file)
+        refused(missing)
+    torch.save([1, 2], file)
+    refused("format 'list'")
+    for dump in (torch.save, lambda o, f: f.write_bytes(pickle.dumps(o))):
+        dump({"format": FORMAT, "step": Bomb(marker)}, file)
+        refused("pickled code is never run")
+        assert not marker.exists()
+    pickle.loads(file.read_bytes()).clear()
+    assert marker.exists()                                           # the bomb was live
+
+
+def test_an_interrupted_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "ckpt_1.pt"
+    save(path, GPT(tiny()), step=1)
+    old = path.read_bytes()
+
+    def half(content, file):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        save(path, GPT(tiny()), step=2)
+    assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["ckpt_1.pt"]

@@ -1,0 +1,142 @@
+"""Invariants of schedule.py against numbers written out by hand; the order in which the project's files import."""
+import ast
+from pathlib import Path
+
+import pytest
+
+from schedule import LAWS, PLANS, lr_at, resolve, score_at, size_at, stage_at
+
+ROOT = Path(__file__).parent.parent
+PRUNING = [name for name, rows in PLANS.items() if any(s.name == "prune" for s in rows)]
+COSTS = {"dense": lambda size: 600 + 5400 * size, "all removable": lambda size: 1e9 * size, "flat": lambda size: 7.0}
+
+
+def plan(name, steps, final_size=.5, **kw):
+    return resolve(name, steps, final_size, flops_at_size=kw.pop("flops_at_size", COSTS["dense"]), **kw)
+
+
+HALF = [1, .86819805, .55, .23180195, .1]    # a cycle of 5 steps, one of warm-up: .1 + .45 (1 + cos(k pi/4))
+LR = {  # 10 steps between 1.0 and .1: (plan, warm-up share, shape, decay share) -> the rate of every step
+    ("idea", .2, "cosine", .1): [.5, 1, .96574579, .86819805, .72220754, .55, .37779246, .23180195, .13425421, .1],
+    ("idea", .2, "wsd", .3): [.5, 1, 1, 1, 1, 1, 1, .7, .4, .1],
+    ("naive", .2, "cosine", .1): HALF + HALF,                   # the restart
+    ("oneshot", .0, "wsd", .0): [1, 1, 1, 1, 1, 1, 1, 1, 1, .1],  # at least one step of warm-up, and one of decay
+    ("scratch", 1., "cosine", .1): [.1, .2, .3, .4, .5, .6, .7, .8, .9, 1],
+    ("scratch", 1., "wsd", .5): [.1, .2, .3, .4, .5, .6, .7, .8, .9, 1],
+    ("scratch", .8, "wsd", .5): [.125, .25, .375, .5, .625, .75, .875, 1, .55, .1]}  # decay gives way to warm-up
+
+
+@pytest.mark.parametrize("case", LR)
+def test_learning_rates_are_the_written_ones(case):
+    name, warmup_share, shape, decay_share = case
+    t = plan(name, 10, cuts=2)
+    rates = [lr_at(s, t, 1.0, .1, warmup_share, shape, decay_share) for s in range(10)]
+    assert rates == pytest.approx(LR[case], abs=1e-8)
+
+
+@pytest.mark.parametrize("shape", ["cosine", "wsd"])
+def test_first_rate_is_above_zero_and_the_last_of_every_cycle_is_min_lr_exactly(shape):
+    for name in PLANS:
+        for steps in (10, 37, 1000):
+            t = plan(name, steps, cuts=2)
+            for lr, min_lr in ((1.0, .1), (3e-4, 3e-5), (.7, .0), (6e-4, 7e-5)):
+                rates = [lr_at(s, t, lr, min_lr, shape=shape) for s in range(steps)]
+                assert max(rates) == lr and all(rates[a] > 0 for a, _ in t.cycles)
+                assert [rates[b - 1] for _, b in t.cycles] == [min_lr] * len(t.cycles)
+            assert len(t.cycles) == (2 if name == "naive" else 1) and t.cycles[0][0] == 0 and t.cycles[-1][1] == steps
+
+
+SIZES = {  # 20 steps, prune stage 10 … 13, 4 cuts: sizes of the steps 9 … 14
+    ("cubic", .5): [1, .7109375, .5625, .5078125, .5, .5],
+    ("linear", .5): [1, .875, .75, .625, .5, .5],
+    ("geometric", .0625): [1, .5, .25, .125, .0625, .0625],
+    ("oneshot", .5): [1, .5, .5, .5, .5, .5]}
+
+
+@pytest.mark.parametrize("law, final", SIZES)
+def test_sizes_are_the_written_ones(law, final):
+    t = plan("idea", 20, final, law=law, cuts=4)
+    assert [size_at(s, t) for s in range(9, 15)] == pytest.approx(SIZES[law, final], abs=1e-12)
+    assert [size_at(s, t) for s in (0, 8, 15, 19)] == [1, 1, final, final] and set(LAWS) == {law for law, _ in SIZES}
+
+
+def test_cuts_stages_and_scores_are_the_written_ones():
+    assert [s for s, _ in plan("idea", 40, cuts=3).events] == [20, 23, 27]     # first and last step of the stage
+    t = plan("idea", 20, cuts=2)
+    assert "".join(stage_at(s, t).name[0] for s in range(20)) == "eeeeeeeeeepppprrrrrr"
+    assert [s for s, _ in t.events] == [10, 13] and t.slice_at == 13
+    assert [s for s in range(20) if score_at(s, t, every=5, window=8)] == [4, 9, 12]    # last: right before the cut
+    assert [s for s in range(20) if score_at(s, t, every=5, window=5)] == [9, 12]
+    assert [s for s in range(20) if score_at(s, t, every=2, window=100)] == [1, 3, 5, 7, 9, 10, 12]
+    t = plan("naive", 10)
+    assert "".join(stage_at(s, t).name[0] for s in range(10)) == "eeeeeprrrr" and t.events == ((5, .5),)
+    t = plan("idea", 20, cuts=2, enlarge_share=.25, prune_share=.5, slice_at=17)
+    assert [(s.name, a, b) for s, a, b in t.stages] == [("enlarge", 0, 5), ("prune", 5, 15), ("recover", 15, 20)]
+    assert t.slice_at == 17 and not any(score_at(s, plan("kd", 9), every=1) for s in range(9))
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_plans_end_at_exactly_final_size_and_only_shrink_at_events_inside_the_prune_stage(name):
+    for law in (None, *LAWS) if name in PRUNING else (None,):
+        for steps, cuts, final in ((50, 4, .3), (173, 20, .1), (400, 7, .7), (60, 2, 1 / 3), (90, 3, 0.123456789)):
+            t = plan(name, steps, final, law=law, cuts=cuts, prune_share=law and .4)    # None: the plan's own row
+            sizes, events = [size_at(s, t) for s in range(steps)], dict(t.events)
+            assert sizes[-1] == (final if name in PRUNING else 1.0) and sizes[0] == 1
+            assert all(b < a if s in events else b == a for s, (a, b) in enumerate(zip(sizes, sizes[1:]), 1))
+            assert all(stage_at(s, t).name == "prune" for s in events) and len(events) == len(t.events)
+            assert [sum(a <= s < b for _, a, b in t.stages) for s in range(steps)] == [1] * steps
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("cuts", [1, 5, 20])
+@pytest.mark.parametrize("final", [.05, .2, .5, .9])
+def test_journey_prunes_between_25_and_75_percent_of_the_credited_flops_within_one_step(cost, cuts, final):
+    for steps in (60, 101, 350):
+        t = plan("journey", steps, final, cuts=cuts, flops_at_size=COSTS[cost])
+        step_flops = [COSTS[cost](size_at(s, t)) for s in range(steps)]
+        (_, a, b), total = t.stages[1], sum(step_flops)
+        missed = abs(sum(step_flops[:a]) - .25 * total), abs(sum(step_flops[:b]) - .75 * total)
+        if cuts < 20 or steps > 200:            # 20 cuts in some 20 steps are placed too coarsely for this
+            assert max(missed) <= .75 * step_flops[0], (steps, missed, step_flops[0])
+        assert max(missed) <= 1.2 * step_flops[0], (steps, missed, step_flops[0])
+
+
+@pytest.mark.parametrize("call, says", [
+    (dict(plan="ideal", steps=99), "no plan 'ideal'; there are scratch, naive"),
+    (dict(plan="idea", steps=99, law="quartic"), "no law 'quartic'.*cubic, linear"),
+    (dict(plan="idea", steps=99, enlarge_share=.7, prune_share=.3), "share of 0.7 and the prune stage of 0.3.*below 1"),
+    (dict(plan="idea", steps=99, enlarge_share=0), "share of 0 and"),
+    (dict(plan="idea", steps=99, prune_share=-.1), "prune stage of -0.1"),
+    (dict(plan="idea", steps=50, cuts=11), "11 cuts need at least 11 .*25 to 35 of 50: .* --steps or fewer --cuts"),
+    (dict(plan="idea", steps=50, cuts=0), "0 cuts"),
+    (dict(plan="idea", steps=2), "2 steps are fewer than the 3 stages.*more --steps"),
+    (dict(plan="idea", steps=50, cuts=4, slice_at=33), "--slice-at 33 is outside of .34, 50"),
+    (dict(plan="idea", steps=50, cuts=4, slice_at=50), "--slice-at 50 is outside of .34, 50"),
+    (dict(plan="scratch", steps=50, prune_share=.1), "--prune-share has no effect in plan 'scratch'"),
+    (dict(plan="scratch", steps=50, enlarge_share=0.), "--enlarge-share has no effect"),
+    (dict(plan="kd", steps=50, law="cubic"), "--law has no effect in plan 'kd'"),
+    (dict(plan="kd", steps=50, slice_at=0), "--slice-at has no effect in plan 'kd'")])
+def test_refusals_are_one_sentence_with_the_numbers_and_the_remedy(call, says):
+    with pytest.raises(ValueError, match=says) as problem:
+        resolve(final_size=.5, **call)
+    assert "\n" not in str(problem.value)
+    plan("idea", 50, cuts=10), plan("idea", 50, cuts=4, slice_at=34), plan("idea", 50, cuts=4, slice_at=49)   # allowed
+
+
+def imports(file):
+    """Top-level names of the modules that a file imports, anywhere in it."""
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    found = [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
+    return {name.split(".")[0] for name in found + [n.module for n in nodes if isinstance(n, ast.ImportFrom)]}
+
+
+def test_files_import_only_files_further_down_and_schedule_none_of_ours_and_no_torch():
+    rows = ["common", "model schedule distill data report", "eval", "prune folder", "train", "export scaling bench",
+            "reproduce"]
+    place = {name: i for i, row in enumerate(rows) for name in row.split()}
+    for file in ROOT.glob("*.py"):
+        assert file.stem in place, f"give {file.name} a row in this test and in the README's table"
+        wrong = {other for other in imports(file) if place.get(other, -1) >= place[file.stem]}
+        assert not wrong, f"{file.name} must not import {wrong}"
+    assert imports(ROOT / "schedule.py") == {"bisect", "dataclasses", "functools", "math"}
+    assert imports(ROOT / "train.py") >= {"model", "eval", "prune", "contextlib"}              # the finder finds

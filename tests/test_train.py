@@ -1,0 +1,315 @@
+"""The loop: stages compose, killed runs go on, processes agree, cuts compile nothing, plans end where they promise."""
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import folder
+import model as models
+import report
+import schedule
+import train
+from common import UserError, read_records
+
+ROOT = Path(__file__).parent.parent
+TOY = dict(preset="toy", enlarge_kv=2, steps=60, batch_tokens=256, micro_batch=1, cuts=4, score_window=10, eval_windows=4,
+           eval_every=20, save_every=7, lr=1e-2, min_lr=1e-3, device="cpu")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def flags(**settings):
+    return [word for k, v in settings.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+
+
+def start(*launcher, **settings):
+    return subprocess.Popen([*(launcher or (sys.executable,)), str(ROOT / "train.py"), *flags(**{**TOY, **settings})],
+                            env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def train_toy(out, **settings):
+    return train.main(train.Train(**{**TOY, **settings, "out": str(out)}), bar=False)
+
+
+def result(out):
+    """What must be the same bit for bit: all of the last checkpoint and all records, but for seconds."""
+    model, state = models.load(out)
+    state["window"].pop(5)
+    without_time = {k: v for k, v in state.items() if k not in ("seconds", "provenance")}
+    records = [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second", "peak_bytes", "pruning_share",
+                                                        "file")} for r in read_records(Path(out) / "metrics.jsonl")]
+    without_time["teacher_file"] = state["teacher_file"] and state["teacher_file"]["sha256"]
+    return model.state_dict(), without_time, records
+
+
+def same(a, b):
+    """Equal, tensors bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An idea-kd run in one go, as the reference."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train_toy(out, plan="idea-kd")
+    return result(out)
+
+
+def test_stages_one_by_one_are_the_whole_run(tmp_path, whole):
+    for stage in ("enlarge", "prune", "recover"):
+        train_toy(tmp_path / "run", plan="idea-kd", stage=stage)
+    assert same(result(tmp_path / "run"), whole)
+
+
+def test_another_seed_is_another_run(tmp_path, whole):
+    train_toy(tmp_path / "run", plan="idea-kd", seed=1)
+    assert not same(result(tmp_path / "run")[0], whole[0])
+
+
+def test_killed_at_random_steps_is_never_killed(tmp_path, whole):
+    out, dice = tmp_path / "run", random.Random()
+    for kill_at in sorted(dice.sample(range(1, 60), 2)):
+        process = start(plan="idea-kd", out=out)
+        while process.poll() is None:
+            if any(r["step"] >= kill_at for r in read_records(out / "metrics.jsonl")[1:]):
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        process.communicate()
+    process = start(plan="idea-kd", out=out)
+    assert process.wait() == 0, process.stderr.read()
+    assert same(result(out), whole)
+
+
+def test_sigterm_saves_says_how_to_go_on_and_loses_nothing(tmp_path, whole):
+    out = tmp_path / "run"
+    process = start(plan="idea-kd", out=out)
+    while not any(r["tag"] == "step" for r in read_records(out / "metrics.jsonl")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in printed
+    assert 10 <= models.load(out)[1]["step"] < 60
+    train_toy(out, plan="idea-kd")
+    assert same(result(out), whole)
+
+
+def test_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
+    train_toy(tmp_path / "run", plan="scratch", steps=10)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    train_toy(tmp_path / "run", plan="scratch", steps=10)
+    assert "is finished" in capsys.readouterr().out
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-9), ("float32", 1e-3)])
+def test_two_processes_are_one(tmp_path, dtype, tolerance):
+    settings = dict(plan="idea", dtype=dtype, steps=70)             # 50 steps and more, through cuts and the slice
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = start(*torchrun, out=tmp_path / "two", **settings)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    train_toy(tmp_path / "one", **settings)
+    (one, state_one, records_one), (two, state_two, records_two) = result(tmp_path / "one"), result(tmp_path / "two")
+    assert state_one["run"] == state_two["run"] and len(records_one) == len(records_two)
+    for a, b in zip(records_one, records_two):
+        assert a["tag"] == b["tag"] and a.get("d_ff") == b.get("d_ff") and a.get("n_kv_head") == b.get("n_kv_head")
+        for key in ("loss", "val_loss", "grad_norm"):
+            assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=tolerance)
+    if dtype == "float64":                                          # the same units were cut: the same weights are left
+        assert all(torch.allclose(one[k], two[k], rtol=0, atol=1e-6) for k in one)
+
+
+@pytest.mark.parametrize("plan, graphs", [("scratch", 1), ("idea", 2), ("naive", 2), ("idea-kd", 3)])
+def test_cuts_compile_nothing(tmp_path, monkeypatch, plan, graphs):
+    """One graph before the slice, one after it; one more where a teacher joins in between."""
+    from torch._dynamo.testing import CompileCounter
+    torch._dynamo.reset()
+    counter, compile = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, **options: compile(module, backend=counter, fullgraph=True))
+    train_toy(tmp_path / "run", plan=plan, compile=True, drop_teacher=False, slice_at=None if plan == "scratch" else 50)
+    assert counter.frame_count == graphs
+    assert all("_orig_mod" not in key for key in result(tmp_path / "run")[0])
+
+
+@pytest.mark.parametrize("plan", [name for name in schedule.PLANS if name != "kd"])
+def test_every_plan_ends_at_the_target(tmp_path, plan):
+    r = train_toy(tmp_path / "run", plan=plan)
+    model, _ = models.load(tmp_path / "run")
+    assert model.config == r.target == models.preset("toy", 256)[0]
+    losses = [e["val_loss"] for e in report.records(tmp_path / "run")["eval"]]
+    assert losses[-1] < losses[0] - 1
+
+
+def test_journey_prunes_between_a_quarter_and_three_quarters_of_the_credited_flops(tmp_path):
+    r = train_toy(tmp_path / "run", plan="journey", steps=200, cuts=10, batch_tokens=64)
+    records = report.records(tmp_path / "run")
+    total = records["summary"][0]["flops_credited"]
+    first, last = (next(span for stage, *span in r.timeline.stages if stage.name == "prune"))
+    spent = {e["step"]: e["flops_credited"] for e in records["step"]}
+    per_step = spent[10] / 10
+    for step, share in ((first, .25), (last, .75)):
+        below, above = step // 10 * 10, -(-step // 10) * 10
+        assert spent[below] - per_step <= share * total <= spent[above] + per_step
+
+
+def test_executed_flops_exceed_credited_ones_by_dead_units_only(tmp_path):
+    early, late = (train_toy(tmp_path / str(at), plan="idea", slice_at=at) for at in (None, 55))
+    assert early.state.flops[1] == pytest.approx(late.state.flops[1], rel=1e-6)         # scoring aside
+    assert late.state.flops[0] > early.state.flops[0] > early.state.flops[1]
+    assert all(torch.allclose(early.state.model.state_dict()[k], v, atol=2e-3)
+               for k, v in late.state.model.state_dict().items())
+
+
+def test_teacher_is_dropped_when_overtaken_and_both_losses_are_recorded(tmp_path):
+    train_toy(tmp_path / "run", plan="idea-kd", steps=200, prune_share=.1)
+    dropped = [e for e in report.records(tmp_path / "run")["teacher"] if e.get("dropped")]
+    assert len(dropped) == 1 and dropped[0]["teacher_ce"] >= dropped[0]["student_ce"]
+    after = [e for e in report.records(tmp_path / "run")["step"] if e["step"] > dropped[0]["step"] + 10]
+    assert after and all(e["kl"] == 0 for e in after)
+    train_toy(tmp_path / "kept", plan="idea-kd", steps=200, prune_share=.1, drop_teacher=False)
+    assert report.records(tmp_path / "kept")["step"][-1]["kl"] > 0
+
+
+def test_given_teacher_teaches_and_must_not_change(tmp_path, monkeypatch):
+    train_toy(tmp_path / "teacher", plan="scratch", seed=5)
+    teacher = str(max((tmp_path / "teacher").glob("ckpt*")))
+    r = train_toy(tmp_path / "run", plan="kd", teacher=teacher, drop_teacher=False)
+    assert all(e["kl"] > 0 for e in report.records(tmp_path / "run")["step"])
+    assert all(p.grad is None and not p.requires_grad for p in r.state.teacher.parameters())
+    for late in (tmp_path / "run").glob("ckpt_*60.pt"):
+        late.unlink()
+    model, state = models.load(teacher)
+    model.embed.weight.data += 1
+    models.save(teacher, model, **state)
+    with pytest.raises(UserError, match="has changed since the run began"):
+        train_toy(tmp_path / "run", plan="kd", teacher=teacher, drop_teacher=False)
+
+
+def test_naive_restarts_the_learning_rate_and_adam(tmp_path):
+    r = train_toy(tmp_path / "run", plan="naive", stage="prune")
+    assert all(state["step"] == 1 for state in r.state.optimizer.state.values())        # one step since the restart
+    lrs = [e["lr"] for e in report.records(train_toy(tmp_path / "run", plan="naive").folder.path)["step"]]
+    assert lrs[2] == pytest.approx(1e-3) and lrs[-1] == pytest.approx(1e-3) and max(lrs[3:]) > 5e-3
+
+
+def test_non_finite_loss_stops_before_the_update(tmp_path):
+    with pytest.raises(UserError, match="not applied; lower --lr"):
+        train_toy(tmp_path / "run", plan="scratch", lr=1e20, min_lr=1e20, clip=1e30, weight_decay=0., save_every=1)
+    model, _ = models.load(tmp_path / "run")
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+REFUSED = {
+    "unknown plan": (dict(plan="ideal"), "'ideal' is not one of scratch, naive"),
+    "unknown preset": (dict(preset="huge"), "no preset 'huge'; there are toy"),
+    "target larger than the enlarged": (dict(enlarge_ff=.5), "larger than the enlarged model"),
+    "nothing to prune": (dict(enlarge_ff=1, enlarge_kv=1), "--enlarge-ff above 1"),
+    "batch": (dict(batch_tokens=1000), r"1000 is not a multiple of 1 sequences x 64 tokens x 1 processes = 64; try 1024"),
+    "too many cuts": (dict(cuts=30), "30 cuts need at least 30 steps"),
+    "slice before the last cut": (dict(slice_at=31), "--slice-at 31 is outside of"),
+    "stage": (dict(plan="scratch", stage="prune"), "no stage 'prune'"),
+    "flag without effect": (dict(plan="scratch", law="cubic"), "--law has no effect in plan 'scratch'"),
+    "teacher without use": (dict(teacher="x.pt"), "no use for --teacher"),
+    "teacher missing": (dict(plan="kd"), "needs --teacher"),
+    "teacher not there": (dict(plan="kd", teacher="x.pt"), "no checkpoint at x.pt"),
+    "negative": (dict(lr=-1.), "--lr -1.0 must be positive"),
+    "zero steps": (dict(steps=0), "--steps 0 must be positive"),
+    "minimum above maximum": (dict(min_lr=1.), "--min-lr 1.0 must be between 0 and 0.01"),
+    "missing corpus": (dict(data="nowhere/*.txt"), "nowhere"),
+    "device": (dict(device="cuda:7" if not torch.cuda.is_available() else "tpu"), "not available here"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_in_one_sentence_and_writes_nothing(tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    settings, words = REFUSED[case]
+    with pytest.raises(UserError, match=words) as refusal:
+        train_toy(tmp_path / "run", **settings)
+    assert "\n" not in str(refusal.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["", "x = 1\n"])
+def test_empty_and_one_line_corpora_are_refused(tmp_path, text):
+    (tmp_path / "corpus.txt").write_text(text)
+    with pytest.raises(UserError, match="give"):
+        train_toy(tmp_path / "run", data=str(tmp_path / "corpus.txt"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_of_another_configuration_is_refused_and_left_alone(tmp_path):
+    train_toy(tmp_path / "run", plan="scratch", steps=10)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    with pytest.raises(UserError, match="lr is 0.01 there and 0.02 here.*another --out"):
+        train_toy(tmp_path / "run", plan="scratch", steps=10, lr=.02)
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+
+
+def test_truncated_newest_checkpoint_is_named_and_the_one_before_still_works(tmp_path, whole):
+    train_toy(tmp_path / "run", plan="idea-kd")
+    last = models.newest(tmp_path / "run")
+    last.write_bytes(last.read_bytes()[:5000])
+    with pytest.raises(UserError, match=f"{last.name} is truncated.*delete it to go on from the one before"):
+        train_toy(tmp_path / "run", plan="idea-kd")
+    last.unlink()
+    train_toy(tmp_path / "run", plan="idea-kd")
+    assert same(result(tmp_path / "run"), whole)
+
+
+def test_full_disk_ends_with_a_sentence_and_the_last_checkpoint_stays(tmp_path, monkeypatch, capsys):
+    fsync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(1)
+        if len(calls) > 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(common.os, "fsync", full)
+    with pytest.raises(SystemExit) as stop:
+        common.run(lambda: train_toy(tmp_path / "run", plan="scratch"))
+    assert stop.value.code == 2 and "No space left on device" in capsys.readouterr().err
+    assert models.load(tmp_path / "run")[1]["step"] == 14                 # metrics.jsonl, then steps 0, 7 and 14
+    assert not list((tmp_path / "run").glob(".*"))                         # no temporary file is left
+
+
+def test_command_line_says_one_sentence_and_exits_with_2(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out, words in ((tmp_path / "file" / "run", "Not a directory"), ("/proc/nanoprune", "check the path")):
+        process = start(plan="scratch", out=out)
+        _, errors = process.communicate()
+        assert process.returncode == 2 and words in errors and "Traceback" not in errors
+
+
+def test_keeps_the_last_two_checkpoints_and_the_teacher(tmp_path):
+    train_toy(tmp_path / "run", plan="idea-kd")
+    names = sorted(p.name for p in (tmp_path / "run").iterdir())
+    assert names == ["ckpt_00000056.pt", "ckpt_00000060.pt", "metrics.jsonl", "run.png", "teacher.pt"]
+
+
+def test_records_are_as_documented(tmp_path):
+    train_toy(tmp_path / "run", plan="idea-kd")
+    for record in read_records(tmp_path / "run" / "metrics.jsonl"):
+        for key in ("tag", "step", "tokens"):
+            assert key in record
+        if record["tag"] != "config":
+            for key in record:
+                assert key in ("tag", "step", "tokens", "plan", "preset", "seed") or f"`{key}`" in train.__doc__, key
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["tag"] == "summary"
+    assert folder.provenance()["torch"] == torch.__version__
