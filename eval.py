@@ -73,8 +73,7 @@ def evaluate(model, tokens, byte_lengths, windows=256, stride=0, batch=32):
 
 
 def sample(model, tokenizer, prompt_ids, tokens, temperature=0.8, top_k=50, seed=0):
-    """Continue prompt_ids (N,) -> the continuation as text. Drawn on the CPU, so that devices agree on the random
-    numbers."""
+    """Continue prompt_ids (N,) by so many tokens -> the continuation as text."""
     device = model.embed.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     idx = torch.from_numpy(np.asarray(prompt_ids).astype(np.int64))[None].to(device)

@@ -287,8 +287,8 @@ def preset(name, vocab_size, enlarge_ff=2.6, enlarge_kv=1.0):
     wide_ff = d_ff if enlarge_ff == 1 else 8 * round(d_ff * enlarge_ff / 8)
     wide_k = round(K * enlarge_kv)
     if min(enlarge_ff, enlarge_kv) < 1:
-        raise UserError(f"the target must not be larger than the enlarged model, here {enlarge_ff} times its {d_ff} "
-                        f"neurons and {enlarge_kv} times its {K} KV heads; give --enlarge-ff and --enlarge-kv of at least 1")
+        raise UserError(f"the target must not be larger than the enlarged model with {enlarge_ff} times its {d_ff} "
+                        f"neurons, {enlarge_kv} times its {K} KV heads; give --enlarge-ff, --enlarge-kv of at least 1")
     return target, target.resized({(l, kind): n for l in range(L) for kind, n in (("ffn", wide_ff), ("kv", wide_k))})
 
 

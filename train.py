@@ -51,6 +51,8 @@ from eval import evaluate, sample
 from folder import Folder, State
 
 LOG_EVERY = 10                               # steps per "step" record, which holds means over them
+PEAK_LR = {"toy": 1e-2, "laptop": 1e-2, "10m": 1e-3,                  # laptop: tuned for plan scratch (README)
+           "124m": 6e-4, "1.3b": 2e-4}                                # GPT-3's (arXiv 2005.14165, table 2.1)
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ class Train:
     steps: int = 1500                        # optimizer steps of the whole plan
     batch_tokens: int = 4096                 # tokens per step, over all processes
     micro_batch: int = 16                    # sequences per forward pass of a process; the rest is accumulated
-    lr: float = 3e-3                         # peak learning rate
-    min_lr: float = 3e-4                     # at the end of a cycle
+    lr: float | None = None                  # peak learning rate; default: the preset's (PEAK_LR)
+    min_lr: float | None = None              # at the end of a cycle; default: a tenth of the peak
     shape: str = "cosine"                    # of the learning rate: cosine or wsd
     warmup_share: float = 0.05               # of a cycle
     weight_decay: float = 0.1                # of matrices (AdamW)
@@ -93,12 +95,18 @@ class Train:
     compile: bool | None = None              # torch.compile; default: on a GPU only
 
 
-def check(config):
-    """Refuse values that no later check would name."""
+def resolve(config, on_gpu):
+    """Fill the defaults that depend on the machine or on other settings; refuse what no later check would name."""
     for name, allowed in (("plan", tuple(schedule.PLANS)), ("stage", ("all", "enlarge", "prune", "recover")),
-                          ("shape", ("cosine", "wsd")), ("dtype", ("float32", "bfloat16", "float64"))):
+                          ("preset", tuple(models.PRESETS)), ("shape", ("cosine", "wsd")),
+                          ("dtype", ("auto", "float32", "bfloat16", "float64"))):
         if getattr(config, name) not in allowed:
             raise UserError(f"--{name} {getattr(config, name)!r} is not one of {', '.join(allowed)}")
+    lr = PEAK_LR[config.preset] if config.lr is None else config.lr
+    config = dataclasses.replace(
+        config, lr=lr, min_lr=lr / 10 if config.min_lr is None else config.min_lr,
+        dtype=("bfloat16" if on_gpu else "float32") if config.dtype == "auto" else config.dtype,
+        compile=on_gpu if config.compile is None else config.compile)
     for name in ("steps", "batch_tokens", "micro_batch", "lr", "clip", "cuts", "score_every", "score_window",
                  "kd_temperature", "eval_every", "eval_windows", "save_every"):
         if not getattr(config, name) > 0:
@@ -106,6 +114,7 @@ def check(config):
     for name, most in (("kd_weight", 1), ("warmup_share", 1), ("min_lr", config.lr), ("weight_decay", 1 / config.lr)):
         if not 0 <= getattr(config, name) <= most:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be between 0 and {most:g}")
+    return config
 
 
 def plan(config, vocab_size):
@@ -168,10 +177,7 @@ class Run:
         on_gpu = self.device.startswith("cuda")
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if on_gpu else "gloo")
-        dtype = ("bfloat16" if on_gpu else "float32") if config.dtype == "auto" else config.dtype
-        self.config = c = dataclasses.replace(config, dtype=dtype)
-        self.compile = on_gpu if c.compile is None else c.compile
-        check(c)
+        self.config = c = resolve(config, on_gpu)
         if self.rank:
             dist.barrier()                                # the first process prepares the corpus for all
         self.corpus = data.load(c.data, c.tokenizer)
@@ -204,7 +210,7 @@ class Run:
     def wrap(self):
         """The training step's module around the model as it is now; anew after a slice."""
         objective = Objective(self.state.model, self.config.kd_weight, self.config.kd_temperature)
-        objective = torch.compile(objective, dynamic=False) if self.compile else objective
+        objective = torch.compile(objective, dynamic=False) if self.config.compile else objective
         self.objective = DistributedDataParallel(objective) if self.world > 1 else objective
 
     @contextlib.contextmanager
@@ -232,7 +238,8 @@ class Run:
         """Record the hold-out's loss."""
         if self.rank == 0:
             with self.timed("eval"):
-                found = evaluate(self.state.model, self.corpus.val, self.byte_lengths, self.config.eval_windows)
+                found = evaluate(self.state.model, self.corpus.val, self.byte_lengths, self.config.eval_windows,
+                                 batch=self.config.micro_batch)
             self.log(tag, val_loss=found["loss"], bits_per_byte=found["bits_per_byte"], **self.shape(), **about)
 
     def sample(self, when):

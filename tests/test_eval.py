@@ -1,0 +1,152 @@
+"""The evaluation protocol against the plain formula, the command on files, the report's table and picture."""
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+import torch.nn.functional as F
+
+import data
+import eval as evaluation
+import report
+import train
+from common import UserError
+from model import GPT, GPTConfig, load
+
+ROOT = Path(__file__).parent.parent
+CONFIG = GPTConfig(vocab_size=256, block_size=16, d_model=16, head_dim=8, n_head=(2,), n_kv_head=(1,), d_ff=(8,))
+ONE_EACH = np.ones(256, dtype=np.int64)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    m = GPT(CONFIG).double()
+    with torch.no_grad():
+        for p in m.parameters():
+            p.mul_(20)                                       # losses that differ from token to token
+    return m
+
+
+@pytest.fixture
+def tokens():
+    return np.random.default_rng(0).integers(0, 256, 200).astype(np.uint16)
+
+
+def plain(model, rows):
+    """(N, T + 1) -> (N, T) nats, from full logits."""
+    rows = torch.from_numpy(rows.astype(np.int64))
+    losses = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
+    return losses.view(len(rows), -1)
+
+
+def test_windows_are_evenly_spaced_whole_and_all_of_their_targets_count(model, tokens):
+    starts = [0, 48, 96, 144]                                # 4 of the 12 windows in 200 tokens
+    expected = plain(model, np.stack([tokens[s:s + 17] for s in starts])).mean().item()
+    found = evaluation.evaluate(model, tokens, ONE_EACH, windows=4, batch=3)
+    assert found["loss"] == pytest.approx(expected, rel=1e-12) and found["tokens"] == 64
+    assert found["perplexity"] == pytest.approx(math.exp(expected)) and \
+        found["bits_per_byte"] == pytest.approx(expected / math.log(2))
+    every = evaluation.evaluate(model, tokens, ONE_EACH, windows=0)
+    assert every["tokens"] == 12 * 16
+    assert evaluation.evaluate(model, tokens, ONE_EACH, windows=99) == every
+
+
+@pytest.mark.parametrize("stride, batch", [(1, 7), (5, 2), (16, 32)])
+def test_stride_counts_every_token_once_with_the_promised_context(model, tokens, stride, batch):
+    starts = range(0, len(tokens) - 16, stride)
+    losses = [plain(model, tokens[None, s:s + 17])[0, 0 if s == 0 else -stride:] for s in starts]
+    found = evaluation.evaluate(model, tokens, ONE_EACH, stride=stride, batch=batch)
+    assert found["tokens"] == 16 + stride * (len(starts) - 1)
+    assert found["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-12)
+
+
+def test_bits_per_byte_divides_by_the_bytes_of_the_counted_tokens(model):
+    ranks = {bytes([i]): i for i in range(256)} | {b"ab": 256, b"abab": 257}
+    tokenizer = data.Tokenizer("pairs", tiktoken.Encoding("pairs", pat_str=r".+", mergeable_ranks=ranks,
+                                                          special_tokens={"<|endoftext|>": 258}), 258)
+    text = "abab xy ab äöü " * 20
+    tokens = tokenizer.encode(text)
+    torch.manual_seed(0)
+    wide = GPT(GPTConfig(**{**CONFIG.__dict__, "vocab_size": tokenizer.vocab_size}))
+    found = evaluation.evaluate(wide, tokens, tokenizer.byte_lengths(), windows=0)
+    counted = tokens[1:found["tokens"] + 1]
+    bits = found["loss"] * found["tokens"] / math.log(2)
+    assert found["bits_per_byte"] == pytest.approx(bits / sum(len(tokenizer.token_bytes(int(t))) for t in counted))
+    assert found["bits_per_byte"] < found["loss"] / math.log(2)
+
+
+@pytest.mark.parametrize("stride", [17, -1])
+def test_bad_strides_and_short_texts_are_refused(model, tokens, stride):
+    with pytest.raises(UserError, match=f"--stride {stride} must be between 1 and the context of 16"):
+        evaluation.evaluate(model, tokens, ONE_EACH, stride=stride)
+    with pytest.raises(UserError, match="16 tokens, one window takes 17"):
+        evaluation.evaluate(model, tokens[:16], ONE_EACH)
+
+
+@pytest.fixture(scope="module")
+def toy_runs(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    for plan in ("scratch", "idea"):
+        for seed in (0, 1):
+            train.main(train.Train(plan=plan, seed=seed, preset="toy", steps=30, batch_tokens=256, micro_batch=4,
+                                   cuts=3, eval_windows=4, out=str(out / f"{plan}-{seed}"), device="cpu"), bar=False)
+    return out
+
+
+def command(script, *words, **options):
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, words)], capture_output=True, text=True,
+                          **options)
+
+
+def test_command_evaluates_a_run_as_its_own_records_do_and_samples(toy_runs):
+    done = command("eval.py", toy_runs / "idea-0", "--windows", 4, "--sample", "def ", "--tokens", 20)
+    assert done.returncode == 0, done.stderr
+    recorded = report.records(toy_runs / "idea-0")["summary"][0]
+    assert f"{recorded['val_loss']:.4f} nats per token" in done.stdout
+    assert f"{recorded['params']:,} parameters" in done.stdout
+    assert "\n\ndef " in done.stdout and len(done.stdout.split("\n\ndef ")[1]) >= 10
+    assert load(toy_runs / "idea-0")[0].config.d_ff == (64, 64)
+
+
+def test_command_on_raw_text_and_its_refusals(toy_runs, tmp_path):
+    (tmp_path / "text.txt").write_text("import os\n" * 50)
+    done = command("eval.py", toy_runs / "scratch-0", "--data", tmp_path / "text.txt", "--stride", 32)
+    assert done.returncode == 0 and "text.txt" in done.stdout
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00" * 100)
+    for words, sentence in (((toy_runs / "none",), "no checkpoint at"),
+                            ((tmp_path / "text.txt",), "is not a checkpoint"),
+                            ((toy_runs / "idea-0", "--data", tmp_path / "binary"), "not UTF-8"),
+                            ((toy_runs / "idea-0", "--data", tmp_path / "gone"), "No such file"),
+                            ((toy_runs / "idea-0", "--sample", ""), "at least one token")):
+        done = command("eval.py", *words)
+        assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr
+
+
+def test_report_pairs_runs_by_seed_and_draws(toy_runs):
+    table = report.table(sorted(toy_runs.iterdir()))
+    loss = {p.name: report.records(p)["summary"][0]["val_loss"] for p in toy_runs.iterdir()}
+    row = next(line for line in table.splitlines() if line.startswith("| `idea`"))
+    assert f"{loss['idea-0'] - loss['scratch-0']:+.4f}, {loss['idea-1'] - loss['scratch-1']:+.4f}" in row
+    assert f"{(loss['idea-0'] + loss['idea-1']) / 2:.4f} ± {abs(loss['idea-0'] - loss['idea-1']) / 2:.4f}" in row
+    (toy_runs / "idea-0" / "run.png").unlink()
+    assert "recover ends" in report.summary(toy_runs / "idea-0")
+    assert (toy_runs / "idea-0" / "run.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(UserError, match="no records of a run"):
+        report.table([toy_runs])
+
+
+def test_without_matplotlib_a_sentence_replaces_the_picture(toy_runs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install matplotlib" in report.summary(toy_runs / "idea-1")
+
+
+def test_records_cut_short_by_a_crash_are_read_up_to_there(tmp_path):
+    from common import read_records
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"tag": "config"}) + "\n" + '{"tag": "st')
+    assert read_records(tmp_path / "metrics.jsonl") == [{"tag": "config"}]

@@ -1,0 +1,73 @@
+"""The README: its commands run as written (at toy size), its table is what the records say, .ci/run runs its test."""
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import report
+import train
+from common import parse
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
+COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+SMALL = "--preset toy --steps 30 --cuts 3 --batch-tokens 1024 --eval-windows 4 --device cpu"
+RUNS = [c for c in COMMANDS if c.startswith("python ") and "hf:" not in c]
+
+
+def shrunk(command, runs):
+    """A README command at toy size, its runs in the folder `runs`."""
+    words = shlex.split(command.replace("runs/", f"{runs}/"))
+    if words[1] == "train.py":
+        words = [w for w in words if not w.startswith("--preset")] + shlex.split(SMALL)
+        if "--out" not in words:
+            c = parse(train.Train, words[2:])
+            words += ["--out", f"{runs}/{c.plan}-laptop-{c.seed}"]
+    if words[1] == "reproduce.py":
+        words += ["--preset", "toy", "--steps", "30", "--seeds", "1", "--runs", str(runs / "again")]
+    return words
+
+
+def test_commands_run_in_the_order_of_the_readme(tmp_path):
+    """Later commands use the folders that earlier ones wrote, as a reader would."""
+    assert len(RUNS) >= 5
+    (tmp_path / "repo").mkdir()
+    for file in [*ROOT.glob("*.py"), ROOT / "README.md", ROOT / "results"]:
+        (tmp_path / "repo" / file.name).symlink_to(file)
+    (tmp_path / "repo" / "results").unlink()
+    (tmp_path / "repo" / "results").symlink_to(ROOT / "results")
+    for script, *rest in [("train.py",), *(shlex.split(c)[1:] for c in RUNS)]:
+        words = shrunk(shlex.join(["python", script, *rest]), tmp_path / "runs")
+        if script == "reproduce.py":
+            (tmp_path / "repo" / "results").unlink()          # it writes there
+        command = " ".join(words[1:]).replace("results/laptop", str(ROOT / "results" / "laptop"))
+        done = subprocess.run(f"{sys.executable} {command}" if "*" in command else [sys.executable, *words[1:]],
+                              shell="*" in command, cwd=tmp_path / "repo", capture_output=True, text=True)
+        assert done.returncode == 0, (words, done.stderr[-2000:])
+
+
+def test_flags_of_commands_that_need_more_than_a_laptop_exist():
+    for command in COMMANDS:
+        if command.startswith("torchrun") or "hf:" in command:
+            parse(train.Train, shlex.split(command.split("train.py")[1]))
+
+
+def test_table_is_what_the_committed_records_say():
+    assert report.table(sorted((ROOT / "results" / "laptop").glob("*.jsonl"))) in README
+
+
+def test_ci_runs_the_readme_test_command():
+    command = re.search(r"^python3 -m venv .*pytest$", README, re.M)[0]
+    assert command in COMMANDS
+    script = (ROOT / ".ci" / "run").read_text()
+    found = re.search(r"grep -m 1 '(.*)' README.md", script)[1]
+    assert re.search(found, README, re.M)[0] in command and 'bash -euo pipefail -c "$command"' in script
+
+
+@pytest.mark.parametrize("file", sorted(p.name for p in ROOT.glob("*.py")))
+def test_every_file_is_introduced_in_the_readme(file):
+    assert f"`{file}`" in README
