@@ -1,7 +1,7 @@
 """Text in, batches out: tokenizers, corpora, and a batch that is a pure function of (seed, step, micro, rank).
 
     python data.py                                                    # this Python's standard library, as bytes
-    python data.py --source "tests/*.py" --cache /tmp/data_cache      # your own files; also hf:NAME, --tokenizer gpt2
+    python data.py --source "tests/*.py"                             # your own files; also hf:NAME, --tokenizer gpt2
 
 1. A corpus is a row of documents, each closed by the tokenizer's end-of-text token. One in twenty is held out (`val`),
    by a hash and not by chance: the same on every machine and for every tokenizer; `fingerprint` records which.

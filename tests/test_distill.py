@@ -113,6 +113,15 @@ def test_chunked_loss_in_float32_and_under_bfloat16_autocast(monkeypatch, autoca
         near(found.double(), gradient, tolerance)
 
 
+def test_bfloat16_logits_are_widened_before_anything_is_formed_from_them():
+    hidden, weight, targets, *teacher = (x.to(torch.bfloat16) if x.is_floating_point() else x for x in batch())
+    logits, taught = ((h.flatten(0, 1) @ w.T).detach().double() for h, w in ((hidden, weight), teacher))
+    _, stats = chunked_loss(hidden, weight, targets, *teacher)
+    divergence = kl_divergence(Categorical(logits=taught), Categorical(logits=logits)).mean()
+    y = targets.flatten()
+    near(stats.double(), torch.stack((F.cross_entropy(logits, y), divergence, F.cross_entropy(taught, y))), 1e-6)
+
+
 def test_the_loss_is_a_mean_over_tokens_and_of_the_right_size_for_every_vocabulary():
     hidden, weight, targets, teacher_hidden, teacher_weight = batch()
     whole = chunked_loss(hidden, weight, targets, teacher_hidden, teacher_weight)[0]
@@ -191,7 +200,7 @@ def measure_memory(kind, tokens, vocabulary=49152, width=64):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_the_peak_is_at_most_a_third_of_the_plain_formula_s(tokens=2048):
-    """At 8,192 tokens of a vocabulary of 49,152 (slower) the same two commands gave the numbers in the README."""
+    """The plain one's grows with the tokens: at 8,192 of them it was 12,290 MB and ours 605 MB, a ratio of 0.05."""
     peak = {}
     for kind in ("plain", "ours"):
         command = [sys.executable, __file__, kind, str(tokens)]

@@ -247,9 +247,9 @@ def test_load_refuses_in_one_sentence_what_is_no_checkpoint_and_never_runs_code(
         refused(missing)
     torch.save([1, 2], file)
     refused("format 'list'")
-    for dump in (torch.save, lambda o, f: f.write_bytes(pickle.dumps(o))):
+    for dump in (torch.save, lambda o, f: f.write_bytes(pickle.dumps(o, 2))):
         dump({"format": FORMAT, "step": Bomb(marker)}, file)
-        refused("not a checkpoint of plain tensors")
+        refused("it would run [a-z_]*io.open, and pickled code is never run")
         assert not marker.exists()
     pickle.loads(file.read_bytes()).clear()
     assert marker.exists()                                           # the bomb was live
