@@ -96,28 +96,34 @@ def picture(path):
 
 
 def table(paths, against="scratch"):
-    """Finished runs, grouped by plan -> Markdown table: final loss by seed, tokens, FLOPs, difference to `against`,
-    seed by seed."""
-    runs = {}
+    """Finished runs, grouped by plan and learning rate -> Markdown table: final loss, tokens, FLOPs, and the difference
+    by seed to the best row of plan `against`."""
+    rows = {}
     for path in paths:
         r = records(path)
         if "summary" in r:
-            s = r["summary"][0]
-            runs.setdefault(s["plan"], {})[s["seed"]] = s
-    if not runs:
+            c = r["config"][0]
+            rows.setdefault((c["plan"], c["lr"]), {})[c["seed"]] = r["summary"][0]
+    if not rows:
         raise UserError("none of these runs is finished; run the same train.py commands again to go on")
-    spread = lambda values: (max(values) - min(values)) / 2
-    lines = ["| plan | seeds | parameters | tokens | FLOPs executed | FLOPs credited | val loss (nats/token) | "
-             f"minus {against}, by seed |", "|---|---|---|---|---|---|---|---|"]
-    for plan, seeds in sorted(runs.items(), key=lambda item: statistics.mean(s["val_loss"] for s in item[1].values())):
-        s, losses = next(iter(seeds.values())), [s["val_loss"] for s in seeds.values()]
-        mean = lambda key: statistics.mean(s[key] for s in seeds.values())
-        both = [k for k in sorted(seeds) if k in runs.get(against, {})]
-        paired = "" if plan == against else \
-            ", ".join(f"{seeds[k]['val_loss'] - runs[against][k]['val_loss']:+.4f}" for k in both)
-        lines.append(f"| `{plan}` | {', '.join(map(str, sorted(seeds)))} | {s['params']:,} | {s['tokens']:,} | "
-                     f"{mean('flops_executed'):.3g} | {mean('flops_credited'):.3g} | "
-                     f"{statistics.mean(losses):.4f} ± {spread(losses):.4f} | {paired} |")
+
+    def losses(row):
+        return [s["val_loss"] for s in rows[row].values()]
+
+    ranked = sorted(rows, key=lambda row: statistics.mean(losses(row)))
+    base = next((row for row in ranked if row[0] == against), None)
+    lines = ["| plan | peak lr | seeds | parameters | tokens | FLOPs executed | FLOPs credited | val loss "
+             f"(nats/token) | minus `{against}`, by seed |", "|---|---|---|---|---|---|---|---|---|"]
+    for row in ranked:
+        seeds, first = rows[row], next(iter(rows[row].values()))
+        executed, credited = (statistics.mean(s[key] for s in seeds.values())
+                              for key in ("flops_executed", "flops_credited"))
+        paired = ", ".join(f"{seeds[k]['val_loss'] - rows[base][k]['val_loss']:+.4f}"
+                           for k in sorted(seeds) if base and row != base and k in rows[base])
+        spread = f" ± {(max(losses(row)) - min(losses(row))) / 2:.4f}" if len(seeds) > 1 else ""
+        lines.append(f"| `{row[0]}` | {row[1]:g} | {', '.join(map(str, sorted(seeds)))} | {first['params']:,} | "
+                     f"{first['tokens']:,} | {executed:.3g} | {credited:.3g} | "
+                     f"{statistics.mean(losses(row)):.4f}{spread} | {paired} |")
     return "\n".join(lines)
 
 

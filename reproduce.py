@@ -24,33 +24,34 @@ class Reproduce:
     seeds: int = 3                              # 0, 1, ...
     preset: str = "laptop"                      # see train.py
     steps: int | None = None                    # default: train.py's
+    lr: float | None = None                     # peak learning rate; default: the preset's
     jobs: int = os.cpu_count() or 1             # runs side by side
     runs: str = "runs"                          # where the run folders go
 
 
-def one(plan, seed, preset, steps, folder):
+def one(folder, **settings):
     """Run one plan to its end, quietly, on one thread."""
     import torch
 
     import train
     torch.set_num_threads(1)
-    settings = {} if steps is None else {"steps": steps}
-    train.main(train.Train(plan=plan, seed=seed, preset=preset, out=str(folder), device="cpu", **settings), bar=False)
+    train.main(train.Train(out=str(folder), device="cpu", **settings), bar=False)
 
 
 def main(config):
-    todo = [(plan, seed) for seed in range(config.seeds) for plan in config.plans.split(",")]
-    results = []
+    chosen = {k: v for k, v in (("steps", config.steps), ("lr", config.lr)) if v is not None}
+    mark = "" if config.lr is None else f"-lr{config.lr:g}"
+    results = {}
     with ProcessPoolExecutor(config.jobs, get_context("spawn")) as pool:
-        folders = [Path(config.runs) / f"{plan}-{config.preset}-{seed}" for plan, seed in todo]
-        done = [pool.submit(one, plan, seed, config.preset, config.steps, folder)
-                for (plan, seed), folder in zip(todo, folders)]
-        for (plan, seed), folder, future in zip(todo, folders, done):
+        for seed in range(config.seeds):
+            for plan in config.plans.split(","):
+                folder = Path(config.runs) / f"{plan}{mark}-{config.preset}-{seed}"
+                results[Path("results") / config.preset / f"{plan}{mark}-{seed}.jsonl"] = folder, pool.submit(
+                    one, folder, plan=plan, seed=seed, preset=config.preset, **chosen)
+        for path, (folder, future) in results.items():
             future.result()
-            records = [r for r in read_records(folder / "metrics.jsonl") if r["tag"] != "step"]
-            results.append(Path("results") / config.preset / f"{plan}-{seed}.jsonl")
-            text = "".join(json.dumps(r) + "\n" for r in records)
-            write_atomic(results[-1], lambda file, text=text: file.write(text.encode()))
+            kept = [json.dumps(r) + "\n" for r in read_records(folder / "metrics.jsonl") if r["tag"] != "step"]
+            write_atomic(path, lambda file, kept=kept: file.write("".join(kept).encode()))
     print(report.table(results))
 
 
