@@ -91,7 +91,8 @@ def pick_device(name):
     import torch
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = next(k for k in available if available[k]) if name == "auto" else name.split(":")[0]
-    if not available.get(kind):
+    number = name.partition(":")[2] or "0"
+    if not available.get(kind) or not number.isdigit() or kind == "cuda" and int(number) >= torch.cuda.device_count():
         raise UserError(f"device {name!r} is not available here; give auto or one of "
                         f"{', '.join(k for k in available if available[k])}")
     return kind if name == "auto" else name

@@ -117,10 +117,14 @@ def file_rows(path, field):
                 yield number, row
     else:
         import pyarrow.parquet
-        with pyarrow.parquet.ParquetFile(path) as table:
-            columns = [field] if field in table.schema_arrow.names else None  # None: all, for the error to list them
-            batches = table.iter_batches(batch_size=1024, columns=columns)
-            yield from enumerate((row for rows in batches for row in rows.to_pylist()), 1)
+        try:
+            with pyarrow.parquet.ParquetFile(path) as table:
+                columns = [field] if field in table.schema_arrow.names else None  # None: all, for the error to list
+                batches = table.iter_batches(batch_size=1024, columns=columns)
+                yield from enumerate((row for rows in batches for row in rows.to_pylist()), 1)
+        except pyarrow.ArrowException as problem:
+            reason = str(problem).splitlines()[0]
+            raise UserError(f"{path} is not a whole parquet file ({reason}): get it again") from problem
 
 
 def hugging_face_rows(source, field, split, stream):
@@ -134,11 +138,11 @@ def hugging_face_rows(source, field, split, stream):
             rows = saved[split] if isinstance(saved, dict) else saved
         else:
             rows = datasets.load_dataset(name, config or None, split=split, streaming=stream)
+        yield from enumerate(rows.select_columns([field]) if field in (rows.column_names or []) else rows, 1)
     except Exception as problem:  # `datasets` passes on whatever its readers, the hub and the network raise
         raise UserError(f"cannot load {source} split {split!r} ({type(problem).__name__}: "
-                        f"{' '.join(str(problem).split())}): check name, "
-                        "configuration, --split and network, or use --source stdlib") from problem
-    return enumerate(rows.select_columns([field]) if field in (rows.column_names or []) else rows, 1)
+                        f"{' '.join(str(problem).split())}): check name, configuration, split and network, or use "
+                        "stdlib") from problem
 
 
 def documents(source, root, files, field, split, stream):
@@ -151,7 +155,7 @@ def documents(source, root, files, field, split, stream):
                 text, fields = (row.get(field), ", ".join(row)) if isinstance(row, dict) else (None, "none")
                 if not isinstance(text, str):
                     raise UserError(f"{path}:{number} has no text in field {field!r} (its fields: {fields}): mend it "
-                                    "or give another --field")
+                                    "or prepare it with python data.py --field NAME")
                 if text:
                     yield None, text
             continue
@@ -268,6 +272,7 @@ class Corpus:
     tokenizer: Tokenizer
     fingerprint: str  # 16 hex digits of sha256 over side, name and content of all documents; equal for all tokenizers
     documents: tuple[int, int]  # in train, in val; a single document that was cut counts in both
+    folder: Path | None  # of its shards, itself a source for `load`; None: in memory
 
 
 def open_shards(folder, tok):
@@ -279,7 +284,7 @@ def open_shards(folder, tok):
                             f"{index['tokenizer']}")
         sides = (Shards([open_shard(folder / f"{side}_{i:03d}.bin", tok) for i in range(index["shards"][side])])
                  for side in ("train", "val"))
-        return Corpus(*sides, tok, index["fingerprint"], tuple(index["documents"]))
+        return Corpus(*sides, tok, index["fingerprint"], tuple(index["documents"]), folder)
     except (ValueError, KeyError, TypeError, FileNotFoundError) as problem:
         raise UserError(f"{folder} is unfinished or damaged ({problem}): delete it and tokenize again") from problem
 
@@ -318,7 +323,8 @@ def load(source="stdlib", tokenizer_name="bytes", cache="data_cache", workers=0,
         index = {**FORMAT, "source": source, "tokenizer": tok.name, "documents": counts, "fingerprint": fingerprint,
                  "shards": {side: len(parts) for side, parts in shards.items()}}
         write_atomic(folder / "index.json", lambda file: file.write(json.dumps(index).encode()))
-    return check(Corpus(Shards(shards["train"]), Shards(shards["val"]), tok, fingerprint, tuple(counts)), block_size)
+    corpus = Corpus(Shards(shards["train"]), Shards(shards["val"]), tok, fingerprint, tuple(counts), folder)
+    return check(corpus, block_size)
 
 
 def windows(tokens, block_size, what="the corpus"):
@@ -398,7 +404,8 @@ def main(settings):
     for side, tokens, count in zip(("train", "val"), (corpus.train, corpus.val), corpus.documents):
         text_bytes = sum(int(lengths[tokens[i:i + 2**20]].sum()) for i in range(0, len(tokens), 2**20))
         print(f"{side:5} {count:10,} documents {len(tokens):14,} tokens {text_bytes:14,} bytes of text")
-    print(f"fingerprint {corpus.fingerprint}; the hold-out begins:\n{corpus.tokenizer.decode(corpus.val[:800])[:200]}")
+    print(f"fingerprint {corpus.fingerprint}; the hold-out begins:\n{corpus.tokenizer.decode(corpus.val[:800])[:200]}\n"
+          f"train on it: python train.py --data {corpus.folder or settings.source} --tokenizer {corpus.tokenizer.name}")
 
 
 if __name__ == "__main__":

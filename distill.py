@@ -3,7 +3,7 @@ drop it.
 
     python -m pytest tests/test_distill.py         # against torch.distributions and the plain full-logits loss
 
-The loss takes *hidden states* and the output projection. Logits exist for one chunk of tokens at a time, in at least
+The loss takes *hidden states* and the output projection. Logits exist for one chunk of tokens at a time, widened to
 float32; each chunk's gradient is formed at once, in the forward pass, so that nothing of size V is kept for the
 backward pass. IDEA Prune (arXiv 2503.05920) does not publish its distillation loss: forward KL on logits at
 temperature 1, mixed with cross-entropy, is our choice (and Minitron's best, arXiv 2407.14679). Not here: losses on
@@ -92,7 +92,8 @@ def smooth(average, value, beta=0.98):
     return value if average is None else beta * average + (1 - beta) * value
 
 
-def overtaken(student_ce, teacher_ce):
+def overtaken(student, teacher, steps, beta=0.98):
     """Whether to drop the teacher for good: its smoothed cross-entropy on the student's own batches is no longer
-    below the student's. A teacher that the student has overtaken pulls it back (our own trials)."""
-    return teacher_ce >= student_ce
+    below the student's, and that over as many steps as the average is long, not by one batch's luck. A teacher that the
+    student has overtaken pulls it back (our own trials)."""
+    return steps >= round(1 / (1 - beta)) and teacher >= student

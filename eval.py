@@ -27,7 +27,7 @@ from model import load
 class Eval:
     checkpoint: str               # ckpt_*.pt, or the folder of a run
     data: str | None = None       # a text file to evaluate whole; default: the hold-out of the training corpus
-    windows: int = 256            # windows of the hold-out, evenly spaced (0 = all)
+    windows: int = 256            # windows of the hold-out, evenly spaced (0 = all; a text file always: all)
     stride: int = 0               # move windows by so many tokens over the whole text (0 = windows as above)
     batch: int = 32               # windows per forward pass
     sample: str | None = None     # also continue this prompt
@@ -43,6 +43,8 @@ def evaluate(model, tokens, byte_lengths, windows=256, stride=0, batch=32):
     """Mean loss of `model` over windows of `tokens` (N,), see the protocol above -> {"loss" (nats per token),
     "perplexity", "bits_per_byte", "tokens" (counted)}. Raises UserError where the text is shorter than one window."""
     T, device = model.config.block_size, model.embed.weight.device
+    if windows < 0 or batch < 1:
+        raise UserError(f"--windows {windows} must be 0 (all) or more, --batch {batch} at least 1")
     available = (len(tokens) - 1) // T
     if available < 1:
         raise UserError(f"the text has {len(tokens)} tokens, one window takes {T + 1}: give a longer text")
@@ -86,14 +88,20 @@ def main(config):
     model, state = load(config.checkpoint, device)
     trained = state["run"]
     tokenizer = data.tokenizer(trained["tokenizer"])
+    windows = config.windows if config.data is None else 0
     if config.data is None:
-        tokens, name = data.load(trained["data"], trained["tokenizer"]).val, f"hold-out of {trained['data']}"
+        corpus, name = data.load(trained["data"], trained["tokenizer"]), f"hold-out of {trained['data']}"
+        if corpus.fingerprint != trained["fingerprint"]:
+            raise UserError(f"{trained['data']!r} here (fingerprint {corpus.fingerprint}) is not the corpus that the "
+                            f"model was trained on ({trained['fingerprint']}), so its hold-out may have been trained "
+                            "on; give a text by --data")
+        tokens = corpus.val
     else:
         try:
             tokens, name = tokenizer.encode(Path(config.data).read_text(encoding="utf-8")), config.data
         except UnicodeDecodeError:
             raise UserError(f"{config.data} is not UTF-8 text; convert it first") from None
-    result = evaluate(model, tokens, tokenizer.byte_lengths(), config.windows, config.stride, config.batch)
+    result = evaluate(model, tokens, tokenizer.byte_lengths(), windows, config.stride, config.batch)
     print(f"{config.checkpoint} at step {state['step']}: {model.config.num_params()['total']:,} parameters, {name}, "
           f"{result['tokens']:,} tokens in windows of {model.config.block_size}\n"
           f"  {result['loss']:.4f} nats per token   perplexity {result['perplexity']:.3f}   "
@@ -102,6 +110,9 @@ def main(config):
         ids = tokenizer.encode(config.sample)
         if len(ids) == 0:
             raise UserError("--sample needs a prompt of at least one token, for example --sample 'def '")
+        if config.temperature < 0 or config.top_k < 0 or config.tokens < 1:
+            raise UserError(f"--temperature {config.temperature} and --top-k {config.top_k} must not be negative, "
+                            f"--tokens {config.tokens} at least 1")
         text = sample(model, tokenizer, ids, config.tokens, config.temperature, config.top_k, config.seed)
         print(f"\n{config.sample}{text}")
 

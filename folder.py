@@ -11,7 +11,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -37,13 +37,13 @@ class State:
     step: int = 0
     teacher_file: dict | None = None         # {"file", "sha256" of its weights}; stays when the teacher is dropped
     dropped: bool = False                    # the teacher, for good
-    smooth: list = field(default_factory=lambda: [None, None])      # smoothed cross-entropy of student and teacher
-    window: list = field(default_factory=lambda: [0.0] * 7)         # sums since the last "step" record (train.main)
+    judged: dict = field(default_factory=lambda: {"student": None, "teacher": None, "steps": 0})   # smoothed losses
+    window: dict = field(default_factory=dict)                      # sums since the last "step" record (train.loop)
     flops: list = field(default_factory=lambda: [0.0, 0.0])         # executed, credited
     seconds: dict = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
 
 
-PLAIN = ("step", "teacher_file", "dropped", "smooth", "window", "flops", "seconds")     # State's plain numbers
+PLAIN = [f.name for f in fields(State) if f.name not in ("model", "optimizer", "keep", "averages", "teacher")]
 
 
 class Folder:
@@ -98,7 +98,7 @@ class Folder:
                         keep=[(*key, i) for key, i in state.keep.items()],
                         averages=state.averages and [(*key, v) for key, v in state.averages.items()],
                         **{name: getattr(state, name) for name in PLAIN}, provenance=provenance())
-            for old in sorted(self.path.glob("ckpt_*.pt"))[:-2]:
+            for old in models.checkpoints(self.path)[:-2]:
                 old.unlink()
 
     def save_teacher(self, model, step):
@@ -112,9 +112,13 @@ class Folder:
         device, dtype = state.model.embed.weight.device, state.model.embed.weight.dtype
         teacher, saved = models.load(path, device)
         mine, theirs = self.identity["tokenizer"], saved.get("run", {}).get("tokenizer")
-        if teacher.config.vocab_size != state.model.config.vocab_size or theirs != mine:
+        student = state.model.config
+        if teacher.config.vocab_size != student.vocab_size or theirs != mine:
             raise UserError(f"the teacher {path} has {teacher.config.vocab_size} tokens of {theirs!r}, the student "
-                            f"{state.model.config.vocab_size} of {mine!r}; give a teacher with the same tokenizer")
+                            f"{student.vocab_size} of {mine!r}; give a teacher with the same tokenizer")
+        if teacher.config.block_size < student.block_size:
+            raise UserError(f"the teacher {path} was trained with a context of {teacher.config.block_size} tokens, the "
+                            f"student has {student.block_size}; give a teacher with at least that")
         file = models.newest(path) if Path(path).is_dir() else Path(path)
         found = {"file": str(file), "sha256": fingerprint(teacher)}
         if state.teacher_file and state.teacher_file["sha256"] != found["sha256"]:

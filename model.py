@@ -121,13 +121,14 @@ def rotary(config, start, T, device, dtype):
     once; Llama 3's frequency scaling where config.rope_scaling is set (as in Meta's release, smooth between the two
     factors)."""
     D = config.head_dim
-    freq = config.rope_theta ** (-torch.arange(0, D, 2, device=device, dtype=torch.float64) / D)
+    wide = torch.float32 if device.type == "mps" else torch.float64       # Apple's GPUs have no float64
+    freq = config.rope_theta ** (-torch.arange(0, D, 2, device=device, dtype=wide) / D)
     if config.rope_scaling:
         factor, low, high, original = config.rope_scaling
         turns = original * freq / (2 * math.pi)                      # full turns within the original context
         smooth = ((turns - low) / (high - low)).clamp(0, 1)          # 0: slow, divide by factor; 1: fast, leave
         freq = freq * (smooth + (1 - smooth) / factor)
-    angle = torch.outer(torch.arange(start, start + T, device=device, dtype=torch.float64), freq)
+    angle = torch.outer(torch.arange(start, start + T, device=device, dtype=wide), freq)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
@@ -268,12 +269,12 @@ class GPT(nn.Module):
 
 # -- sizes: the targets. The enlarged model is the same with wider FFNs (IDEA Prune widens nothing else) and, if asked,
 #    more KV groups.
-PRESETS = {  # name: layers, d_model, query heads, KV heads, head_dim, target d_ff, context
-    "toy":    (2, 32, 4, 2, 8, 64, 64),
-    "laptop": (4, 64, 4, 2, 16, 192, 128),
-    "10m":    (6, 384, 6, 6, 64, 1024, 512),
-    "124m":   (12, 768, 12, 12, 64, 2048, 1024),
-    "1.3b":   (24, 2048, 16, 8, 128, 6272, 4096),     # the paper's scale: 2.8B -> 1.3B with gpt2's vocabulary
+PRESETS = {  # name: layers, d_model, query heads, KV heads, head_dim, target d_ff, context, peak learning rate
+    "toy":    (2, 32, 4, 2, 8, 64, 64, 1e-2),
+    "laptop": (4, 64, 4, 2, 16, 192, 128, 1e-2),      # the rate: best for plan scratch, see the README
+    "10m":    (6, 384, 6, 6, 64, 1024, 512, 1e-3),
+    "124m":   (12, 768, 12, 12, 64, 2048, 1024, 6e-4),      # this rate and the next: GPT-3's (arXiv 2005.14165)
+    "1.3b":   (24, 2048, 16, 8, 128, 6272, 4096, 2e-4),     # the paper's scale: 2.8B -> 1.3B with gpt2's vocabulary
 }
 
 
@@ -282,13 +283,18 @@ def preset(name, vocab_size, enlarge_ff=2.6, enlarge_kv=1.0):
     groups. Raises UserError for an unknown name and for a target larger than the enlarged model."""
     if name not in PRESETS:
         raise UserError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
-    L, C, H, K, D, d_ff, T = PRESETS[name]
+    if not (math.isfinite(enlarge_ff) and math.isfinite(enlarge_kv)):
+        raise UserError(f"--enlarge-ff {enlarge_ff} and --enlarge-kv {enlarge_kv} must be finite")
+    L, C, H, K, D, d_ff, T, _ = PRESETS[name]
     target = GPTConfig(vocab_size, T, C, D, (H,) * L, (K,) * L, (d_ff,) * L)
     wide_ff = d_ff if enlarge_ff == 1 else 8 * round(d_ff * enlarge_ff / 8)
     wide_k = round(K * enlarge_kv)
     if min(enlarge_ff, enlarge_kv) < 1:
         raise UserError(f"the target must not be larger than the enlarged model with {enlarge_ff} times its {d_ff} "
                         f"neurons, {enlarge_kv} times its {K} KV heads; give --enlarge-ff, --enlarge-kv of at least 1")
+    for flag, factor, wide, units in (("ff", enlarge_ff, wide_ff, d_ff), ("kv", enlarge_kv, wide_k, K)):
+        if factor > 1 and wide == units:
+            raise UserError(f"--enlarge-{flag} {factor} of {units} units rounds to {wide}; give a larger factor, or 1")
     return target, target.resized({(l, kind): n for l in range(L) for kind, n in (("ffn", wide_ff), ("kv", wide_k))})
 
 
@@ -302,9 +308,14 @@ def save(path, model, **state):
     write_atomic(path, lambda file: torch.save(content, file))
 
 
+def checkpoints(folder):
+    """A run folder's checkpoints, oldest first: files named ckpt_<step in 8 digits>.pt."""
+    return sorted(Path(folder).glob("ckpt_" + "[0-9]" * 8 + ".pt"))
+
+
 def newest(folder):
-    """The checkpoint with the highest step in a run folder (named ckpt_<step>.pt), or None."""
-    return max(Path(folder).glob("ckpt_*.pt"), default=None, key=lambda p: int(p.stem.split("_")[1]))
+    """The checkpoint with the highest step in a run folder, or None."""
+    return max(checkpoints(folder), default=None)
 
 
 def load(path, device="cpu"):

@@ -9,8 +9,8 @@ k, v and q rows and biases, o columns). Two facts make pruning inside a training
      only writes zeros: no masks, no new optimizer, nothing for torch.compile or DDP to notice.
   2. So slicing is exact, whenever it comes: the smaller model has the same logits and takes the same next AdamW step.
 Score, as far as IDEA Prune (arXiv 2503.05920) is known: |w · dL/dw|, averaged over the unit's entries and over time.
-The exact form is unpublished; ours is that of LoSparse (arXiv 2306.11222) and, with `uncertainty`, PLATON (arXiv
-2206.12562). To change the criterion, change `sensitivity`.
+The exact form is unpublished; ours is that of LoSparse (arXiv 2306.11222) and, with `uncertainty`, that of PLATON
+(arXiv 2206.12562), on units instead of weights. To change the criterion, change `sensitivity`.
 """
 import math
 
@@ -76,9 +76,9 @@ def ranking(averages, keep, uncertainty=False):
     already."""
     scores = {}
     for key, (mean, change) in averages.items():
-        score = torch.full_like(mean, -math.inf)
-        score[keep[key].to(score.device)] = (mean * change if uncertainty else mean)[keep[key].to(score.device)]
-        scores[key] = score
+        alive = keep[key].to(mean.device)
+        scores[key] = torch.full_like(mean, -math.inf)
+        scores[key][alive] = (mean * change if uncertainty else mean)[alive]
     return scores
 
 
@@ -89,16 +89,15 @@ def allocate(start, target, size, at_most):
     straight way to config `target`: -> {(layer, kind): units}, none above at_most[key]. The sum is at most the budget
     and short of it by less than the cheapest unit that could still have stayed; at the target's own size it is
     exactly the target."""
-    all_, least = start.removable_params(), target.removable_params()
-    budget = math.floor(size * all_ + 1e-6)
-    share = (budget - least) / (all_ - least) if all_ > least else 0.0          # of what goes, how much is still there
+    whole, least = start.removable_params(), target.removable_params()
+    budget = math.floor(size * whole + 1e-6)                                    # (least / whole) * whole may round down
+    share = (budget - least) / (whole - least) if whole > least else 0.0        # of what goes, how much is still there
     first, last = start.widths(), target.widths()
     exact = {key: last[key] + share * (first[key] - last[key]) for key in first}
     widths = {key: min(at_most[key], math.floor(exact[key] + 1e-9)) for key in first}
     left = budget - start.resized(widths).removable_params()
     while True:                                                                 # fill up, where most is missing first
-        allowed = [key for key in first if first[key] > last[key] and widths[key] < min(at_most[key], first[key])
-                   and start.unit_params(*key) <= left]
+        allowed = [key for key in first if widths[key] < at_most[key] and start.unit_params(*key) <= left]
         if not allowed:
             return widths
         key = max(allowed, key=lambda k: exact[k] - widths[k])                  # ties: the first layer
@@ -108,7 +107,7 @@ def allocate(start, target, size, at_most):
 def choose(scores, widths):
     """The best-scored units of each layer: {(layer, kind): indices (widths[layer, kind],), ascending}. Pure; ties by
     index."""
-    return {key: torch.sort(torch.sort(score.cpu(), descending=True, stable=True).indices[:widths[key]]).values
+    return {key: score.cpu().argsort(descending=True, stable=True)[:widths[key]].sort().values
             for key, score in scores.items()}
 
 

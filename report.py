@@ -15,15 +15,18 @@ from common import UserError, parse, read_records, run
 @dataclass(frozen=True)
 class Report:
     runs: tuple[str, ...]     # folders of runs, or metrics.jsonl files
-    against: str = "scratch"  # the plan that paired differences are taken to
+    against: str = "scratch"  # the plan that paired differences are taken to, where it is among the runs
 
 
 def records(path):
     """A run folder or metrics.jsonl -> {tag: [records]}. UserError where there is no run."""
     path = Path(path)
-    found = read_records(path / "metrics.jsonl" if path.is_dir() else path)
-    if not found or found[0]["tag"] != "config":
-        raise UserError(f"{path} has no records of a run; give a run folder or its metrics.jsonl")
+    try:
+        found = read_records(path / "metrics.jsonl" if path.is_dir() else path)
+        if found[0]["tag"] != "config":
+            raise ValueError
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{path} has no records of a run; give a run folder or its metrics.jsonl") from None
     by_tag = {}
     for record in found:
         by_tag.setdefault(record["tag"], []).append(record)
@@ -63,7 +66,7 @@ def picture(path):
         return "no run.png: pip install matplotlib draws it"
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    r, out = records(path), Path(path) / "run.png"
+    r, out = records(path), (Path(path) if Path(path).is_dir() else Path(path).parent) / "run.png"
     figure, (loss, rate, size) = plt.subplots(3, 1, figsize=(8, 8), sharex=True, height_ratios=(3, 1, 1),
                                               layout="constrained")
     millions = lambda tag: [e["tokens"] / 1e6 for e in r.get(tag, [])]
@@ -98,12 +101,19 @@ def picture(path):
 def table(paths, against="scratch"):
     """Finished runs, grouped by plan and learning rate -> Markdown table: final loss, tokens, FLOPs, and the difference
     by seed to the best row of plan `against`."""
-    rows = {}
+    rows, common = {}, None
     for path in paths:
         r = records(path)
         if "summary" in r:
             c = r["config"][0]
-            rows.setdefault((c["plan"], c["lr"]), {})[c["seed"]] = r["summary"][0]
+            common = common or c
+            for key in ("preset", "steps", "batch_tokens", "fingerprint", "dtype", "eval_windows"):
+                if c[key] != common[key]:
+                    raise UserError(f"{path} has {key} {c[key]!r}, others {common[key]!r}: give runs that compare")
+            if c["seed"] in rows.setdefault((c["plan"], c["lr"]), {}):
+                raise UserError(f"{path} is a second run of plan {c['plan']!r}, lr {c['lr']:g}, seed {c['seed']}: "
+                                "give one of them")
+            rows[c["plan"], c["lr"]][c["seed"]] = r["summary"][0]
     if not rows:
         raise UserError("none of these runs is finished; run the same train.py commands again to go on")
 

@@ -9,13 +9,13 @@ Not here: the papers' other claims.
 """
 import json
 import os
-from concurrent.futures import ProcessPoolExecutor
+import shutil
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 import report
-from common import parse, read_records, run, write_atomic
+from common import UserError, parse, read_records, run, write_atomic
 
 
 @dataclass(frozen=True)
@@ -29,30 +29,33 @@ class Reproduce:
     runs: str = "runs"                          # where the run folders go
 
 
-def one(folder, **settings):
+def one(folder, settings):
     """Run one plan to its end, quietly, on one thread."""
     import torch
 
     import train
     torch.set_num_threads(1)
-    train.main(train.Train(out=str(folder), device="cpu", **settings), bar=False)
+    train.main(train.Train(out=str(folder), device="cpu", **settings), quiet=True)
 
 
 def main(config):
+    if config.jobs < 1 or config.seeds < 1:
+        raise UserError(f"--jobs {config.jobs} and --seeds {config.seeds} must be at least 1")
     chosen = {k: v for k, v in (("steps", config.steps), ("lr", config.lr)) if v is not None}
-    mark = "" if config.lr is None else f"-lr{config.lr:g}"
-    results = {}
-    with ProcessPoolExecutor(config.jobs, get_context("spawn")) as pool:
-        for seed in range(config.seeds):
-            for plan in config.plans.split(","):
-                folder = Path(config.runs) / f"{plan}{mark}-{config.preset}-{seed}"
-                results[Path("results") / config.preset / f"{plan}{mark}-{seed}.jsonl"] = folder, pool.submit(
-                    one, folder, plan=plan, seed=seed, preset=config.preset, **chosen)
-        for path, (folder, future) in results.items():
-            future.result()
-            kept = [json.dumps(r) + "\n" for r in read_records(folder / "metrics.jsonl") if r["tag"] != "step"]
-            write_atomic(path, lambda file, kept=kept: file.write("".join(kept).encode()))
-    print(report.table(results))
+    mark, results, todo = "".join(f"-{k}{v:g}" for k, v in chosen.items()), [], []
+    for seed in range(config.seeds):
+        for plan in config.plans.split(","):
+            folder = Path(config.runs) / f"{plan}{mark}-{config.preset}-{seed}"
+            results.append((Path("results") / config.preset / f"{plan}{mark}-{seed}.jsonl", folder))
+            todo.append((folder, dict(plan=plan, seed=seed, preset=config.preset, **chosen)))
+    with get_context("spawn").Pool(config.jobs, maxtasksperchild=1) as pool:      # a process a run: its own peak memory
+        pool.starmap(one, todo, chunksize=1)
+    for path, folder in results:
+        kept = [json.dumps(r) + "\n" for r in read_records(folder / "metrics.jsonl") if r["tag"] != "step"]
+        write_atomic(path, lambda file, kept=kept: file.write("".join(kept).encode()))
+        if path.stem.endswith("-0") and (folder / "run.png").exists():
+            shutil.copy(folder / "run.png", path.with_suffix(".png"))
+    print(report.table([path for path, _ in results]))
 
 
 if __name__ == "__main__":

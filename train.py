@@ -6,12 +6,13 @@
 
 A larger model than wanted is trained, loses units while it trains (prune.py) and recovers at the target size, taught,
 if the plan says so, by itself as it stood before the first cut (distill.py): IDEA Prune, arXiv 2503.05920. A run is a
-folder (folder.py); the same command goes on where a killed one stopped, bit for bit on a CPU. `main` is the method.
+folder (folder.py); the same command goes on where a killed one stopped, bit for bit on a CPU. `loop` is the method.
 
-metrics.jsonl, one JSON object a line with `tag`, `step` (updates done) and `tokens` (trained on so far):
+metrics.jsonl, one JSON object a line with `tag`, `step` (updates done before it) and `tokens` (trained on by then):
   config   the resolved settings, `target` and `start` model configs, corpus `fingerprint` and `documents`
-  step     `loss` `ce` `kl` `teacher_ce` (nats per token) `grad_norm`, means since the last such record; `lr` `stage`
-           `params` (live) `tokens_per_second` (of training steps alone) `flops_executed` `flops_credited` (so far)
+  step     `loss` `ce` `grad_norm`, means since the last such record, and `kl` (times temperature²) `teacher_ce`, means
+           of the steps with a teacher, null without; losses in nats per token; `lr` `stage` `params` (live)
+           `tokens_per_second` (of forward, backward and update) `flops_executed` `flops_credited` (so far)
   eval     `val_loss` (nats per token) `bits_per_byte` `stage` `params` `n_kv_head` `d_ff`
   prune    `size` (kept fraction of removable parameters) and, right after the cut, what eval records
   slice    `params` `n_kv_head` `d_ff`
@@ -19,11 +20,13 @@ metrics.jsonl, one JSON object a line with `tag`, `step` (updates done) and `tok
   sample   `when` `prompt` `text`
   summary  final loss and sizes, `epochs`, FLOPs, `seconds` by part, `pruning_share` of them, `peak_bytes`, `device`
 FLOPs are model.flops_per_token times tokens. `executed` counts what the hardware did: units that are dead and not yet
-sliced off, the teacher's forward passes, scoring; `credited` counts live units only. Neither counts evaluation.
+sliced off, the teacher's forward passes, scoring; `credited` counts live units only. Neither counts evaluation, nor
+the training of a teacher that was given.
 Not here: sharding of one model over several devices.
 """
 import contextlib
 import dataclasses
+import datetime
 import math
 import os
 import resource
@@ -51,8 +54,6 @@ from eval import evaluate, sample
 from folder import Folder, State
 
 LOG_EVERY = 10                               # steps per "step" record, which holds means over them
-PEAK_LR = {"toy": 1e-2, "laptop": 1e-2, "10m": 1e-3,                  # laptop: tuned for plan scratch (README)
-           "124m": 6e-4, "1.3b": 2e-4}                                # GPT-3's (arXiv 2005.14165, table 2.1)
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Train:
     steps: int = 1500                        # optimizer steps of the whole plan
     batch_tokens: int = 4096                 # tokens per step, over all processes
     micro_batch: int = 16                    # sequences per forward pass of a process; the rest is accumulated
-    lr: float | None = None                  # peak learning rate; default: the preset's (PEAK_LR)
+    lr: float | None = None                  # peak learning rate; default: the preset's (model.PRESETS)
     min_lr: float | None = None              # at the end of a cycle; default: a tenth of the peak
     shape: str = "cosine"                    # of the learning rate: cosine or wsd
     warmup_share: float = 0.05               # of a cycle
@@ -102,7 +103,7 @@ def resolve(config, on_gpu):
                           ("dtype", ("auto", "float32", "bfloat16", "float64"))):
         if getattr(config, name) not in allowed:
             raise UserError(f"--{name} {getattr(config, name)!r} is not one of {', '.join(allowed)}")
-    lr = PEAK_LR[config.preset] if config.lr is None else config.lr
+    lr = models.PRESETS[config.preset][-1] if config.lr is None else config.lr
     config = dataclasses.replace(
         config, lr=lr, min_lr=lr / 10 if config.min_lr is None else config.min_lr,
         dtype=("bfloat16" if on_gpu else "float32") if config.dtype == "auto" else config.dtype,
@@ -111,23 +112,38 @@ def resolve(config, on_gpu):
                  "kd_temperature", "eval_every", "eval_windows", "save_every"):
         if not getattr(config, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be positive")
-    for name, most in (("kd_weight", 1), ("warmup_share", 1), ("min_lr", config.lr), ("weight_decay", 1 / config.lr)):
+    for name, most in (("seed", 2**63 - 1), ("kd_weight", 1), ("warmup_share", 1), ("min_lr", config.lr),
+                       ("weight_decay", 1 / config.lr)):
         if not 0 <= getattr(config, name) <= most:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be between 0 and {most:g}")
     return config
 
 
+def refuse_idle_flags(config):
+    """A setting that the plan has no use for is a mistake: it would be believed to have had an effect."""
+    rows = schedule.PLANS[config.plan]
+    prunes, taught = any(row.name == "prune" for row in rows), any(row.kd for row in rows)
+    once = prunes and "oneshot" in (config.law or next(row.law for row in rows if row.name == "prune"))
+    idle = [] if taught else ["teacher", "kd_weight", "kd_temperature", "drop_teacher"]
+    idle += [] if prunes else ["enlarge_ff", "enlarge_kv", "score_every", "score_window", "uncertainty"]
+    idle += ["cuts"] if once or not prunes else []
+    for name in idle:
+        if getattr(config, name) != Train.__dataclass_fields__[name].default:
+            raise UserError(f"--{name.replace('_', '-')} has no effect in plan {config.plan!r}"
+                            f"{' with one cut' if name == 'cuts' and once else ''}; leave it out")
+    if config.uncertainty and config.score_window <= config.score_every:
+        raise UserError(f"--uncertainty needs two scores before the first cut: --score-window {config.score_window} "
+                        f"must be above --score-every {config.score_every}")
+    if taught and not prunes and not config.teacher:
+        raise UserError(f"plan {config.plan!r} needs --teacher CHECKPOINT, a trained model with the same tokenizer")
+
+
 def plan(config, vocab_size):
     """-> the target's GPTConfig, the one that the run starts with, the Timeline."""
     target, enlarged = models.preset(config.preset, vocab_size, config.enlarge_ff, config.enlarge_kv)
-    rows = schedule.PLANS[config.plan]
-    prunes, taught = any(row.name == "prune" for row in rows), any(row.kd for row in rows)
+    prunes = any(row.name == "prune" for row in schedule.PLANS[config.plan])
     if prunes and enlarged == target:
         raise UserError(f"plan {config.plan!r} prunes, but the enlarged model is the target; give --enlarge-ff above 1")
-    if config.teacher and not taught:
-        raise UserError(f"plan {config.plan!r} has no use for --teacher; leave it out, or try --plan idea-kd or kd")
-    if taught and not prunes and not config.teacher:
-        raise UserError(f"plan {config.plan!r} needs --teacher CHECKPOINT, a trained model with the same tokenizer")
     start = enlarged if prunes else target
 
     def flops_at_size(size):
@@ -175,29 +191,29 @@ class Run:
             self.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(self.device)
         on_gpu = self.device.startswith("cuda")
-        if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if on_gpu else "gloo")
+        if self.world > 1 and not dist.is_initialized():              # others wait while one prepares data or evaluates
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=1))
         self.config = c = resolve(config, on_gpu)
-        if self.rank:
-            dist.barrier()                                # the first process prepares the corpus for all
-        self.corpus = data.load(c.data, c.tokenizer)
-        if self.world > 1 and not self.rank:
-            dist.barrier()
-        self.byte_lengths = self.corpus.tokenizer.byte_lengths()
-        self.target, self.start, self.timeline = plan(c, self.corpus.tokenizer.vocab_size)
+        refuse_idle_flags(c)
+        self.target, self.start, self.timeline = plan(c, data.tokenizer(c.tokenizer).vocab_size)
         self.T = self.target.block_size
-        data.check(self.corpus, self.T)
         unit = c.micro_batch * self.T * self.world
         if c.batch_tokens % unit:
             raise UserError(f"--batch-tokens {c.batch_tokens} is not a multiple of {c.micro_batch} sequences x "
                             f"{self.T} tokens x {self.world} processes = {unit}; "
                             f"try {max(1, round(c.batch_tokens / unit)) * unit}")
         self.micro_steps = c.batch_tokens // unit
-        self.interrupted = None                           # the signal that asked us to stop
+        if self.rank:
+            dist.barrier()                                            # the first process prepares the corpus for all
+        self.corpus = data.load(c.data, c.tokenizer, block_size=self.T)
+        if self.world > 1 and not self.rank:
+            dist.barrier()
+        self.byte_lengths = self.corpus.tokenizer.byte_lengths()
+        self.signal, self.interrupted = 0, False                      # received here; agreed on by all processes
         out = Path(c.out or f"runs/{c.plan}-{c.preset}-{c.seed}")
         self.folder = Folder(out, c, self.corpus.fingerprint, writes=self.rank == 0)
         self.state = self.folder.resume(self.device, lambda model: make_optimizer(model, c)) or self.fresh()
-        if c.teacher or self.state.teacher_file and not self.state.dropped:
+        if (c.teacher or self.state.teacher_file) and not self.state.dropped:
             self.folder.open_teacher(c.teacher or self.folder.path / "teacher.pt", self.state)
         self.wrap()
 
@@ -252,10 +268,11 @@ class Run:
 
     def capture_teacher(self):
         """The model as it is becomes the frozen teacher, through a file."""
-        path = self.folder.save_teacher(self.state.model, self.state.step)
-        if self.world > 1:
-            dist.barrier()
-        self.folder.open_teacher(path, self.state)
+        with self.timed("save"):
+            path = self.folder.save_teacher(self.state.model, self.state.step)
+            if self.world > 1:
+                dist.barrier()
+            self.folder.open_teacher(path, self.state)
         self.log("teacher", **self.state.teacher_file)
 
     def cut(self, size):
@@ -281,7 +298,7 @@ class Run:
         """Micro-steps: leaves the mean gradient over the global batch in .grad; -> means of (loss, cross-entropy, KL,
         teacher's cross-entropy) in nats per token, and the gradient's norm. All processes get the same numbers."""
         c, s = self.config, self.state
-        sums = torch.zeros(5, device=self.device, dtype=torch.float32 if self.device == "mps" else torch.float64)
+        sums = torch.zeros(5, device=self.device, dtype=torch.float32 if "mps" in self.device else torch.float64)
         for micro in range(self.micro_steps):
             x, y = (t.to(self.device, non_blocking=True) for t in data.batch(
                 self.corpus.train, self.T, c.seed, s.step, micro, self.rank, world=self.world,
@@ -294,36 +311,53 @@ class Run:
                     loss, stats = self.objective(x, y, *taught)
                 (loss / self.micro_steps).backward()
             sums[:4] += torch.cat((loss.detach()[None], stats)) / self.micro_steps
-        sums[4] = self.interrupted or 0
+        sums[4] = self.signal > 0
         if self.world > 1:
             dist.all_reduce(sums)
             sums /= self.world
-        *means, interrupted = sums.tolist()
-        if interrupted:                                                    # any process: all stop after this step
-            self.interrupted = self.interrupted or signal.SIGTERM
+        *means, signalled = sums.tolist()
+        self.interrupted = signalled > 0                              # any of us: all stop after this step
         return means, nn.utils.get_total_norm([p.grad for p in s.model.parameters()])
 
     def account(self, teacher, scored):
-        """Add this step's FLOPs, executed and credited."""
+        """Add this step's FLOPs: executed (the model as it is, its teacher, scoring) and credited (live units)."""
         s, tokens = self.state, self.config.batch_tokens
         taught = teacher.config.flops_per_token(self.T, backward=False) if teacher else 0
-        for i, config in enumerate((s.model.config, self.live())):
-            s.flops[i] += tokens * (config.flops_per_token(self.T) + taught) + 3 * config.removable_params() * scored
+        s.flops[0] += tokens * (s.model.config.flops_per_token(self.T) + taught)
+        s.flops[0] += 3 * s.model.config.removable_params() * scored
+        s.flops[1] += tokens * self.live().flops_per_token(self.T)
 
     def judge_teacher(self, ce, teacher_ce):
         """Drop the teacher for good once the student's smoothed loss on the same batches is as low."""
-        s = self.state
-        s.smooth = [distill.smooth(old, new) for old, new in zip(s.smooth, (ce, teacher_ce))]
-        if self.config.drop_teacher and distill.overtaken(*s.smooth):
-            self.log("teacher", dropped=True, student_ce=s.smooth[0], teacher_ce=s.smooth[1])
+        s, was = self.state, self.state.judged
+        s.judged = {"student": distill.smooth(was["student"], ce), "steps": was["steps"] + 1,
+                    "teacher": distill.smooth(was["teacher"], teacher_ce)}
+        if self.config.drop_teacher and distill.overtaken(**s.judged):
+            self.log("teacher", dropped=True, student_ce=s.judged["student"], teacher_ce=s.judged["teacher"])
             s.teacher, s.dropped = None, True
 
-    def finish(self):
+    def tally(self, teacher, means, norm, seconds, lr, stage):
+        """Add a step to the window; every LOG_EVERY steps record its means and begin another. -> that record or None"""
+        s = self.state
+        step = dict(zip(("loss", "ce", "kl", "teacher_ce"), means), grad_norm=norm, seconds=seconds, steps=1,
+                    taught=teacher is not None)
+        s.window = {key: s.window.get(key, 0) + value for key, value in step.items()}
+        if s.step % LOG_EVERY:
+            return None
+        w, s.window = s.window, {}
+        record = {key: w[key] / w["steps"] for key in ("loss", "ce", "grad_norm")}
+        record |= {key: w[key] / w["taught"] if w["taught"] else None for key in ("kl", "teacher_ce")}
+        record |= dict(lr=lr, stage=stage.name, params=self.live().num_params()["total"],
+                       tokens_per_second=w["steps"] * self.config.batch_tokens / w["seconds"],
+                       flops_executed=s.flops[0], flops_credited=s.flops[1])
+        self.log("step", **record)
+        return record
+
+    def finish(self, quiet):
         """The summary record, table and picture of a finished plan."""
         s, c = self.state, self.config
         self.sample("recovered")
         last = report.records(self.folder.path)["eval"][-1]
-        s.seconds["train"] -= s.seconds["score"]                           # scoring happens inside the training step
         peak = torch.cuda.max_memory_allocated() if self.device.startswith("cuda") else \
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         self.log("summary", plan=c.plan, preset=c.preset, seed=c.seed,
@@ -332,68 +366,87 @@ class Run:
                  flops_executed=s.flops[0], flops_credited=s.flops[1], seconds=s.seconds, peak_bytes=peak,
                  pruning_share=sum(s.seconds[part] for part in ("score", "cut", "slice")) / sum(s.seconds.values()),
                  device=self.device)
-        print(report.summary(self.folder.path))
+        text = report.summary(self.folder.path)
+        if not quiet:
+            print(text)
 
 
-def main(config, bar=True):
+def main(config, quiet=False):
     """Run a plan, or one stage of it, from where its folder stands. -> the Run."""
     r = Run(config)
-    s, t, config = r.state, r.timeline, r.config
-    stop = config.steps if config.stage == "all" else next(b for stage, _, b in t.stages if stage.name == config.stage)
-    if s.step >= stop and (stop < config.steps or "summary" in report.records(r.folder.path)):
-        print(f"{r.folder.path} is finished up to step {s.step} of {config.steps}; records: {r.folder.metrics}")
+    s, t, c = r.state, r.timeline, r.config
+    stop = c.steps if c.stage == "all" else next(b for stage, _, b in t.stages if stage.name == c.stage)
+    if s.step >= stop and (stop < c.steps or "summary" in report.records(r.folder.path)):
+        print(f"{r.folder.path} is finished up to step {s.step} of {c.steps}; records: {r.folder.metrics}")
         return r
     r.folder.rewind(s.step, target=asdict(r.target), start=asdict(r.start), documents=r.corpus.documents)
-    stop_on_signals(r)
-    begins, cuts = {a: stage for stage, a, _ in t.stages}, dict(t.events)
-    progress = tqdm(total=stop, initial=s.step, disable=not bar or r.rank > 0,
-                    mininterval=.5 if sys.stderr.isatty() else 20)
+    try:
+        with stop_on_signals(r), tqdm(total=stop, initial=s.step, disable=quiet or r.rank > 0,
+                                      mininterval=.5 if sys.stderr.isatty() else 20) as progress:
+            loop(r, stop, progress)
+    except torch.OutOfMemoryError as problem:
+        raise UserError(f"out of memory on {r.device} at step {s.step}: lower --micro-batch, now {c.micro_batch} "
+                        f"({str(problem).splitlines()[0][:120]})") from None
+    if r.interrupted:
+        if r.rank == 0:
+            print(f"stopped at step {s.step} of {c.steps}, saved in {r.folder.path}; the same command goes on")
+        sys.exit(128 + (r.signal or signal.SIGTERM))
+    if s.step == c.steps and r.rank == 0:
+        r.finish(quiet)
+    return r
+
+
+def loop(r, stop, progress):
+    """The method: enlarge, prune, recover, step by step up to `stop`."""
+    s, t, c = r.state, r.timeline, r.config
+    begins = {begin for _, begin, _ in t.stages}
 
     while True:
         # evaluate, save: a checkpoint is the state before this step's events
         boundary = s.step in begins or s.step == stop
-        if boundary or s.step % config.eval_every == 0:
-            r.evaluate("eval", stage=schedule.stage_at(min(s.step, config.steps - 1), t).name)
-        if boundary or s.step % config.save_every == 0 or r.interrupted:
+        if boundary or s.step % c.eval_every == 0:
+            r.evaluate("eval", stage=schedule.stage_at(min(s.step, c.steps - 1), t).name)
+        if boundary or s.step % c.save_every == 0 or r.interrupted:
             with r.timed("save"):
                 r.folder.save(s)
         if s.step == stop or r.interrupted:
-            break
+            return
 
         # events
-        stage = schedule.stage_at(s.step, t)
+        stage, size, size_before = schedule.stage_at(s.step, t), *(schedule.size_at(i, t) for i in (s.step, s.step - 1))
         if s.step in begins and stage.restart:
-            s.optimizer = make_optimizer(s.model, config)                  # Adam forgets; the rate warms up again
-        if cuts and s.step == min(cuts):
+            s.optimizer = make_optimizer(s.model, c)                  # Adam forgets; the learning rate warms up again
+        if size < size_before == 1:
             r.sample("before the first cut")
-            if stage.kd and not config.teacher:
+            if stage.kd and not c.teacher:
                 r.capture_teacher()
-        if s.step in cuts:
-            r.cut(cuts[s.step])                                            # zeros in place
-            if s.step == max(cuts):
+        if size < size_before:
+            r.cut(size)                                               # zeros in place
+            if s.step == t.events[-1][0]:
                 r.sample("after the last cut")
         if s.step == t.slice_at:
-            r.slice()                                                      # the physically smaller model
+            r.slice()                                                 # the physically smaller model
 
         # learning rate
-        lr = schedule.lr_at(s.step, t, config.lr, config.min_lr, config.warmup_share, config.shape)
+        lr = schedule.lr_at(s.step, t, c.lr, c.min_lr, c.warmup_share, c.shape)
         for group in s.optimizer.param_groups:
             group["lr"] = lr
 
-        seconds = s.seconds["train"]
+        # micro-steps: cross-entropy | distillation | both
+        teacher, before = s.teacher if stage.kd else None, s.seconds["train"]
         with r.timed("train"):
-            # micro-steps: cross-entropy | distillation | both
-            teacher = s.teacher if stage.kd else None
             means, norm = r.backward(teacher)
-            if not all(map(math.isfinite, (*means, norm))):
-                raise UserError(f"step {s.step}: loss {means[0]:.4g}, gradient norm {norm:.4g}: not applied; lower "
-                                f"--lr, now {lr:.2g}, or check the data; last save: {models.newest(r.folder.path)}")
-            # score while the gradients are there, clip, update
-            scored = schedule.score_at(s.step, t, config.score_every, config.score_window)
-            if scored:
-                with r.timed("score"):
-                    s.averages = prune.average(s.averages, prune.sensitivity(s.model))
-            nn.utils.clip_grads_with_norm_(s.model.parameters(), config.clip, norm)
+        if not all(map(math.isfinite, (*means, norm))):
+            raise UserError(f"step {s.step}: loss {means[0]:.4g}, gradient norm {norm:.4g}: not applied; lower --lr, "
+                            f"now {lr:.2g}, or check the data; last checkpoint: {models.newest(r.folder.path)}")
+
+        # score while the gradients are there, clip, update
+        scored = schedule.score_at(s.step, t, c.score_every, c.score_window)
+        if scored:
+            with r.timed("score"):
+                s.averages = prune.average(s.averages, prune.sensitivity(s.model))
+        with r.timed("train"):
+            nn.utils.clip_grads_with_norm_(s.model.parameters(), c.clip, norm)
             s.optimizer.step()
             s.optimizer.zero_grad(set_to_none=True)
 
@@ -402,35 +455,25 @@ def main(config, bar=True):
         if teacher:
             r.judge_teacher(means[1], means[3])
         s.step += 1
-        s.window = [a + b for a, b in zip(s.window, (*means, norm.item(), s.seconds["train"] - seconds, 1))]
-        if s.step % LOG_EVERY == 0:
-            loss, ce, kl, teacher_ce, norm, seconds = (total / s.window[-1] for total in s.window[:-1])
-            params, speed, s.window = r.live().num_params()["total"], config.batch_tokens / seconds, [0.0] * 7
-            r.log("step", loss=loss, ce=ce, kl=kl, teacher_ce=teacher_ce, grad_norm=norm, lr=lr, stage=stage.name,
-                  params=params, tokens_per_second=speed, flops_executed=s.flops[0], flops_credited=s.flops[1])
-            progress.set_postfix_str(f"{stage.name} loss {ce:.3f} lr {lr:.1e} {params / 1e6:.2f}M params "
-                                     f"{speed / 1e3:.1f}k tok/s")
+        if record := r.tally(teacher, means, norm.item(), s.seconds["train"] - before, lr, stage):
+            progress.set_postfix_str(f"{stage.name} loss {record['ce']:.3f} lr {lr:.1e} {record['params'] / 1e6:.2f}M "
+                                     f"params {record['tokens_per_second'] / 1e3:.1f}k tok/s")
         progress.update()
 
-    progress.close()
-    if r.interrupted:
-        if r.rank == 0:
-            print(f"stopped at step {s.step} of {config.steps}, saved in {r.folder.path}; the same command goes on")
-        sys.exit(128 + r.interrupted)
-    if s.step == config.steps and r.rank == 0:
-        r.finish()
-    return r
 
-
+@contextlib.contextmanager
 def stop_on_signals(r):
     """Ctrl-C and SIGTERM let the step finish, save and end the run; a second one ends it at once."""
     def stop(number, _):
-        r.interrupted = number
-        signal.signal(number, signal.SIG_DFL)
+        r.signal = number
+        signal.signal(number, before[number])
 
+    before = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 if __name__ == "__main__":

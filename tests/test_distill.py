@@ -173,7 +173,8 @@ def test_smoothing_starts_at_the_first_value_and_a_teacher_no_longer_better_is_d
         average = smooth(average, value, beta=0.5)
         assert average == expected
     assert smooth(1.0, 2.0) == pytest.approx(1.02)
-    assert [overtaken(3.0, teacher_ce) for teacher_ce in (2.9, 3.0, 3.1)] == [False, True, True]
+    assert [overtaken(3.0, teacher_ce, 50) for teacher_ce in (2.9, 3.0, 3.1)] == [False, True, True]
+    assert not overtaken(3.0, 3.1, 49)                                   # not by one batch's luck
 
 
 def peak_bytes():
