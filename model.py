@@ -234,7 +234,7 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None):
         """Token ids (B, T) -> normed hidden states (B, T, C). The losses form logits from these in chunks (distill.py).
         `cache`: one list per layer, filled in place; positions go on where it ends."""
-        start = next((layer[0].size(2) for layer in cache or () if layer), 0)
+        start = 0 if cache is None else max((layer[0].size(2) for layer in cache if layer), default=0)
         x = self.embed(idx)
         cos, sin = rotary(self.config, start, idx.size(1), idx.device, x.dtype)
         for layer, block in enumerate(self.blocks):

