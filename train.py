@@ -387,12 +387,15 @@ def main(config, quiet=False):
     except torch.OutOfMemoryError as problem:
         raise UserError(f"out of memory on {r.device} at step {s.step}: lower --micro-batch, now {c.micro_batch} "
                         f"({str(problem).splitlines()[0][:120]})") from None
+    if s.step == c.steps and r.rank == 0 and not r.interrupted:
+        r.finish(quiet)
+    if r.world > 1:                                                   # leave together, or the last one's peers are gone
+        dist.barrier()
+        dist.destroy_process_group()
     if r.interrupted:
         if r.rank == 0:
             print(f"stopped at step {s.step} of {c.steps}, saved in {r.folder.path}; the same command goes on")
         sys.exit(128 + (r.signal or signal.SIGTERM))
-    if s.step == c.steps and r.rank == 0:
-        r.finish(quiet)
     return r
 
 
