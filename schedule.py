@@ -138,8 +138,8 @@ def stage_at(step, timeline):
 
 
 def size_at(step, timeline):
-    """Kept fraction of the removable parameters during `step`: 1 before the first cut, constant between cuts. A plan
-    without cuts is at its final size throughout, which is 1 of what it started with."""
+    """Kept fraction of the removable parameters that the run started with, during `step`: 1 before the first cut and in
+    plans without cuts, constant between cuts."""
     return next((size for at, size in reversed(timeline.events) if at <= step), 1.0)
 
 
