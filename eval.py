@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 import data
+from checkpoint import load
 from common import UserError, parse, pick_device, run
 from distill import chunked_loss
-from model import load
+from tokenizer import open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def main(config):
     device = pick_device(config.device)
     model, state = load(config.checkpoint, device)
     trained = state["run"]
-    tokenizer = data.tokenizer(trained["tokenizer"])
+    tokenizer = open_tokenizer(trained["tokenizer"])
     windows = config.windows if config.data is None else 0
     if config.data is None:
         corpus, name = data.load(trained["data"], trained["tokenizer"]), f"hold-out of {trained['data']}"

@@ -5,7 +5,7 @@
     metrics.jsonl    records (train.py lists them), rewound on resume to the moment the checkpoint was taken
 
 No random-number state is kept: after the initial weights nothing draws from one, batches are a function of the step.
-Not here: the loop (train.py), the checkpoint's format (model.py).
+Not here: the loop (train.py), the checkpoint's format (checkpoint.py).
 """
 import hashlib
 import json
@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
-import model as models
+import checkpoint
 from common import UserError, append_record, read_records, write_atomic
 from distill import freeze
+from model import GPT
 
 NOT_IDENTITY = ("stage", "device", "out", "compile")     # two calls of the same run may differ in these
 
@@ -29,11 +30,11 @@ PARTS = ("train", "score", "cut", "slice", "eval", "save")           # of a run'
 @dataclass
 class State:
     """All that a step changes, and so all that a checkpoint holds."""
-    model: models.GPT
+    model: GPT
     optimizer: torch.optim.Optimizer
     keep: dict                               # {(layer, kind): indices of live units} in the model as it is now
     averages: dict | None = None             # {(layer, kind): (2, units)}, the score's moving averages (prune.average)
-    teacher: models.GPT | None = None        # frozen; its file is not in the checkpoint
+    teacher: GPT | None = None        # frozen; its file is not in the checkpoint
     step: int = 0
     teacher_file: dict | None = None         # {"file", "sha256" of its weights}; stays when the teacher is dropped
     dropped: bool = False                    # the teacher, for good
@@ -68,11 +69,11 @@ class Folder:
 
     def resume(self, device, make_optimizer):
         """The State in the newest checkpoint, but for the teacher; None where the folder holds no checkpoint."""
-        if not models.newest(self.path):
+        if not checkpoint.newest(self.path):
             if self.metrics.exists():                    # killed before its first checkpoint, or not ours
                 self.refuse_others(next(iter(read_records(self.metrics)), {}))
             return None
-        model, saved = models.load(self.path, device)
+        model, saved = checkpoint.load(self.path, device)
         self.refuse_others(saved["run"])
         state = State(model, make_optimizer(model), {(l, kind): i for l, kind, i in saved["keep"]},
                       saved["averages"] and {(l, kind): v for l, kind, v in saved["averages"]})
@@ -94,23 +95,23 @@ class Folder:
         two."""
         path = self.path / f"ckpt_{state.step:08d}.pt"
         if self.writes and not path.exists():
-            models.save(path, state.model, run=self.identity, optimizer=state.optimizer.state_dict(),
+            checkpoint.save(path, state.model, run=self.identity, optimizer=state.optimizer.state_dict(),
                         keep=[(*key, i) for key, i in state.keep.items()],
                         averages=state.averages and [(*key, v) for key, v in state.averages.items()],
                         **{name: getattr(state, name) for name in PLAIN}, provenance=provenance())
-            for old in models.checkpoints(self.path)[:-2]:
+            for old in checkpoint.checkpoints(self.path)[:-2]:
                 old.unlink()
 
     def save_teacher(self, model, step):
         path = self.path / "teacher.pt"
         if self.writes:
-            models.save(path, model, run=self.identity, step=step)
+            checkpoint.save(path, model, run=self.identity, step=step)
         return path
 
     def open_teacher(self, path, state):
         """Load the teacher into `state`; UserError for one of another tokenizer or changed since the run began."""
         device, dtype = state.model.embed.weight.device, state.model.embed.weight.dtype
-        teacher, saved = models.load(path, device)
+        teacher, saved = checkpoint.load(path, device)
         mine, theirs = self.identity["tokenizer"], saved.get("run", {}).get("tokenizer")
         student = state.model.config
         if teacher.config.vocab_size != student.vocab_size or theirs != mine:
@@ -119,7 +120,7 @@ class Folder:
         if teacher.config.block_size < student.block_size:
             raise UserError(f"the teacher {path} was trained with a context of {teacher.config.block_size} tokens, the "
                             f"student has {student.block_size}; give a teacher with at least that")
-        file = models.newest(path) if Path(path).is_dir() else Path(path)
+        file = checkpoint.newest(path) if Path(path).is_dir() else Path(path)
         found = {"file": str(file), "sha256": fingerprint(teacher)}
         if state.teacher_file and state.teacher_file["sha256"] != found["sha256"]:
             raise UserError(f"the teacher {file} has changed since the run began (sha256 {found['sha256'][:12]}, then "

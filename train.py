@@ -43,6 +43,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import checkpoint
 import data
 import distill
 import model as models
@@ -52,6 +53,7 @@ import schedule
 from common import UserError, parse, pick_device, run
 from eval import evaluate, sample
 from folder import Folder, State
+from tokenizer import open_tokenizer
 
 LOG_EVERY = 10                               # steps per "step" record, which holds means over them
 
@@ -195,7 +197,7 @@ class Run:
             dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=1))
         self.config = c = resolve(config, on_gpu)
         refuse_idle_flags(c)
-        self.target, self.start, self.timeline = plan(c, data.tokenizer(c.tokenizer).vocab_size)
+        self.target, self.start, self.timeline = plan(c, open_tokenizer(c.tokenizer).vocab_size)
         self.T = self.target.block_size
         unit = c.micro_batch * self.T * self.world
         if c.batch_tokens % unit:
@@ -441,7 +443,7 @@ def loop(r, stop, progress):
             means, norm = r.backward(teacher)
         if not all(map(math.isfinite, (*means, norm))):
             raise UserError(f"step {s.step}: loss {means[0]:.4g}, gradient norm {norm:.4g}: not applied; lower --lr, "
-                            f"now {lr:.2g}, or check the data; last checkpoint: {models.newest(r.folder.path)}")
+                            f"now {lr:.2g}, or check the data; last checkpoint: {checkpoint.newest(r.folder.path)}")
 
         # score while the gradients are there, clip, update
         scored = schedule.score_at(s.step, t, c.score_every, c.score_window)

@@ -22,7 +22,7 @@ def bpe(monkeypatch):
                                  special_tokens={"<|endoftext|>": 70000})
     real = tiktoken.get_encoding
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding if name == "toy" else real(name))
-    return data.tokenizer("toy")
+    return data.open_tokenizer("toy")
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_shards_read_like_one_array():
 
 
 def test_bytes_round_trip_and_drop_nul():
-    tok = data.tokenizer("bytes")
+    tok = data.open_tokenizer("bytes")
     assert tok.decode(tok.encode(TEXT)) == TEXT and tok.encode("a").dtype == np.uint16
     assert len(tok.encode("a\0b\0")) == 2
     assert tok.decode([0xFF, 300]) == "\ufffd" and tok.encode("\ud800").tolist() == [ord("?")]
@@ -259,7 +259,7 @@ def test_what_cannot_be_had_names_the_remedy(tmp_path, folder, monkeypatch, bpe)
         with pytest.raises(UserError, match="no file matches"):
             data.load(str(source))
     with pytest.raises(UserError, match="give one of bytes, gpt2"):
-        data.tokenizer("gpt22")
+        data.open_tokenizer("gpt22")
 
     def offline(name):
         raise ConnectionError
@@ -272,4 +272,4 @@ def test_what_cannot_be_had_names_the_remedy(tmp_path, folder, monkeypatch, bpe)
         data.batch(np.arange(5), 5, 0, 0, 0, micro_batch=1, micro_steps=1)
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
     with pytest.raises(UserError, match="--tokenizer bytes"):
-        data.tokenizer("gpt2")
+        data.open_tokenizer("gpt2")

@@ -15,8 +15,9 @@ import data
 import eval as evaluation
 import report
 import train
+from checkpoint import load
 from common import UserError
-from model import GPT, GPTConfig, load
+from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
 CONFIG = GPTConfig(vocab_size=256, block_size=16, d_model=16, head_dim=8, n_head=(2,), n_kv_head=(1,), d_ff=(8,))

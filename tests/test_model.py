@@ -8,8 +8,9 @@ import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from checkpoint import FORMAT, load, save
 from common import UserError
-from model import FORMAT, GPT, PRESETS, GPTConfig, load, preset, save
+from model import GPT, PRESETS, GPTConfig, preset
 
 LLAMA3 = (8.0, 0.5, 4.0, 32.0)                  # frequencies on both sides of and between the two factors
 FAMILIES = {  # transformers' class and what differs from the shape below; ours

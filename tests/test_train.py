@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoint
 import common
 import folder
 import model as models
@@ -46,7 +47,7 @@ def train_toy(out, **settings):
 
 def result(out):
     """What must be the same bit for bit: all of the last checkpoint and all records, but for seconds."""
-    model, state = models.load(out)
+    model, state = checkpoint.load(out)
     state["window"].pop("seconds", None)
     without_time = {k: v for k, v in state.items() if k not in ("seconds", "provenance")}
     records = [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second", "peak_bytes", "pruning_share",
@@ -140,7 +141,7 @@ def test_sigterm_saves_says_how_to_go_on_and_loses_nothing(tmp_path, whole):
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in printed
-    assert 10 <= models.load(out)[1]["step"] < 60
+    assert 10 <= checkpoint.load(out)[1]["step"] < 60
     train_toy(out, plan="idea-kd")
     assert same(result(out), whole)
 
@@ -184,7 +185,7 @@ def test_two_processes_stop_together_and_go_on(tmp_path):
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     process.communicate()
-    assert 10 <= models.load(out)[1]["step"] < 100
+    assert 10 <= checkpoint.load(out)[1]["step"] < 100
     for folder_of, launcher in ((out, TORCHRUN), (tmp_path / "whole", TORCHRUN)):
         process = start(*launcher, ROOT / "train.py", **{**settings, "out": folder_of})
         _, errors = process.communicate()
@@ -209,7 +210,7 @@ def test_cuts_compile_nothing(tmp_path, monkeypatch, plan, graphs):
 @pytest.mark.parametrize("plan", [name for name in schedule.PLANS if name != "kd"])
 def test_every_plan_ends_at_the_target(tmp_path, plan):
     r = train_toy(tmp_path / "run", plan=plan)
-    model, _ = models.load(tmp_path / "run")
+    model, _ = checkpoint.load(tmp_path / "run")
     assert model.config == r.target == models.preset("toy", 256)[0]
     losses = [e["val_loss"] for e in report.records(tmp_path / "run")["eval"]]
     assert losses[-1] < losses[0] - 1
@@ -262,9 +263,9 @@ def test_given_teacher_teaches_and_must_not_change(tmp_path, monkeypatch):
     assert all(p.grad is None and not p.requires_grad for p in r.state.teacher.parameters())
     for late in (tmp_path / "run").glob("ckpt_*60.pt"):
         late.unlink()
-    model, state = models.load(teacher)
+    model, state = checkpoint.load(teacher)
     model.embed.weight.data += 1
-    models.save(teacher, model, **state)
+    checkpoint.save(teacher, model, **state)
     with pytest.raises(UserError, match="has changed since the run began"):
         train_toy(tmp_path / "run", plan="kd", teacher=teacher, drop_teacher=False)
     with pytest.raises(UserError, match="context of 64 tokens, the student has 128"):
@@ -281,7 +282,7 @@ def test_naive_restarts_the_learning_rate_and_adam(tmp_path):
 def test_non_finite_loss_stops_before_the_update(tmp_path):
     with pytest.raises(UserError, match="not applied; lower --lr"):
         train_toy(tmp_path / "run", plan="scratch", lr=1e20, min_lr=1e20, clip=1e30, weight_decay=0., save_every=1)
-    model, _ = models.load(tmp_path / "run")
+    model, _ = checkpoint.load(tmp_path / "run")
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
@@ -344,7 +345,7 @@ def test_run_of_another_configuration_is_refused_and_left_alone(tmp_path):
 
 def test_truncated_newest_checkpoint_is_named_and_the_one_before_still_works(tmp_path, whole):
     train_toy(tmp_path / "run", plan="idea-kd")
-    last = models.newest(tmp_path / "run")
+    last = checkpoint.newest(tmp_path / "run")
     last.write_bytes(last.read_bytes()[:5000])
     with pytest.raises(UserError, match=f"{last.name} is truncated.*delete it to go on from the one before"):
         train_toy(tmp_path / "run", plan="idea-kd")
@@ -366,7 +367,7 @@ def test_full_disk_ends_with_a_sentence_and_the_last_checkpoint_stays(tmp_path, 
     with pytest.raises(SystemExit) as stop:
         common.run(lambda: train_toy(tmp_path / "run", plan="scratch"))
     assert stop.value.code == 2 and "No space left on device" in capsys.readouterr().err
-    assert models.load(tmp_path / "run")[1]["step"] == 14                 # metrics.jsonl, then steps 0, 7 and 14
+    assert checkpoint.load(tmp_path / "run")[1]["step"] == 14                 # metrics.jsonl, then steps 0, 7 and 14
     assert not list((tmp_path / "run").glob(".*"))                         # no temporary file is left
 
 
