@@ -1,6 +1,9 @@
-"""A model on disk: one self-describing file, written whole or not at all, read by one function for everybody.
+"""A model on disk: our checkpoint, a run folder, a Hugging Face folder or hub id, opened by one function for everybody.
 
     python -c "import checkpoint; print(checkpoint.load('runs/idea-laptop-0')[0].config)"
+
+Ours is one self-describing file, written whole or not at all and read without running code from it; Hugging Face's is
+huggingface.py's. Not here: what a run keeps in its folder besides (folder.py).
 """
 import dataclasses
 import pickle
@@ -10,8 +13,10 @@ from pathlib import Path
 
 import torch
 
+import huggingface
 from common import UserError, write_atomic
 from model import GPT, GPTConfig
+from tokenizer import open_tokenizer
 
 FORMAT = "nanoprune checkpoint 1"
 
@@ -35,13 +40,54 @@ def newest(folder):
     return max(checkpoints(folder), default=None)
 
 
-def load(path, device="cpu"):
-    """Open a checkpoint, or a run folder's newest: -> (GPT, dict of everything else that `save` was given).
-    Raises UserError where the file is missing, truncated, of another version, or holds pickled code."""
-    path = Path(path)
+def load(path, device="cpu", dtype=None, block_size=None):
+    """Open `path`: a checkpoint, a run folder (its newest), a Hugging Face folder or hub id -> (GPT, about).
+
+    dtype None: as stored. device "meta": no weights are read, only their config. block_size: tokens of context wanted,
+    at most the trained number; None: all. `about`: what `save` was given besides the model; of a Hugging Face folder
+    {"huggingface": its config.json, "tokenizer_files"}. UserError: missing, truncated, of another version or shape."""
+    folder = find(path)
+    if folder.is_dir() and (folder / "config.json").exists():
+        model, about = huggingface.load(folder, device, dtype, block_size)
+    else:
+        model, about = load_ours(folder, device)
+        model = model if dtype is None else model.to(dtype)
+    if block_size is not None and block_size > model.config.block_size:
+        raise UserError(f"{path} was trained with a context of {model.config.block_size} tokens, not {block_size}; ask "
+                        "for at most that")
+    if block_size is not None:
+        model.config = dataclasses.replace(model.config, block_size=block_size)
+    return model, about
+
+
+def find(path):
+    """`path` if it is there, or the local copy of the hub's repository of that name."""
+    found = Path(path)
+    if found.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or found.parent.exists():
+        return found
+    import huggingface_hub
+    try:
+        wanted = ["config.json", "model*.safetensors*", "*token*", "vocab.json", "merges.txt", "chat_template.jinja"]
+        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=wanted))
+    except Exception as problem:             # whatever the hub and the network raise
+        raise UserError(f"no checkpoint at {path}, and the hub does not give it ({type(problem).__name__}: "
+                        f"{' '.join(str(problem).split())[:150]}); check the name and the network, or give a "
+                        "folder that was downloaded before") from None
+
+
+def tokenizer_of(about, path):
+    """The Tokenizer of the model that `load(path)` returned with `about`. UserError: it has none that we can read."""
+    if "huggingface" in about and not about["tokenizer_files"]:
+        raise UserError(f"{path} has no tokenizer.json; add the file, or give --tokenizer")
+    return open_tokenizer(about["run"]["tokenizer"] if "run" in about else str(path), about.get("tokenizer_files"))
+
+
+def load_ours(path, device):
+    """A checkpoint, or a run folder's newest -> (GPT, dict of everything else that `save` was given)."""
     file = newest(path) if path.is_dir() else path
     if file is None or not file.exists():
-        raise UserError(f"no checkpoint at {path}; give a ckpt_*.pt file or the folder of a run")
+        raise UserError(f"no checkpoint at {path}; give a ckpt_*.pt file, the folder of a run, a Hugging Face folder "
+                        "or a hub id such as HuggingFaceTB/SmolLM2-135M")
     open(file, "rb").close()                 # what the system refuses passes through, and is not called truncated
     try:
         state = torch.load(file, map_location=device, weights_only=True)

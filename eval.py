@@ -18,16 +18,16 @@ import numpy as np
 import torch
 
 import data
-from checkpoint import load
+from checkpoint import load, tokenizer_of
 from common import UserError, parse, pick_device, run
 from distill import chunked_loss
-from tokenizer import open_tokenizer
 
 
 @dataclass(frozen=True)
 class Eval:
-    checkpoint: str               # ckpt_*.pt, or the folder of a run
+    checkpoint: str               # ckpt_*.pt, the folder of a run, a Hugging Face folder or a hub id
     data: str | None = None       # a text file to evaluate whole; default: the hold-out of the training corpus
+    block_size: int | None = None    # tokens of context; default: what the model was trained with
     windows: int = 256            # windows of the hold-out, evenly spaced (0 = all; a text file always: all)
     stride: int = 0               # move windows by so many tokens over the whole text (0 = windows as above)
     batch: int = 32               # windows per forward pass
@@ -37,6 +37,7 @@ class Eval:
     top_k: int = 50               # of the sample; 0 = all tokens
     seed: int = 0                 # of the sample
     device: str = "auto"          # auto, cpu, cuda, mps
+    dtype: str = "auto"           # of the weights: float32, bfloat16, …; auto: as stored, on a CPU at least float32
 
 
 @torch.no_grad()
@@ -86,12 +87,18 @@ def sample(model, tokenizer, prompt_ids, tokens, temperature=0.8, top_k=50, seed
 
 def main(config):
     device = pick_device(config.device)
-    model, state = load(config.checkpoint, device)
-    trained = state["run"]
-    tokenizer = open_tokenizer(trained["tokenizer"])
+    if config.dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
+        raise UserError(f"--dtype {config.dtype!r} is not one of auto, float32, bfloat16, float16, float64")
+    model, about = load(config.checkpoint, device, None if config.dtype == "auto" else getattr(torch, config.dtype),
+                        config.block_size)
+    if config.dtype == "auto" and device == "cpu" and model.embed.weight.dtype.itemsize < 4:
+        model.float()                                        # CPUs are slow in half precision, and round more
+    tokenizer, trained = tokenizer_of(about, config.checkpoint), about.get("run", {})
     windows = config.windows if config.data is None else 0
     if config.data is None:
-        corpus, name = data.load(trained["data"], trained["tokenizer"]), f"hold-out of {trained['data']}"
+        if "data" not in trained:
+            raise UserError(f"{config.checkpoint} does not say what it was trained on; give a text by --data")
+        corpus, name = data.load(trained["data"], tokenizer), f"hold-out of {trained['data']}"
         if corpus.fingerprint != trained["fingerprint"]:
             raise UserError(f"{trained['data']!r} here (fingerprint {corpus.fingerprint}) is not the corpus that the "
                             f"model was trained on ({trained['fingerprint']}), so its hold-out may have been trained "
@@ -103,7 +110,8 @@ def main(config):
         except UnicodeDecodeError:
             raise UserError(f"{config.data} is not UTF-8 text; convert it first") from None
     result = evaluate(model, tokens, tokenizer.byte_lengths(), windows, config.stride, config.batch)
-    print(f"{config.checkpoint} at step {state['step']}: {model.config.num_params()['total']:,} parameters, {name}, "
+    step = f" at step {about['step']}" if "step" in about else ""
+    print(f"{config.checkpoint}{step}: {model.config.num_params()['total']:,} parameters, {name}, "
           f"{result['tokens']:,} tokens in windows of {model.config.block_size}\n"
           f"  {result['loss']:.4f} nats per token   perplexity {result['perplexity']:.3f}   "
           f"{result['bits_per_byte']:.4f} bits per byte")

@@ -49,9 +49,9 @@ PLAIN = [f.name for f in fields(State) if f.name not in ("model", "optimizer", "
 
 class Folder:
     """The files of one run. `config`: the resolved Train settings; `writes`: only one process of a run does."""
-    def __init__(self, path, config, fingerprint, writes):
+    def __init__(self, path, config, fingerprint, tokenizer_files, writes):
         self.path, self.metrics, self.writes = path, path / "metrics.jsonl", writes
-        self.batch_tokens = config.batch_tokens
+        self.batch_tokens, self.tokenizer_files = config.batch_tokens, tokenizer_files
         self.identity = {k: v for k, v in asdict(config).items() if k not in NOT_IDENTITY}
         self.identity["fingerprint"] = fingerprint
 
@@ -98,21 +98,22 @@ class Folder:
             checkpoint.save(path, state.model, run=self.identity, optimizer=state.optimizer.state_dict(),
                         keep=[(*key, i) for key, i in state.keep.items()],
                         averages=state.averages and [(*key, v) for key, v in state.averages.items()],
-                        **{name: getattr(state, name) for name in PLAIN}, provenance=provenance())
+                        **{name: getattr(state, name) for name in PLAIN},
+                            tokenizer_files=self.tokenizer_files, provenance=provenance())
             for old in checkpoint.checkpoints(self.path)[:-2]:
                 old.unlink()
 
     def save_teacher(self, model, step):
         path = self.path / "teacher.pt"
         if self.writes:
-            checkpoint.save(path, model, run=self.identity, step=step)
+            checkpoint.save(path, model, run=self.identity, step=step, tokenizer_files=self.tokenizer_files)
         return path
 
     def open_teacher(self, path, state):
         """Load the teacher into `state`; UserError for one of another tokenizer or changed since the run began."""
         device, dtype = state.model.embed.weight.device, state.model.embed.weight.dtype
         teacher, saved = checkpoint.load(path, device)
-        mine, theirs = self.identity["tokenizer"], saved.get("run", {}).get("tokenizer")
+        mine, theirs = self.identity["tokenizer"], checkpoint.tokenizer_of(saved, path).name
         student = state.model.config
         if teacher.config.vocab_size != student.vocab_size or theirs != mine:
             raise UserError(f"the teacher {path} has {teacher.config.vocab_size} tokens of {theirs!r}, the student "
@@ -120,7 +121,7 @@ class Folder:
         if teacher.config.block_size < student.block_size:
             raise UserError(f"the teacher {path} was trained with a context of {teacher.config.block_size} tokens, the "
                             f"student has {student.block_size}; give a teacher with at least that")
-        file = checkpoint.newest(path) if Path(path).is_dir() else Path(path)
+        file = Path(path).is_dir() and checkpoint.newest(path) or path
         found = {"file": str(file), "sha256": fingerprint(teacher)}
         if state.teacher_file and state.teacher_file["sha256"] != found["sha256"]:
             raise UserError(f"the teacher {file} has changed since the run began (sha256 {found['sha256'][:12]}, then "

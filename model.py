@@ -155,7 +155,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.D, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.D, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, cos, sin, cache=None):
+    def forward(self, x, cos, sin, cache=None, mask=None):
         B, T, _ = x.shape
         q = self.q(x).view(B, T, self.H, self.D).transpose(1, 2)      # (B, H_l, T, D)
         k = self.k(x).view(B, T, self.K, self.D).transpose(1, 2)      # (B, K_l, T, D)
@@ -167,8 +167,10 @@ class Attention(nn.Module):
         if self.K != self.H:                                          # query head h reads KV head h // (H_l/K_l)
             k, v = (t.repeat_interleave(self.H // self.K, dim=1) for t in (k, v))
         S = k.size(2)                                                 # keys: those in the cache, then ours
-        mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if 1 < T < S else None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S)
+        causal = mask is None and T == S
+        if mask is None and 1 < T < S:
+            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.o(y.transpose(1, 2).reshape(B, T, self.H * self.D))
 
 
@@ -193,9 +195,9 @@ class Block(nn.Module):
         self.attn_norm, self.attn = (RMSNorm(C, eps), Attention(config, layer)) if has_attn else (None, None)
         self.ffn_norm, self.ffn = (RMSNorm(C, eps), FFN(config, layer)) if has_ffn else (None, None)
 
-    def forward(self, x, cos, sin, cache=None):
+    def forward(self, x, cos, sin, cache=None, mask=None):
         if self.attn is not None:
-            x = x + self.attn(self.attn_norm(x), cos, sin, cache)
+            x = x + self.attn(self.attn_norm(x), cos, sin, cache, mask)
         if self.ffn is not None:
             x = x + self.ffn(self.ffn_norm(x))
         return x
@@ -207,11 +209,13 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        shape = config.vocab_size, config.d_model
+        meta = torch.empty(0).is_meta          # made to be filled: normal_ there would import 800 modules, 2 seconds
+        self.embed = nn.Embedding(*shape, _weight=torch.empty(shape) if meta else None)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
-        for name, p in self.named_parameters():
+        for name, p in () if meta else self.named_parameters():
             if p.dim() == 2:
                 into_residual = name.endswith(("attn.o.weight", "ffn.down.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if into_residual else 0.02)
@@ -225,14 +229,17 @@ class GPT(nn.Module):
         """(V, C): the output projection, which is the embedding where the two are tied."""
         return self.embed.weight if self.head is None else self.head.weight
 
-    def hidden(self, idx, cache=None):
+    def hidden(self, idx, cache=None, positions=None, mask=None):
         """Token ids (B, T) -> normed hidden states (B, T, C). The losses form logits from these in chunks (distill.py).
-        `cache`: one list per layer, filled in place; positions go on where it ends."""
+        `cache`: one list per layer, filled in place; positions go on where it ends. Instead of the text's order,
+        `positions` (B, T), each below T, and `mask` (B, 1, T, T), true where row t sees column s (tasks.py)."""
         start = 0 if cache is None else max((layer[0].size(2) for layer in cache if layer), default=0)
         x = self.embed(idx)
         cos, sin = rotary(self.config, start, idx.size(1), idx.device, x.dtype)
+        if positions is not None:
+            cos, sin = cos[positions][:, None], sin[positions][:, None]             # (B, 1, T, D/2)
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, None if cache is None else cache[layer])
+            x = block(x, cos, sin, None if cache is None else cache[layer], mask)
         return self.norm(x)
 
     def forward(self, idx, cache=None):
@@ -290,3 +297,15 @@ def preset(name, vocab_size, enlarge_ff=2.6, enlarge_kv=1.0):
         if factor > 1 and wide == units:
             raise UserError(f"--enlarge-{flag} {factor} of {units} units rounds to {wide}; give a larger factor, or 1")
     return target, target.resized({(l, kind): n for l in range(L) for kind, n in (("ffn", wide_ff), ("kv", wide_k))})
+
+
+def shrunk(config, enlarge_ff=2.6, enlarge_kv=1.0):
+    """The target of a model that is there already: each layer's FFN neurons divided by enlarge_ff (to a multiple of 8),
+    its KV groups by enlarge_kv; at least one of what there is. Raises UserError as `preset` does."""
+    if not (math.isfinite(enlarge_ff) and math.isfinite(enlarge_kv)) or min(enlarge_ff, enlarge_kv) < 1:
+        raise UserError(f"--enlarge-ff {enlarge_ff} and --enlarge-kv {enlarge_kv} must be finite and at least 1")
+    def units(n, kind):
+        if kind == "kv":
+            return min(n, max(1, round(n / enlarge_kv)))
+        return n if enlarge_ff == 1 else min(n, max(1, 8 * round(n / enlarge_ff / 8)))
+    return config.resized({key: units(n, key[1]) for key, n in config.widths().items()})

@@ -1,5 +1,6 @@
 """Structured pruning while a model trains: score units, choose who stays, zero the others in place, slice them off.
 
+    python prune.py --init runs/scratch-laptop-0 --keep 0.5          # one cut of a trained model, no training after it
     python -m pytest tests/test_prune.py           # the two facts below, and what breaks them
 
 A *unit* is an FFN neuron (gate row, up row, down column) or a KV group (one KV head with the query heads it serves:
@@ -13,9 +14,16 @@ The exact form is unpublished; ours is that of LoSparse (arXiv 2306.11222) and, 
 (arXiv 2206.12562), on units instead of weights. To change the criterion, change `sensitivity`.
 """
 import math
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+import checkpoint
+import data
+from common import UserError, parse, pick_device, run
+from distill import chunked_loss
+from eval import evaluate
 from model import GPT
 
 
@@ -104,6 +112,18 @@ def allocate(start, target, size, at_most):
         widths[key], left = widths[key] + 1, left - start.unit_params(*key)
 
 
+def allocate_globally(scores, config, size):
+    """How many units each layer keeps when the best-scored of all layers and kinds stay, and layers compete: ->
+    {(layer, kind): units}. The sum is at most `size` of the removable parameters, short of it by less than the cheapest
+    unit that had to go."""
+    widths, left = dict.fromkeys(config.widths(), 0), math.floor(size * config.removable_params() + 1e-6)
+    units = [(-s, key) for key, score in scores.items() for s in score.tolist()]
+    for _, key in sorted(units, key=lambda unit: unit[0]):                      # stable: ties to the first layer
+        if config.unit_params(*key) <= left:
+            widths[key], left = widths[key] + 1, left - config.unit_params(*key)
+    return widths
+
+
 def choose(scores, widths):
     """The best-scored units of each layer: {(layer, kind): indices (widths[layer, kind],), ascending}. Pure; ties by
     index."""
@@ -162,3 +182,71 @@ def slice(model, optimizer, keep):
         if (name := name_of[p]) in new:
             smaller.state[new[name]] = {k: cut(name, v) if v.shape == p.shape else v.clone() for k, v in state.items()}
     return small, smaller
+
+
+# -- the command: one cut of a model that is there
+
+@dataclass(frozen=True)
+class Prune:
+    init: str | None = None       # what to cut: a checkpoint, run folder, Hugging Face folder or hub id
+    keep: float = 0.8             # kept fraction of the removable parameters (all FFN neurons and KV groups)
+    allocate: str = "global"      # global: units of all layers compete; uniform: the same fraction of every layer
+    out: str | None = None        # folder of the smaller model; default runs/pruned-NAME-KEEP
+    data: str = "stdlib"          # calibration text; its hold-out measures the loss (data.py's sources)
+    windows: int = 32             # of the calibration text
+    block_size: int | None = None    # tokens in a window; default: the model's context, at most 512
+    micro_batch: int = 4          # windows per forward pass
+    seed: int = 0                 # which windows
+    device: str = "auto"          # auto, cpu, cuda, mps
+
+
+def calibrate(model, tokens, windows, micro_batch, seed):
+    """Sensitivity of every unit, averaged over batches of `windows` windows of `tokens`."""
+    from tqdm import tqdm
+    scores, device = {}, model.embed.weight.device
+    for step in tqdm(range(max(1, windows // micro_batch)), desc="calibrate", leave=False, disable=None):
+        x, y = data.batch(tokens, model.config.block_size, seed, step, 0, micro_batch=micro_batch, micro_steps=1)
+        chunked_loss(model.hidden(x.to(device)), model.head_weight, y.to(device))[0].backward()
+        scores = {key: scores.get(key, 0) + score for key, score in sensitivity(model).items()}
+        model.zero_grad(set_to_none=True)
+    return scores
+
+
+def main(config):
+    if config.init is None:
+        raise UserError("say what to cut by --init: a checkpoint, a run folder, a Hugging Face folder or a hub id")
+    if config.allocate not in ("global", "uniform") or not 0 < config.keep < 1 or config.micro_batch < 1:
+        raise UserError(f"--allocate {config.allocate!r} must be global or uniform, --keep {config.keep} between 0 "
+                        f"and 1, --micro-batch {config.micro_batch} at least 1")
+    out = Path(config.out or f"runs/pruned-{Path(config.init).name}-{config.keep:g}")
+    if out.exists():
+        raise UserError(f"{out} is there already; give another --out or delete it")
+    model, about = checkpoint.load(config.init, "meta")
+    T = config.block_size if config.block_size is not None else min(512, model.config.block_size)
+    model, about = checkpoint.load(config.init, pick_device(config.device), torch.float32, T)
+    tokenizer = checkpoint.tokenizer_of(about, config.init)
+    corpus = data.load(config.data, tokenizer, block_size=T)
+
+    def measure(model, what):
+        found = evaluate(model, corpus.val, tokenizer.byte_lengths(), 64, batch=config.micro_batch)
+        print(f"{what:6} {model.config.num_params()['total']:13,} parameters   {found['loss']:.4f} nats per token   "
+              f"perplexity {found['perplexity']:.2f}   (hold-out of {config.data}, {found['tokens']:,} tokens)")
+
+    measure(model, "before")
+    start = model.config
+    scores = calibrate(model, corpus.train, config.windows, config.micro_batch, config.seed)
+    nothing = start.resized(dict.fromkeys(start.widths(), 0))
+    widths = allocate(start, nothing, config.keep, start.widths()) if config.allocate == "uniform" else \
+        allocate_globally(scores, start, config.keep)
+    keep = choose(scores, widths)
+    zero_(model, None, keep)
+    model, _ = slice(model, None, keep)
+    measure(model, "after")
+    print(f"KV heads {' '.join(map(str, model.config.n_kv_head))}\nneurons  {' '.join(map(str, model.config.d_ff))}")
+    checkpoint.save(out / "ckpt_00000000.pt", model, step=0, tokenizer_files=tokenizer.files, run={
+        "tokenizer": tokenizer.name, "data": config.data, "fingerprint": corpus.fingerprint, "cut_from": config.init})
+    print(f"saved in {out}")
+
+
+if __name__ == "__main__":
+    run(lambda: main(parse(Prune)))

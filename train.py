@@ -56,6 +56,7 @@ from folder import Folder, State
 from tokenizer import open_tokenizer
 
 LOG_EVERY = 10                               # steps per "step" record, which holds means over them
+INIT_LR = 2e-5                               # peak learning rate for pretrained models (Adapt-Pruner's scripts)
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,18 @@ class Train:
     plan: str = "idea"                       # scratch, naive, oneshot, idea, idea-kd, journey, kd (schedule.PLANS)
     stage: str = "all"                       # stop behind this stage: enlarge, prune, recover; the next call goes on
     preset: str = "laptop"                   # size of the target: toy, laptop, 10m, 124m, 1.3b
+    init: str | None = None                  # instead of a preset: start with this checkpoint, run, HF folder or hub id
+    block_size: int | None = None            # tokens of context; default: the preset's, or the trained one of --init
     enlarge_ff: float = 2.6                  # the enlarged model has so many times the target's FFN neurons
     enlarge_kv: float = 1.0                  # and so many times its KV groups
     data: str = "stdlib"                     # stdlib; a file, folder or glob (text, .jsonl, .parquet); hf:NAME[:CONFIG]
-    tokenizer: str = "bytes"                 # bytes, or a tiktoken encoding: gpt2, cl100k_base, ...
+    tokenizer: str | None = None             # bytes, a tiktoken encoding, a folder; default: bytes, or that of --init
     out: str | None = None                   # run folder; default runs/PLAN-PRESET-SEED
     seed: int = 0                            # of the initial weights and the order of the data
     steps: int = 1500                        # optimizer steps of the whole plan
     batch_tokens: int = 4096                 # tokens per step, over all processes
     micro_batch: int = 16                    # sequences per forward pass of a process; the rest is accumulated
-    lr: float | None = None                  # peak learning rate; default: the preset's (model.PRESETS)
+    lr: float | None = None                  # peak learning rate; default: the preset's, 2e-5 for --init
     min_lr: float | None = None              # at the end of a cycle; default: a tenth of the peak
     shape: str = "cosine"                    # of the learning rate: cosine or wsd
     warmup_share: float = 0.05               # of a cycle
@@ -105,7 +108,8 @@ def resolve(config, on_gpu):
                           ("dtype", ("auto", "float32", "bfloat16", "float64"))):
         if getattr(config, name) not in allowed:
             raise UserError(f"--{name} {getattr(config, name)!r} is not one of {', '.join(allowed)}")
-    lr = models.PRESETS[config.preset][-1] if config.lr is None else config.lr
+    usual = INIT_LR if config.init else models.PRESETS[config.preset][-1]
+    lr = usual if config.lr is None else config.lr
     config = dataclasses.replace(
         config, lr=lr, min_lr=lr / 10 if config.min_lr is None else config.min_lr,
         dtype=("bfloat16" if on_gpu else "float32") if config.dtype == "auto" else config.dtype,
@@ -129,6 +133,8 @@ def refuse_idle_flags(config):
     idle = [] if taught else ["teacher", "kd_weight", "kd_temperature", "drop_teacher"]
     idle += [] if prunes else ["enlarge_ff", "enlarge_kv", "score_every", "score_window", "uncertainty"]
     idle += ["cuts"] if once or not prunes else []
+    if config.init and config.preset != Train.preset:
+        raise UserError(f"--preset {config.preset} has no effect with --init {config.init}; leave one of them out")
     for name in idle:
         if getattr(config, name) != Train.__dataclass_fields__[name].default:
             raise UserError(f"--{name.replace('_', '-')} has no effect in plan {config.plan!r}"
@@ -140,13 +146,19 @@ def refuse_idle_flags(config):
         raise UserError(f"plan {config.plan!r} needs --teacher CHECKPOINT, a trained model with the same tokenizer")
 
 
-def plan(config, vocab_size):
-    """-> the target's GPTConfig, the one that the run starts with, the Timeline."""
-    target, enlarged = models.preset(config.preset, vocab_size, config.enlarge_ff, config.enlarge_kv)
+def plan(config, vocab_size, given=None):
+    """-> the target's GPTConfig, the one that the run starts with, the Timeline. `given`: the config of --init."""
+    if given:
+        target, enlarged = models.shrunk(given, config.enlarge_ff, config.enlarge_kv), given
+    else:
+        pair = models.preset(config.preset, vocab_size, config.enlarge_ff, config.enlarge_kv)
+        shorter = {} if config.block_size is None else {"block_size": config.block_size}
+        target, enlarged = (dataclasses.replace(c, **shorter) for c in pair)
     prunes = any(row.name == "prune" for row in schedule.PLANS[config.plan])
     if prunes and enlarged == target:
         raise UserError(f"plan {config.plan!r} prunes, but the enlarged model is the target; give --enlarge-ff above 1")
-    start = enlarged if prunes else target
+    start = enlarged if prunes or given else target
+    target = target if prunes else start
 
     def flops_at_size(size):
         at_size = start.resized(prune.allocate(start, target, size, start.widths()))
@@ -162,6 +174,18 @@ def plan(config, vocab_size):
     if config.stage not in ("all", *(stage.name for stage, _, _ in timeline.stages)):
         raise UserError(f"plan {config.plan!r} has no stage {config.stage!r}; leave --stage out")
     return target, start, timeline
+
+
+def open_init(config):
+    """-> the run's Tokenizer, and the GPTConfig of --init (None without). UserError: the two do not fit."""
+    if not config.init:
+        return open_tokenizer(config.tokenizer or "bytes"), None
+    model, about = checkpoint.load(config.init, "meta", block_size=config.block_size)
+    tokenizer = open_tokenizer(config.tokenizer) if config.tokenizer else checkpoint.tokenizer_of(about, config.init)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, {config.init} only "
+                        f"{model.config.vocab_size}; leave --tokenizer out to take the model's own")
+    return tokenizer, model.config
 
 
 class Objective(nn.Module):
@@ -197,7 +221,9 @@ class Run:
             dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=1))
         self.config = c = resolve(config, on_gpu)
         refuse_idle_flags(c)
-        self.target, self.start, self.timeline = plan(c, open_tokenizer(c.tokenizer).vocab_size)
+        tokenizer, given = open_init(c)
+        self.config = c = dataclasses.replace(c, tokenizer=tokenizer.name)
+        self.target, self.start, self.timeline = plan(c, tokenizer.vocab_size, given)
         self.T = self.target.block_size
         unit = c.micro_batch * self.T * self.world
         if c.batch_tokens % unit:
@@ -207,13 +233,13 @@ class Run:
         self.micro_steps = c.batch_tokens // unit
         if self.rank:
             dist.barrier()                                            # the first process prepares the corpus for all
-        self.corpus = data.load(c.data, c.tokenizer, block_size=self.T)
+        self.corpus = data.load(c.data, tokenizer, block_size=self.T)
         if self.world > 1 and not self.rank:
             dist.barrier()
         self.byte_lengths = self.corpus.tokenizer.byte_lengths()
         self.signal, self.interrupted = 0, False                      # received here; agreed on by all processes
-        out = Path(c.out or f"runs/{c.plan}-{c.preset}-{c.seed}")
-        self.folder = Folder(out, c, self.corpus.fingerprint, writes=self.rank == 0)
+        out = Path(c.out or f"runs/{c.plan}-{Path(c.init).name if c.init else c.preset}-{c.seed}")
+        self.folder = Folder(out, c, self.corpus.fingerprint, tokenizer.files, writes=self.rank == 0)
         self.state = self.folder.resume(self.device, lambda model: make_optimizer(model, c)) or self.fresh()
         if (c.teacher or self.state.teacher_file) and not self.state.dropped:
             self.folder.open_teacher(c.teacher or self.folder.path / "teacher.pt", self.state)
@@ -222,7 +248,10 @@ class Run:
     def fresh(self):
         torch.manual_seed(self.config.seed)
         dtype = torch.float64 if self.config.dtype == "float64" else torch.float32      # bfloat16 is autocast's
-        model = models.GPT(self.start).to(self.device, dtype)
+        if self.config.init:
+            model, _ = checkpoint.load(self.config.init, self.device, dtype, self.config.block_size)
+        else:
+            model = models.GPT(self.start).to(self.device, dtype)
         return State(model, make_optimizer(model, self.config), prune.everything(self.start))
 
     def wrap(self):
