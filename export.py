@@ -53,6 +53,7 @@ def check_transformers(folder, model):
     import transformers
     from transformers import AutoModelForCausalLM
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()      # "torch_dtype is deprecated": version 4.51 has no other name
     theirs = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, trust_remote_code=True).eval()
     tokens = torch.randint(model.config.vocab_size, (2, min(64, model.config.block_size)),
                            generator=torch.Generator().manual_seed(0))
@@ -65,18 +66,27 @@ def check_transformers(folder, model):
     return worst
 
 
+def check_llamacpp(file, model, tokenizer):
+    """Ask `file` in llama.cpp -> the largest difference of log-probabilities. UserError: beyond llamacpp.TOLERANCE."""
+    return llamacpp.check_gguf(file, copy.deepcopy(model).float(), dtype=gguf_dtype(model), tokenizer=tokenizer)
+
+
+def gguf_dtype(model):
+    return {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}[model.embed.weight.dtype]
+
+
 def write(config, model, about, path):
     """Write the model to `path` -> a sentence about the layout."""
     if config.to == "gguf":
-        llamacpp.write_gguf(model, checkpoint.tokenizer_of(about, config.checkpoint), path)
-        return f"GGUF, architecture {llamacpp.architecture(model.config)}"
+        llamacpp.write_gguf(model, checkpoint.tokenizer_of(about, config.checkpoint), path, gguf_dtype(model))
+        return f"GGUF, architecture {llamacpp.architecture(model.config)}, {gguf_dtype(model)}"
     family = "nemotron-nas" if config.to == "deci" else huggingface.stock_family(model.config) or "nanoprune"
     if "huggingface" in about:                          # as they came, even a tokenizer that we could not read
         files = about["tokenizer_files"]
         special = {name: about["huggingface"].get(name) for name in ("bos_token_id", "eos_token_id")}
     else:
         tokenizer = checkpoint.tokenizer_of(about, config.checkpoint)
-        files, special = tokenizer.files, {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot}
+        files, special = tokenizer.as_files(), {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot}
     path.mkdir(parents=True)
     huggingface.save(path, model, family, files, special)
     written = json.loads((path / "config.json").read_text())
@@ -104,14 +114,18 @@ def main(config):
         layout = write(config, model, about, beside)
         if config.to != "gguf":
             check_reader(beside, model)
-        check = llamacpp.check_gguf if config.to == "gguf" else check_transformers
-        worst = check(beside, model) if installed else None
+        worst = None
+        if installed and config.to == "gguf":
+            worst = check_llamacpp(beside, model, checkpoint.tokenizer_of(about, config.checkpoint))
+        elif installed:
+            worst = check_transformers(beside, model)
         os.replace(beside, out)
     finally:
         shutil.rmtree(beside, ignore_errors=True) if beside.is_dir() else beside.unlink(missing_ok=True)
     size = sum(f.stat().st_size for f in (out.iterdir() if out.is_dir() else [out]))
+    what = "log-probabilities" if config.to == "gguf" else "logits"
     checked = f"not checked, as {runtime} is not installed" if worst is None else \
-        f"{runtime} gives the same logits, at most {worst:.1e} apart"
+        f"the same in {runtime}: {what} at most {worst:.1e} apart"
     print(f"{out}: {size:,} bytes, {layout}; {checked}")
 
 

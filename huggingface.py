@@ -262,3 +262,5 @@ def save(folder, model, family, files=None, special=None):
         (folder / name).write_text(text, encoding="utf-8")
     if family in OWN_CODE:
         shutil.copy(Path(__file__).with_name("modeling_nanoprune.py"), folder)
+    for file in folder.iterdir():
+        file.chmod(0o644)                              # safetensors makes files that only their owner reads

@@ -247,16 +247,16 @@ class GPT(nn.Module):
         return F.linear(self.hidden(idx, cache), self.head_weight)
 
     @torch.no_grad()
-    def generate(self, idx, tokens, temperature=1.0, top_k=None, generator=None):
+    def generate(self, idx, tokens, temperature=1.0, top_k=None, generator=None, done=None):
         """Continue the prompt idx (B, T) by so many tokens; returns (B, T + tokens). temperature 0 = greedy. With a
-        KV cache; a context that outgrows block_size starts again from its last half."""
+        KV cache; a context that outgrows block_size starts again from its last half. `done(idx)`, true: that is all."""
         cache, filled, limit = None, 0, self.config.block_size
         for _ in range(tokens):
             if cache is None or filled == limit:
                 new = idx[:, -(limit if cache is None else max(1, limit // 2)):]
                 cache, filled = [[] for _ in self.blocks], 0
             filled += new.size(1)
-            logits = self(new, cache)[:, -1].float()                  # (B, V)
+            logits = F.linear(self.hidden(new, cache)[:, -1], self.head_weight).float()            # (B, V)
             if temperature == 0:
                 new = logits.argmax(-1, keepdim=True)
             else:
@@ -265,6 +265,8 @@ class GPT(nn.Module):
                     logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -math.inf
                 new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
             idx = torch.cat((idx, new), dim=1)
+            if done is not None and done(idx):
+                break
         return idx
 
 
