@@ -20,8 +20,8 @@ class UserError(Exception):
 
 def parse(cls, argv=None):
     """Command line -> instance of the frozen dataclass `cls`. Fields without a default are positional (a tuple takes
-    all there are); a bool field `x` becomes --x / --no-x; `T | None` takes T; the comment behind each field is its
-    help."""
+    all there are); a bool field `x` becomes --x / --no-x; `T | None` takes T, a tuple one or more; the comment behind
+    each field is its help."""
     help_text = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
     parser = argparse.ArgumentParser(description=inspect.getmodule(cls).__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -29,14 +29,16 @@ def parse(cls, argv=None):
     for f in dataclasses.fields(cls):
         kind = next((t for t in get_args(types[f.name]) if t is not type(None)), types[f.name])
         text = help_text.get(f.name, "").replace("%", "%%")
+        several = "+" if get_origin(types[f.name]) is tuple else None
         if f.default is dataclasses.MISSING:
-            parser.add_argument(f.name, type=kind, help=text, nargs="+" if get_origin(types[f.name]) is tuple else None)
+            parser.add_argument(f.name, type=kind, help=text, nargs=several)
             continue
         flag, text = "--" + f.name.replace("_", "-"), f"{text} [{f.default}]"
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=text)
         else:
-            parser.add_argument(flag, type=kind, default=f.default, help=text, metavar=kind.__name__.upper())
+            parser.add_argument(flag, type=kind, default=f.default, help=text, metavar=kind.__name__.upper(),
+                                nargs=several)
     return cls(**vars(parser.parse_args(argv)))
 
 

@@ -2,13 +2,15 @@
 
     python eval.py runs/idea-laptop-0 --sample "def read(path):"
     python eval.py runs/idea-laptop-0 --data README.md --stride 32
+    python eval.py SmolLM2-135M --multiple-choice questions.jsonl      # a Hugging Face folder or hub id
+    python eval.py SmolLM2-135M --tasks arc_easy,hellaswag,piqa
 
 Protocol. The hold-out is cut into windows of block_size + 1 tokens. Without --stride: `windows` of them, evenly
 spaced, not overlapping, always the same ones; no context from before a window; its first token is only context, the
 others all count. With --stride s: windows start every s tokens over the whole text and, but for the first, count
 their last s tokens, so that every counted token has at least block_size - s tokens of context. Losses are means over
 counted tokens, formed in the weights' dtype with float32 logits (float64 for float64 weights); bits per byte divides
-by the UTF-8 bytes those tokens stand for. Not here: benchmark tasks.
+by the UTF-8 bytes those tokens stand for. Questions with choices and lm_eval's tasks are scored by tasks.py.
 """
 import math
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 
 import data
+import tasks
 from checkpoint import load, tokenizer_of
 from common import UserError, parse, pick_device, run
 from distill import chunked_loss
@@ -26,11 +29,17 @@ from distill import chunked_loss
 @dataclass(frozen=True)
 class Eval:
     checkpoint: str               # ckpt_*.pt, the folder of a run, a Hugging Face folder or a hub id
-    data: str | None = None       # a text file to evaluate whole; default: the hold-out of the training corpus
+    data: str | None = None       # a text file to evaluate whole; default: training's hold-out, if no questions are asked
     block_size: int | None = None    # tokens of context; default: what the model was trained with
     windows: int = 256            # windows of the hold-out, evenly spaced (0 = all; a text file always: all)
     stride: int = 0               # move windows by so many tokens over the whole text (0 = windows as above)
     batch: int = 32               # windows per forward pass
+    multiple_choice: tuple[str, ...] = ()    # files of questions: JSON lines, or BIG-bench's task.json (tasks.py)
+    tasks: str | None = None      # lm_eval's tasks, for example arc_easy,hellaswag (pip install lm_eval)
+    include_path: str | None = None    # a folder with YAML files of more lm_eval tasks
+    num_fewshot: int | None = None     # examples before each question of --tasks; default: the task's
+    limit: int | None = None      # questions per file or task; default: all
+    batch_tokens: int | None = None    # tokens per forward pass of --multiple-choice and --tasks
     sample: str | None = None     # also continue this prompt
     tokens: int = 300             # length of the sample
     temperature: float = 0.8      # of the sample; 0 = greedy
@@ -85,7 +94,8 @@ def sample(model, tokenizer, prompt_ids, tokens, temperature=0.8, top_k=50, seed
     return tokenizer.decode(out[0, idx.size(1):].tolist())
 
 
-def main(config):
+def open_model(config):
+    """-> (GPT, what its file says besides) for the flags of the command."""
     device = pick_device(config.device)
     if config.dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
         raise UserError(f"--dtype {config.dtype!r} is not one of auto, float32, bfloat16, float16, float64")
@@ -93,8 +103,11 @@ def main(config):
                         config.block_size)
     if config.dtype == "auto" and device == "cpu" and model.embed.weight.dtype.itemsize < 4:
         model.float()                                        # CPUs are slow in half precision, and round more
-    tokenizer, trained = tokenizer_of(about, config.checkpoint), about.get("run", {})
-    windows = config.windows if config.data is None else 0
+    return model, about
+
+
+def print_loss(config, model, tokenizer, about):
+    windows, trained = config.windows if config.data is None else 0, about.get("run", {})
     if config.data is None:
         if "data" not in trained:
             raise UserError(f"{config.checkpoint} does not say what it was trained on; give a text by --data")
@@ -115,15 +128,43 @@ def main(config):
           f"{result['tokens']:,} tokens in windows of {model.config.block_size}\n"
           f"  {result['loss']:.4f} nats per token   perplexity {result['perplexity']:.3f}   "
           f"{result['bits_per_byte']:.4f} bits per byte")
+
+
+def print_choices(config, model, tokenizer):
+    asked = [(file, tasks.read_questions(file)[:config.limit]) for file in config.multiple_choice]
+    print(f"{'file':40} questions  acc              acc_norm         acc_bytes        tokens/s")
+    for file, questions in asked:
+        r = tasks.multiple_choice(model, tokenizer, questions, config.batch_tokens)
+        metrics = "  ".join(f"{r[m]:.4f} ± {r[m + '_stderr']:.4f}" for m in ("acc", "acc_norm", "acc_bytes"))
+        print(f"{file:40} {r['questions']:9,}  {metrics}  {r['tokens'] / r['seconds']:8,.0f}")
+
+
+def print_sample(config, model, tokenizer):
+    ids = tokenizer.encode(config.sample)
+    if len(ids) == 0:
+        raise UserError("--sample needs a prompt of at least one token, for example --sample 'def '")
+    if config.temperature < 0 or config.top_k < 0 or config.tokens < 1:
+        raise UserError(f"--temperature {config.temperature} and --top-k {config.top_k} must not be negative, "
+                        f"--tokens {config.tokens} at least 1")
+    text = sample(model, tokenizer, ids, config.tokens, config.temperature, config.top_k, config.seed)
+    print(f"\n{config.sample}{text}")
+
+
+def main(config):
+    for name in ("limit", "num_fewshot", "batch_tokens"):
+        if getattr(config, name) is not None and getattr(config, name) < (name != "num_fewshot"):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must not be that small")
+    model, about = open_model(config)
+    tokenizer = tokenizer_of(about, config.checkpoint)
+    if config.multiple_choice:
+        print_choices(config, model, tokenizer)
+    if config.tasks:
+        print(tasks.run_tasks(model, tokenizer, config.tasks.split(","), config.include_path, config.batch_tokens,
+                              limit=config.limit, num_fewshot=config.num_fewshot)[1])
+    if config.data is not None or not (config.multiple_choice or config.tasks):
+        print_loss(config, model, tokenizer, about)
     if config.sample is not None:
-        ids = tokenizer.encode(config.sample)
-        if len(ids) == 0:
-            raise UserError("--sample needs a prompt of at least one token, for example --sample 'def '")
-        if config.temperature < 0 or config.top_k < 0 or config.tokens < 1:
-            raise UserError(f"--temperature {config.temperature} and --top-k {config.top_k} must not be negative, "
-                            f"--tokens {config.tokens} at least 1")
-        text = sample(model, tokenizer, ids, config.tokens, config.temperature, config.top_k, config.seed)
-        print(f"\n{config.sample}{text}")
+        print_sample(config, model, tokenizer)
 
 
 if __name__ == "__main__":
