@@ -57,13 +57,12 @@ def sensitivity(model):
     that kinds compare."""
     parameters, scores = dict(model.named_parameters()), {}
     for (layer, kind), units in model.config.widths().items():
-        if units:
-            total, entries = 0.0, 0
-            for name, dim in coupled(model.config, layer, kind):
-                p = parameters[name]
-                sums = by_unit((p * p.grad).abs(), dim, units).movedim(dim, 0).flatten(1).sum(1)
-                total, entries = total + sums, entries + p.numel() // units
-            scores[layer, kind] = (total / entries).float()
+        total, entries = torch.zeros(units, device=model.embed.weight.device), 0
+        for name, dim in coupled(model.config, layer, kind) if units else ():
+            p = parameters[name]
+            sums = by_unit((p * p.grad).abs(), dim, units).movedim(dim, 0).flatten(1).sum(1)
+            total, entries = total + sums, entries + p.numel() // units
+        scores[layer, kind] = (total / max(1, entries)).float()
     return scores
 
 
@@ -194,6 +193,7 @@ class Prune:
     out: str | None = None        # folder of the smaller model; default runs/pruned-NAME-KEEP
     data: str = "stdlib"          # calibration text; its hold-out measures the loss (data.py's sources)
     windows: int = 32             # of the calibration text
+    eval_windows: int = 32        # of the hold-out, before and after
     block_size: int | None = None    # tokens in a window; default: the model's context, at most 512
     micro_batch: int = 4          # windows per forward pass
     seed: int = 0                 # which windows
@@ -215,9 +215,11 @@ def calibrate(model, tokens, windows, micro_batch, seed):
 def main(config):
     if config.init is None:
         raise UserError("say what to cut by --init: a checkpoint, a run folder, a Hugging Face folder or a hub id")
-    if config.allocate not in ("global", "uniform") or not 0 < config.keep < 1 or config.micro_batch < 1:
+    if config.allocate not in ("global", "uniform") or not 0 < config.keep < 1 or \
+            min(config.micro_batch, config.windows, config.eval_windows) < 1:
         raise UserError(f"--allocate {config.allocate!r} must be global or uniform, --keep {config.keep} between 0 "
-                        f"and 1, --micro-batch {config.micro_batch} at least 1")
+                        f"and 1, --windows {config.windows}, --eval-windows {config.eval_windows} and --micro-batch "
+                        f"{config.micro_batch} at least 1")
     out = Path(config.out or f"runs/pruned-{Path(config.init).name}-{config.keep:g}")
     if out.exists():
         raise UserError(f"{out} is there already; give another --out or delete it")
@@ -228,7 +230,7 @@ def main(config):
     corpus = data.load(config.data, tokenizer, block_size=T)
 
     def measure(model, what):
-        found = evaluate(model, corpus.val, tokenizer.byte_lengths(), 64, batch=config.micro_batch)
+        found = evaluate(model, corpus.val, tokenizer.byte_lengths(), config.eval_windows, batch=config.micro_batch)
         print(f"{what:6} {model.config.num_params()['total']:13,} parameters   {found['loss']:.4f} nats per token   "
               f"perplexity {found['perplexity']:.2f}   (hold-out of {config.data}, {found['tokens']:,} tokens)")
 

