@@ -355,7 +355,7 @@ def main(settings):
         text_bytes = sum(int(lengths[tokens[i:i + 2**20]].sum()) for i in range(0, len(tokens), 2**20))
         print(f"{side:5} {count:10,} documents {len(tokens):14,} tokens {text_bytes:14,} bytes of text")
     print(f"fingerprint {corpus.fingerprint}; the hold-out begins:\n{corpus.tokenizer.decode(corpus.val[:800])[:200]}\n"
-          f"train on it: python train.py --data {corpus.folder or settings.source} --tokenizer {corpus.tokenizer.name}")
+          f"train on it: python train.py --data {corpus.folder or settings.source} --tokenizer {settings.tokenizer}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from distill import chunked_loss
 @dataclass(frozen=True)
 class Eval:
     checkpoint: str               # ckpt_*.pt, the folder of a run, a Hugging Face folder or a hub id
-    data: str | None = None       # a text file to evaluate whole; default: training's hold-out, if no questions are asked
+    data: str | None = None       # a text file to evaluate whole; default: training's hold-out, unless questions are
     block_size: int | None = None    # tokens of context; default: what the model was trained with
     windows: int = 256            # windows of the hold-out, evenly spaced (0 = all; a text file always: all)
     stride: int = 0               # move windows by so many tokens over the whole text (0 = windows as above)

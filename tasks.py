@@ -140,14 +140,14 @@ class Encoder:
         return ids if ids[:1] == [self.prefix] else self.opening + ids       # a text may bring its own BOS
 
     def pair(self, context, continuation):
-        """-> (context ids, continuation ids): blanks that end the context move to the continuation, and the two are
-        encoded together and then split where the context alone ends. No context: BOS, or EOT where there is none."""
+        """-> (context ids, continuation ids): blanks that end the context move to the continuation, whose ids are those
+        of both texts together but for as many as the context alone has. No context: BOS, or EOT where there is none."""
         stem = context.rstrip()
         if not stem:
             ids = self.plain(context + continuation)
             return ([self.prefix], ids) if ids[:1] != [self.prefix] else (ids[:1], ids[1:])
-        ids, n = self(context + continuation), len(self(stem))
-        return ids[:n], ids[n:]
+        ids = self(stem)
+        return ids, self(context + continuation)[len(ids):]
 
 
 # -- questions
@@ -288,14 +288,15 @@ def lm_eval_adapter(model, tokenizer, batch_tokens=None, seed=1234):
             return [self.generated(*request.args, generator) for request in tqdm(requests, leave=False, disable=None)]
 
         def generated(self, prompt, options, generator):
-            options = dict(normalize_gen_kwargs(options, 256))             # 256: HFLM's own default
-            sampled, temperature = options.pop("do_sample", False), options.pop("temperature", 0.0)
-            until, most, top_k = options.pop("until"), options.pop("max_gen_toks"), options.pop("top_k", 0)
-            if sampled and options:
+            options = dict(normalize_gen_kwargs(options, 256))   # 256: HFLM's default; without do_sample temperature 0
+            until, most, temperature = options.pop("until"), options.pop("max_gen_toks"), options.pop("temperature", 0)
+            top_k = options.pop("top_k", 0)
+            options.pop("do_sample")
+            if temperature and options:
                 raise UserError(f"generation options {', '.join(options)} are not here; drop them, or do_sample")
             until = [stop for stop in [*until, tokenizer.token_bytes(tokenizer.eot).decode()] if stop]
-            return complete(model, tokenizer, encoder(prompt) or [encoder.prefix], until, most,
-                            temperature if sampled else 0.0, top_k, generator)
+            return complete(model, tokenizer, encoder(prompt) or [encoder.prefix], until, most, temperature, top_k,
+                            generator)
 
     return Adapter()
 

@@ -1,8 +1,11 @@
 """llamacpp.py: llama.cpp itself is the oracle of values and tokens, the gguf package that of the format."""
 import json
 import resource
+import subprocess
 import sys
+import time
 import urllib.request
+from pathlib import Path
 
 import gguf
 import pytest
@@ -14,7 +17,7 @@ import llamacpp
 from common import UserError
 from llamacpp import ask, check_gguf, encoded, opened, speed, write_gguf
 from model import GPT, GPTConfig
-from tokenizer import PRE_TOKENIZERS, Tokenizer, open_tokenizer
+from tokenizer import PRE_TOKENIZERS, PROBE, Tokenizer, open_tokenizer
 
 BYTES = open_tokenizer("bytes")
 LLAMA3 = (8.0, 0.5, 4.0, 32.0)                  # frequencies on both sides of and between the two factors
@@ -29,7 +32,8 @@ CASES = [  # llama.cpp's architecture, and what differs from `shape`
     ("deci", dict(head_dim=32)), ("deci", NO_FIRST), ("deci", NO_MIDDLE), ("deci", NO_LAST), ("deci", NO_MIDDLE | ALL),
     ("deci", dict(n_head=(4, 2, 3), n_kv_head=(1, 1, 1))), ("deci", NO_FIRST | dict(d_ff=(7, 0, 1))),
     ("llama", EVEN), ("llama", EVEN | ALL), ("llama", EVEN | dict(head_dim=32)), ("llama", NOTHING),
-    ("llama", EVEN | dict(qkv_bias=True)), ("qwen2", EVEN | dict(qkv_bias=True, head_dim=8, tie_embeddings=False)),
+    ("llama", EVEN | dict(qkv_bias=True)), ("llama", EVEN | dict(qkv_bias=True, head_dim=8, rope_scaling=LLAMA3)),
+    ("qwen2", EVEN | dict(qkv_bias=True, head_dim=8, tie_embeddings=False)),
     ("qwen3", EVEN | dict(qk_norm=True, tie_embeddings=False)), ("qwen3", EVEN | dict(qk_norm=True, head_dim=32)),
     ("openelm", dict(qk_norm=True)), ("openelm", dict(qk_norm=True, head_dim=32) | NO_FIRST),
     ("openelm", dict(qk_norm=True, norm_eps=1e-3) | NO_LAST)]
@@ -54,7 +58,9 @@ def wild(config):
 @pytest.mark.parametrize("arch, changes", CASES)
 def test_llama_cpp_computes_the_same_and_says_the_same(arch, changes, tmp_path):
     model, path = wild(shape(**changes)), tmp_path / "model.gguf"
+    before = torch.get_rng_state()
     write_gguf(model, BYTES, path, "f32")
+    assert torch.equal(torch.get_rng_state(), before)                          # a run that exports draws what it would
     assert bytes(gguf.GGUFReader(path).fields["general.architecture"].parts[-1]).decode() == arch
     assert check_gguf(path, model, dtype="f32", tokenizer=BYTES) <= 1e-3
     prompt = torch.randint(256, (100,)).tolist()
@@ -130,7 +136,7 @@ TEXTS = [
     "", "Don't we'll I'M they'RE 'quoted' x's", "1234567 12 3.14 ٣٤٥ x9y  8", "\n\n\ta \n b\r\n\r\n   c    d\n",
     "naïve Ελληνικά русский 日本語かな。한국어 हिन्दी עברית ไทย", "🙂👩‍👩‍👧‍👦🇫🇷 ½²Ⅷ ﬁ", "a b\u00a0c\u3000d\u2028e\x85f",
     "if x[0]:\n    y += f(z)  # $5", "Ā Ġ č <|endoftext|> <|im_end|> [PAD299]", "the the there then bother other",
-    "\x01\x7f\u0378\U000e0001", "....!!!\n---\n", llamacpp.PROBE]
+    "\x01\x7f\u0378\U000e0001", "....!!!\n---\n", PROBE]
 TRAINING = [*TEXTS, llamacpp.__doc__, "def read(path):\n    return open(path).read()\n" * 3, "It's the other's."]
 TIKTOKEN = {  # as tiktoken 0.14 spells them: what gpt2 and r50k_base have, and cl100k_base
     "gpt-2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
@@ -280,10 +286,18 @@ def test_the_check_refuses_other_tokens(tmp_path, monkeypatch):
         check_gguf(path, model, tokenizer=tokenizer)
 
 
+def test_llama_cpp_is_silent_where_all_is_well(tmp_path, capfd):
+    write_gguf(wild(shape(block_size=32)), BYTES, tmp_path / "model.gguf")
+    assert len(ask(tmp_path / "model.gguf", [1] * 30, tokens=2)) == 2
+    time.sleep(0.3)                                                            # it writes in a thread of its own
+    assert capfd.readouterr() == ("", "")
+
+
 def test_llama_cpp_s_own_refusals_are_sentences(tmp_path, monkeypatch, capfd):
     model, path = wild(shape(block_size=32)), tmp_path / "model.gguf"
-    with pytest.raises(UserError, match="llama.cpp does not load .*model.gguf; its lines above say why"):
+    with pytest.raises(UserError, match="llama.cpp does not load .*model.gguf; its lines here say why"):
         ask(path, [1])
+    time.sleep(0.3)
     assert "No such file" in capfd.readouterr().err
     write_gguf(model, BYTES, path)
     with pytest.raises(UserError, match="refuses 32 tokens: .* exceeds the available context size .*; a file's"):
@@ -292,12 +306,45 @@ def test_llama_cpp_s_own_refusals_are_sentences(tmp_path, monkeypatch, capfd):
         ask(path, [])
     with pytest.raises(UserError, match="refuses 2 tokens: .* invalid tokens"):
         ask(path, [1, 300])
-    assert capfd.readouterr().out == ""
-    assert len(ask(path, [1] * 30, tokens=2)) == 2
-    assert capfd.readouterr() == ("", "")                                      # silent where all is well
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     with pytest.raises(UserError, match="package xllamacpp; pip install xllamacpp"):
         check_gguf(path, model)
+
+
+def test_a_server_closed_at_once_does_not_hang(tmp_path):
+    write_gguf(wild(shape()), BYTES, tmp_path / "model.gguf")
+    subprocess.run([sys.executable, "-c", f"import llamacpp; llamacpp.opened({str(tmp_path / 'model.gguf')!r}, 8)"],
+                   check=True, timeout=60, cwd=Path(llamacpp.__file__).parent)
+
+
+def test_one_position_in_two_may_be_off_where_llama_cpp_rounds_and_none_in_float32(tmp_path, monkeypatch):
+    model, path = wild(shape()), tmp_path / "model.gguf"
+    write_gguf(model, BYTES, path)
+    far, near = (15.0, 0, 7, 3, -1.0, -16.0), (0.01, 1, 2, 3, -1.0, -1.01)
+    for dtype, off, passes in [("f32", 1, False), ("f16", 1, True), ("bf16", 3, True), ("f16", 5, False)]:
+        monkeypatch.setattr(llamacpp, "gaps", lambda *a: iter([far] * off + [near] * 4))
+        if passes:
+            assert check_gguf(path, model, dtype=dtype) == 15
+        else:
+            says = (f"15 nats apart{' .median.' * (dtype == 'f16')}, more than .*; most at position 7 of prompt 0, "
+                    "where token 3 has log-probability -1.0 in ours and -16.0 in llama.cpp; ")
+            with pytest.raises(UserError, match=says):
+                check_gguf(path, model, dtype=dtype)
+
+
+@pytest.mark.parametrize("other", ["the second token", "not a number"])
+def test_our_best_token_must_be_llama_cpp_s_and_every_probability_a_number(other, tmp_path, monkeypatch):
+    model, path, right = wild(shape()), tmp_path / "model.gguf", llamacpp.greedy
+
+    def wrong(*a):
+        said = right(*a)
+        if other == "not a number":
+            return [(token, [*best[:4], (best[4][0], float("nan"))]) for token, best in said]
+        return [*said[:-1], (said[-1][1][1][0], said[-1][1][1:])]              # all that it says is true
+    write_gguf(model, BYTES, path, "f32")
+    monkeypatch.setattr(llamacpp, "greedy", wrong)
+    with pytest.raises(UserError, match="is not the model"):
+        check_gguf(path, model, dtype="f32")
 
 
 # -- the file, and the rest
