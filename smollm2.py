@@ -98,10 +98,10 @@ def fetch(folder):
 def check(folder, keep):
     """Print, and refuse when beyond the stated bounds: ours against transformers, the cut model in both runtimes, and
     what the cut buys in llama.cpp."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     model, about = checkpoint.load(folder, dtype=torch.float32)
     tokenizer = checkpoint.tokenizer_of(about, folder)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    theirs = export.in_transformers(folder)
     ids = torch.from_numpy(tokenizer.encode(TEXT).astype("int64"))[None]
     same_ids = AutoTokenizer.from_pretrained(folder)(TEXT).input_ids == ids[0].tolist()
     a, b = model(ids), theirs(ids).logits
@@ -121,7 +121,7 @@ def check(folder, keep):
             models[name] = f"{tmp}/{name}"
             print(f"\n{name}: python prune.py --init {folder} --keep {keep} --allocate {allocate}")
             with torch.enable_grad():
-                prune.main(prune.Prune(str(folder), keep, allocate, models[name], windows=8, eval_windows=16,
+                prune.main(prune.Prune(str(folder), keep, allocate, models[name], windows=8, eval_windows=8,
                                        block_size=256))
         print()
         export.main(export.Export(models["uneven"], f"{tmp}/hf"))
@@ -145,13 +145,12 @@ def check(folder, keep):
 @torch.no_grad()
 def questions(folder, file, limit):
     """Print our scores of the questions and the rate beside a plain loop: transformers, one choice at a time."""
-    from transformers import AutoModelForCausalLM
     if file is None:
         raise UserError("questions needs --file: JSON lines of query, choices, gold, or a BIG-bench task.json")
     model, about = checkpoint.load(folder, dtype=torch.float32)
     tokenizer, asked = checkpoint.tokenizer_of(about, folder), tasks.read_questions(file)[:limit]
     ours, encode = tasks.multiple_choice(model, tokenizer, asked), tasks.Encoder(tokenizer)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    theirs = export.in_transformers(folder)
     right, start = 0, time.perf_counter()
     for q in asked:
         scores = []

@@ -270,7 +270,7 @@ def lm_eval_adapter(model, tokenizer, batch_tokens=None, seed=1234):
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     except ImportError as problem:
         raise UserError(f"tasks are run by lm-evaluation-harness, which cannot be imported ({problem}): pip install "
-                        "lm_eval") from problem
+                        "'lm_eval>=0.4.10'") from problem
     encoder, device = Encoder(tokenizer), model.embed.weight.device
 
     class Adapter(LM):
@@ -294,7 +294,7 @@ def lm_eval_adapter(model, tokenizer, batch_tokens=None, seed=1234):
             options.pop("do_sample")
             if temperature and options:
                 raise UserError(f"generation options {', '.join(options)} are not here; drop them, or do_sample")
-            until = [stop for stop in [*until, tokenizer.token_bytes(tokenizer.eot).decode()] if stop]
+            until = [stop for stop in [*until, tokenizer.decode([tokenizer.eot])] if stop]
             return complete(model, tokenizer, encoder(prompt) or [encoder.prefix], until, most, temperature, top_k,
                             generator)
 

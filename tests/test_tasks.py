@@ -368,7 +368,7 @@ def test_tasks_that_cannot_run_are_refused(twin, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="lm_eval has no task 'nosuch'; `lm_eval ls tasks` lists 2, and --include-path"):
         tasks.run_tasks(model, tokenizer, ["far", "nosuch"], include_path=str(tmp_path))
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
-    with pytest.raises(UserError, match="lm-evaluation-harness, which cannot be imported .*: pip install lm_eval"):
+    with pytest.raises(UserError, match="lm-evaluation-harness, which cannot be imported .*: pip install 'lm_eval"):
         tasks.run_tasks(model, tokenizer, ["far"])
 
 
