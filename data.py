@@ -339,7 +339,7 @@ def epochs(tokens, block_size, samples):
 @dataclass(frozen=True)
 class Prepare:
     source: str = "stdlib"  # stdlib; a file, folder or glob (text, .jsonl, .parquet); hf:NAME[:CONFIG]
-    tokenizer: str = "bytes"  # bytes, or a tiktoken encoding: gpt2, cl100k_base, o200k_base, ...
+    tokenizer: str = "bytes"  # bytes, a tiktoken encoding (gpt2, cl100k_base, ...) or a folder with tokenizer.json
     field: str = "text"  # the field or column that holds the text
     split: str = "train"  # of an hf: source, from which we hold out our own val
     stream: bool = False  # hf: do not store the dataset, only its tokens
