@@ -78,7 +78,7 @@ def find(path):
 def tokenizer_of(about, path):
     """The Tokenizer of the model that `load(path)` returned with `about`. UserError: it has none that we can read."""
     if "huggingface" in about and not about["tokenizer_files"]:
-        raise UserError(f"{path} has no tokenizer.json; add the file, or give --tokenizer")
+        raise UserError(f"{path} has no tokenizer.json; add the file (train.py takes --tokenizer, too)")
     return open_tokenizer(about["run"]["tokenizer"] if "run" in about else str(path), about.get("tokenizer_files"))
 
 

@@ -58,7 +58,8 @@ def evaluate(model, tokens, byte_lengths, windows=256, stride=0, batch=32):
         raise UserError(f"--windows {windows} must be 0 (all) or more, --batch {batch} at least 1")
     available = (len(tokens) - 1) // T
     if available < 1:
-        raise UserError(f"the text has {len(tokens)} tokens, one window takes {T + 1}: give a longer text")
+        raise UserError(f"the text has {len(tokens)} tokens, one window takes {T + 1}: give a longer text or "
+                        "a smaller --block-size")
     if stride:
         if not 0 < stride <= T:
             raise UserError(f"--stride {stride} must be between 1 and the context of {T} tokens")

@@ -95,8 +95,9 @@ def write(config, model, about, path):
     path.mkdir(parents=True)
     huggingface.save(path, model, family, files, special)
     written = json.loads((path / "config.json").read_text())
+    no_tokenizer = "" if files else ", WITHOUT a tokenizer: it came without one, or tiktoken's has no tokenizer.json"
     own_code = ", with its code: load it with trust_remote_code=True" if "auto_map" in written else ""
-    return written["architectures"][0] + own_code
+    return written["architectures"][0] + own_code + no_tokenizer
 
 
 def main(config):

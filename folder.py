@@ -112,7 +112,7 @@ class Folder:
     def open_teacher(self, path, state):
         """Load the teacher into `state`; UserError for one of another tokenizer or changed since the run began."""
         device, dtype = state.model.embed.weight.device, state.model.embed.weight.dtype
-        teacher, saved = checkpoint.load(path, device)
+        teacher, saved = checkpoint.load(path, device, dtype)
         mine, theirs = self.identity["tokenizer"], checkpoint.tokenizer_of(saved, path).name
         student = state.model.config
         if teacher.config.vocab_size != student.vocab_size or theirs != mine:
@@ -126,7 +126,7 @@ class Folder:
         if state.teacher_file and state.teacher_file["sha256"] != found["sha256"]:
             raise UserError(f"the teacher {file} has changed since the run began (sha256 {found['sha256'][:12]}, then "
                             f"{state.teacher_file['sha256'][:12]}); restore it or begin anew with another --out")
-        state.teacher_file, state.teacher = found, freeze(teacher.to(dtype))
+        state.teacher_file, state.teacher = found, freeze(teacher)
 
 
 def fingerprint(model):

@@ -1,6 +1,6 @@
 """Hugging Face folders in and out: config.json, *.safetensors and the tokenizer's files <-> our GPT.
 
-    python eval.py SmolLM2-135M --data README.md     # a folder; or a hub id such as HuggingFaceTB/SmolLM2-135M
+    python eval.py HuggingFaceTB/SmolLM2-135M --data README.md --block-size 512       # a hub id, or a folder
     python export.py runs/idea-laptop-0 --to hf OUT
 
 In: Llama 2/3, SmolLM2, MobileLLM, Mistral, Qwen 2/2.5 and Qwen 3 are one decoder in other numbers (`read_config`);
@@ -59,6 +59,8 @@ def read_widths(c):
     if c["model_type"] != "nemotron-nas":
         return (H,) * L, (c.get("num_key_value_heads") or H,) * L, (c["intermediate_size"],) * L
     attention, ffn = ([block[kind] for block in c["block_configs"]] for kind in ("attention", "ffn"))
+    if any(part.get(name) for part in (*attention, *ffn) for name in ("replace_with_linear", "window_length")):
+        raise ValueError("replace_with_linear or window_length in block_configs")
     heads = tuple(0 if a["no_op"] else H for a in attention)
     return heads, tuple(h // a["n_heads_in_group"] if h else 0 for h, a in zip(heads, attention)), tuple(
         0 if f["no_op"] else f.get("intermediate_size") or deci_d_ff(f["ffn_mult"], c["hidden_size"]) for f in ffn)
@@ -70,8 +72,9 @@ def deci_d_ff(ffn_mult, d_model):
 
 
 def read_config(c, where, block_size=None):
-    """A config.json (dict) -> GPTConfig. Defaults of absent keys are those of transformers' class. UserError where the
-    model is not ours to compute: what differs stands in the sentence, behind the folder `where`."""
+    """A config.json (dict) -> GPTConfig. Defaults of absent keys are those of transformers' class. A sliding window is
+    no window up to its length: the context is that, unless a longer block_size is asked for. UserError where the model
+    is not ours to compute, with what differs."""
     def refuse(reason):
         raise UserError(f"{where} cannot be loaded: {reason}")
 
@@ -86,37 +89,41 @@ def read_config(c, where, block_size=None):
                           ("layer_sharing", False)):
         if c.get(name, allowed) != allowed:
             refuse(f"{name} is {c[name]!r}, and only {allowed!r} is supported")
-    asked = block_size or c.get("max_position_embeddings", 2048)
-    window = c.get("sliding_window", 4096) if family == "mistral" else \
-        c.get("sliding_window") if c.get("use_sliding_window") else None
-    if window and window < asked:
-        refuse(f"it attends to {window} tokens by a sliding window, fewer than the context of {asked}; ask for at most "
-               f"{window} by --block-size")
+    slides = family == "mistral" or c.get("use_sliding_window")
     try:
+        usual = {"mistral": 131072, "qwen2": 32768, "qwen3": 32768}.get(family, 2048)
+        context = int(c.get("max_position_embeddings", usual))
+        window = c.get("sliding_window", 4096) if slides else None
+        if window and block_size and window < block_size:
+            refuse(f"it attends to {window} tokens by a sliding window, fewer than the context of {block_size}; ask "
+                   f"for at most {window} by --block-size")
         theta, scaling = read_rope(c, refuse)
         heads, kv_heads, d_ff = read_widths(c)
         return GPTConfig(
-            c["vocab_size"], c.get("max_position_embeddings", 2048), c["hidden_size"],
-            c.get("head_dim") or (128 if family == "qwen3" else c["hidden_size"] // c["num_attention_heads"]),
-            heads, kv_heads, d_ff, norm_eps=c.get("rms_norm_eps", 1e-6), rope_theta=theta, rope_scaling=scaling,
+            int(c["vocab_size"]), min(context, window or context), int(c["hidden_size"]),
+            int(c.get("head_dim") or (128 if family == "qwen3" else c["hidden_size"] // c["num_attention_heads"])),
+            heads, kv_heads, d_ff, norm_eps=float(c.get("rms_norm_eps", 1e-6)), rope_theta=theta, rope_scaling=scaling,
             tie_embeddings=bool(c.get("tie_word_embeddings", False) or c.get("share_embedding", False)),
             qkv_bias=c.get("qkv_bias", family == "qwen2"), qk_norm=c.get("qk_norm", family == "qwen3"))
-    except (KeyError, TypeError) as problem:
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as problem:
         refuse(f"config.json lacks or garbles {problem}")
 
 
 def tensor_files(folder):
-    """Where each tensor of a folder lies: {their name: file}, from the index or from the only file there is."""
+    """Where each tensor of a folder lies: {their name: file}, from the one file or else the index, as transformers."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index.exists() and not single.exists():
         pickles = [p.name for p in folder.glob("*.bin")]
         raise UserError(f"{folder} has no model.safetensors nor its index" + (
             f", only {pickles[0]}: pickled weights are never opened, convert them" if pickles else
             "; download the whole repository"))
-    if not index.exists():
+    if single.exists():
         with open_shard(single) as shard:
             return dict.fromkeys(shard.keys(), single)
-    files = {name: folder / file for name, file in read_json(index)["weight_map"].items()}
+    try:
+        files = {name: folder / file for name, file in read_json(index)["weight_map"].items()}
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{index} has no weight_map of tensors and files; download it again") from None
     for file in sorted(set(files.values())):
         if not file.exists():
             raise UserError(f"{index} names {file.name}, which is not there; download the whole repository")
@@ -125,9 +132,9 @@ def tensor_files(folder):
 
 def read_json(path):
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as problem:
-        raise UserError(f"{path} is not JSON ({problem}); download it again") from None
+        return {**json.loads(path.read_bytes())}
+    except (ValueError, TypeError) as problem:
+        raise UserError(f"{path} is not a JSON object ({problem}); download it again") from None
 
 
 def open_shard(file):
@@ -174,6 +181,10 @@ def load(folder, device, dtype, block_size):
                             "no place; config and weights are not of the same model")
     weights = {name: read_tensor(files[their_name(name)], their_name(name), p.shape, device, dtype)
                for name, p in model.named_parameters()}
+    if model.head is None and "lm_head.weight" in files and not torch.equal(weights["embed.weight"], read_tensor(
+            files["lm_head.weight"], "lm_head.weight", model.embed.weight.shape, device, dtype)):
+        raise UserError(f"{folder} ties head and embedding, but holds two different ones; set tie_word_embeddings to "
+                        "false in config.json if both are meant")
     kinds = {str(w.dtype) for w in weights.values()}
     if len(kinds) > 1:
         raise UserError(f"{folder} mixes {' and '.join(sorted(kinds))}; choose one by --dtype")
@@ -235,6 +246,9 @@ def deci_blocks(config):
     H, blocks = max(config.n_head), []
     if config.n_head[0] == 0:
         raise UserError("layer 0 has no attention, where vLLM's DeciLM starts the residual; use --to gguf or --to hf")
+    if config.d_model % H:
+        raise UserError(f"layer 0 has {H} query heads, which do not divide d_model {config.d_model}, as "
+                        "transformers asks of DeciLM's config; use --to gguf or --to hf")
     if config.qk_norm:
         raise UserError("DeciLM has no QK norm, which layer 0 and all others have; use --to gguf or --to hf")
     for layer, (h, k, f) in enumerate(zip(config.n_head, config.n_kv_head, config.d_ff)):

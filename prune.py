@@ -13,6 +13,7 @@ Score, as far as IDEA Prune (arXiv 2503.05920) is known: |w · dL/dw|, averaged 
 The exact form is unpublished; ours is that of LoSparse (arXiv 2306.11222) and, with `uncertainty`, that of PLATON
 (arXiv 2206.12562), on units instead of weights. To change the criterion, change `sensitivity`.
 """
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,8 +255,8 @@ def main(config):
     out = Path(config.out or f"runs/pruned-{Path(config.init).name}-{config.keep:g}")
     if out.exists():
         raise UserError(f"{out} is there already; give another --out or delete it")
-    model, about = checkpoint.load(config.init, "meta")
-    T = config.block_size if config.block_size is not None else min(512, model.config.block_size)
+    context = checkpoint.load(config.init, "meta")[0].config.block_size
+    T = config.block_size if config.block_size is not None else min(512, context)
     model, about = checkpoint.load(config.init, pick_device(config.device), torch.float32, T)
     tokenizer = checkpoint.tokenizer_of(about, config.init)
     corpus = data.load(config.data, tokenizer, block_size=T)
@@ -274,6 +275,7 @@ def main(config):
     model, _ = slice(model, None, keep)
     measure(model, "after")
     print(f"KV heads {' '.join(map(str, model.config.n_kv_head))}\nneurons  {' '.join(map(str, model.config.d_ff))}")
+    model.config = dataclasses.replace(model.config, block_size=context)    # windows were shorter, the model is not
     checkpoint.save(out / "ckpt_00000000.pt", model, step=0, tokenizer_files=tokenizer.files, run={
         "tokenizer": tokenizer.name, "data": config.data, "fingerprint": corpus.fingerprint, "cut_from": config.init})
     print(f"saved in {out}")

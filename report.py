@@ -92,7 +92,7 @@ def picture(path):
         for t in millions("prune"):
             axis.axvline(t, color="0.8", lw=.5, zorder=0)
     c = r["config"][0]
-    loss.set_title(f"{c['plan']}, {c['preset']}, seed {c['seed']}: grey lines are cuts")
+    loss.set_title(f"{c['plan']}, {c.get('init') or c['preset']}, seed {c['seed']}: grey lines are cuts")
     figure.savefig(out, dpi=120)
     plt.close(figure)
     return f"picture in {out}"
@@ -107,9 +107,11 @@ def table(paths, against="scratch"):
         if "summary" in r:
             c = r["config"][0]
             common = common or c
-            for key in ("preset", "steps", "batch_tokens", "fingerprint", "dtype", "eval_windows"):
-                if c[key] != common[key]:
-                    raise UserError(f"{path} has {key} {c[key]!r}, others {common[key]!r}: give runs that compare")
+            for key in ("preset", "init", "block_size", "tokenizer", "steps", "batch_tokens", "fingerprint", "dtype",
+                        "eval_windows"):
+                if c.get(key) != common.get(key):
+                    raise UserError(f"{path} has {key} {c.get(key)!r}, others {common.get(key)!r}: give runs that "
+                                    "compare")
             if c["seed"] in rows.setdefault((c["plan"], c["lr"]), {}):
                 raise UserError(f"{path} is a second run of plan {c['plan']!r}, lr {c['lr']:g}, seed {c['seed']}: "
                                 "give one of them")

@@ -9,6 +9,8 @@ Q4_1), dequantized here. They differ from the hub's, and so do all numbers. With
 `python eval.py HuggingFaceTB/SmolLM2-135M`. Needs besides requirements.txt: gguf, transformers, xllamacpp.
 """
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -78,7 +80,9 @@ def fetch(folder):
     with torch.device("meta"):
         model = GPT(config)
     model.load_state_dict(weights, assign=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder.with_name(f".{folder.name}.tmp")                # renamed when it is whole
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
     added = [{"id": i, "content": texts[i], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
               "special": True} for i, kind in enumerate(kinds) if kind != 1]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -91,9 +95,10 @@ def fetch(folder):
                                              "vocab": {text: i for i, text in enumerate(texts)},
                                              "merges": [merge.split(" ") for merge in merges]}}
     ends = {"bos_token": texts[1], "eos_token": texts[2], "tokenizer_class": "PreTrainedTokenizerFast"}
-    huggingface.save(folder, model, "llama", {"tokenizer.json": json.dumps(tokenizer, ensure_ascii=False),
+    huggingface.save(beside, model, "llama", {"tokenizer.json": json.dumps(tokenizer, ensure_ascii=False),
                                               "tokenizer_config.json": json.dumps(ends)},
                      {"bos_token_id": 1, "eos_token_id": 2})
+    os.replace(beside, folder)
     print(f"{folder}: {config.num_params()['total']:,} parameters")
 
 

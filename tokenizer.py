@@ -242,7 +242,7 @@ def from_files(name, files):
         pattern, ranks, specials, late = understand(content)
     except Unsupported as problem:
         raise UserError(f"{name}: tokenizer.json {problem}; give one with byte-level BPE as GPT-2, Llama-3, "
-                        "Qwen2/2.5/3 and SmolLM2 have it, or --tokenizer bytes") from problem
+                        "Qwen2/2.5/3 and SmolLM2 have it") from problem
     except (KeyError, TypeError, AttributeError, ValueError) as problem:
         raise UserError(f"{name}: tokenizer.json is damaged ({type(problem).__name__}: {problem}): copy it again"
                         ) from problem

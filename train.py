@@ -27,6 +27,7 @@ Not here: sharding of one model over several devices.
 import contextlib
 import dataclasses
 import datetime
+import json
 import math
 import os
 import resource
@@ -229,7 +230,8 @@ class Run:
         if c.batch_tokens % unit:
             raise UserError(f"--batch-tokens {c.batch_tokens} is not a multiple of {c.micro_batch} sequences x "
                             f"{self.T} tokens x {self.world} processes = {unit}; "
-                            f"try {max(1, round(c.batch_tokens / unit)) * unit}")
+                            f"try {max(1, round(c.batch_tokens / unit)) * unit}, or a smaller --micro-batch or "
+                            "--block-size")
         self.micro_steps = c.batch_tokens // unit
         if self.rank:
             dist.barrier()                                            # the first process prepares the corpus for all
@@ -240,6 +242,8 @@ class Run:
         self.signal, self.interrupted = 0, False                      # received here; agreed on by all processes
         out = Path(c.out or f"runs/{c.plan}-{Path(c.init).name if c.init else c.preset}-{c.seed}")
         self.folder = Folder(out, c, self.corpus.fingerprint, tokenizer.files, writes=self.rank == 0)
+        if given:                                                     # a path may come to hold another model
+            self.folder.identity["start"] = json.loads(json.dumps(asdict(self.start)))
         self.state = self.folder.resume(self.device, lambda model: make_optimizer(model, c)) or self.fresh()
         if (c.teacher or self.state.teacher_file) and not self.state.dropped:
             self.folder.open_teacher(c.teacher or self.folder.path / "teacher.pt", self.state)
@@ -391,7 +395,7 @@ class Run:
         last = report.records(self.folder.path)["eval"][-1]
         peak = torch.cuda.max_memory_allocated() if self.device.startswith("cuda") else \
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        self.log("summary", plan=c.plan, preset=c.preset, seed=c.seed,
+        self.log("summary", plan=c.plan, preset=Path(c.init).name if c.init else c.preset, seed=c.seed,
                  **{key: last[key] for key in ("val_loss", "bits_per_byte", "params", "n_kv_head", "d_ff")},
                  epochs=data.epochs(self.corpus.train, self.T, c.steps * c.batch_tokens / self.T),
                  flops_executed=s.flops[0], flops_credited=s.flops[1], seconds=s.seconds, peak_bytes=peak,

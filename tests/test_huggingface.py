@@ -168,8 +168,9 @@ def folder(tmp_path):
     (dict(quantization_config={"bits": 4}), "quantized"),
     (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
     (dict(attention_bias=True), "attention_bias is True"),
-    (dict(model_type="mistral", sliding_window=32), "32 tokens by a sliding window, fewer than the context of 64"),
-    (dict(use_sliding_window=True, sliding_window=16), "sliding window"),
+    (dict(rope_theta="x", rope_parameters=None), "lacks or garbles could not convert"),
+    (dict(num_attention_heads=0, head_dim=None), "lacks or garbles .*zero"),
+    (dict(rms_norm_eps=[]), "lacks or garbles"),
     (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), "scaled by 'yarn'"),
     (dict(partial_rotary_factor=0.5), "rotated in part"),
     (dict(hidden_size=None), "lacks or garbles 'hidden_size'"),
@@ -191,8 +192,43 @@ def test_a_sliding_window_as_long_as_the_context_asked_for_is_no_window(tmp_path
     model, _ = checkpoint.load(tmp_path, block_size=32)
     idx = torch.randint(61, (1, 32))
     assert (model(idx) - theirs(idx).logits).abs().max() <= 1e-5
-    with pytest.raises(UserError, match="at most 32 by --block-size"):
+    assert checkpoint.load(tmp_path)[0].config.block_size == 32    # none asked for: all that is right
+    with pytest.raises(UserError, match="32 tokens by a sliding window, fewer than the context of 33; ask"):
         checkpoint.load(tmp_path, block_size=33)
+    export.main(export.Export(str(tmp_path), str(tmp_path / "out")))
+    assert checkpoint.load(tmp_path / "out")[0].config.block_size == 32
+
+
+def test_qwen_s_sliding_window_counts_only_where_it_is_used():
+    bare = dict(model_type="qwen2", vocab_size=61, hidden_size=64, num_attention_heads=8, num_hidden_layers=2,
+                intermediate_size=40, num_key_value_heads=2, max_position_embeddings=8192)
+    context = lambda **more: huggingface.read_config({**bare, **more}, "x").block_size
+    assert context(sliding_window=16) == context(use_sliding_window=False, sliding_window=16) == 8192
+    assert context(use_sliding_window=True) == 4096 and context(use_sliding_window=True, sliding_window=16) == 16
+
+
+def test_one_file_goes_before_a_stale_index_as_in_transformers(tmp_path):
+    oracle("qwen2").save_pretrained(tmp_path, max_shard_size="10KB")
+    theirs = oracle("qwen2", rope_theta=1000.0)
+    with torch.no_grad():
+        theirs.model.norm.weight.add_(1)
+    save_file({k: v.clone() for k, v in theirs.state_dict().items() if k != "lm_head.weight"}, tmp_path /
+              "model.safetensors", metadata={"format": "pt"})
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    idx = torch.randint(61, (1, 40))
+    assert (checkpoint.load(tmp_path)[0](idx) - stock(idx).logits).abs().max() <= 1e-5
+    assert torch.equal(checkpoint.load(tmp_path)[0].norm.weight, theirs.model.norm.weight)
+
+
+def test_tied_models_that_hold_another_head_are_refused(tmp_path):
+    oracle("smollm2").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+              tmp_path / "model.safetensors")
+    assert checkpoint.load(tmp_path)[0].head is None
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="ties head and embedding, but holds two different ones"):
+        checkpoint.load(tmp_path)
 
 
 def test_a_context_longer_than_the_trained_one_is_refused(folder):
@@ -217,9 +253,11 @@ def test_broken_files_are_named(folder):
     first.unlink()
     with pytest.raises(UserError, match=rf"index.json names {first.name}, which is not there"):
         checkpoint.load(folder)
-    index.write_text("{")
-    with pytest.raises(UserError, match="index.json is not JSON"):
-        checkpoint.load(folder)
+    for text, sentence in (("{", "is not a JSON object"), ("[1]", "is not a JSON object"), ("{}", "has no weight_map"),
+                           ('{"weight_map": []}', "has no weight_map")):
+        index.write_text(text)
+        with pytest.raises(UserError, match=f"index.json {sentence}"):
+            checkpoint.load(folder)
     index.unlink()
     (folder / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UserError, match="only pytorch_model.bin: pickled weights are never opened"):
@@ -307,6 +345,7 @@ def test_what_export_writes_loads_in_transformers_and_generates_as_ours(shape, t
     (dict(n_head=(0, 6), n_kv_head=(0, 2), d_ff=(40, 40)), "layer 0 has no attention"),
     (dict(n_head=(6, 4), n_kv_head=(2, 2), d_ff=(40, 40)), "layer 1 has 4 and others 6"),
     (EVEN | dict(qk_norm=True), "no QK norm, which layer 0"),
+    (dict(n_head=(5, 5), n_kv_head=(5, 1), d_ff=(8, 8)), "5 query heads, which do not divide d_model 48"),
 ])
 def test_decilm_refuses_with_the_layer_and_leaves_nothing(widths, sentence, tmp_path):
     checkpoint.save(tmp_path / "m.pt", wild(**widths), run={"tokenizer": "bytes"})

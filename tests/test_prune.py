@@ -517,6 +517,8 @@ def test_the_command_cuts_to_the_budget_and_better_than_the_opposite_order(train
     import eval as evaluation
     evaluation.main(evaluation.Eval(str(tmp_path / "cut"), windows=64, device="cpu"))      # the same hold-out
     assert f"{after:.4f} nats per token" in capsys.readouterr().out
+    prune.main(prune.Prune(**settings, block_size=16, out=str(tmp_path / "short")))   # of the windows
+    assert checkpoint.load(tmp_path / "short")[0].config.block_size == 64
 
 
 def test_the_command_refuses_in_a_sentence_and_overwrites_nothing(trained, tmp_path):

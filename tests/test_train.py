@@ -297,6 +297,10 @@ def test_init_starts_with_these_weights_and_ends_at_its_widths_divided(tmp_path,
     assert r.target == last.config and checkpoint.tokenizer_of(about, "run").encode("añ").tolist() == [*"añ".encode()]
     losses = [e["val_loss"] for e in report.records(tmp_path / "run")["eval"]]
     assert losses[-1] < losses[0] - 1
+    config = json.loads((folder / "config.json").read_text())                  # the folder comes to hold another model
+    (folder / "config.json").write_text(json.dumps({**config, "d_ff": [16, 40, 0]}))
+    with pytest.raises(UserError, match="holds a run of another configuration .*start is"):
+        train_toy(tmp_path / "run", **settings)
 
 
 def test_init_without_pruning_trains_on_and_a_run_is_a_teacher_for_it(tmp_path, given):
