@@ -155,6 +155,12 @@ def main(config):
     for name in ("limit", "num_fewshot", "batch_tokens"):
         if getattr(config, name) is not None and getattr(config, name) < (name != "num_fewshot"):
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must not be that small")
+    questions = config.tasks or config.multiple_choice
+    for name, needs, given in (("include_path", "--tasks", config.tasks), ("num_fewshot", "--tasks", config.tasks),
+                               ("limit", "--tasks or --multiple-choice", questions),
+                               ("batch_tokens", "--tasks or --multiple-choice", questions)):
+        if getattr(config, name) is not None and not given:
+            raise UserError(f"--{name.replace('_', '-')} has no effect without {needs}; leave it out")
     model, about = open_model(config)
     tokenizer = tokenizer_of(about, config.checkpoint)
     if config.multiple_choice:
@@ -162,7 +168,7 @@ def main(config):
     if config.tasks:
         print(tasks.run_tasks(model, tokenizer, config.tasks.split(","), config.include_path, config.batch_tokens,
                               limit=config.limit, num_fewshot=config.num_fewshot)[1])
-    if config.data is not None or not (config.multiple_choice or config.tasks):
+    if config.data is not None or not questions:
         print_loss(config, model, tokenizer, about)
     if config.sample is not None:
         print_sample(config, model, tokenizer)

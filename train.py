@@ -2,6 +2,7 @@
 
     python train.py                                   # plan "idea", laptop preset, embedded corpus
     python train.py --plan naive --seed 1             # any other row of schedule.PLANS through the same loop
+    python train.py --init FOLDER --enlarge-ff 1.25 --block-size 512 --micro-batch 2       # the large one is given
     torchrun --nproc-per-node 8 train.py --preset 124m --tokenizer gpt2 --data hf:HuggingFaceFW/fineweb-edu:sample-10BT
 
 A larger model than wanted is trained, loses units while it trains (prune.py) and recovers at the target size, taught,

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 import data
 import eval as evaluation
 import report
+import tasks
 import train
-from checkpoint import load
+from checkpoint import load, save
 from common import UserError
 from model import GPT, GPTConfig
+from tokenizer import open_tokenizer
 
 ROOT = Path(__file__).parent.parent
 CONFIG = GPTConfig(vocab_size=256, block_size=16, d_model=16, head_dim=8, n_head=(2,), n_kv_head=(1,), d_ff=(8,))
@@ -152,3 +154,22 @@ def test_records_cut_short_by_a_crash_are_read_up_to_there(tmp_path):
     from common import read_records
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"tag": "config"}) + "\n" + '{"tag": "st')
     assert read_records(tmp_path / "metrics.jsonl") == [{"tag": "config"}]
+
+
+def test_questions_of_the_command_are_those_of_tasks_and_idle_flags_are_refused(tmp_path, model, capsys):
+    save(tmp_path / "m.pt", model.float(), run={"tokenizer": "bytes"})
+    rows = [{"query": f"Q{i}", "choices": [" a", " bc", " é"], "gold": i % 3} for i in range(9)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ask = lambda **flags: evaluation.main(evaluation.Eval(str(tmp_path / "m.pt"), device="cpu", **flags))
+    ask(multiple_choice=[str(tmp_path / "q.jsonl")], limit=7)
+    said = capsys.readouterr().out
+    found = tasks.multiple_choice(model, open_tokenizer("bytes"), tasks.read_questions(tmp_path / "q.jsonl")[:7])
+    for metric in ("acc", "acc_norm", "acc_bytes"):
+        assert f"{found[metric]:.4f} ± {found[metric + '_stderr']:.4f}" in said
+    assert "nats per token" not in said and f"{7:9,}" in said
+    for flags, sentence in ((dict(limit=3), "--limit has no effect without --tasks or"),
+                            (dict(include_path="x"), "--include-path has no effect without --tasks"),
+                            (dict(multiple_choice=["x"], num_fewshot=1), "--num-fewshot has no effect without --tasks"),
+                            (dict(multiple_choice=["x"], limit=0), "--limit 0")):
+        with pytest.raises(UserError, match=sentence):
+            ask(**flags)
