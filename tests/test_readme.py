@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
 COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
-SMALL = "--steps 120 --batch-tokens 256 --micro-batch 1 --eval-windows 4 --device cpu"
+SMALL = "--steps 120 --batch-tokens 256 --eval-windows 4 --device cpu"
 NOT_HERE = ("hf:", "--tasks", "smollm2.py check")          # a network; .ci/run checks the real model
 RUNS = [c for c in COMMANDS if c.startswith("python ") and not any(word in c for word in NOT_HERE)]
 REAL = [c for c in RUNS if "smollm2" in c or "cut" in c]   # these use one another's files, and so do the others
@@ -30,7 +30,7 @@ def shrunk(command, runs):
     """A README command at toy size, its runs in the folder `runs`."""
     words = shlex.split(command.replace("runs/", f"{runs}/"))
     if words[1] == "train.py":
-        words += shlex.split(SMALL) + ([] if "--init" in words else ["--preset", "toy"])
+        words += shlex.split(SMALL + (" --micro-batch 1" if "--init" in words else " --preset toy --micro-batch 4"))
         if "--out" not in words:
             c = parse(train.Train, words[2:])
             words += ["--out", f"{runs}/{c.plan}-laptop-{c.seed}"]
