@@ -34,7 +34,7 @@ class Export:
     checkpoint: str               # what to export: ckpt_*.pt, a run folder, a Hugging Face folder or a hub id
     out: str                      # the file (gguf) or folder (hf, deci) to write; nothing may be there yet
     to: str = "hf"                # hf, gguf, deci
-    dtype: str = "auto"           # of the matrices: float32, float16, bfloat16; auto: as they are stored
+    dtype: str = "auto"           # of the matrices: float32, float16, bfloat16; auto: as stored (float64 as float32)
     unchecked: bool = False       # if the runtime that would check the result is not installed, go on without it
 
 

@@ -19,7 +19,7 @@ import torch
 
 from common import UserError
 from model import GPT, GPTConfig
-from tokenizer import read_files
+from tokenizer import read_files, read_json
 
 FAMILIES = ("llama", "mobilellm", "mistral", "qwen2", "qwen3", "nanoprune", "nemotron-nas")
 NAMES = {  # ours -> theirs; a layer's names stand behind blocks.<i>. and model.layers.<i>.
@@ -106,7 +106,7 @@ def read_config(c, where, block_size=None):
             tie_embeddings=bool(c.get("tie_word_embeddings", False) or c.get("share_embedding", False)),
             qkv_bias=c.get("qkv_bias", family == "qwen2"), qk_norm=c.get("qk_norm", family == "qwen3"))
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as problem:
-        refuse(f"config.json lacks or garbles {problem}")
+        refuse(f"config.json lacks or garbles {problem}; download it again")
 
 
 def tensor_files(folder):
@@ -121,20 +121,13 @@ def tensor_files(folder):
         with open_shard(single) as shard:
             return dict.fromkeys(shard.keys(), single)
     try:
-        files = {name: folder / file for name, file in read_json(index)["weight_map"].items()}
+        files = {name: folder / file for name, file in read_json(index.read_bytes(), index)["weight_map"].items()}
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{index} has no weight_map of tensors and files; download it again") from None
     for file in sorted(set(files.values())):
         if not file.exists():
             raise UserError(f"{index} names {file.name}, which is not there; download the whole repository")
     return files
-
-
-def read_json(path):
-    try:
-        return {**json.loads(path.read_bytes())}
-    except (ValueError, TypeError) as problem:
-        raise UserError(f"{path} is not a JSON object ({problem}); download it again") from None
 
 
 def open_shard(file):
@@ -166,7 +159,7 @@ def read_tensor(file, name, shape, device, dtype):
 
 def load(folder, device, dtype, block_size):
     """-> (GPT, {"huggingface": config.json, "tokenizer_files": {file name: text}})."""
-    c = read_json(folder / "config.json")
+    c = read_json((folder / "config.json").read_bytes(), folder / "config.json")
     about = {"huggingface": c, "tokenizer_files": read_files(folder)}
     with torch.device("meta"):
         model = GPT(read_config(c, folder, block_size))
@@ -193,17 +186,11 @@ def load(folder, device, dtype, block_size):
 
 
 # -- the way out
-def heads(config):
-    """(query heads, KV heads) of the one shape that all layers share; None where layers differ or lack a sub-block."""
-    shapes = set(zip(config.n_head, config.n_kv_head, config.d_ff))
-    h, k, f = shapes.pop()
-    return None if shapes or not (h and f) else (h, k)
-
-
 def stock_family(config):
     """"llama", "qwen2" or "qwen3", if that stock class can be this model; None: another layout is needed."""
-    if heads(config) is None or config.qkv_bias and config.qk_norm:
-        return None
+    shapes = set(zip(config.n_head, config.n_kv_head, config.d_ff))
+    if len(shapes) > 1 or 0 in shapes.pop() or config.qkv_bias and config.qk_norm:
+        return None                                               # layers differ, or lack a sub-block
     if config.qk_norm or config.qkv_bias:
         return "qwen3" if config.qk_norm else "qwen2"
     return "llama" if config.d_model % config.n_head[0] == 0 else None       # transformers 5 checks this of Llama only

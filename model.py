@@ -306,8 +306,10 @@ def shrunk(config, enlarge_ff=2.6, enlarge_kv=1.0):
     its KV groups by enlarge_kv; at least one of what there is. Raises UserError as `preset` does."""
     if not (math.isfinite(enlarge_ff) and math.isfinite(enlarge_kv)) or min(enlarge_ff, enlarge_kv) < 1:
         raise UserError(f"--enlarge-ff {enlarge_ff} and --enlarge-kv {enlarge_kv} must be finite and at least 1")
+
     def units(n, kind):
         if kind == "kv":
             return min(n, max(1, round(n / enlarge_kv)))
         return n if enlarge_ff == 1 else min(n, max(1, 8 * round(n / enlarge_ff / 8)))
+
     return config.resized({key: units(n, key[1]) for key, n in config.widths().items()})

@@ -231,10 +231,11 @@ class Prune:
 
 
 def calibrate(model, tokens, windows, micro_batch, seed):
-    """Sensitivity of every unit, averaged over batches of `windows` windows of `tokens`."""
+    """Sensitivity of every unit, summed over batches that make up `windows` windows of `tokens`; a batch's gradient is
+    the mean over its micro_batch windows."""
     from tqdm import tqdm
     scores, device = {}, model.embed.weight.device
-    for step in tqdm(range(max(1, windows // micro_batch)), desc="calibrate", leave=False, disable=None):
+    for step in tqdm(range(windows // micro_batch), desc="calibrate", leave=False, disable=None):
         x, y = data.batch(tokens, model.config.block_size, seed, step, 0, micro_batch=micro_batch, micro_steps=1)
         chunked_loss(model.hidden(x.to(device)), model.head_weight, y.to(device))[0].backward()
         scores = {key: scores.get(key, 0) + score for key, score in sensitivity(model).items()}
@@ -252,6 +253,9 @@ def main(config):
     for name in ("windows", "eval_windows", "micro_batch", "multiple_of"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
+    if config.windows % config.micro_batch:
+        raise UserError(f"--windows {config.windows} is no multiple of --micro-batch {config.micro_batch}; try "
+                        f"{-(-config.windows // config.micro_batch) * config.micro_batch}")
     out = Path(config.out or f"runs/pruned-{Path(config.init).name}-{config.keep:g}")
     if out.exists():
         raise UserError(f"{out} is there already; give another --out or delete it")

@@ -134,6 +134,11 @@ def check(folder, keep):
         print()
         export.main(export.Export(models["uneven"], f"{tmp}/hf"))
         export.main(export.Export(models["uneven"], f"{tmp}/uneven-f32.gguf", "gguf", "float32"))
+        mine = checkpoint.load(models["uneven"])[0].generate(ids, 32, temperature=0)[0, -32:].tolist()
+        same = mine == [token for token, _ in llamacpp.ask(f"{tmp}/uneven-f32.gguf", ids[0].tolist(), 32)]
+        print(f"the cut model's greedy continuation of 32 tokens is the same in llama.cpp: {same}")
+        if not same:
+            raise UserError("it should be: report it")
         for name, source in models.items():
             export.main(export.Export(source, f"{tmp}/{name}.gguf", "gguf", "float16"))
         print(decode_speeds({name: (source, f"{tmp}/{name}.gguf") for name, source in models.items()}))
@@ -166,26 +171,30 @@ def questions(folder, file, limit):
     tokenizer, asked = checkpoint.tokenizer_of(about, folder), tasks.read_questions(file)[:limit]
     ours, encode = tasks.multiple_choice(model, tokenizer, asked), tasks.Encoder(tokenizer)
     theirs = export.in_transformers(folder)
-    right, start = 0, time.perf_counter()
-    for q in asked:
+    right, differ, start = 0, 0, time.perf_counter()
+    for q, mine in zip(asked, ours["loglikelihoods"]):
         scores = []
         for choice in q.choices:
             context, continuation = encode.pair(q.query, choice)
             ids = torch.tensor([[*context, *continuation]], dtype=torch.int64)
             log_p = theirs(ids[:, :-1]).logits[0, len(context) - 1:].log_softmax(-1)
             scores.append(log_p.gather(1, ids[0, len(context):, None]).sum().item())
-        right += max(range(len(scores)), key=scores.__getitem__) == q.gold
+        best = max(range(len(scores)), key=scores.__getitem__)
+        right, differ = right + (best == q.gold), differ + (best != mine.index(max(mine)))
     seconds = time.perf_counter() - start
     print(f"{len(asked)} questions, {ours['tokens']:,} tokens: ours acc {ours['acc']:.4f} in {ours['seconds']:.1f} s "
           f"({ours['tokens'] / ours['seconds']:,.0f} tokens/s, {ours['tokens_run']:,} of them run), a plain "
           f"transformers loop acc {right / len(asked):.4f} in {seconds:.1f} s ({ours['tokens'] / seconds:,.0f} "
-          f"tokens/s): {seconds / ours['seconds']:.2f} times as fast")
+          f"tokens/s): {seconds / ours['seconds']:.2f} times as fast, {differ} decisions differ")
 
 
 def main(config):
     folder = Path(config.folder)
     if config.task not in ("fetch", "check", "questions"):
         raise UserError(f"{config.task!r} is not one of fetch, check, questions")
+    for name, task in (("file", "questions"), ("limit", "questions"), ("keep", "check")):
+        if config.task != task and getattr(config, name) != getattr(SmolLM2, name):
+            raise UserError(f"--{name} has no effect in {config.task}, only in {task}; leave it out")
     {"fetch": lambda: fetch(folder), "check": lambda: check(folder, config.keep),
      "questions": lambda: questions(folder, config.file, config.limit)}[config.task]()
 

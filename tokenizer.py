@@ -195,7 +195,7 @@ def open_tokenizer(name, files=None):
 
 
 def read_json(text, where):
-    """-> dict. UserError: `text`, the content of the file `where`, is not a JSON object."""
+    """-> dict. UserError: `text` (str or bytes), the content of the file `where`, is not a JSON object."""
     try:
         return {**json.loads(text)}
     except (ValueError, TypeError) as problem:

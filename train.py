@@ -72,7 +72,7 @@ class Train:
     enlarge_kv: float = 1.0                  # and so many times its KV groups
     data: str = "stdlib"                     # stdlib; a file, folder or glob (text, .jsonl, .parquet); hf:NAME[:CONFIG]
     tokenizer: str | None = None             # bytes, a tiktoken encoding, a folder; default: bytes, or that of --init
-    out: str | None = None                   # run folder; default runs/PLAN-PRESET-SEED
+    out: str | None = None                   # run folder; default runs/PLAN-PRESET-SEED, or --init's name for PRESET
     seed: int = 0                            # of the initial weights and the order of the data
     steps: int = 1500                        # optimizer steps of the whole plan
     batch_tokens: int = 4096                 # tokens per step, over all processes

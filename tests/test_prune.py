@@ -528,6 +528,7 @@ def test_the_command_refuses_in_a_sentence_and_overwrites_nothing(trained, tmp_p
                                (dict(init=str(trained), multiple_of=0), "--multiple-of 0"),
                                (dict(init=str(trained), out=str(trained)), "is there already"),
                                (dict(init=str(trained), windows=0), "--windows 0"),
+                               (dict(init=str(trained), windows=6), "--windows 6 is no multiple .* 4; try 8"),
                                (dict(init=str(trained), block_size=65), "context of 64 tokens, not 65")):
         with pytest.raises(UserError, match=sentence):
             prune.main(prune.Prune(**{"out": str(tmp_path / "cut"), "device": "cpu"} | settings))
