@@ -14,47 +14,53 @@ import torch
 CHUNK_VALUES = 2**24                   # logits per chunk: 64 MB in float32; 341 tokens at V = 49,152
 
 
-def kl(student_logits, teacher_logits, temperature=1.0):
+def kl(student_logits, teacher_logits, temperature=1.0, needs_grad=True):
     """Forward KL(teacher ‖ student) per token, times temperature² (Hinton et al., arXiv 1503.02531, so that the
-    gradient's scale does not depend on it), and its gradient in the student's logits. Both (N, V) -> (N,), (N, V);
-    nats per token."""
+    gradient's scale does not depend on it), and its gradient in the student's logits, None unless needed. Both (N, V)
+    -> (N,), (N, V); nats per token."""
     log_p = (student_logits / temperature).log_softmax(-1)
     log_q = (teacher_logits / temperature).log_softmax(-1)
     q = log_q.exp()
-    return (q * (log_q - log_p)).sum(-1) * temperature**2, (log_p.exp() - q) * temperature
+    divergence = (q * (log_q - log_p)).sum(-1) * temperature**2
+    return divergence, (log_p.exp() - q) * temperature if needs_grad else None
 
 
-def cross_entropy(logits, targets):
-    """-log p(target) per token and its gradient in the logits. (N, V), (N,) -> (N,), (N, V); nats per token."""
+def cross_entropy(logits, targets, needs_grad=True):
+    """-log p(target) per token and its gradient in the logits, None unless needed. (N, V), (N,) -> (N,), (N, V); nats
+    per token."""
     log_p = logits.log_softmax(-1)
+    ce = -log_p.gather(1, targets[:, None]).squeeze(1)
+    if not needs_grad:
+        return ce, None
     gradient = log_p.exp()
     gradient.scatter_add_(1, targets[:, None], -torch.ones_like(gradient[:, :1]))
-    return -log_p.gather(1, targets[:, None]).squeeze(1), gradient
+    return ce, gradient
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, w, targets, teacher_h, teacher_w, kd_weight, temperature, needs_grad):
+    def forward(ctx, h, w, targets, teacher_h, teacher_w, kd_weight, temperature, needs_grad, needs_dw):
         N, chunk = h.size(0), max(1, CHUNK_VALUES // w.size(0))
         wide = torch.promote_types(h.dtype, torch.float32)                      # float32, or float64 for tests
-        dh, dw = (torch.empty_like(h), torch.zeros_like(w)) if needs_grad else (None, None)
+        dh, dw = torch.empty_like(h) if needs_grad else None, torch.zeros_like(w) if needs_dw else None
         ce_sum, kl_sum, teacher_sum = h.new_zeros(3, dtype=wide).unbind()
         for a in range(0, N, chunk):
             x, y = h[a:a + chunk], targets[a:a + chunk]
             logits = (x @ w.T).to(wide)                                         # (chunk, V)
-            ce, g = cross_entropy(logits, y)
+            ce, g = cross_entropy(logits, y, needs_grad)
             ce_sum = ce_sum + ce.sum()
             if teacher_h is not None:
                 teacher_logits = (teacher_h[a:a + chunk] @ teacher_w.T).to(wide)
-                divergence, kd_g = kl(logits, teacher_logits, temperature)
+                divergence, kd_g = kl(logits, teacher_logits, temperature, needs_grad)
                 kl_sum = kl_sum + divergence.sum()
                 teacher_ce = teacher_logits.logsumexp(-1) - teacher_logits.gather(1, y[:, None]).squeeze(1)
                 teacher_sum = teacher_sum + teacher_ce.sum()
-                g = (1 - kd_weight) * g + kd_weight * kd_g
+                g = (1 - kd_weight) * g + kd_weight * kd_g if needs_grad else None
             if needs_grad:
                 g = (g / N).to(h.dtype)
                 dh[a:a + chunk] = g @ w
-                dw += g.T @ x
+                if needs_dw:
+                    dw += g.T @ x
         stats = torch.stack((ce_sum, kl_sum, teacher_sum)) / N
         loss = stats[0] if teacher_h is None else (1 - kd_weight) * stats[0] + kd_weight * stats[1]
         ctx.mark_non_differentiable(stats)
@@ -65,7 +71,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss, _):
         dh, dw = ctx.saved_tensors
-        return dh * dloss.to(dh.dtype), dw * dloss.to(dw.dtype), None, None, None, None, None, None
+        return (dh * dloss.to(dh.dtype), None if dw is None else dw * dloss.to(dw.dtype), *[None] * 7)
 
 
 def chunked_loss(hidden, weight, targets, teacher_hidden=None, teacher_weight=None, kd_weight=0.5, temperature=1.0):
@@ -77,9 +83,10 @@ def chunked_loss(hidden, weight, targets, teacher_hidden=None, teacher_weight=No
     (the last two are 0 without a teacher)."""
     if teacher_hidden is not None:
         teacher_hidden, teacher_weight = teacher_hidden.detach().flatten(0, 1), teacher_weight.detach()
-    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    needs_dw = torch.is_grad_enabled() and weight.requires_grad
+    needs_grad = torch.is_grad_enabled() and hidden.requires_grad or needs_dw
     return _ChunkedLoss.apply(hidden.flatten(0, 1), weight, targets.flatten(), teacher_hidden, teacher_weight,
-                              kd_weight, temperature, needs_grad)
+                              kd_weight, temperature, needs_grad, needs_dw)
 
 
 def freeze(model):

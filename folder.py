@@ -33,7 +33,7 @@ class State:
     model: GPT
     optimizer: torch.optim.Optimizer
     keep: dict                               # {(layer, kind): indices of live units} in the model as it is now
-    averages: dict | None = None             # {(layer, kind): (2, units)}, the score's moving averages (prune.average)
+    averages: dict | None = None             # {(layer, kind): (2, units)}, the score's moving averages (score.average)
     teacher: GPT | None = None        # frozen; its file is not in the checkpoint
     step: int = 0
     teacher_file: dict | None = None         # {"file", "sha256" of its weights}; stays when the teacher is dropped

@@ -110,6 +110,23 @@ class GPTConfig:
         return 2 * self.head_dim * sum(self.n_kv_head) * bytes_per_value
 
 
+# -- units: which entries of which parameters belong to one
+def coupled(config, layer, kind):
+    """Parameters that a unit of this layer has entries in: [(name, dimension that runs over the units)]. A unit's
+    entries are consecutive along it: 1 row of a neuron, D rows of a KV head, (H_l/K_l)·D rows of the query heads it
+    serves. The last of the weights, `down` or `o`, reads the unit's output: its columns are the unit's channels."""
+    if kind == "ffn":
+        return [(f"blocks.{layer}.ffn.{name}.weight", dim) for name, dim in (("gate", 0), ("up", 0), ("down", 1))]
+    bias = [("q.bias", 0), ("k.bias", 0), ("v.bias", 0)] if config.qkv_bias else []
+    return [(f"blocks.{layer}.attn.{name}", dim)
+            for name, dim in bias + [("q.weight", 0), ("k.weight", 0), ("v.weight", 0), ("o.weight", 1)]]
+
+
+def by_unit(tensor, dim, units):
+    """View with the dimension split: (…, units · r, …) -> (…, units, r, …); dimension `dim` now counts units."""
+    return tensor.unflatten(dim, (units, -1))
+
+
 def rotary(config, start, T, device, dtype):
     """cos, sin (T, D/2) of positions start … start+T-1 (RoFormer, arXiv 2104.09864), formed in float64 and rounded
     once; Llama 3's frequency scaling where config.rope_scaling is set (as in Meta's release, smooth between the two

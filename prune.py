@@ -1,6 +1,6 @@
-"""Structured pruning while a model trains: score units, choose who stays, zero the others in place, slice them off.
+"""Structured pruning: choose units, zero them in place or slice them off, mend what is left; while training or once.
 
-    python prune.py --init runs/scratch-laptop-0 --keep 0.5          # one cut of a trained model, no training after it
+    python prune.py --init runs/scratch-laptop-0 --keep 0.5 --score taylor --allocate adaptive
     python -m pytest tests/test_prune.py           # the two facts below, and what breaks them
 
 A *unit* is an FFN neuron (gate row, up row, down column) or a KV group (one KV head with the query heads it serves:
@@ -8,40 +8,30 @@ k, v and q rows and biases, o columns). Two facts make pruning inside a training
   1. A dead unit stays dead. Where all of a unit's entries are 0, its output and every one of its gradients are
      exactly 0; with its Adam moments set to 0 as well, AdamW (eps > 0, decay multiplies) leaves it at 0. So a cut
      only writes zeros: no masks, no new optimizer, nothing for torch.compile or DDP to notice.
-  2. So slicing is exact, whenever it comes: the smaller model has the same logits and takes the same next AdamW step.
-Score, as far as IDEA Prune (arXiv 2503.05920) is known: |w · dL/dw|, averaged over the unit's entries and over time.
-The exact form is unpublished; ours is that of LoSparse (arXiv 2306.11222) and, with `uncertainty`, that of PLATON
-(arXiv 2206.12562), on units instead of weights. To change the criterion, change `sensitivity`.
+  2. So slicing is exact, whenever it comes: the smaller model has the same logits and takes the same next step.
+The command cuts a model once (or in --iterations, measured anew each time) and saves it. What a unit is worth: score.py;
+who pays: allocate.py. Not here: training (train.py), SliceGPT (slicegpt.py), the baselines side by side (compare.py).
 """
+import contextlib
 import dataclasses
 import math
+import resource
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn as nn
+from tqdm import tqdm
 
+import allocate
 import checkpoint
 import data
+import score
 from common import UserError, parse, pick_device, run
-from distill import chunked_loss
 from eval import evaluate
-from model import GPT
-
-
-def coupled(config, layer, kind):
-    """Parameters that a unit of this layer has entries in: [(name, dimension that runs over the units)]. A unit's
-    entries are consecutive along it: 1 row of a neuron, D rows of a KV head, (H_l/K_l)·D rows of the query heads it
-    serves."""
-    if kind == "ffn":
-        return [(f"blocks.{layer}.ffn.{name}.weight", dim) for name, dim in (("gate", 0), ("up", 0), ("down", 1))]
-    bias = [("q.bias", 0), ("k.bias", 0), ("v.bias", 0)] if config.qkv_bias else []
-    return [(f"blocks.{layer}.attn.{name}", dim)
-            for name, dim in [("q.weight", 0), ("k.weight", 0), ("v.weight", 0), ("o.weight", 1)] + bias]
-
-
-def by_unit(tensor, dim, units):
-    """View with the dimension split: (…, units · r, …) -> (…, units, r, …); dimension `dim` now counts units."""
-    return tensor.unflatten(dim, (units, -1))
+from model import GPT, by_unit, coupled
 
 
 def everything(config):
@@ -49,107 +39,7 @@ def everything(config):
     return {key: torch.arange(n) for key, n in config.widths().items()}
 
 
-# -- score
-
-@torch.no_grad()
-def sensitivity(model):
-    """First-order estimate of what the loss loses with each unit: mean over its entries of |w · dL/dw|, from the
-    gradients in place (averaged over micro-batches and processes). -> {(layer, kind): (units,) float32}; a mean, so
-    that kinds compare."""
-    parameters, scores = dict(model.named_parameters()), {}
-    for (layer, kind), units in model.config.widths().items():
-        total, entries = torch.zeros(units, device=model.embed.weight.device), 0
-        for name, dim in coupled(model.config, layer, kind) if units else ():
-            p = parameters[name]
-            sums = by_unit((p * p.grad).abs(), dim, units).movedim(dim, 0).flatten(1).sum(1)
-            total, entries = total + sums, entries + p.numel() // units
-        scores[layer, kind] = (total / max(1, entries)).float()
-    return scores
-
-
-def average(averages, fresh, beta=0.85, beta_uncertainty=0.95):
-    """Moving averages of the score I and of its change U (PLATON, eq. 6-7): Ī <- β Ī + (1-β) I, U <- β' U + (1-β') |I
-    - Ī|. {(layer, kind): (2, units)}; the first call starts at (I, 0). Returns new tensors."""
-    if averages is None:
-        return {key: torch.stack((i, torch.zeros_like(i))) for key, i in fresh.items()}
-    new = {}
-    for key, i in fresh.items():
-        mean = beta * averages[key][0] + (1 - beta) * i
-        new[key] = torch.stack((mean, beta_uncertainty * averages[key][1] + (1 - beta_uncertainty) * (i - mean).abs()))
-    return new
-
-
-def ranking(averages, keep, uncertainty=False):
-    """What `choose` ranks by: Ī (LoSparse), or Ī · U with `uncertainty` (PLATON); -inf for units that are dead
-    already."""
-    scores = {}
-    for key, (mean, change) in averages.items():
-        alive = keep[key].to(mean.device)
-        scores[key] = torch.full_like(mean, -math.inf)
-        scores[key][alive] = (mean * change if uncertainty else mean)[alive]
-    return scores
-
-
-# -- allocate and choose
-
-def allocate(start, target, size, at_most):
-    """How many units each layer keeps when `size` of the removable parameters of config `start` may stay, on the
-    straight way to config `target`: -> {(layer, kind): units}, none above at_most[key]. The sum is at most the budget
-    and short of it by less than the cheapest unit that could still have stayed; at the target's own size it is
-    exactly the target."""
-    whole, least = start.removable_params(), target.removable_params()
-    budget = math.floor(size * whole + 1e-6)                                    # (least / whole) * whole may round down
-    share = (budget - least) / (whole - least) if whole > least else 0.0        # of what goes, how much is still there
-    first, last = start.widths(), target.widths()
-    exact = {key: last[key] + share * (first[key] - last[key]) for key in first}
-    widths = {key: min(at_most[key], math.floor(exact[key] + 1e-9)) for key in first}
-    left = budget - start.resized(widths).removable_params()
-    while True:                                                                 # fill up, where most is missing first
-        allowed = [key for key in first if widths[key] < at_most[key] and start.unit_params(*key) <= left]
-        if not allowed:
-            return widths
-        key = max(allowed, key=lambda k: exact[k] - widths[k])                  # ties: the first layer
-        widths[key], left = widths[key] + 1, left - start.unit_params(*key)
-
-
-SHARES = ("global", "uniform", "uniform-strict")
-
-
-def allocate_once(config, size, how, scores=None, kinds=("ffn", "kv"), multiple_of=1):
-    """How many units each layer of `config` keeps when `size` of its removable parameters may stay and only `kinds` are
-    cut: -> {(layer, kind): units}. global: the best-scored stay, layers and kinds compete; uniform: the same share of
-    every layer; uniform-strict: the same width in every layer, as a stock class needs. Neurons go in blocks of
-    `multiple_of` (runtimes like 32, quantizers 256). The sum is at most the budget, short of it by less than the
-    cheapest block that had to go. UserError: the budget is below what is not cut, or strict layers differ."""
-    start = config.widths()
-    widths = {key: 0 if key[1] in kinds else n for key, n in start.items()}
-    left = math.floor(size * config.removable_params() + 1e-6) - config.resized(widths).removable_params()
-    if left < 0:
-        raise UserError(f"--keep {size} leaves {-left:,} parameters too few, as only {', '.join(kinds)} may go; keep "
-                        "more or cut more by --structure")
-    blocks = []                                              # (order, layers' keys, units): the lowest stay first
-    for key in (key for key in start if key[1] in kinds):
-        step = multiple_of if key[1] == "ffn" else 1
-        best = sorted(scores[key].tolist(), reverse=True) if how == "global" else None
-        for first in range(0, start[key], step):
-            units = min(step, start[key] - first)
-            order = -sum(best[first:first + units]) / units if best else (first + units) / start[key]
-            blocks.append((order, (key,), units))
-    if how == "uniform-strict":
-        if any(start[layer, kind] != start[0, kind] for layer, kind in start):
-            raise UserError("uniform-strict keeps layers equal, and these differ already; give --allocate uniform")
-        blocks = [(order, tuple((layer, kind) for layer in range(config.n_layer)), units)
-                  for order, ((layer, kind),), units in blocks if layer == 0]
-    closed = set()
-    for _, keys, units in sorted(blocks, key=lambda block: block[0]):                  # stable: ties to the first layer
-        cost = sum(units * config.unit_params(*key) for key in keys)
-        if cost <= left and not closed & {*keys}:
-            widths |= {key: widths[key] + units for key in keys}
-            left -= cost
-        else:
-            closed |= {*keys}                                # nothing smaller of this layer behind it: a last odd block
-    return widths
-
+# -- choose
 
 def choose(scores, widths):
     """The best-scored units of each layer: {(layer, kind): indices (widths[layer, kind],), ascending}. Pure; ties by
@@ -211,18 +101,100 @@ def slice(model, optimizer, keep):
     return small, smaller
 
 
+# -- mend: what the readers make of the channels that are left
+
+def mended(w, gram, kept, damping=0.01):
+    """Least squares: the columns `kept` of the matrix w (C, n) that reads a sub-block's channels, changed so that over
+    the calibration text they give what all of w gave: W_S + W_D G_DS (G_SS + λ I)^-1, D what goes, G = gram (n, n), λ =
+    damping · mean of G's diagonal. -> (C, kept). Channel pruning's closed form (arXiv 1707.06168, eq. 3)."""
+    g = gram.double()
+    gone = torch.ones(w.size(1), dtype=torch.bool, device=w.device).index_fill_(0, kept, False).nonzero().flatten()
+    g_ss = g[kept][:, kept]
+    g_ss.diagonal().add_(damping * g.diagonal().mean())
+    change = torch.linalg.solve(g_ss, g[kept][:, gone] @ w[:, gone].double().T)               # (kept, C)
+    return w[:, kept] + change.T.to(w.dtype)
+
+
+class Constant(nn.Module):
+    """An absent sub-block whose mean output stays: whatever comes in, (C,) comes out."""
+    def __init__(self, bias):
+        super().__init__()
+        self.bias = nn.Parameter(bias)
+
+    def forward(self, x, *_):
+        return self.bias
+
+
+@torch.no_grad()
+def cut(model, keep, mend="none", stats=None):
+    """-> the smaller GPT that keeps the units in `keep`; the model given stays as it is. mend "least-squares": what
+    reads the units that are left makes up for the others (`mended`, from stats.gram). "bias": FLAP's compensation
+    (arXiv 2312.11983, section 3.3), the mean output of what went (stats.mean) as an explicit bias behind `o` and
+    `down`; a GPTConfig has no such bias, so that model is for evaluation only."""
+    small, _ = slice(model, None, keep)
+    for (layer, kind), kept in keep.items() if mend != "none" else ():
+        units, sub_block = model.config.widths()[layer, kind], "attn" if kind == "kv" else "ffn"
+        if len(kept) == units:
+            continue
+        name = coupled(model.config, layer, kind)[-1][0]
+        w, block = model.get_parameter(name), small.blocks[layer]
+        channels = score.channels_of(kept.to(w.device), w.size(1) // units)
+        if mend == "bias":
+            bias = w @ stats.mean[name].index_fill(0, channels, 0).to(w.dtype)
+            small.evaluation_only = "it has FLAP's biases behind o and down"
+            if len(kept):
+                getattr(block, sub_block).get_submodule(name.split(".")[-2]).bias = nn.Parameter(bias)
+            else:
+                setattr(block, sub_block, Constant(bias))
+                setattr(block, f"{sub_block}_norm", nn.Identity())
+        elif len(kept):
+            small.get_parameter(name).copy_(mended(w, stats.gram[name], channels))
+    return small
+
+
+@torch.no_grad()
+def slice_channels(model, kept):
+    """-> GPT with the channels `kept` (C',) of the residual stream. A dead channel is 0 everywhere in the stream; the
+    norms' mean of squares then runs over C' channels instead of C, so gains · √(C'/C) and eps · C/C' give the same
+    logits. Of QK norms, whose eps is the same number, the q and k before them are scaled by √(C/C') instead."""
+    C, n = model.config.d_model, len(kept)
+    config = dataclasses.replace(model.config, d_model=n, norm_eps=model.config.norm_eps * C / n)
+    with torch.device("meta"):
+        small = GPT(config)
+    weights = {}
+    for name, w in model.named_parameters():
+        part = name.removesuffix(".weight").rsplit(".", 1)[-1]
+        if part in ("attn_norm", "ffn_norm", "norm"):
+            w = w[kept] * math.sqrt(n / C)
+        elif part in ("o", "down"):
+            w = w[kept]
+        elif w.dim() == 2:
+            w = w[:, kept]
+        if config.qk_norm and ".attn.q." in name or config.qk_norm and ".attn.k." in name:
+            w = w * math.sqrt(C / n)
+        weights[name] = w.clone()
+    small.load_state_dict(weights, assign=True)
+    return small
+
+
 # -- the command: one cut of a model that is there
 
 @dataclass(frozen=True)
 class Prune:
     init: str | None = None       # what to cut: a checkpoint, run folder, Hugging Face folder or hub id
-    keep: float = 0.8             # kept fraction of the removable parameters (all FFN neurons and KV groups)
-    allocate: str = "global"      # global: units of all layers compete; uniform: equal shares; uniform-strict: widths
-    structure: str = "ffn,kv"     # what may go: ffn (neurons), kv (KV groups with their query heads)
-    multiple_of: int = 1          # FFN widths that runtimes like: 32; quantizers: 256
+    keep: float = 0.8             # kept fraction of the budget that all FFN neurons and KV groups take
+    budget: str = "params"        # params; flops (per token, forward, at the block size); kv_bytes (per token)
+    structure: str = "ffn,kv"     # ffn (neurons), kv (KV groups with their query heads); or layer, sublayer, channel
+    score: str = "sensitivity"    # score.SCORES; for whole layers also influence, perplexity
+    allocate: str = "global"      # allocate.ALLOCATIONS, or measured
+    amplitude: float = 1.0        # of allocate adaptive: how far the layers' shares differ
+    multiple_of: int = 1          # of neurons, or channels; runtimes like 32, quantizers 256
+    iterations: int = 1           # cut in so many equal parts, each measured anew
+    mend: str = "none"            # least-squares: what reads the units left makes up for the others; bias: FLAP's
     out: str | None = None        # folder of the smaller model; default runs/pruned-NAME-KEEP
     data: str = "stdlib"          # calibration text; its hold-out measures the loss (data.py's sources)
     windows: int = 32             # of the calibration text
+    measured_windows: int = 4     # of those, for allocate measured and score perplexity, which run the model often
     eval_windows: int = 32        # of the hold-out, before and after
     block_size: int | None = None    # tokens in a window; default: the model's context, at most 512
     micro_batch: int = 4          # windows per forward pass
@@ -230,58 +202,188 @@ class Prune:
     device: str = "auto"          # auto, cpu, cuda, mps
 
 
-def calibrate(model, tokens, windows, micro_batch, seed):
-    """Sensitivity of every unit, summed over batches that make up `windows` windows of `tokens`; a batch's gradient is
-    the mean over its micro_batch windows."""
-    from tqdm import tqdm
-    scores, device = {}, model.embed.weight.device
-    for step in tqdm(range(windows // micro_batch), desc="calibrate", leave=False, disable=None):
-        x, y = data.batch(tokens, model.config.block_size, seed, step, 0, micro_batch=micro_batch, micro_steps=1)
-        chunked_loss(model.hidden(x.to(device)), model.head_weight, y.to(device))[0].backward()
-        scores = {key: scores.get(key, 0) + score for key, score in sensitivity(model).items()}
-        model.zero_grad(set_to_none=True)
-    return scores
+SHARES = (0, .25, .5, .7, .85)    # of a sub-block's width: where allocate measured measures
 
 
-def main(config):
-    if config.init is None:
+def check(c):
+    """Refuse a recipe that means nothing."""
+    kinds = tuple(c.structure.split(","))
+    alone = kinds[0] if len(kinds) == 1 and kinds[0] in ("layer", "sublayer", "channel") else None
+    depth = alone in ("layer", "sublayer")
+    scores = ("activation", "magnitude", "taylor") if alone == "channel" else \
+        (*score.SCORES, *(("influence", "perplexity") if depth else ()))
+    ways = ("global",) if alone == "channel" else ("global", "middle") if depth else \
+        (*allocate.ALLOCATIONS, "measured")
+    for name, value, allowed in (("score", c.score, scores), ("allocate", c.allocate, ways),
+                                 ("budget", c.budget, allocate.BUDGETS[:1] if alone == "channel" else allocate.BUDGETS),
+                                 ("mend", c.mend, ("none",) if alone else ("none", "bias", "least-squares"))):
+        if value not in allowed:
+            raise UserError(f"--{name} {value!r} with --structure {c.structure} must be one of {', '.join(allowed)}")
+    if not alone and not {*kinds} <= {"ffn", "kv"} or not 0 < c.keep < 1 or c.amplitude < 0:
+        raise UserError(f"--structure {c.structure!r} must be ffn, kv, ffn,kv, layer, sublayer or channel, --keep "
+                        f"{c.keep} between 0 and 1, --amplitude {c.amplitude} not negative")
+    for name in ("windows", "measured_windows", "eval_windows", "micro_batch", "multiple_of", "iterations"):
+        if getattr(c, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)} must be at least 1")
+    for name, used in (("amplitude", c.allocate == "adaptive"), ("multiple_of", not depth),
+                       ("measured_windows", c.allocate == "measured" or c.score == "perplexity")):
+        if not used and getattr(c, name) != getattr(Prune, name):
+            raise UserError(f"--{name.replace('_', '-')} has no effect with --structure {c.structure} --score "
+                            f"{c.score} --allocate {c.allocate}; leave it out")
+
+
+def needs(c):
+    """What the recipe asks of score.collect. The layers' cosines are always among it, for the table."""
+    of_score = {"channel"} if c.structure == "channel" and c.score == "activation" else \
+        score.SCORES.get(c.score, (None, set()))[1]
+    return of_score | {"cosine"} | {"least-squares": {"gram"}, "bias": {"mean"}, "none": set()}[c.mend]
+
+
+@torch.no_grad()
+def decide(model, stats, batches, c, most, whole=None):
+    """The recipe's keep: {(layer, kind): indices}, for a budget of `most`; `batches` is what it may measure on, `whole`
+    the widths before earlier cuts. UserError: what allocate refuses."""
+    kinds, config = c.structure.split(","), model.config
+    few = batches[:max(1, c.measured_windows // c.micro_batch)]
+    if kinds[0] in ("layer", "sublayer"):
+        scores = layer_scores(model, stats, few, c)
+        widths = allocate.once(config, most, c.allocate, scores, kinds, budget=c.budget)
+        return {key: torch.arange(n) for key, n in widths.items()}
+    scores = score.SCORES[c.score][0](model, stats)
+    if c.allocate == "measured":
+        at = {(layer, kind): sorted({round(share * n) for share in SHARES} if kind == "ffn" else {*range(n)})
+              for (layer, kind), n in config.widths().items() if kind in kinds}
+        damage = score.damage(model, few, scores, at, lambda name, w, kept: mended(w, stats.gram[name], kept)
+                              if c.mend == "least-squares" else w[:, kept])
+        widths = allocate.measured(config, most, damage, kinds, multiple_of=c.multiple_of, budget=c.budget)
+    else:
+        importance = score.importance(stats, config.n_layer) if c.allocate == "adaptive" else None
+        widths = allocate.once(config, most, c.allocate, scores, kinds, multiple_of=c.multiple_of, budget=c.budget,
+                               importance=importance, amplitude=c.amplitude, whole=whole)
+    return choose(scores, widths)
+
+
+def layer_scores(model, stats, batches, c):
+    """{(layer, "layer" | kind): what the whole of it is worth}; for sub-blocks, which differ in size, per parameter."""
+    kinds, config = ("layer",) if c.structure == "layer" else ("kv", "ffn"), model.config
+    params = {(layer, kind): sum(n * config.unit_params(*key) for key, n in config.widths().items()
+                                 if key[0] == layer and kind in ("layer", key[1]))
+              for layer in range(config.n_layer) for kind in kinds}
+    if c.score == "influence":
+        worth = {key: score.influence(stats, *key) for key in params}
+    elif c.score == "perplexity":
+        worth = score.without(model, batches, kinds)
+    else:                                                                       # the mean over all their entries
+        units = score.SCORES[c.score][0](model, stats)
+        worth = {(layer, kind): sum(units[layer, k].sum().item() * config.unit_params(layer, k) for k in ("ffn", "kv")
+                                    if kind in ("layer", k)) for layer, kind in params}
+    return {key: worth[key] / max(1, n) for key, n in params.items()}
+
+
+def one_shot(model, stats, batches, c, most, whole=None):
+    """-> the smaller GPT of the recipe c, from statistics that `needs(c)` named."""
+    if c.structure != "channel":
+        return cut(model, decide(model, stats, batches, c, most, whole), c.mend, stats)
+    C, block = model.config.d_model, c.multiple_of
+    n = most * C // allocate.total(model.config) // block * block               # every unit shrinks in proportion
+    if n < 1:
+        raise UserError(f"a budget of {most:,} parameters is less than {block} of the {C} channels; keep more")
+    worth = score.residual_channels(model, stats, c.score)
+    return slice_channels(model, worth.argsort(descending=True, stable=True)[:n].sort().values)
+
+
+class Phases:
+    """Seconds and peak memory of named parts of a program, printed as they end."""
+    def __init__(self, device):
+        self.device = device
+
+    @contextlib.contextmanager
+    def __call__(self, name):
+        on_gpu = self.device.startswith("cuda")
+        own = Path("/proc/self/clear_refs")                  # Linux: 5 resets the process's own peak
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        elif own.exists():
+            own.write_text("5")
+        start = time.perf_counter()
+        yield
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        if on_gpu:
+            peak = torch.cuda.max_memory_allocated()
+        elif own.exists():
+            lines = Path("/proc/self/status").read_text().splitlines()
+            peak = 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+        else:                                                # elsewhere: of the program so far
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        print(f"  {name:10} {seconds:8.1f} s   peak {peak / 2**30:.2f} GiB")
+
+
+def table(before, after, stats):
+    """Layer by layer: ShortGPT's influence 1 - cos(in, out) as measured last, and the widths."""
+    lines = ["layer  influence  KV groups   neurons"]
+    for layer, (k, k_left, f, f_left) in enumerate(zip(before.n_kv_head, after.n_kv_head, before.d_ff, after.d_ff)):
+        lines.append(f"{layer:5}  {score.influence(stats, layer):9.4f}  {k:3} -> {k_left:<3}  {f:5} -> {f_left}")
+    return "\n".join(lines)
+
+
+def picture(path, before, after):
+    """Widths by layer, kept in front of what was there, as a PNG file; a sentence where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print("no picture: pip install matplotlib")
+    axes = Figure(figsize=(8, 4), layout="constrained").subplots(2, 1, sharex=True)
+    for axis, name, was, now in ((axes[0], "neurons", before.d_ff, after.d_ff),
+                                 (axes[1], "KV groups", before.n_kv_head, after.n_kv_head)):
+        axis.bar(range(len(was)), was, color="0.88")
+        axis.bar(range(len(now)), now, color="tab:blue")
+        axis.set_ylabel(name)
+    axes[1].set_xlabel("layer")
+    axes[0].figure.savefig(path, dpi=120)
+
+
+def main(c):
+    if c.init is None:
         raise UserError("say what to cut by --init: a checkpoint, a run folder, a Hugging Face folder or a hub id")
-    kinds = config.structure.split(",")
-    if config.allocate not in SHARES or not {*kinds} <= {"ffn", "kv"} or not 0 < config.keep < 1:
-        raise UserError(f"--allocate {config.allocate!r} must be one of {', '.join(SHARES)}, --structure "
-                        f"{config.structure!r} of ffn,kv, --keep {config.keep} between 0 and 1")
-    for name in ("windows", "eval_windows", "micro_batch", "multiple_of"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
-    if config.windows % config.micro_batch:
-        raise UserError(f"--windows {config.windows} is no multiple of --micro-batch {config.micro_batch}; try "
-                        f"{-(-config.windows // config.micro_batch) * config.micro_batch}")
-    out = Path(config.out or f"runs/pruned-{Path(config.init).name}-{config.keep:g}")
+    check(c)
+    out = Path(c.out or f"runs/pruned-{Path(c.init).name}-{c.keep:g}")
     if out.exists():
         raise UserError(f"{out} is there already; give another --out or delete it")
-    context = checkpoint.load(config.init, "meta")[0].config.block_size
-    T = config.block_size if config.block_size is not None else min(512, context)
-    model, about = checkpoint.load(config.init, pick_device(config.device), torch.float32, T)
-    tokenizer = checkpoint.tokenizer_of(about, config.init)
-    corpus = data.load(config.data, tokenizer, block_size=T)
+    context = checkpoint.load(c.init, "meta")[0].config.block_size
+    T, device = c.block_size if c.block_size is not None else min(512, context), pick_device(c.device)
+    model, about = checkpoint.load(c.init, device, torch.float32, T)
+    tokenizer = checkpoint.tokenizer_of(about, c.init)
+    corpus = data.load(c.data, tokenizer, block_size=T)
+    batches = score.batches(corpus.train, T, c.windows, c.micro_batch, c.seed)
+    start, phase = model.config, Phases(device)
+    total = allocate.total(start, c.budget)
 
     def measure(model, what):
-        found = evaluate(model, corpus.val, tokenizer.byte_lengths(), config.eval_windows, batch=config.micro_batch)
+        with phase("evaluate"):
+            found = evaluate(model, corpus.val, tokenizer.byte_lengths(), c.eval_windows, batch=c.micro_batch)
         print(f"{what:6} {model.config.num_params()['total']:13,} parameters   {found['loss']:.4f} nats per token   "
-              f"perplexity {found['perplexity']:.2f}   (hold-out of {config.data}, {found['tokens']:,} tokens)")
+              f"perplexity {found['perplexity']:.2f}   (hold-out of {c.data}, {found['tokens']:,} tokens)")
 
     measure(model, "before")
-    start = model.config
-    scores = calibrate(model, corpus.train, config.windows, config.micro_batch, config.seed)
-    widths = allocate_once(start, config.keep, config.allocate, scores, kinds, config.multiple_of)
-    keep = choose(scores, widths)
-    zero_(model, None, keep)
-    model, _ = slice(model, None, keep)
+    for i in range(1, c.iterations + 1):
+        with phase("calibrate"):
+            stats = score.collect(model, tqdm(batches, desc="calibrate", leave=False, disable=None), needs(c))
+            stats.seed = c.seed
+        with phase("cut"):
+            most = math.floor(total * (1 - (1 - c.keep) * i / c.iterations) + 1e-6)
+            model = one_shot(model, stats, batches, c, most, start.widths())
+    print(table(start, model.config, stats))
     measure(model, "after")
-    print(f"KV heads {' '.join(map(str, model.config.n_kv_head))}\nneurons  {' '.join(map(str, model.config.d_ff))}")
+    print(f"{allocate.total(model.config, c.budget):,} of {total:,} {c.budget} kept, asked {c.keep:g}")
+    if hasattr(model, "evaluation_only"):
+        return print(f"not saved, as {model.evaluation_only}, which no GPTConfig and no runtime has")
     model.config = dataclasses.replace(model.config, block_size=context)    # windows were shorter, the model is not
     checkpoint.save(out / "ckpt_00000000.pt", model, step=0, tokenizer_files=tokenizer.files, run={
-        "tokenizer": tokenizer.name, "data": config.data, "fingerprint": corpus.fingerprint, "cut_from": config.init})
+        "tokenizer": tokenizer.name, "data": c.data, "fingerprint": corpus.fingerprint, "cut_from": c.init,
+        "recipe": dataclasses.asdict(c)})
+    picture(out / "widths.png", start, model.config)
     print(f"saved in {out}")
 
 

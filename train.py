@@ -45,6 +45,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import allocate
 import checkpoint
 import data
 import distill
@@ -52,6 +53,7 @@ import model as models
 import prune
 import report
 import schedule
+import score
 from common import UserError, parse, pick_device, run
 from eval import evaluate, sample
 from folder import Folder, State
@@ -163,7 +165,7 @@ def plan(config, vocab_size, given=None):
     target = target if prunes else start
 
     def flops_at_size(size):
-        at_size = start.resized(prune.allocate(start, target, size, start.widths()))
+        at_size = start.resized(allocate.towards(start, target, size, start.widths()))
         return at_size.flops_per_token(target.block_size)
 
     try:
@@ -315,8 +317,8 @@ class Run:
         """Kill the lowest-scored units, so that `size` of the removable parameters stays alive."""
         s = self.state
         with self.timed("cut"):
-            widths = prune.allocate(self.start, self.target, size, {key: len(i) for key, i in s.keep.items()})
-            s.keep = prune.choose(prune.ranking(s.averages, s.keep, self.config.uncertainty), widths)
+            widths = allocate.towards(self.start, self.target, size, {key: len(i) for key, i in s.keep.items()})
+            s.keep = prune.choose(score.ranking(s.averages, s.keep, self.config.uncertainty), widths)
             prune.zero_(s.model, s.optimizer, s.keep)
         self.evaluate("prune", size=size)
 
@@ -483,7 +485,7 @@ def loop(r, stop, progress):
         scored = schedule.score_at(s.step, t, c.score_every, c.score_window)
         if scored:
             with r.timed("score"):
-                s.averages = prune.average(s.averages, prune.sensitivity(s.model))
+                s.averages = score.average(s.averages, score.sensitivity(s.model))
         with r.timed("train"):
             nn.utils.clip_grads_with_norm_(s.model.parameters(), c.clip, norm)
             s.optimizer.step()

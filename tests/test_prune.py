@@ -435,7 +435,7 @@ def test_a_global_allocation_keeps_the_best_of_all_layers_within_the_budget(seed
     scores = {key: torch.rand(n, generator=torch.Generator().manual_seed(seed)) for key, n in config.widths().items()}
     scores = {key: (s * 8).round() for key, s in scores.items()}                       # with ties
     size = rng.random()
-    widths = prune.allocate_once(config, size, "global", scores)
+    widths = allocate.once(config, size, "global", scores)
     small = config.resized(widths)
     budget = math.floor(size * config.removable_params() + 1e-6)
     gone = [key for key, n in config.widths().items() if widths[key] < n]
@@ -461,7 +461,7 @@ def test_one_cut_meets_its_budget_in_blocks_and_leaves_other_kinds_alone(seed):
     fixed = config.resized({key: 0 for key in config.widths() if key[1] in kinds}).removable_params()
     whole = config.removable_params()
     size = (fixed + rng.random() * (whole - fixed)) / max(1, whole) + 1e-9
-    widths = prune.allocate_once(config, size, how, scores, kinds, m)
+    widths = allocate.once(config, size, how, scores, kinds, m)
     left = math.floor(size * whole + 1e-6) - config.resized(widths).removable_params()
     assert left >= 0 and all(widths[key] == n for key, n in config.widths().items() if key[1] not in kinds)
     for (layer, kind), n in config.widths().items():
@@ -482,9 +482,9 @@ def test_one_cut_meets_its_budget_in_blocks_and_leaves_other_kinds_alone(seed):
 def test_one_cut_refuses_what_cannot_be():
     config = CONFIGS["plain"]
     with pytest.raises(UserError, match="--keep 0.1 leaves .* too few, as only kv may go"):
-        prune.allocate_once(config, .1, "uniform", kinds=("kv",))
+        allocate.once(config, .1, "uniform", kinds=("kv",))
     with pytest.raises(UserError, match="keeps layers equal, and these differ"):
-        prune.allocate_once(config, .5, "uniform-strict")
+        allocate.once(config, .5, "uniform-strict")
 
 
 @pytest.fixture(scope="module")
