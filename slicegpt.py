@@ -139,7 +139,7 @@ def sliced_to(model, batches, k):
 
 
 def slicegpt(model, batches, keep):
-    """Slice a GPT of float32, which stays as it is -> Sliced, there, with at most `keep` of its attention and FFN
+    """Slice a float32 GPT, which stays as it is -> Sliced, on its device, at most `keep` of its attention and FFN
     parameters, shortcuts included. batches: calibration token ids, (B, T) each; their stream (tokens · d_model values)
     stays in memory. UserError: see `width`; fewer tokens than d_model; a device without float64."""
     k, C, device = width(model.config, keep), model.config.d_model, model.embed.weight.device
