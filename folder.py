@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import two_four
 from common import UserError, append_record, read_records, write_atomic
 from distill import freeze
 from model import GPT
@@ -34,6 +35,7 @@ class State:
     optimizer: torch.optim.Optimizer
     keep: dict                               # {(layer, kind): indices of live units} in the model as it is now
     averages: dict | None = None             # {(layer, kind): (2, units)}, the score's moving averages (score.average)
+    masks: dict = field(default_factory=dict)       # {parameter name: (out, in) bool} of a 2:4 model (two_four.masks)
     teacher: GPT | None = None        # frozen; its file is not in the checkpoint
     step: int = 0
     teacher_file: dict | None = None         # {"file", "sha256" of its weights}; stays when the teacher is dropped
@@ -44,7 +46,7 @@ class State:
     seconds: dict = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
 
 
-PLAIN = [f.name for f in fields(State) if f.name not in ("model", "optimizer", "keep", "averages", "teacher")]
+PLAIN = [f.name for f in fields(State) if f.name not in ("model", "optimizer", "keep", "averages", "masks", "teacher")]
 
 
 class Folder:
@@ -76,7 +78,8 @@ class Folder:
         model, saved = checkpoint.load(self.path, device)
         self.refuse_others(saved["run"])
         state = State(model, make_optimizer(model), {(l, kind): i for l, kind, i in saved["keep"]},
-                      saved["averages"] and {(l, kind): v for l, kind, v in saved["averages"]})
+                      saved["averages"] and {(l, kind): v for l, kind, v in saved["averages"]},
+                      two_four.unpack(saved.get("masks")))
         state.optimizer.load_state_dict(saved["optimizer"])
         for name in PLAIN:
             setattr(state, name, saved[name])
@@ -98,7 +101,7 @@ class Folder:
             checkpoint.save(path, state.model, run=self.identity, optimizer=state.optimizer.state_dict(),
                         keep=[(*key, i) for key, i in state.keep.items()],
                         averages=state.averages and [(*key, v) for key, v in state.averages.items()],
-                        **{name: getattr(state, name) for name in PLAIN},
+                        masks=two_four.pack(state.masks), **{name: getattr(state, name) for name in PLAIN},
                             tokenizer_files=self.tokenizer_files, provenance=provenance())
             for old in checkpoint.checkpoints(self.path)[:-2]:
                 old.unlink()

@@ -22,7 +22,8 @@ metrics.jsonl, one JSON object a line with `tag`, `step` (updates done before it
   summary  final loss and sizes, `epochs`, FLOPs, `seconds` by part, `pruning_share` of them, `peak_bytes`, `device`
 FLOPs are model.flops_per_token times tokens. `executed` counts what the hardware did: units that are dead and not yet
 sliced off, the teacher's forward passes, scoring; `credited` counts live units only. Neither counts evaluation, nor
-the training of a teacher that was given.
+the training of a teacher that was given. The zeros of a 2:4 model (two_four.py), which a run keeps if its --init has
+them, count in `params` and as executed and credited: no sparse kernels run here.
 Not here: sharding of one model over several devices.
 """
 import contextlib
@@ -54,6 +55,7 @@ import prune
 import report
 import schedule
 import score
+import two_four
 from common import UserError, parse, pick_device, run
 from eval import evaluate, sample
 from folder import Folder, State
@@ -181,10 +183,14 @@ def plan(config, vocab_size, given=None):
 
 
 def open_init(config):
-    """-> the run's Tokenizer, and the GPTConfig of --init (None without). UserError: the two do not fit."""
+    """-> the run's Tokenizer, and the GPTConfig of --init (None without). UserError: the two do not fit, or 2:4 and the
+    plan do not."""
     if not config.init:
         return open_tokenizer(config.tokenizer or "bytes"), None
     model, about = checkpoint.load(config.init, "meta", block_size=config.block_size)
+    if about.get("masks") and any(row.name == "prune" for row in schedule.PLANS[config.plan]):
+        raise UserError(f"{config.init} is a 2:4 model, whose units cannot be cut while it trains, and plan "
+                        f"{config.plan!r} prunes; give --plan scratch")
     tokenizer = open_tokenizer(config.tokenizer) if config.tokenizer else checkpoint.tokenizer_of(about, config.init)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, {config.init} only "
@@ -256,10 +262,11 @@ class Run:
         torch.manual_seed(self.config.seed)
         dtype = torch.float64 if self.config.dtype == "float64" else torch.float32      # bfloat16 is autocast's
         if self.config.init:
-            model, _ = checkpoint.load(self.config.init, self.device, dtype, self.config.block_size)
+            model, about = checkpoint.load(self.config.init, self.device, dtype, self.config.block_size)
         else:
-            model = models.GPT(self.start).to(self.device, dtype)
-        return State(model, make_optimizer(model, self.config), prune.everything(self.start))
+            model, about = models.GPT(self.start).to(self.device, dtype), {}
+        return State(model, make_optimizer(model, self.config), prune.everything(self.start),
+                     masks=two_four.unpack(about.get("masks")))
 
     def wrap(self):
         """The training step's module around the model as it is now; anew after a slice."""
@@ -489,6 +496,7 @@ def loop(r, stop, progress):
         with r.timed("train"):
             nn.utils.clip_grads_with_norm_(s.model.parameters(), c.clip, norm)
             s.optimizer.step()
+            two_four.hold_(s.model, s.optimizer, s.masks)             # 2:4 zeros get gradients; no masks: nothing
             s.optimizer.zero_grad(set_to_none=True)
 
         # log
