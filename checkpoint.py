@@ -26,8 +26,16 @@ def save(path, model, **state):
     and tensors (the tokenizer's name, plan, step, optimizer, provenance …), so that it loads with
     weights_only=True."""
     plain = getattr(model, "_orig_mod", model)                        # torch.compile's wrapper would prefix every name
+    refuse_evaluation_only(plain)
     content = {"format": FORMAT, "config": dataclasses.asdict(plain.config), "model": plain.state_dict(), **state}
     write_atomic(path, lambda file: torch.save(content, file))
+
+
+def refuse_evaluation_only(model):
+    """UserError for a baseline that is more than its GPTConfig (slicegpt.py, prune.cut with mend "bias")."""
+    if hasattr(model, "evaluation_only"):
+        raise UserError(f"this model is for evaluation only, as {model.evaluation_only}, which no GPTConfig and no "
+                        "runtime has; cut another way to save or export it")
 
 
 def checkpoints(folder):

@@ -81,7 +81,8 @@ def gguf_dtype(model):
 
 
 def write(config, model, about, path):
-    """Write the model to `path` -> a sentence about the layout."""
+    """Write the model to `path` -> a sentence about the layout. UserError: it is for evaluation only."""
+    checkpoint.refuse_evaluation_only(model)
     if config.to == "gguf":
         llamacpp.write_gguf(model, checkpoint.tokenizer_of(about, config.checkpoint), path, gguf_dtype(model))
         return f"GGUF, architecture {llamacpp.architecture(model.config)}, {gguf_dtype(model)}"

@@ -9,7 +9,7 @@ k, v and q rows and biases, o columns). Two facts make pruning inside a training
      exactly 0; with its Adam moments set to 0 as well, AdamW (eps > 0, decay multiplies) leaves it at 0. So a cut
      only writes zeros: no masks, no new optimizer, nothing for torch.compile or DDP to notice.
   2. So slicing is exact, whenever it comes: the smaller model has the same logits and takes the same next step.
-The command cuts a model once (or in --iterations, measured anew each time) and saves it. What a unit is worth: score.py;
+The command cuts a model once, or in --iterations, and saves it. What a unit is worth: score.py;
 who pays: allocate.py. Not here: training (train.py), SliceGPT (slicegpt.py), the baselines side by side (compare.py).
 """
 import contextlib
@@ -29,6 +29,7 @@ import allocate
 import checkpoint
 import data
 import score
+import two_four
 from common import UserError, parse, pick_device, run
 from eval import evaluate
 from model import GPT, by_unit, coupled
@@ -184,7 +185,7 @@ class Prune:
     init: str | None = None       # what to cut: a checkpoint, run folder, Hugging Face folder or hub id
     keep: float = 0.8             # kept fraction of the budget that all FFN neurons and KV groups take
     budget: str = "params"        # params; flops (per token, forward, at the block size); kv_bytes (per token)
-    structure: str = "ffn,kv"     # ffn (neurons), kv (KV groups with their query heads); or layer, sublayer, channel
+    structure: str = "ffn,kv"     # ffn (neurons), kv (KV groups and their queries); or layer, sublayer, channel, 2:4
     score: str = "sensitivity"    # score.SCORES; for whole layers also influence, perplexity
     allocate: str = "global"      # allocate.ALLOCATIONS, or measured
     amplitude: float = 1.0        # of allocate adaptive: how far the layers' shares differ
@@ -208,24 +209,24 @@ SHARES = (0, .25, .5, .7, .85)    # of a sub-block's width: where allocate measu
 def check(c):
     """Refuse a recipe that means nothing."""
     kinds = tuple(c.structure.split(","))
-    alone = kinds[0] if len(kinds) == 1 and kinds[0] in ("layer", "sublayer", "channel") else None
+    alone = kinds[0] if len(kinds) == 1 and kinds[0] in ("layer", "sublayer", "channel", "2:4") else None
     depth = alone in ("layer", "sublayer")
-    scores = ("activation", "magnitude", "taylor") if alone == "channel" else \
-        (*score.SCORES, *(("influence", "perplexity") if depth else ()))
-    ways = ("global",) if alone == "channel" else ("global", "middle") if depth else \
-        (*allocate.ALLOCATIONS, "measured")
+    scores = {"channel": ("activation", "magnitude", "taylor"), "2:4": ("magnitude", "wanda")}.get(
+        alone, (*score.SCORES, *(("influence", "perplexity") if depth else ())))
+    ways = ("global", "middle") if depth else ("global",) if alone else (*allocate.ALLOCATIONS, "measured")
     for name, value, allowed in (("score", c.score, scores), ("allocate", c.allocate, ways),
-                                 ("budget", c.budget, allocate.BUDGETS[:1] if alone == "channel" else allocate.BUDGETS),
+                                 ("budget", c.budget, allocate.BUDGETS[:1 if alone and not depth else None]),
                                  ("mend", c.mend, ("none",) if alone else ("none", "bias", "least-squares"))):
         if value not in allowed:
             raise UserError(f"--{name} {value!r} with --structure {c.structure} must be one of {', '.join(allowed)}")
     if not alone and not {*kinds} <= {"ffn", "kv"} or not 0 < c.keep < 1 or c.amplitude < 0:
-        raise UserError(f"--structure {c.structure!r} must be ffn, kv, ffn,kv, layer, sublayer or channel, --keep "
+        raise UserError(f"--structure {c.structure!r} must be ffn, kv, ffn,kv, layer, sublayer, channel or 2:4, --keep "
                         f"{c.keep} between 0 and 1, --amplitude {c.amplitude} not negative")
     for name in ("windows", "measured_windows", "eval_windows", "micro_batch", "multiple_of", "iterations"):
         if getattr(c, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)} must be at least 1")
-    for name, used in (("amplitude", c.allocate == "adaptive"), ("multiple_of", not depth),
+    for name, used in (("amplitude", c.allocate == "adaptive"), ("multiple_of", not depth and alone != "2:4"),
+                       ("keep", alone != "2:4"), ("iterations", alone != "2:4"),
                        ("measured_windows", c.allocate == "measured" or c.score == "perplexity")):
         if not used and getattr(c, name) != getattr(Prune, name):
             raise UserError(f"--{name.replace('_', '-')} has no effect with --structure {c.structure} --score "
@@ -280,8 +281,20 @@ def layer_scores(model, stats, batches, c):
     return {key: worth[key] / max(1, n) for key, n in params.items()}
 
 
+def collect(model, batches, c):
+    """The recipe's statistics of one calibration pass."""
+    readers = two_four.MATRICES if c.structure == "2:4" else score.READERS
+    stats = score.collect(model, tqdm(batches, desc="calibrate", leave=False, disable=None), needs(c), readers)
+    stats.seed = c.seed
+    return stats
+
+
 def one_shot(model, stats, batches, c, most, whole=None):
-    """-> the smaller GPT of the recipe c, from statistics that `needs(c)` named."""
+    """-> the smaller GPT of the recipe c; with 2:4 the same one, with zeros."""
+    if c.structure == "2:4":
+        norms = {name: square.sqrt() for name, square in stats.square.items()} if c.score == "wanda" else None
+        two_four.hold_(model, None, two_four.masks(model, norms))
+        return model
     if c.structure != "channel":
         return cut(model, decide(model, stats, batches, c, most, whole), c.mend, stats)
     C, block = model.config.d_model, c.multiple_of
@@ -354,6 +367,8 @@ def main(c):
     context = checkpoint.load(c.init, "meta")[0].config.block_size
     T, device = c.block_size if c.block_size is not None else min(512, context), pick_device(c.device)
     model, about = checkpoint.load(c.init, device, torch.float32, T)
+    if about.get("masks"):
+        raise UserError(f"{c.init} is 2:4 already, and what is cut from it would be no longer; cut first")
     tokenizer = checkpoint.tokenizer_of(about, c.init)
     corpus = data.load(c.data, tokenizer, block_size=T)
     batches = score.batches(corpus.train, T, c.windows, c.micro_batch, c.seed)
@@ -369,18 +384,20 @@ def main(c):
     measure(model, "before")
     for i in range(1, c.iterations + 1):
         with phase("calibrate"):
-            stats = score.collect(model, tqdm(batches, desc="calibrate", leave=False, disable=None), needs(c))
-            stats.seed = c.seed
+            stats = collect(model, batches, c)
         with phase("cut"):
             most = math.floor(total * (1 - (1 - c.keep) * i / c.iterations) + 1e-6)
             model = one_shot(model, stats, batches, c, most, start.widths())
     print(table(start, model.config, stats))
     measure(model, "after")
-    print(f"{allocate.total(model.config, c.budget):,} of {total:,} {c.budget} kept, asked {c.keep:g}")
+    left = allocate.total(model.config, c.budget)
+    print(f"2 of each 4 weights are zero in {two_four.share(model):.0%} of the blocks' matrices" if c.structure == "2:4"
+          else f"{left:,} of {total:,} {c.budget} kept: {left / total:.4f}, asked {c.keep:g}")
     if hasattr(model, "evaluation_only"):
         return print(f"not saved, as {model.evaluation_only}, which no GPTConfig and no runtime has")
     model.config = dataclasses.replace(model.config, block_size=context)    # windows were shorter, the model is not
-    checkpoint.save(out / "ckpt_00000000.pt", model, step=0, tokenizer_files=tokenizer.files, run={
+    masks = two_four.pack(two_four.masks(model)) if c.structure == "2:4" else None
+    checkpoint.save(out / "ckpt_00000000.pt", model, step=0, tokenizer_files=tokenizer.files, masks=masks, run={
         "tokenizer": tokenizer.name, "data": c.data, "fingerprint": corpus.fingerprint, "cut_from": c.init,
         "recipe": dataclasses.asdict(c)})
     picture(out / "widths.png", start, model.config)

@@ -81,7 +81,7 @@ class SubBlock(nn.Module):
 
 class Sliced(nn.Module):
     """What eval.evaluate and tasks.loglikelihoods need of a model. `config`: the dense one's, but always untied."""
-    evaluation_only = "SliceGPT's rotated residual stream"
+    evaluation_only = "it has SliceGPT's rotations and shortcuts"
 
     def __init__(self, config, embedding, sub_blocks, norm, head):
         super().__init__()

@@ -15,6 +15,8 @@ import torch
 
 from common import UserError
 
+MATRICES = (".q", ".k", ".v", ".o", ".gate", ".up", ".down")         # ends of their modules' names
+
 
 def blocks_of_4(name, matrix):
     """(out, in) -> view (out, in/4, 4). UserError: `in` is no multiple of 4."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import checkpoint
 import slicegpt as sliced_module
 from common import UserError
 from eval import evaluate
@@ -194,4 +195,5 @@ def test_refusals_are_one_sentence_with_the_numbers_and_the_remedy():
             call()
         assert "\n" not in str(problem.value)
     assert least == 6144 // 3 + 4 * 8 * 8 + 16 * (12 + 8)           # a third, four shortcuts, the last output unsliced
-    assert sliced_to(model, batches, 8).evaluation_only == "SliceGPT's rotated residual stream"
+    with pytest.raises(UserError, match="evaluation only"):
+        checkpoint.refuse_evaluation_only(sliced_to(model, batches, 8))
