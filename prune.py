@@ -203,7 +203,7 @@ class Prune:
     device: str = "auto"          # auto, cpu, cuda, mps
 
 
-SHARES = (0, .25, .5, .7, .85)    # of a sub-block's width: where allocate measured measures
+SHARES = (0, .3, .6, .85)         # of a sub-block's width: where allocate measured measures
 
 
 def check(c):
@@ -241,21 +241,32 @@ def needs(c):
 
 
 @torch.no_grad()
-def decide(model, stats, batches, c, most, whole=None):
-    """The recipe's keep: {(layer, kind): indices}, for a budget of `most`; `batches` is what it may measure on, `whole`
-    the widths before earlier cuts. UserError: what allocate refuses."""
+def measure(model, stats, batches, c):
+    """score.damage of the recipe, at SHARES of each FFN and every number of KV groups."""
+    kinds, scores = c.structure.split(","), score.SCORES[c.score][0](model, stats)
+    at = {(layer, kind): sorted({round(share * n) for share in SHARES} if kind == "ffn" else {*range(n)})
+          for (layer, kind), n in model.config.widths().items() if kind in kinds}
+    return score.damage(model, few(batches, c), scores, at, lambda name, w, kept: mended(w, stats.gram[name], kept)
+                        if c.mend == "least-squares" else w[:, kept])
+
+
+def few(batches, c):
+    """The recipe's measured_windows."""
+    return batches[:max(1, c.measured_windows // batches[0][0].size(0))]
+
+
+@torch.no_grad()
+def decide(model, stats, batches, c, most, whole=None, damage=None):
+    """The recipe's keep: {(layer, kind): indices}, for a budget of `most`; `batches` is what it may measure on, `damage`
+    what it measured already, `whole` the widths before earlier cuts. UserError: what allocate refuses."""
     kinds, config = c.structure.split(","), model.config
-    few = batches[:max(1, c.measured_windows // c.micro_batch)]
     if kinds[0] in ("layer", "sublayer"):
-        scores = layer_scores(model, stats, few, c)
+        scores = layer_scores(model, stats, few(batches, c), c)
         widths = allocate.once(config, most, c.allocate, scores, kinds, budget=c.budget)
         return {key: torch.arange(n) for key, n in widths.items()}
     scores = score.SCORES[c.score][0](model, stats)
     if c.allocate == "measured":
-        at = {(layer, kind): sorted({round(share * n) for share in SHARES} if kind == "ffn" else {*range(n)})
-              for (layer, kind), n in config.widths().items() if kind in kinds}
-        damage = score.damage(model, few, scores, at, lambda name, w, kept: mended(w, stats.gram[name], kept)
-                              if c.mend == "least-squares" else w[:, kept])
+        damage = damage or measure(model, stats, batches, c)
         widths = allocate.measured(config, most, damage, kinds, multiple_of=c.multiple_of, budget=c.budget)
     else:
         importance = score.importance(stats, config.n_layer) if c.allocate == "adaptive" else None
@@ -289,14 +300,14 @@ def collect(model, batches, c):
     return stats
 
 
-def one_shot(model, stats, batches, c, most, whole=None):
+def one_shot(model, stats, batches, c, most, whole=None, damage=None):
     """-> the smaller GPT of the recipe c; with 2:4 the same one, with zeros."""
     if c.structure == "2:4":
         norms = {name: square.sqrt() for name, square in stats.square.items()} if c.score == "wanda" else None
         two_four.hold_(model, None, two_four.masks(model, norms))
         return model
     if c.structure != "channel":
-        return cut(model, decide(model, stats, batches, c, most, whole), c.mend, stats)
+        return cut(model, decide(model, stats, batches, c, most, whole, damage), c.mend, stats)
     C, block = model.config.d_model, c.multiple_of
     n = most * C // allocate.total(model.config) // block * block               # every unit shrinks in proportion
     if n < 1:

@@ -134,7 +134,8 @@ def take_inputs(stats, needs, name):
         if "position" in needs:
             add(stats.position, name, x.square().sum(0))
         if "gram" in needs:
-            add(stats.gram, name, rows.T @ rows)
+            with torch.autocast(x.device.type, enabled=False):
+                add(stats.gram, name, rows.T @ rows)
     return hook
 
 
@@ -345,7 +346,7 @@ def damage(model, batches, scores, widths, reader):
     """{(layer, kind): [(units, nats per token)]}: KL(model ‖ model whose one sub-block keeps only its best units), for
     the numbers of units widths[layer, kind], and 0 for all. `reader(name, w, kept)` gives the columns, (C, kept), that
     read the channels which are left. Our choice: a KL needs fewer tokens than a difference of losses."""
-    config, found = model.config, {key: [(n, 0.0)] for key, n in model.config.widths().items() if n}
+    config, found = model.config, {key: [(n, 0.0)] for key, n in model.config.widths().items() if n and key in widths}
     runs = [reruns(model, x, y) for x, y in batches]
     for (layer, kind), points in found.items():
         name = coupled(config, layer, kind)[-1][0]
