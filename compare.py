@@ -7,7 +7,7 @@ Two texts (the standard library's Python source; English prose, the language ref
 three parts by document: calibration (one shared pass for all methods and a seed), validation (the grid, and so our
 choices), test (reported rows, once). Budgets are in the parameters of FFNs and attention, embeddings not counted. Cuts
 are made in one shot with no training after them; losses are nats per token in windows of --block-size. Models run in
-bf16 autocast (losses 2e-4 from float32's), SliceGPT's in float32. Records: records.jsonl. Not here: recovery (train.py).
+bf16 autocast (losses 2e-4 from float32's), SliceGPT's in float32. Not here: recovery (train.py).
 """
 import contextlib
 import dataclasses
@@ -29,6 +29,7 @@ import prune
 import score
 import tasks
 from common import UserError, append_record, parse, read_records, run
+from distill import chunked_loss
 from eval import evaluate
 from prune import Prune
 from slicegpt import slicegpt
@@ -38,7 +39,7 @@ from slicegpt import slicegpt
 class Compare:
     init: str                     # the model: a Hugging Face folder or hub id, or a checkpoint
     out: str = "runs/compare"     # folder of records.jsonl
-    part: str = "all"             # grid, rows, questions, report, or all of them
+    part: str = "all"             # grid, rows, questions, report, or all of these; or cost (seconds and memory)
     keeps: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6)    # kept fractions of the reported rows
     grid_keep: float = 0.8        # of the grid, and of the questions
     seeds: int = 2                # calibrations of the reported rows
@@ -230,12 +231,14 @@ class Bench:
 
 
 def main(c):
-    parts = ("grid", "rows", "questions", "report")
-    if c.part not in (*parts, "all"):
-        raise UserError(f"--part {c.part!r} is not one of {', '.join(parts)}, all")
+    parts = ("grid", "rows", "questions", "report", "all", "cost")
+    if c.part not in parts:
+        raise UserError(f"--part {c.part!r} is not one of {', '.join(parts)}")
     if c.part == "report":
         return print(report(read_records(Path(c.out) / "records.jsonl"), c.grid_keep))
     bench = Bench(c)
+    if c.part == "cost":
+        return print(cost(bench))
     bench.cell("validation", "dense", None, 1.0, 0)
     for recipe in GRID if c.part in ("grid", "all") else ():
         bench.cell("validation", name_of(recipe), recipe, c.grid_keep, 0)
@@ -250,6 +253,32 @@ def main(c):
         for name, recipe, keep in (("dense", None, 1.0), *((n, r, c.grid_keep) for n, r in rows.items())):
             bench.ask(name, recipe, keep, 0, file)
     print(report(bench.records, c.grid_keep))
+
+
+def cost(bench, windows=16, rounds=3):
+    """A whole one-shot cut beside the plain passes over the same calibration text, float32, in interleaved rounds ->
+    medians of the ratios, as Markdown."""
+    model, c, phase, rows = bench.model, bench.c, prune.Phases("cpu"), []
+    batches = score.batches(bench.texts["python"]["calibration"], c.block_size, windows, c.micro_batch, 0)
+    for name in ("flap", "taylor", "sensitivity", "taylor2"):
+        backward, ratios = name != "flap", []
+        recipe = R(score=name, allocate="global")
+        for _ in range(rounds):
+            with phase("plain"), torch.set_grad_enabled(backward):
+                for x, y in batches:
+                    loss = chunked_loss(model.hidden(x), model.head_weight, y)[0]
+                    if backward:
+                        loss.backward()
+            for p in model.parameters():
+                p.grad = None
+            with phase(name):
+                stats = prune.collect(model, batches, recipe)
+                small = prune.one_shot(model, stats, batches, recipe, math.floor(c.grid_keep * bench.total))
+            del stats, small
+            ratios.append([ours / plain for ours, plain in zip(phase.last[name], phase.last["plain"])])
+        rows.append([f"`{name}`", "forward, backward" if backward else "forward",
+                     *(f"{sorted(column)[rounds // 2]:.2f}" for column in zip(*ratios))])
+    return markdown(["score", "plain passes", "seconds, ratio", "peak memory, ratio"], rows)
 
 
 # -- what the records say
@@ -304,8 +333,9 @@ def row_tables(records):
                                          len(seeds), *texts, f"{mean(ppl):.2f} ± {(max(ppl) - min(ppl)) / 2:.2f}",
                                          *(accs if any(accs) or any(key[1] == keep for key in asked) else [])]))
         extra = files if any(key[1] == keep for key in asked) else []
+        rows.sort(key=lambda row: row[0])
         yield f"Test perplexity, keep {keep:g} (bold: ours):\n\n" + markdown(
-            ["method", "seeds", "python", "prose", "both", *extra], [row for _, row in sorted(rows, key=lambda r: r[0])])
+            ["method", "seeds", "python", "prose", "both", *extra], [row for _, row in rows])
 
 
 def claims(records, keep):

@@ -257,8 +257,8 @@ def few(batches, c):
 
 @torch.no_grad()
 def decide(model, stats, batches, c, most, whole=None, damage=None):
-    """The recipe's keep: {(layer, kind): indices}, for a budget of `most`; `batches` is what it may measure on, `damage`
-    what it measured already, `whole` the widths before earlier cuts. UserError: what allocate refuses."""
+    """The recipe's keep: {(layer, kind): indices}, for a budget of `most`; `batches` is what it may measure on,
+    `damage` what it measured already, `whole` the widths before earlier cuts. UserError: what allocate refuses."""
     kinds, config = c.structure.split(","), model.config
     if kinds[0] in ("layer", "sublayer"):
         scores = layer_scores(model, stats, few(batches, c), c)
@@ -317,9 +317,10 @@ def one_shot(model, stats, batches, c, most, whole=None, damage=None):
 
 
 class Phases:
-    """Seconds and peak memory of named parts of a program, printed as they end."""
+    """Seconds and peak memory (bytes, of the whole process; on a GPU of its memory) of named parts of a program,
+    printed as they end and kept in `last`."""
     def __init__(self, device):
-        self.device = device
+        self.device, self.last = device, {}
 
     @contextlib.contextmanager
     def __call__(self, name):
@@ -341,7 +342,8 @@ class Phases:
             peak = 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
         else:                                                # elsewhere: of the program so far
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        print(f"  {name:10} {seconds:8.1f} s   peak {peak / 2**30:.2f} GiB")
+        self.last[name] = seconds, peak
+        print(f"  {name:10} {seconds:8.1f} s   peak {peak / 2**30:.2f} GiB", flush=True)
 
 
 def table(before, after, stats):
