@@ -21,7 +21,9 @@ STRUCTURES = ("ffn", "kv", "sublayer", "layer")        # neurons, KV groups, a w
 
 def unit_cost(config, layer, kind, budget):
     """What one unit costs: parameters; FLOPs per token forward at the config's context; bytes of KV cache per token in
-    bf16. Integers."""
+    bf16. Integers. Nothing where the sub-block is absent."""
+    if not config.widths()[layer, kind]:
+        return 0
     if budget == "params":
         return config.unit_params(layer, kind)
     one = config.resized({key: int(key == (layer, kind)) for key in config.widths()})
@@ -160,10 +162,8 @@ def once(config, most, how, scores, structure=("ffn", "kv"), *, multiple_of=1, b
     sublayers = bool({"layer", "sublayer"} & {*structure})
     if sublayers and how not in ("global", "middle"):
         raise UserError(f"whole layers and sub-blocks go by --allocate global or middle, not {how}")
-    start = config.widths()
-    strict = how == "uniform-strict"
-    gone = 1 - most / total(config, budget) if whole is None else \
-        (total(config, budget) - most) / total(config.resized(whole), budget)
+    start, strict = config.widths(), how == "uniform-strict"
+    gone = (total(config, budget) - most) / max(1, sum(n * cost(key) for key, n in (whole or start).items()))
     context = Context(config.n_layer, gone, amplitude, importance, sublayers)
     blocks = [(ALLOCATIONS[how](block, context), block.units)
               for block in blocks_of(config, scores, structure, multiple_of, whole, spread=not strict)]
