@@ -172,7 +172,8 @@ def once(config, most, how, scores, structure=("ffn", "kv"), *, multiple_of=1, b
             raise UserError("uniform-strict keeps layers equal, and these differ already; give --allocate uniform")
         blocks = [(order, {(layer, kind): n for layer in range(config.n_layer)})
                   for order, units in blocks for (first, kind), n in units.items() if first == 0]
-    kept = sum(n * cost(key) for key, n in start.items() if how == "middle" and protected(key[0], config.n_layer))
+    kept = sum((n - widths[key]) * cost(key) for key, n in start.items()
+               if how == "middle" and protected(key[0], config.n_layer))
     if kept > left:
         raise UserError(f"the layers that middle keeps whole cost {kept:,} {budget}, {left:,} may stay; keep more, or "
                         "give another --allocate")
