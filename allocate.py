@@ -168,7 +168,7 @@ def once(config, most, how, scores, structure=("ffn", "kv"), *, multiple_of=1, b
     blocks = [(ALLOCATIONS[how](block, context), block.units)
               for block in blocks_of(config, scores, structure, multiple_of, whole, spread=not strict)]
     if strict:
-        if any(start[layer, kind] != start[0, kind] for layer, kind in start):
+        if any(n != start[0, kind] for (_, kind), n in start.items() if kind in structure):
             raise UserError("uniform-strict keeps layers equal, and these differ already; give --allocate uniform")
         blocks = [(order, {(layer, kind): n for layer in range(config.n_layer)})
                   for order, units in blocks for (first, kind), n in units.items() if first == 0]
