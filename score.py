@@ -262,7 +262,7 @@ def flap(model, stats):
     (arXiv 2312.11983, eq. 5-6)."""
     def channels(name, w):
         metric = (stats.square[name] - stats.mean[name].square()).clamp(min=0) * w.square().sum(0)
-        return (metric - metric.mean()) / metric.std().clamp(min=1e-30)
+        return (metric - metric.mean()) / metric.std(correction=0).clamp(min=1e-30)
     return by_channel(model, channels)
 
 
