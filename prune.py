@@ -309,8 +309,9 @@ def one_shot(model, stats, batches, c, most, whole=None, damage=None):
     if c.structure != "channel":
         return cut(model, decide(model, stats, batches, c, most, whole, damage), c.mend, stats)
     C, block = model.config.d_model, c.multiple_of
-    n = most * C // allocate.total(model.config) // block * block               # every unit shrinks in proportion
-    if n < 1:
+    n = max((n for n in range(block, C + 1, block)                              # biases do not shrink with C
+             if dataclasses.replace(model.config, d_model=n).removable_params() <= most), default=0)
+    if not n:
         raise UserError(f"a budget of {most:,} parameters is less than {block} of the {C} channels; keep more")
     worth = score.residual_channels(model, stats, c.score)
     return slice_channels(model, worth.argsort(descending=True, stable=True)[:n].sort().values)
