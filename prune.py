@@ -222,6 +222,8 @@ def check(c):
     if not alone and not {*kinds} <= {"ffn", "kv"} or not 0 < c.keep < 1 or c.amplitude < 0:
         raise UserError(f"--structure {c.structure!r} must be ffn, kv, ffn,kv, layer, sublayer, channel or 2:4, --keep "
                         f"{c.keep} between 0 and 1, --amplitude {c.amplitude} not negative")
+    if c.mend == "bias" and c.iterations > 1:
+        raise UserError(f"--mend bias makes a model that cannot be cut again; --iterations {c.iterations} must be 1")
     for name in ("windows", "measured_windows", "eval_windows", "micro_batch", "multiple_of", "iterations"):
         if getattr(c, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)} must be at least 1")
