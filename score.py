@@ -344,7 +344,7 @@ def absent(block, kind):
 
 def damage(model, batches, scores, widths, reader):
     """{(layer, kind): [(units, nats per token)]}: KL(model ‖ model whose one sub-block keeps only its best units), for
-    the numbers of units widths[layer, kind], and 0 for all of them. `reader(name, w, kept)` gives the columns, (C, kept), that
+    the numbers of units widths[layer, kind], and 0 for all. `reader(name, w, kept)` gives the columns, (C, kept), that
     read the channels which are left. Our choice: a KL needs fewer tokens than a difference of losses."""
     config, found = model.config, {key: [(n, 0.0)] for key, n in model.config.widths().items() if n and key in widths}
     runs = [reruns(model, x, y) for x, y in batches]
