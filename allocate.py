@@ -46,6 +46,7 @@ class Block:
     cut: float                # the layer's width now, as that fraction: 1 unless it was cut before
     score: float              # mean of its units' scores
     z: float                  # the same, standardised over the units of the layer and kind
+    first: bool = False       # the best of its layer and kind
 
 
 def uniform(block, c):
@@ -67,8 +68,9 @@ def middle(block, c):
 def adaptive(block, c):
     """Adapt-Pruner (arXiv 2502.03460): a layer's share of what goes is larger the less it turns the residual stream:
     kept_l = base + amplitude · (share that goes) · I_l (their code: 0.02 · I_l for each 0.02 that goes), and never less
-    than 1 %."""
-    return -math.inf if block.depth <= 0.01 else uniform(block, c) - c.amplitude * c.gone * c.importance[block.layer]
+    than 1 % (theirs), nor than one block (ours: of few KV groups 1 % is none)."""
+    stays = block.first or block.depth <= 0.01
+    return -math.inf if stays else uniform(block, c) - c.amplitude * c.gone * c.importance[block.layer]
 
 
 def best(block, c):
@@ -116,7 +118,8 @@ def blocks_of(config, scores, structure, multiple_of=1, whole=None, spread=True)
         for first in range(0, start[key], step):
             last = min(first + step, start[key])
             found.append(Block({key: last - first}, key[0], (first + place * (last - first)) / whole[key],
-                               start[key] / whole[key], ranked[first:last].mean().item(), z[first:last].mean().item()))
+                               start[key] / whole[key], ranked[first:last].mean().item(), z[first:last].mean().item(),
+                               first == 0))
     return found
 
 
