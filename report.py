@@ -79,7 +79,7 @@ def picture(path):
     if losses:
         top = max([losses[int(len(losses) * .9)], *value("prune", "val_loss")])             # the first steps may leave
         loss.set_ylim(losses[0] - .05, top + .1)
-    for e in r.get("slice", []):
+    for e in r.get("slice", [])[-1:]:                                                       # adapt slices at every cut
         loss.axvline(e["tokens"] / 1e6, color="C3", lw=1, label="sliced to the target size")
     loss.set_ylabel("loss (nats per token)")
     loss.legend()

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Stage:
     name: str               # "enlarge": full size; "prune": shrinks; "recover": target size
-    share: float            # of the run; "prune" with share 0 is a single step
+    share: float | None     # of the run; "prune" with share 0 is a single step; None: follows from the cuts
     law: str = ""           # of the sizes in "prune": cubic, linear, geometric, oneshot
     kd: bool = False        # learn from a teacher as well
     restart: bool = False   # a new warm-up and cycle of the learning rate, Adam's moments forgotten
+    adaptive: bool = False  # every cut measures anew and is sliced off at once (Timeline); train from each to the next
     of: str = "steps"       # what `share` is a share of: "steps", or the run's credited training "flops"
 
 
@@ -36,6 +37,8 @@ PLANS = {
     # The Journey Matters (arXiv 2501.12486): prune between 25 % and 75 % of the compute, geometric sizes
     "journey": (Stage("enlarge", .25, of="flops"), Stage("prune", .5, "geometric", of="flops"),
                 Stage("recover", .25, of="flops")),
+    # Adapt-Accel (arXiv 2502.03460): cut a little, train, cut again, each time for longer, to the run's end
+    "adapt":   (Stage("enlarge", .5), Stage("prune", None, "linear", adaptive=True), Stage("recover", None)),
     # the target from scratch, taught by a given checkpoint
     "kd":      (Stage("recover", 1.0, kd=True),),
 }
@@ -56,30 +59,34 @@ class Timeline:
     events: tuple[tuple[int, float], ...]          # (step, kept fraction of removable parameters from this step on)
     cycles: tuple[tuple[int, int], ...]            # spans of the learning rate, one unless a stage restarts it
     slice_at: int | None                           # the step at which dead units are physically cut off
+    adaptive: bool = False                         # units and layers are measured at every cut, and sliced off there
 
 
-def resolve(plan, steps, final_size, *, enlarge_share=None, prune_share=None, law=None, cuts=20, slice_at=None,
+def resolve(plan, steps, final_size, *, enlarge_share=None, prune_share=None, law=None, cuts=None, slice_at=None,
             flops_at_size=None):
     """Plan name -> Timeline. final_size: kept fraction of removable parameters at the end; shares and law None = the
-    plan's own; flops_at_size(size) -> credited FLOPs per token, needed by plans that share out FLOPs. Raises
-    ValueError with a sentence."""
+    plan's own; cuts None = 20, in "adapt" one per 5 % that go; flops_at_size(size) -> credited FLOPs per token, needed
+    by plans that share out FLOPs. Raises ValueError with a sentence."""
     if plan not in PLANS:
         raise ValueError(f"no plan {plan!r}; there are {', '.join(PLANS)}")
     rows, names = PLANS[plan], [s.name for s in PLANS[plan]]
     if steps < len(rows):
         raise ValueError(f"{steps} steps are fewer than the {len(rows)} stages of plan {plan!r}; give more --steps")
-    if "prune" not in names:
-        for flag, value in (("--enlarge-share", enlarge_share), ("--prune-share", prune_share), ("--law", law),
-                            ("--slice-at", slice_at)):
-            if value is not None:
-                raise ValueError(f"{flag} has no effect in plan {plan!r}, which prunes nothing; leave it out")
+    row = rows[names.index("prune")] if "prune" in names else None
+    why = "prunes nothing" if not row else "cuts to the end and slices at once" if row.adaptive else ""
+    for flag, value in (("--enlarge-share", None if row else enlarge_share), ("--prune-share", prune_share),
+                        ("--law", law), ("--slice-at", slice_at)):
+        if why and value is not None:
+            raise ValueError(f"{flag} has no effect in plan {plan!r}, which {why}; leave it out")
+    if not row:
         return Timeline(steps, ((rows[0], 0, steps),), (), ((0, steps),), None)
+    if row.adaptive:
+        return interleave(rows, steps, final_size, rows[0].share if enlarge_share is None else enlarge_share, cuts)
 
-    row = rows[names.index("prune")]
     law = law or row.law
     if law not in LAWS:
         raise ValueError(f"no law {law!r} of sizes; there are {', '.join(LAWS)}")
-    n = 1 if law == "oneshot" else cuts
+    n = 1 if law == "oneshot" else 20 if cuts is None else cuts
     before = rows[0].share if enlarge_share is None else enlarge_share
     during = row.share if prune_share is None else prune_share
     if not (0 < before < 1 and 0 <= during and before + during < 1):
@@ -108,6 +115,25 @@ def resolve(plan, steps, final_size, *, enlarge_share=None, prune_share=None, la
     return found
 
 
+def interleave(rows, steps, final_size, share, cuts=None):
+    """Plan "adapt" -> Timeline. After `share` of the run, n cuts of the same size, stage i = 1 … n of training behind
+    cut i: it has 2i/(n(n+1)) of the remaining steps. n: cuts, or as many as take 5 % each at most. Adapt-Accel
+    (arXiv 2502.03460, and its released code). The last stage counts as "recover"."""
+    n = math.ceil((1 - final_size) / .05 - 1e-9) if cuts is None else cuts
+    if not 0 <= share < 1:
+        raise ValueError(f"the enlarge stage has a share of {share}; it must be at least 0 and below 1")
+    a = round(share * steps)
+    at = [a + round((steps - a) * i * (i + 1) / (n * (n + 1))) for i in range(n)]
+    if not n > 0 or len({*at, at[-1] + 1, steps}) < n + 2:           # two cuts at one step, or no step to recover
+        raise ValueError(f"{n} cuts, with a stage of training behind each that is longer than the one before, do not "
+                         f"fit into {steps - a} steps, {max(2, n * (n + 1) // 2)} are enough: give more --steps or "
+                         "fewer --cuts")
+    events = tuple((s, LAWS[rows[1].law]((i + 1) / n, final_size)) for i, s in enumerate(at))
+    spans = (0, a), (a, at[-1] + 1), (at[-1] + 1, steps)
+    return Timeline(steps, tuple((row, *span) for row, span in zip(rows, spans) if span[0] < span[1]), events,
+                    ((0, steps),), None, adaptive=True)
+
+
 def share_out_flops(timeline, n, steps, share_a, share_b, flops_at_size):
     """Steps (a, b) at which the shares share_a and share_b of the run's credited training FLOPs are spent, to the
     nearest step. The cost of a step depends on the sizes, the sizes on (a, b): b is bisected for every a, and a around
@@ -130,6 +156,11 @@ def share_out_flops(timeline, n, steps, share_a, share_b, flops_at_size):
 
     a = root(1, steps - n, lambda a: excess(a, end(a), a, share_a))
     return a, end(a)
+
+
+def adaptive(plan):
+    """Whether the plan of this name measures anew at every cut."""
+    return any(row.adaptive for row in PLANS[plan])
 
 
 def stage_at(step, timeline):
@@ -162,6 +193,6 @@ def lr_at(step, timeline, lr, min_lr, warmup_share=.05, shape="cosine", decay_sh
 def score_at(step, timeline, every=5, window=100):
     """Whether to score units from this step's gradients: every few steps, and only within `window` steps before a
     cut; the last one is the step right before the cut. (LoSparse refreshes every 10 steps throughout; the window is
-    our choice.)"""
-    next_cut = next((at for at, _ in timeline.events if at > step), None)
+    our choice.) Never in adaptive plans, whose cuts measure for themselves."""
+    next_cut = next((at for at, _ in timeline.events if at > step and not timeline.adaptive), None)
     return next_cut is not None and next_cut - step <= window and (next_cut - step - 1) % every == 0

@@ -2,6 +2,7 @@
 
     python train.py                                   # plan "idea", laptop preset, embedded corpus
     python train.py --plan naive --seed 1             # any other row of schedule.PLANS through the same loop
+    python train.py --plan adapt                      # Adapt-Pruner: cut a little, train, cut again (arXiv 2502.03460)
     python train.py --init FOLDER --enlarge-ff 1.25 --block-size 512 --micro-batch 2       # the large one is given
     torchrun --nproc-per-node 8 train.py --preset 124m --tokenizer gpt2 --data hf:HuggingFaceFW/fineweb-edu:sample-10BT
 
@@ -10,20 +11,21 @@ if the plan says so, by itself as it stood before the first cut (distill.py): ID
 folder (folder.py); the same command goes on where a killed one stopped, bit for bit on a CPU. `loop` is the method.
 
 metrics.jsonl, one JSON object a line with `tag`, `step` (updates done before it) and `tokens` (trained on by then):
-  config   the resolved settings, `target` and `start` model configs, corpus `fingerprint` and `documents`
+  config   the resolved settings, `target` and `start` model configs, corpus `fingerprint` and `documents` (adapt: of
+           `target` only the number of removable parameters counts, the last cut ends at most there)
   step     `loss` `ce` `grad_norm`, means since the last such record, and `kl` (times temperature²) `teacher_ce`, means
            of the steps with a teacher, null without; losses in nats per token; `lr` `stage` `params` (live)
            `tokens_per_second` (of forward, backward and update) `flops_executed` `flops_credited` (so far)
   eval     `val_loss` (nats per token) `bits_per_byte` `stage` `params` `n_kv_head` `d_ff`
   prune    `size` (kept fraction of removable parameters) and, right after the cut, what eval records
-  slice    `params` `n_kv_head` `d_ff`
+  slice    `params` `n_kv_head` `d_ff`; in plan adapt at every cut
   teacher  `file` `sha256` when captured; `dropped` `student_ce` `teacher_ce` when the student has overtaken it
   sample   `when` `prompt` `text`
   summary  final loss and sizes, `epochs`, FLOPs, `seconds` by part, `pruning_share` of them, `peak_bytes`, `device`
 FLOPs are model.flops_per_token times tokens. `executed` counts what the hardware did: units that are dead and not yet
-sliced off, the teacher's forward passes, scoring; `credited` counts live units only. Neither counts evaluation, nor
-the training of a teacher that was given. The zeros of a 2:4 model (two_four.py), which a run keeps if its --init has
-them, count in `params` and as executed and credited: no sparse kernels run here.
+sliced off, the teacher's forward passes, scoring, calibration; `credited` counts live units only. Neither counts
+evaluation, nor the training of a teacher that was given. The zeros of a 2:4 model (two_four.py), which a run keeps if
+its --init has them, count in `params` and as executed and credited: no sparse kernels run here.
 Not here: sharding of one model over several devices.
 """
 import contextlib
@@ -67,7 +69,7 @@ INIT_LR = 2e-5                               # peak learning rate for pretrained
 
 @dataclass(frozen=True)
 class Train:
-    plan: str = "idea"                       # scratch, naive, oneshot, idea, idea-kd, journey, kd (schedule.PLANS)
+    plan: str = "idea"                       # scratch, naive, oneshot, idea, idea-kd, journey, adapt, kd (schedule.py)
     stage: str = "all"                       # stop behind this stage: enlarge, prune, recover; the next call goes on
     preset: str = "laptop"                   # size of the target: toy, laptop, 10m, 124m, 1.3b
     init: str | None = None                  # instead of a preset: start with this checkpoint, run, HF folder or hub id
@@ -83,18 +85,20 @@ class Train:
     micro_batch: int = 16                    # sequences per forward pass of a process; the rest is accumulated
     lr: float | None = None                  # peak learning rate; default: the preset's, 2e-5 for --init
     min_lr: float | None = None              # at the end of a cycle; default: a tenth of the peak
-    shape: str = "cosine"                    # of the learning rate: cosine or wsd
+    shape: str | None = None                 # of the learning rate: cosine or wsd; default: wsd in adapt, else cosine
     warmup_share: float = 0.05               # of a cycle
     weight_decay: float = 0.1                # of matrices (AdamW)
     clip: float = 1.0                        # gradient norm
-    enlarge_share: float | None = None       # of the run; default: the plan's
+    enlarge_share: float | None = None       # of the run; default: the plan's, 0 in adapt with --init
     prune_share: float | None = None         # of the run; default: the plan's
     law: str | None = None                   # of the sizes: cubic, linear, geometric, oneshot; default: the plan's
-    cuts: int = 20                           # events of the prune stage
+    cuts: int | None = None                  # events of the prune stage; default: 20, in adapt one per 5 % that go
     slice_at: int | None = None              # step at which dead units are physically cut off; default: the last cut
     score_every: int = 5                     # steps between gradient scores
     score_window: int = 100                  # score only so many steps before a cut
     uncertainty: bool = False                # multiply the score by its variation (PLATON)
+    calibration_windows: int = 64            # of the training text, on which every cut of adapt measures anew
+    forget_moments: bool = False             # a new optimizer at every cut of adapt, as in Adapt-Pruner's scripts
     teacher: str | None = None               # a checkpoint; default: the enlarged model at the first cut
     kd_weight: float = 0.5                   # of the teacher's share in the loss
     kd_temperature: float = 1.0              # of the softmax in the teacher's share
@@ -112,17 +116,20 @@ def resolve(config, on_gpu):
     for name, allowed in (("plan", tuple(schedule.PLANS)), ("stage", ("all", "enlarge", "prune", "recover")),
                           ("preset", tuple(models.PRESETS)), ("shape", ("cosine", "wsd")),
                           ("dtype", ("auto", "float32", "bfloat16", "float64"))):
-        if getattr(config, name) not in allowed:
+        if getattr(config, name) not in (*allowed, None):             # None: the plan's own
             raise UserError(f"--{name} {getattr(config, name)!r} is not one of {', '.join(allowed)}")
     usual = INIT_LR if config.init else models.PRESETS[config.preset][-1]
-    lr = usual if config.lr is None else config.lr
+    lr, adaptive = usual if config.lr is None else config.lr, schedule.adaptive(config.plan)
+    given = adaptive and config.init and config.enlarge_share is None  # a pretrained model is the enlarged one
     config = dataclasses.replace(
-        config, lr=lr, min_lr=lr / 10 if config.min_lr is None else config.min_lr,
+        config, lr=lr, shape=config.shape or ("wsd" if adaptive else "cosine"),
+        enlarge_share=0.0 if given else config.enlarge_share,
+        min_lr=lr / 10 if config.min_lr is None else config.min_lr,
         dtype=("bfloat16" if on_gpu else "float32") if config.dtype == "auto" else config.dtype,
         compile=on_gpu if config.compile is None else config.compile)
     for name in ("steps", "batch_tokens", "micro_batch", "lr", "clip", "cuts", "score_every", "score_window",
-                 "kd_temperature", "eval_every", "eval_windows", "save_every"):
-        if not getattr(config, name) > 0:
+                 "calibration_windows", "kd_temperature", "eval_every", "eval_windows", "save_every"):
+        if getattr(config, name) is not None and not getattr(config, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be positive")
     for name, most in (("seed", 2**63 - 1), ("kd_weight", 1), ("warmup_share", 1), ("min_lr", config.lr),
                        ("weight_decay", 1 / config.lr)):
@@ -137,8 +144,11 @@ def refuse_idle_flags(config):
     prunes, taught = any(row.name == "prune" for row in rows), any(row.kd for row in rows)
     once = prunes and "oneshot" in (config.law or next(row.law for row in rows if row.name == "prune"))
     idle = [] if taught else ["teacher", "kd_weight", "kd_temperature", "drop_teacher"]
-    idle += [] if prunes else ["enlarge_ff", "enlarge_kv", "score_every", "score_window", "uncertainty"]
+    idle += [] if prunes else ["enlarge_ff", "enlarge_kv"]
     idle += ["cuts"] if once or not prunes else []
+    adaptive = schedule.adaptive(config.plan)
+    idle += ["score_every", "score_window", "uncertainty"] if adaptive or not prunes else []
+    idle += [] if adaptive else ["calibration_windows", "forget_moments"]
     if config.init and config.preset != Train.preset:
         raise UserError(f"--preset {config.preset} has no effect with --init {config.init}; leave one of them out")
     for name in idle:
@@ -232,8 +242,8 @@ class Run:
         self.config = c = resolve(config, on_gpu)
         refuse_idle_flags(c)
         tokenizer, given = open_init(c)
-        self.config = c = dataclasses.replace(c, tokenizer=tokenizer.name)
         self.target, self.start, self.timeline = plan(c, tokenizer.vocab_size, given)
+        self.config = c = dataclasses.replace(c, tokenizer=tokenizer.name, cuts=len(self.timeline.events))
         self.T = self.target.block_size
         unit = c.micro_batch * self.T * self.world
         if c.batch_tokens % unit:
@@ -248,6 +258,8 @@ class Run:
         if self.world > 1 and not self.rank:
             dist.barrier()
         self.byte_lengths = self.corpus.tokenizer.byte_lengths()
+        if self.timeline.adaptive:
+            self.calibration(0)                                       # what it refuses it refuses now
         self.signal, self.interrupted = 0, False                      # received here; agreed on by all processes
         out = Path(c.out or f"runs/{c.plan}-{Path(c.init).name if c.init else c.preset}-{c.seed}")
         self.folder = Folder(out, c, self.corpus.fingerprint, tokenizer.files, writes=self.rank == 0)
@@ -320,12 +332,39 @@ class Run:
             self.folder.open_teacher(path, self.state)
         self.log("teacher", **self.state.teacher_file)
 
+    def calibrate(self):
+        """Measure the model as it is -> {(layer, kind): (units,) scores}, [importance of each layer]. One process does
+        it for all, so that they cannot differ."""
+        c, s, found = self.config, self.state, [None]
+        with self.timed("score"), self.autocast():
+            if self.rank == 0:
+                stats = score.collect(s.model, self.calibration(s.step), {"grad", "cosine"})
+                scores = {key: values.cpu() for key, values in score.taylor(s.model, stats).items()}
+                found = [(scores, score.importance(stats, s.model.config.n_layer))]
+            if self.world > 1:
+                dist.broadcast_object_list(found)
+        s.flops[0] += c.calibration_windows * self.T * s.model.config.flops_per_token(self.T)
+        return found[0]
+
+    def calibration(self, step):
+        """Windows of the training text, others at every step; no training batch's seed is a pair."""
+        c = self.config
+        return score.batches(self.corpus.train, self.T, c.calibration_windows, c.micro_batch, (c.seed, step))
+
     def cut(self, size):
-        """Kill the lowest-scored units, so that `size` of the removable parameters stays alive."""
-        s = self.state
+        """Kill the lowest-scored units, so that at most `size` of the removable parameters stays alive. In plan adapt
+        those of the layers that turn the residual stream least go first (allocate.adaptive)."""
+        s, start = self.state, self.start
+        scores, importance = self.calibrate() if self.timeline.adaptive else (None, None)
         with self.timed("cut"):
-            widths = allocate.towards(self.start, self.target, size, {key: len(i) for key, i in s.keep.items()})
-            s.keep = prune.choose(score.ranking(s.averages, s.keep, self.config.uncertainty), widths)
+            if self.timeline.adaptive:
+                most = math.floor(size * start.removable_params() + 1e-6)              # as in allocate.towards
+                widths = allocate.once(s.model.config, most, "adaptive", scores, importance=importance,
+                                       whole=start.widths())
+            else:
+                scores = score.ranking(s.averages, s.keep, self.config.uncertainty)
+                widths = allocate.towards(start, self.target, size, {key: len(i) for key, i in s.keep.items()})
+            s.keep = prune.choose(scores, widths)
             prune.zero_(s.model, s.optimizer, s.keep)
         self.evaluate("prune", size=size)
 
@@ -336,8 +375,11 @@ class Run:
             s.model, s.optimizer = prune.slice(s.model, s.optimizer, s.keep)
             s.keep, s.averages = prune.everything(s.model.config), None
             self.wrap()
-        assert s.model.config == self.target, (s.model.config, self.target)
+        assert self.timeline.adaptive or s.model.config == self.target, (s.model.config, self.target)
         self.log("slice", **self.shape())
+
+    def autocast(self):
+        return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.config.dtype == "bfloat16")
 
     def backward(self, teacher):
         """Micro-steps: leaves the mean gradient over the global batch in .grad; -> means of (loss, cross-entropy, KL,
@@ -350,7 +392,7 @@ class Run:
                 micro_batch=c.micro_batch, micro_steps=self.micro_steps))
             waits = self.world > 1 and micro < self.micro_steps - 1        # processes exchange gradients once a step
             with self.objective.no_sync() if waits else contextlib.nullcontext():
-                with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=c.dtype == "bfloat16"):
+                with self.autocast():
                     with torch.no_grad():
                         taught = (teacher.hidden(x), teacher.head_weight) if teacher else ()
                     loss, stats = self.objective(x, y, *taught)
@@ -462,17 +504,18 @@ def loop(r, stop, progress):
 
         # events
         stage, size, size_before = schedule.stage_at(s.step, t), *(schedule.size_at(i, t) for i in (s.step, s.step - 1))
-        if s.step in begins and stage.restart:
-            s.optimizer = make_optimizer(s.model, c)                  # Adam forgets; the learning rate warms up again
-        if size < size_before == 1:
+        shrinks = size < size_before
+        if s.step in begins and stage.restart or shrinks and c.forget_moments:
+            s.optimizer = make_optimizer(s.model, c)                  # Adam forgets
+        if shrinks and size_before == 1:
             r.sample("before the first cut")
             if stage.kd and not c.teacher:
                 r.capture_teacher()
-        if size < size_before:
+        if shrinks:
             r.cut(size)                                               # zeros in place
             if s.step == t.events[-1][0]:
                 r.sample("after the last cut")
-        if s.step == t.slice_at:
+        if s.step == t.slice_at or shrinks and t.adaptive:
             r.slice()                                                 # the physically smaller model
 
         # learning rate
