@@ -283,7 +283,9 @@ class Run:
     def wrap(self):
         """The training step's module around the model as it is now; anew after a slice."""
         objective = Objective(self.state.model, self.config.kd_weight, self.config.kd_temperature)
-        objective = torch.compile(objective, dynamic=False) if self.config.compile else objective
+        if self.config.compile:
+            torch.compiler.reset()                                    # or after 8 graphs, as many sizes, it gives up
+            objective = torch.compile(objective, dynamic=False)
         self.objective = DistributedDataParallel(objective) if self.world > 1 else objective
 
     @contextlib.contextmanager
