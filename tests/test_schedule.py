@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from schedule import LAWS, PLANS, lr_at, resolve, score_at, size_at, stage_at
+from schedule import LAWS, PLANS, interleave, lr_at, resolve, score_at, size_at, stage_at
 
 ROOT = Path(__file__).parent.parent
 PRUNING = [name for name, rows in PLANS.items() if any(s.name == "prune" for s in rows)]
@@ -77,14 +77,49 @@ def test_cuts_stages_and_scores_are_the_written_ones():
 
 @pytest.mark.parametrize("name", PLANS)
 def test_plans_end_at_exactly_final_size_and_only_shrink_at_events_inside_the_prune_stage(name):
-    for law in (None, *LAWS) if name in PRUNING else (None,):
+    for law in (None, *LAWS) if name in PRUNING and name != "adapt" else (None,):
         for steps, cuts, final in ((50, 4, .3), (173, 20, .1), (400, 7, .7), (60, 2, 1 / 3), (90, 3, 0.123456789)):
+            cuts = min(cuts, 12) if name == "adapt" else cuts                # its stages grow, so they take more steps
             t = plan(name, steps, final, law=law, cuts=cuts, prune_share=law and .4)    # None: the plan's own row
             sizes, events = [size_at(s, t) for s in range(steps)], dict(t.events)
             assert sizes[-1] == (final if name in PRUNING else 1.0) and sizes[0] == 1
             assert all(b < a if s in events else b == a for s, (a, b) in enumerate(zip(sizes, sizes[1:]), 1))
             assert all(stage_at(s, t).name == "prune" for s in events) and len(events) == len(t.events)
             assert [sum(a <= s < b for _, a, b in t.stages) for s in range(steps)] == [1] * steps
+
+
+ADAPT = {  # 100 steps, final size .6: (enlarge share, cuts) -> steps of the cuts, sizes; the stages' shares
+    (.5, 4): ([50, 55, 65, 80], [.9, .8, .7, .6], [.1, .2, .3, .4]),
+    (.0, 4): ([0, 10, 30, 60], [.9, .8, .7, .6], [.1, .2, .3, .4]),
+    (.4, 3): ([40, 50, 70], [.86666667, .73333333, .6], [1 / 6, 1 / 3, 1 / 2]),
+    (.5, 1): ([50], [.6], [1.0]),                                           # the control: one cut, all else the same
+    (.0, 8): ([0, 3, 8, 17, 28, 42, 58, 78], [.95, .9, .85, .8, .75, .7, .65, .6], None)}
+
+
+@pytest.mark.parametrize("share, cuts", ADAPT)
+def test_adapt_cuts_at_the_written_steps_and_trains_longer_behind_each_cut(share, cuts):
+    steps, sizes, shares = ADAPT[share, cuts]
+    t = plan("adapt", 100, .6, enlarge_share=share, cuts=cuts)
+    assert [s for s, _ in t.events] == steps and [size for _, size in t.events] == pytest.approx(sizes, abs=1e-8)
+    lengths = [b - a for a, b in zip(steps, steps[1:] + [100])]
+    assert sum(lengths) == 100 - steps[0] and (shares is None or [n / sum(lengths) for n in lengths]
+                                               == pytest.approx(shares, abs=1e-12))
+    spans = {"enlarge": (0, steps[0]), "prune": (steps[0], steps[-1] + 1), "recover": (steps[-1] + 1, 100)}
+    assert {s.name: (a, b) for s, a, b in t.stages} == {name: s for name, s in spans.items() if s[0] < s[1]}
+    assert t.adaptive and t.slice_at is None and t.cycles == ((0, 100),)
+    assert not any(score_at(s, t, every=1) for s in range(100))
+    assert size_at(-1, t) == 1 and size_at(steps[0], t) == t.events[0][1]
+
+
+def test_adapt_takes_about_five_percent_at_a_time_in_steps_that_are_enough():
+    for final, cuts in ((.95, 1), (.7, 6), (.6, 8), (.5, 10), (.48, 11), (.05, 19)):
+        events = plan("adapt", 1000, final).events
+        assert len(events) == cuts and 1 - events[0][1] <= .05 + 1e-9 and events[-1][1] == final
+    assert plan("adapt", 100, .6, cuts=8).events == plan("adapt", 100, .6).events
+    for cuts in range(1, 30):
+        for steps in range(max(2, cuts * (cuts + 1) // 2), 500):                    # what the refusal says is enough
+            at = [s for s, _ in interleave(PLANS["adapt"], steps, .5, 0, cuts).events]
+            assert at[0] == 0 and at[-1] < steps - 1 and all(a < b for a, b in zip(at, at[1:])), (cuts, steps)
 
 
 @pytest.mark.parametrize("cost", COSTS)
@@ -115,7 +150,15 @@ def test_journey_prunes_between_25_and_75_percent_of_the_credited_flops_within_o
     (dict(plan="scratch", steps=50, prune_share=.1), "--prune-share has no effect in plan 'scratch'"),
     (dict(plan="scratch", steps=50, enlarge_share=0.), "--enlarge-share has no effect"),
     (dict(plan="kd", steps=50, law="cubic"), "--law has no effect in plan 'kd'"),
-    (dict(plan="kd", steps=50, slice_at=0), "--slice-at has no effect in plan 'kd'")])
+    (dict(plan="kd", steps=50, slice_at=0), "--slice-at has no effect in plan 'kd'"),
+    (dict(plan="adapt", steps=50, law="cubic"), "--law has no effect in plan 'adapt', which cuts to the end"),
+    (dict(plan="adapt", steps=50, prune_share=.3), "--prune-share has no effect in plan 'adapt'"),
+    (dict(plan="adapt", steps=50, slice_at=49), "--slice-at has no effect in plan 'adapt'"),
+    (dict(plan="adapt", steps=50, enlarge_share=1.), "share of 1.0; it must be at least 0 and below 1"),
+    (dict(plan="adapt", steps=50, enlarge_share=-.1), "share of -0.1; it must"),
+    (dict(plan="adapt", steps=50, cuts=0), "0 cuts"),
+    (dict(plan="adapt", steps=50, enlarge_share=.98, cuts=1), "1 cuts.*do not fit into 1 steps, 2 are enough"),
+    (dict(plan="adapt", steps=50, cuts=11), "11 cuts.*do not fit into 25 steps, 66 are enough: .* --steps or fewer")])
 def test_refusals_are_one_sentence_with_the_numbers_and_the_remedy(call, says):
     with pytest.raises(ValueError, match=says) as problem:
         resolve(final_size=.5, **call)

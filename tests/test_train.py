@@ -34,7 +34,8 @@ def toy(plan="idea", **settings):
     """Settings of a toy run of this plan."""
     laws = [row.law for row in schedule.PLANS.get(plan, ()) if row.law]
     several = dict(cuts=4) if laws and laws != ["oneshot"] else {}
-    return {**TOY, **(PRUNING if laws else {}), **several, "plan": plan, **settings}
+    pruning = dict(enlarge_kv=2, calibration_windows=4) if plan == "adapt" else PRUNING if laws else {}
+    return {**TOY, **pruning, **several, "plan": plan, **settings}
 
 
 def start(*launcher, **settings):
@@ -78,7 +79,7 @@ def whole(tmp_path_factory):
     return result(out)
 
 
-@pytest.mark.parametrize("plan", ["idea-kd", "naive", "journey"])
+@pytest.mark.parametrize("plan", ["idea-kd", "naive", "journey", "adapt"])
 def test_stages_one_by_one_are_the_whole_run(tmp_path, whole, plan):
     for stage in ("enlarge", "prune", "recover"):
         train_toy(tmp_path / "run", plan=plan, stage=stage)
@@ -93,9 +94,11 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("plan, step, settings", [("naive", 30, {}), ("naive", 31, {}), ("idea", 43, dict(slice_at=50)),
-                                                  ("kd", 57, dict(kd_weight=.3)), ("idea", 31, dict(uncertainty=True))])
+                                                  ("kd", 57, dict(kd_weight=.3)), ("idea", 31, dict(uncertainty=True)),
+                                                  ("adapt", 36, {})])
 def test_killed_at_the_awkward_steps_is_never_killed(tmp_path, monkeypatch, plan, step, settings):
-    """Right at and after a restart; between the last cut and the slice; after the teacher was dropped."""
+    """Right at and after a restart; between the last cut and the slice; after the teacher was dropped; between two
+    cuts that slice at once."""
     if plan == "kd":
         train_toy(tmp_path / "teacher", plan="scratch", steps=1)
         settings = dict(settings, teacher=str(tmp_path / "teacher"))
@@ -160,7 +163,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 EVERY_STEP = "import common, train\ntrain.LOG_EVERY = 1\ncommon.run(lambda: train.main(common.parse(train.Train)))\n"
 
 
-@pytest.mark.parametrize("plan, dtype, tolerance", [("idea", "float64", 1e-9), ("idea-kd", "float32", 1e-3)])
+@pytest.mark.parametrize("plan, dtype, tolerance", [("idea", "float64", 1e-9), ("idea-kd", "float32", 1e-3),
+                                                    ("adapt", "float64", 1e-9)])
 def test_two_processes_are_one_through_cuts_and_slice(tmp_path, monkeypatch, plan, dtype, tolerance):
     """The loss of every step, the units that were cut; and in float64 all weights."""
     (tmp_path / "every_step.py").write_text(EVERY_STEP)
@@ -195,21 +199,22 @@ def test_two_processes_stop_together_and_go_on(tmp_path):
     assert same(result(out), result(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("plan, graphs", [("scratch", 1), ("idea", 2), ("naive", 2), ("idea-kd", 3)])
+@pytest.mark.parametrize("plan, graphs", [("scratch", 1), ("idea", 2), ("naive", 2), ("idea-kd", 3), ("adapt", 10)])
 def test_cuts_compile_nothing(tmp_path, monkeypatch, plan, graphs):
-    """One graph before the slice, one after it; one more where a teacher joins in between."""
+    """One graph before the slice, one after it; one more where a teacher joins in between. (adapt slices at each of 9
+    cuts; of one function the compiler keeps 8 graphs.)"""
     from torch._dynamo.testing import CompileCounter
     torch._dynamo.reset()
     counter, compile = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda module, **options: compile(module, backend=counter, fullgraph=True,
                                                                            **options))
-    late = {} if plan == "scratch" else dict(slice_at=50)
+    late = {"scratch": {}, "adapt": dict(cuts=9)}.get(plan, dict(slice_at=50))
     train_toy(tmp_path / "run", plan=plan, compile=True, **late)
     assert counter.frame_count == graphs
     assert all("_orig_mod" not in key for key in result(tmp_path / "run")[0])
 
 
-@pytest.mark.parametrize("plan", [name for name in schedule.PLANS if name != "kd"])
+@pytest.mark.parametrize("plan", [name for name in schedule.PLANS if name not in ("kd", "adapt")])
 def test_every_plan_ends_at_the_target(tmp_path, plan):
     r = train_toy(tmp_path / "run", plan=plan)
     model, _ = checkpoint.load(tmp_path / "run")
@@ -239,7 +244,7 @@ def test_executed_flops_exceed_credited_ones_by_dead_units_teacher_and_scoring(t
     assert taught[0] - early[0] == pytest.approx(30 * r.start.flops_per_token(64, backward=False) * 256)
     scored = sum(schedule.score_at(step, r.timeline, 5, 10) for step in range(60))
     sizes = [schedule.size_at(step, r.timeline) for step in range(60)]
-    live_at = [r.start.resized(train.prune.allocate(r.start, r.target, size, r.start.widths())) for size in sizes]
+    live_at = [r.start.resized(train.allocate.towards(r.start, r.target, size, r.start.widths())) for size in sizes]
     assert early[1] == pytest.approx(sum(256 * config.flops_per_token(64) for config in live_at))
     assert early[0] == pytest.approx(41 * full + 19 * live + 3 * scored * r.start.removable_params())
 
@@ -324,6 +329,69 @@ def test_init_refuses_what_does_not_fit(tmp_path, given):
         train_toy(tmp_path / "run", init=str(tmp_path / "nothing"), preset="laptop")
 
 
+def test_adapt_meets_the_budget_at_every_cut_with_uneven_layers(tmp_path):
+    r = train_toy(tmp_path / "run", plan="adapt")
+    records, whole = report.records(tmp_path / "run"), r.start.removable_params()
+    config, neuron = records["config"][0], r.start.unit_params(0, "ffn")
+    assert (config["cuts"], config["shape"], config["calibration_windows"]) == (4, "wsd", 4)
+    assert [e["step"] for e in records["prune"]] == [e["step"] for e in records["slice"]] == [30, 33, 39, 48]
+    shapes = [r.start]
+    for event, (_, size) in zip(records["prune"], r.timeline.events):
+        widths = {(layer, kind): n for kind, key in (("ffn", "d_ff"), ("kv", "n_kv_head"))
+                  for layer, n in enumerate(event[key])}
+        shapes.append(r.start.resized(widths))
+        assert 0 <= round(size * whole - shapes[-1].removable_params(), 6) < neuron + 1 and event["size"] == size
+        assert all(0 < n <= shapes[-2].widths()[key] for key, n in widths.items())
+    last = checkpoint.load(tmp_path / "run")[0].config
+    assert last == shapes[-1] == r.state.model.config and len({*last.d_ff}) > 1
+    assert 0 <= r.target.removable_params() - last.removable_params() < neuron
+    spent = [(a, b, config.flops_per_token(64) * 256) for a, b, config in zip((0, 30, 33, 39, 48), (30, 33, 39, 48, 60),
+                                                                             shapes)]
+    credited = sum((b - a) * flops for a, b, flops in spent)             # no dead units; 4 windows of 64 at every cut
+    assert r.state.flops == pytest.approx([credited + sum(flops for _, _, flops in spent[:4]), credited])
+    losses = [e["val_loss"] for e in records["eval"]]
+    assert losses[-1] < losses[0] - 1
+
+
+def test_adapt_measures_other_windows_at_every_cut_and_for_every_seed(tmp_path, monkeypatch):
+    seen, batches = [], train.score.batches
+    monkeypatch.setattr(train.score, "batches", lambda *args: seen.append(batches(*args)) or seen[-1])
+    for seed in (0, 1):
+        train_toy(tmp_path / str(seed), plan="adapt", seed=seed, stage="prune")
+    at_cuts = [torch.cat([x for x, _ in found]) for found in seen[1:5] + seen[6:]]          # [0] and [5]: the check
+    assert len(at_cuts) == 8 and all(len(a) == 4 for a in at_cuts)
+    assert all(not torch.equal(a, b) for i, a in enumerate(at_cuts) for b in at_cuts[:i])
+
+
+@pytest.mark.parametrize("forget, updates", [(False, 49), (True, 1)])
+def test_moments_outlive_the_cuts_of_adapt_unless_they_shall_not(tmp_path, forget, updates):
+    r = train_toy(tmp_path / "run", plan="adapt", stage="prune", forget_moments=forget)     # one step past the last cut
+    assert r.state.step == 49 and len(r.state.optimizer.state) == len([*r.state.model.parameters()])
+    for p, state in r.state.optimizer.state.items():
+        assert state["step"] == updates and state["exp_avg"].shape == p.shape and state["exp_avg_sq"].any()
+
+
+def test_adapt_cuts_a_given_model_from_the_first_step_on(tmp_path, given):
+    folder, model = given
+    settings = dict(plan="adapt", init=str(folder), preset="laptop", block_size=32, enlarge_ff=2, enlarge_kv=1.,
+                    cuts=None, save_every=100)
+    with pytest.raises(UserError, match="plan 'adapt' has no stage 'enlarge'"):
+        train_toy(tmp_path / "run", stage="enlarge", **settings)
+    r = train_toy(tmp_path / "run", **settings)
+    cuts = report.records(tmp_path / "run")["prune"]
+    assert (r.config.enlarge_share, len(cuts), cuts[0]["step"]) == (0, 6, 0)                # 28.6 % go
+    assert 0 <= r.target.removable_params() - r.state.model.config.removable_params() < r.start.unit_params(0, "ffn")
+
+
+def test_adapt_refuses_a_calibration_text_that_is_too_short(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    for i in range(40):
+        (tmp_path / "corpus" / f"{i}.txt").write_text("x = 1\n" * 12)
+    with pytest.raises(UserError, match="64 windows of 64 need 4,097"):
+        train_toy(tmp_path / "run", plan="adapt", data=str(tmp_path / "corpus"), calibration_windows=64, preset="toy")
+    assert not (tmp_path / "run").exists()
+
+
 def test_naive_restarts_the_learning_rate_and_adam(tmp_path):
     r = train_toy(tmp_path / "run", plan="naive", stage="prune")
     assert all(state["step"] == 1 for state in r.state.optimizer.state.values())        # one step since the restart
@@ -353,6 +421,17 @@ REFUSED = {
     "cuts without cuts": (dict(plan="scratch", cuts=7), "--cuts has no effect in plan 'scratch'; leave"),
     "cuts of one cut": (dict(plan="oneshot", cuts=7), "--cuts has no effect in plan 'oneshot' with one cut"),
     "one cut by law": (dict(law="oneshot"), "--cuts has no effect in plan 'idea' with one cut"),
+    "law in adapt": (dict(plan="adapt", law="cubic"), "--law has no effect in plan 'adapt', which"),
+    "slicing late in adapt": (dict(plan="adapt", slice_at=55), "--slice-at has no effect in plan 'adapt', which"),
+    "scores in adapt": (dict(plan="adapt", score_every=3), "--score-every has no effect in plan 'adapt'"),
+    "PLATON in adapt": (dict(plan="adapt", uncertainty=True), "--uncertainty has no effect in plan 'adapt'"),
+    "teacher in adapt": (dict(plan="adapt", teacher="x.pt"), "--teacher has no effect in plan 'adapt'"),
+    "cuts that do not fit": (dict(plan="adapt", cuts=15), "15 cuts.*do not fit into 30 steps, 120 are enough"),
+    "part of a batch": (dict(plan="adapt", micro_batch=2, calibration_windows=3), "windows 3 is no multiple of --mic"),
+    "no calibration": (dict(plan="adapt", calibration_windows=0), "--calibration-windows 0 must be positive"),
+    "calibration outside adapt": (dict(calibration_windows=8), "--calibration-windows has no effect in plan 'idea'"),
+    "forgetting outside adapt": (dict(plan="naive", forget_moments=True), "--forget-moments has no effect in plan"),
+    "another shape": (dict(shape="step"), "--shape 'step' is not one of cosine, wsd"),
     "enlarging what is not enlarged": (dict(plan="scratch", enlarge_ff=2.), "--enlarge-ff has no effect"),
     "distillation without teacher": (dict(kd_weight=.9), "--kd-weight has no effect in plan 'idea'"),
     "one uncertain score": (dict(uncertainty=True, score_window=5), "needs two scores before the first cut"),
