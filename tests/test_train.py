@@ -342,6 +342,8 @@ def test_adapt_meets_the_budget_at_every_cut_with_uneven_layers(tmp_path):
         shapes.append(r.start.resized(widths))
         assert 0 <= round(size * whole - shapes[-1].removable_params(), 6) < neuron + 1 and event["size"] == size
         assert all(0 < n <= shapes[-2].widths()[key] for key, n in widths.items())
+    lost = [[a - b for a, b in zip(before.d_ff, after.d_ff)] for before, after in zip(shapes, shapes[1:4])]
+    assert max(map(max, lost)) > 40 and all(max(n) - min(n) <= 1 for n in zip(*lost))   # shares are of the first width
     last = checkpoint.load(tmp_path / "run")[0].config
     assert last == shapes[-1] == r.state.model.config and len({*last.d_ff}) > 1
     assert 0 <= r.target.removable_params() - last.removable_params() < neuron
