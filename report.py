@@ -112,10 +112,11 @@ def table(paths, against="scratch"):
                 if c.get(key) != common.get(key):
                     raise UserError(f"{path} has {key} {c.get(key)!r}, others {common.get(key)!r}: give runs that "
                                     "compare")
-            if c["seed"] in rows.setdefault((c["plan"], c["lr"]), {}):
-                raise UserError(f"{path} is a second run of plan {c['plan']!r}, lr {c['lr']:g}, seed {c['seed']}: "
+            plan = c["plan"] if c["plan"] != "adapt" else f"adapt, {c['cuts']} cut{'s' * (c['cuts'] > 1)}"
+            if c["seed"] in rows.setdefault((plan, c["lr"]), {}):
+                raise UserError(f"{path} is a second run of plan {plan!r}, lr {c['lr']:g}, seed {c['seed']}: "
                                 "give one of them")
-            rows[c["plan"], c["lr"]][c["seed"]] = r["summary"][0]
+            rows[plan, c["lr"]][c["seed"]] = r["summary"][0]
     if not rows:
         raise UserError("none of these runs is finished; run the same train.py commands again to go on")
 

@@ -25,6 +25,7 @@ class Reproduce:
     preset: str = "laptop"                      # see train.py
     steps: int | None = None                    # default: train.py's
     lr: float | None = None                     # peak learning rate; default: the preset's
+    cuts: int | None = None                     # of the prune stage; default: train.py's (adapt: 1 is its control)
     jobs: int = os.cpu_count() or 1             # runs side by side
     runs: str = "runs"                          # where the run folders go
 
@@ -41,7 +42,7 @@ def one(folder, settings):
 def main(config):
     if config.jobs < 1 or config.seeds < 1:
         raise UserError(f"--jobs {config.jobs} and --seeds {config.seeds} must be at least 1")
-    chosen = {k: v for k, v in (("steps", config.steps), ("lr", config.lr)) if v is not None}
+    chosen = {k: v for k, v in (("steps", config.steps), ("lr", config.lr), ("cuts", config.cuts)) if v is not None}
     mark, results, todo = "".join(f"-{k}{v:g}" for k, v in chosen.items()), [], []
     for seed in range(config.seeds):
         for plan in config.plans.split(","):
