@@ -72,8 +72,9 @@ PUBLISHED = {  # as published: score and allocation are the method's own
 }
 DEPTH = ("ShortGPT", "Shortened LLaMA, PPL", "Shortened LLaMA, Taylor+")
 ALLOCATIONS = [name for name in allocate.ALLOCATIONS if name != "uniform-strict"]
-GRID = [R(score=s, allocate=a, mend=m) for m in ("none", "least-squares") for s in score.SCORES for a in ALLOCATIONS] \
-    + [R(score=s, allocate="measured", mend=m) for m in ("least-squares", "none") for s in score.SCORES]
+GRID = [R(score=s, allocate=a, mend=m) for ways, m in (                        # first what is quick to run
+    (ALLOCATIONS, "none"), (ALLOCATIONS, "least-squares"), (["measured"], "least-squares"), (["measured"], "none"))
+    for s in score.SCORES for a in ways]
 ADAPT_STEP = 0.02                 # Adapt-Pruner's scripts
 
 
@@ -104,7 +105,7 @@ class Bench:
         self.texts = texts(self.tokenizer, c.block_size)
         self.byte_lengths = self.tokenizer.byte_lengths()
         self.total = allocate.total(self.model.config)
-        self.chains, self.damages = {}, {}
+        self.chains = {}                                                        # {(seed, keep): Adapt-Pruner's model}
         identity = {"windows": c.windows, "block_size": c.block_size, "micro_batch": c.micro_batch, "tokens": c.tokens,
                     "params": self.model.config.num_params()["total"], "python": platform.python_version(),
                     "available": {text: {k: len(v) for k, v in parts.items()} for text, parts in self.texts.items()}}
