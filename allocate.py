@@ -43,7 +43,6 @@ class Block:
     layer: int
     depth: float              # where it ends, as a fraction of the layer's whole width; within the block the place
     #                           differs from layer to layer, so that the layers' mean is right where blocks are large
-    cut: float                # the layer's width now, as that fraction: 1 unless it was cut before
     score: float              # mean of its units' scores
     z: float                  # the same, standardised over the units of the layer and kind
     first: bool = False       # the best of its layer and kind
@@ -51,7 +50,7 @@ class Block:
 
 def uniform(block, c):
     """The same share of every layer. Few large units (KV groups) can't have it in each layer: see Block.depth."""
-    return block.depth - block.cut
+    return block.depth
 
 
 def protected(layer, layers):
@@ -68,7 +67,9 @@ def middle(block, c):
 def adaptive(block, c):
     """Adapt-Pruner (arXiv 2502.03460): a layer's share of what goes is larger the less it turns the residual stream:
     kept_l = base + amplitude · (share that goes) · I_l (their code: 0.02 · I_l for each 0.02 that goes), and never less
-    than 1 % (theirs), nor than one block (ours: of few KV groups 1 % is none)."""
+    than 1 % (theirs), nor than one block (ours: of few KV groups 1 % is none). In several cuts the latest I_l draws the
+    whole line anew; their code adds up the steps, and where a layer has few units it would be their rounding that adds
+    up."""
     stays = block.first or block.depth <= 0.01
     return -math.inf if stays else uniform(block, c) - c.amplitude * c.gone * c.importance[block.layer]
 
@@ -91,7 +92,7 @@ ALLOCATIONS = {"global": best, "standardised": standardised, "uniform": uniform,
 class Context:
     """What an order may look at besides the block."""
     layers: int
-    gone: float               # share of the removable cost that has to go
+    gone: float               # share of the removable cost that is gone then, of what was there before the first cut
     amplitude: float
     importance: list          # of the layers, in [-1, 1] (score.importance)
     sublayers: bool           # whole layers or sub-blocks go
@@ -108,7 +109,7 @@ def blocks_of(config, scores, structure, multiple_of=1, whole=None, spread=True)
                          if what[0] in ("layer", kind) and start[layer, kind]}
                 if units:
                     score = float(scores[layer, what[0]])
-                    found.append(Block(units, layer, 1.0, 1.0, score, score))
+                    found.append(Block(units, layer, 1.0, score, score))
         return found
     for key in (key for key in start if key[1] in structure and start[key]):
         ranked = scores[key].double().sort(descending=True).values
@@ -118,8 +119,7 @@ def blocks_of(config, scores, structure, multiple_of=1, whole=None, spread=True)
         for first in range(0, start[key], step):
             last = min(first + step, start[key])
             found.append(Block({key: last - first}, key[0], (first + place * (last - first)) / whole[key],
-                               start[key] / whole[key], ranked[first:last].mean().item(), z[first:last].mean().item(),
-                               first == 0))
+                               ranked[first:last].mean().item(), z[first:last].mean().item(), first == 0))
     return found
 
 
@@ -166,7 +166,7 @@ def once(config, most, how, scores, structure=("ffn", "kv"), *, multiple_of=1, b
     if sublayers and how not in ("global", "middle"):
         raise UserError(f"whole layers and sub-blocks go by --allocate global or middle, not {how}")
     start, strict = config.widths(), how == "uniform-strict"
-    gone = (total(config, budget) - most) / max(1, sum(n * cost(key) for key, n in (whole or start).items()))
+    gone = 1 - most / max(1, sum(n * cost(key) for key, n in (whole or start).items()))
     context = Context(config.n_layer, gone, amplitude, importance, sublayers)
     blocks = [(ALLOCATIONS[how](block, context), block.units)
               for block in blocks_of(config, scores, structure, multiple_of, whole, spread=not strict)]
