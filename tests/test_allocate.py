@@ -1,0 +1,387 @@
+"""Invariants of allocate.py: budgets are met under every allocation, structure and currency; each order is what its
+name says; the knapsack is exhaustive search.
+
+The oracle of costs is `price`: the whole configuration's own accounting, not a unit's.
+"""
+import copy
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from test_prune import CONFIGS, SHAPE
+
+import allocate
+import prune
+from common import UserError
+from model import GPTConfig
+
+STRUCTURES = [("ffn",), ("kv",), ("ffn", "kv"), ("sublayer",), ("layer",)]
+
+
+def price(config, budget):
+    """What all units cost, from the model's totals."""
+    none = config.resized(dict.fromkeys(config.widths(), 0))
+    return {"params": lambda c: sum(c.num_params()[group] for group in ("attention", "ffn")),
+            "flops": lambda c: c.flops_per_token(c.block_size, False) - none.flops_per_token(c.block_size, False),
+            "kv_bytes": GPTConfig.kv_bytes_per_token}[budget](config)
+
+
+def random_config(rng, equal=False):
+    """Uneven layers, some without attention or FFN; or all of the same shape."""
+    L, g = rng.randint(1, 6), rng.randint(1, 3)
+    kv, d_ff = ([rng.randint(0, 6) for _ in range(L)], [rng.randint(0, 30) for _ in range(L)])
+    kv, d_ff = ([rng.randint(1, 6)] * L, [rng.randint(1, 30)] * L) if equal else (kv, [max(1, d_ff[0]), *d_ff[1:]])
+    return GPTConfig(**SHAPE, n_head=[g * k for k in kv], n_kv_head=kv, d_ff=d_ff, qkv_bias=rng.random() < .5)
+
+
+def random_scores(config, seed, ties=False):
+    g = torch.Generator().manual_seed(seed)
+    scores = {key: torch.rand(n, generator=g, dtype=torch.float64) for key, n in config.widths().items()}
+    scores = {key: (s * 8).round() for key, s in scores.items()} if ties else scores
+    return scores | {(layer, "layer"): float(layer * 7 % 5) for layer in range(config.n_layer)}
+
+
+def worth(config, seed, ties, structure):
+    """Scores of units, or of whole layers and sub-blocks."""
+    scores = random_scores(config, seed, ties)
+    whole = {"sublayer", "layer"} & {*structure}
+    return {key: float(torch.as_tensor(s).sum()) for key, s in scores.items()} if whole else scores
+
+
+@pytest.mark.parametrize("budget", allocate.BUDGETS)
+@pytest.mark.parametrize("structure", STRUCTURES, ids=",".join)
+@pytest.mark.parametrize("how", allocate.ALLOCATIONS)
+def test_budgets_are_met_and_nothing_that_went_would_have_fitted(how, structure, budget):
+    whole, met = structure[0] in ("sublayer", "layer"), 0
+    kinds = ("ffn", "kv") if whole else structure
+    if whole and how not in ("global", "middle") or budget == "kv_bytes" and structure == ("ffn",):
+        return                                                                 # refused, or nothing to share
+    for seed in range(60):
+        rng = random.Random(seed)
+        config, m = random_config(rng, how == "uniform-strict"), 1 if whole else rng.choice([1, 2, 4])
+        start, total = config.widths(), price(config, budget)
+        fixed = price(config.resized({key: 0 for key in start if key[1] in kinds}), budget)
+        most = math.floor(fixed + rng.uniform(.3, 1) * (total - fixed))
+        scores = worth(config, seed, seed % 2, structure)
+        call = lambda scores: allocate.once(config, most, how, scores, structure, multiple_of=m, budget=budget,
+                                            importance=[rng.uniform(-1, 1)] * config.n_layer, amplitude=.1)
+        try:
+            before, widths = copy.deepcopy(scores), call(scores)
+        except UserError as refusal:                                           # few large units can't have the share
+            assert "less than one of" in str(refusal) or "that middle keeps whole" in str(refusal)
+            continue
+        met += total > most
+        left = most - price(config.resized(widths), budget)
+        assert left >= 0 and widths == call(dict(reversed(scores.items()))) == call(before)
+        assert all(widths[key] == n for key, n in start.items() if key[1] not in kinds)
+        for (layer, kind), n in start.items():
+            step = n if whole else m if kind == "ffn" else 1
+            assert widths[layer, kind] == n or widths[layer, kind] % max(1, step) == 0
+            if widths[layer, kind] < n:
+                back = {(l, k): w for (l, k), w in start.items() if w and (k == kind or structure == ("layer",))
+                        and (l == layer or how == "uniform-strict")}
+                more = {key: widths[key] + min(step if not whole else w, w - widths[key]) for key, w in back.items()}
+                assert price(config.resized(widths | more), budget) > most     # the next block, or layer, is too much
+    assert met >= 8                                                            # the others were refused
+
+
+@pytest.mark.parametrize("budget", allocate.BUDGETS)
+def test_units_cost_what_the_model_says_they_do(budget):
+    for seed in range(20):
+        config, rng = random_config(random.Random(seed)), random.Random(seed)
+        assert allocate.total(config, budget) == price(config, budget)
+        small = config.resized({key: rng.randint(0, n) for key, n in config.widths().items()})
+        saved = sum((n - small.widths()[key]) * allocate.unit_cost(config, *key, budget)
+                    for key, n in config.widths().items())
+        assert saved == price(config, budget) - price(small, budget)
+        assert all(allocate.unit_cost(config, *key, budget) == 0 for key, n in config.widths().items() if not n)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_global_keeps_the_best_of_all_layers_and_kinds(seed):
+    rng = random.Random(seed)
+    config = CONFIGS[rng.choice(list(CONFIGS))]
+    scores = random_scores(config, seed, ties=True)
+    widths = allocate.once(config, math.floor(rng.random() * config.removable_params()), "global", scores)
+    keep = prune.choose({key: scores[key] for key in widths}, widths)
+    for key in (key for key, n in config.widths().items() if widths[key] < n):
+        best = max(s for i, s in enumerate(scores[key].tolist()) if i not in keep[key].tolist())
+        for other, kept in keep.items():     # nothing kept that is as large as a unit that went scores below it
+            if config.unit_params(*other) >= config.unit_params(*key) and len(kept):
+                assert scores[other][kept].min() >= best
+
+
+# -- what each order promises
+
+EQUAL = GPTConfig(**SHAPE, n_head=(8,) * 8, n_kv_head=(4,) * 8, d_ff=(40,) * 8)
+
+
+def shared(how, keep, config=EQUAL, structure=("ffn", "kv"), scores=None, **more):
+    most = math.floor(keep * config.removable_params())
+    return allocate.once(config, most, how, scores or random_scores(config, 0), structure, **more)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES[:3], ids=",".join)
+@pytest.mark.parametrize("m", [1, 4, 7])
+def test_uniform_layers_differ_by_at_most_one_block_and_strict_ones_not_at_all(structure, m):
+    seen = set()
+    for keep in (.3, .45, .55, .66, .8, .93) if len(structure) == 2 else (.7, .8, .9):
+        for how, most in (("uniform", 1), ("uniform-strict", 0)):
+            widths = shared(how, keep, structure=structure, multiple_of=m)
+            for kind, block in (("ffn", m), ("kv", 1)):
+                units = [widths[layer, kind] for layer in range(8)]
+                assert max(units) - min(units) <= most * block
+                seen.add((how, kind, len({*units})))
+    assert ("uniform", structure[0], 2) in seen                                # the budget does need the block
+
+
+def test_uniform_keeps_the_share_in_uneven_layers():
+    config = GPTConfig(**SHAPE, n_head=(4, 6, 0, 2), n_kv_head=(4, 6, 0, 2), d_ff=(40, 17, 80, 0))
+    for keep in (.4, .6, .8):
+        for key, n in shared("uniform", keep, config).items():
+            assert abs(n - keep * config.widths()[key]) <= 1 + .03 * n         # FFNs take what is less than a KV group
+
+
+def test_middle_keeps_the_first_eighth_and_the_last_sixteenth_whole():
+    assert [l for l in range(32) if allocate.protected(l, 32)] == [0, 1, 2, 3, 30, 31]
+    for structure in STRUCTURES[:3]:
+        widths, start = shared("middle", .75, structure=structure), EQUAL.widths()
+        assert all(widths[key] == n for key, n in start.items() if key[0] in (0, 7) or key[1] not in structure)
+        for kind in structure:
+            units = [widths[layer, kind] for layer in range(1, 7)]
+            assert max(units) - min(units) <= 1 and max(units) < start[1, kind]
+    scores = {(layer, "layer"): layer / 8 for layer in range(8)}
+    widths = shared("middle", .5, structure=("layer",), scores=scores)
+    assert [layer for layer in range(8) if widths[layer, "ffn"]] == [0, 5, 6, 7]
+
+
+def test_middle_counts_only_what_may_go():
+    """The attention of protected layers stays anyway: it does not count against what the FFNs may keep."""
+    fixed = price(EQUAL.resized({(l, "ffn"): 0 for l in range(8)}), "params")
+    whole = 40 * EQUAL.unit_params(0, "ffn")
+    widths = allocate.once(EQUAL, fixed + 3 * whole, "middle", random_scores(EQUAL, 0), ("ffn",))
+    assert sum(widths[layer, "ffn"] for layer in range(8)) == 120 and widths[0, "ffn"] == widths[7, "ffn"] == 40
+    with pytest.raises(UserError, match=f"middle keeps whole cost {2 * whole:,} params, {2 * whole - 1:,} may stay"):
+        allocate.once(EQUAL, fixed + 2 * whole - 1, "middle", random_scores(EQUAL, 0), ("ffn",))
+
+
+IMPORTANCE = [1, .5, .25, 0, 0, -.25, -.5, -1]                                 # mean 0, as score.importance gives them
+
+
+@pytest.mark.parametrize("keep, amplitude", [(.5, .3), (.7, .3), (.7, 1.), (.9, .3), (.9, 1.)])
+def test_adaptive_shares_are_the_papers_line(keep, amplitude):
+    widths = shared("adaptive", keep, importance=IMPORTANCE, amplitude=amplitude)
+    kept, gone = {key: n / EQUAL.widths()[key] for key, n in widths.items()}, 1 - keep
+    for layer, important in enumerate(IMPORTANCE):
+        line = min(1, 1 - gone + amplitude * gone * important)
+        assert abs(kept[layer, "ffn"] - line) <= 1.5 / 40 and abs(kept[layer, "kv"] - line) <= 1.01 / 4
+    neurons = [kept[layer, "ffn"] for layer in range(8)]
+    assert all(a >= b - 1.01 / 40 for a, b in zip(neurons, neurons[1:])) and neurons[0] > neurons[3] > neurons[7]
+
+
+def test_adaptive_of_amplitude_0_is_uniform():
+    for keep in (.3, .5, .77):
+        assert shared("adaptive", keep, importance=IMPORTANCE, amplitude=0.) == shared("uniform", keep)
+
+
+@pytest.mark.parametrize("how", ["uniform", "middle", "adaptive"])
+@pytest.mark.parametrize("cuts", [2, 5, 16])
+def test_several_cuts_end_where_one_does(how, cuts):
+    """Shares are of the widths before the first cut: what was rounded off does not add up, 4 KV groups or not."""
+    config = EQUAL
+    for i in range(1, cuts + 1):
+        most = math.floor(EQUAL.removable_params() * (1 - .4 * i / cuts))
+        widths = allocate.once(config, most, how, random_scores(config, i), importance=IMPORTANCE, amplitude=.4,
+                               whole=EQUAL.widths())
+        config = config.resized(widths)
+    one = shared(how, .6, importance=IMPORTANCE, amplitude=.4)
+    for kind in ("ffn", "kv"):
+        assert all(abs(widths[layer, kind] - one[layer, kind]) <= 1 for layer in range(8))
+        assert len({*(one[layer, kind] for layer in range(8))}) >= (3 if how == "adaptive" else 2)
+
+
+def test_adaptive_leaves_at_least_one_percent():
+    config = GPTConfig(**SHAPE, n_head=(0,) * 4, n_kv_head=(0,) * 4, d_ff=(200,) * 4)
+    widths = shared("adaptive", .3, config, importance=[1, 1, -1, -1], amplitude=3.)
+    assert 1 <= widths[2, "ffn"] <= 2 and 1 <= widths[3, "ffn"] <= 2 and widths[0, "ffn"] > 100
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_standardised_does_not_see_a_layers_scale_and_offset_and_global_does(seed):
+    config = EQUAL if seed % 2 else CONFIGS["all"]
+    scores = random_scores(config, seed)
+    other = scores | {(1, "ffn"): scores[1, "ffn"] * 7 + 3, (0, "kv"): scores[0, "kv"] / 9 - 5}
+    pairs = {how: [shared(how, .5, config, scores=s) for s in (scores, other)] for how in ("standardised", "global")}
+    assert pairs["standardised"][0] == pairs["standardised"][1] and pairs["global"][0] != pairs["global"][1]
+
+
+def test_global_and_standardised_may_drop_sub_blocks_and_the_next_cut_goes_on():
+    scores = random_scores(EQUAL, 0)
+    scores |= {(3, "kv"): torch.zeros(4), (5, "ffn"): torch.zeros(40)}
+    widths = shared("global", .8, scores=scores)
+    assert widths[3, "kv"] == widths[5, "ffn"] == 0
+    less = EQUAL.resized(widths)
+    for budget in allocate.BUDGETS:
+        most = price(EQUAL, budget) // 2
+        again = allocate.once(less, most, "global", random_scores(less, 1), budget=budget, whole=EQUAL.widths())
+        assert again[3, "kv"] == again[5, "ffn"] == 0 < most - price(less.resized(again), budget) + 1
+
+
+def test_what_cannot_be_is_refused_with_the_numbers():
+    config, scores = CONFIGS["plain"], random_scores(CONFIGS["plain"], 0)
+    removable = config.removable_params()                                      # FFNs: 5 and 7 neurons of 36: 432
+    for most, how, structure, more, sentence in (
+            (400, "uniform", ("kv",), {}, "budget of 400 params is 32 less than what stays anyway, as only kv may go"),
+            (300, "uniform", ("ffn", "kv"), {}, "less than one of its 2 KV groups under a budget of 300 params; keep"),
+            (removable - 99, "uniform", ("ffn",), dict(multiple_of=9), "less than one of its 5 neurons.*--multiple"),
+            (removable - 9, "uniform-strict", ("ffn",), {}, "keeps layers equal, and these differ"),
+            (removable // 2, "uniform", ("layer",), {}, "go by --allocate global or middle, not uniform"),
+            (removable // 2, "adaptive", ("sublayer",), {}, "go by --allocate global or middle, not adaptive"),
+            (20, "global", ("ffn",), dict(budget="kv_bytes"), "budget of 20 kv_bytes is 60 less than .* only ffn")):
+        with pytest.raises(UserError, match=sentence) as refusal:
+            allocate.once(config, most, how, scores, structure, **more)
+        assert "\n" not in str(refusal.value)
+
+
+def test_strict_needs_equal_widths_only_of_what_goes():
+    config = EQUAL.resized({(0, "kv"): 2})
+    widths = shared("uniform-strict", .8, config, ("ffn",))
+    assert len({widths[layer, "ffn"] for layer in range(8)}) == 1 and widths[0, "kv"] == 2 and widths[1, "kv"] == 4
+
+
+# -- measured
+
+def random_options(rng):
+    """Costs whole numbers, mostly without a common divisor, some 0; few damages, so that ties are many."""
+    return {key: [(rng.choice([0, 1, 2, 3, 5, 7, 11, rng.randint(0, 40)]), rng.choice([0., 1., 2., rng.random()]))
+                  for _ in range(rng.randint(1, 4))] for key in range(rng.randint(1, 5))}
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_knapsack_is_exhaustive_search(seed):
+    rng = random.Random(seed)
+    options = random_options(rng)
+    keys = list(options)
+    every = [(sum(options[k][i][0] for k, i in zip(keys, pick)), sum(options[k][i][1] for k, i in zip(keys, pick)))
+             for pick in itertools.product(*(range(len(options[k])) for k in keys))]
+    cheapest, dearest = min(cost for cost, _ in every), max(cost for cost, _ in every)
+    for most in {cheapest, cheapest + 1, (cheapest + dearest) // 2, dearest, dearest + 5}:
+        choice = allocate.knapsack(options, most)
+        assert choice == allocate.knapsack(options, most) and list(choice) == keys
+        assert sum(options[k][i][0] for k, i in choice.items()) <= most
+        found = sum(options[k][i][1] for k, i in choice.items())
+        assert found == pytest.approx(min(damage for cost, damage in every if cost <= most), abs=1e-12)
+    with pytest.raises(UserError, match=f"cheapest widths cost {cheapest}, the budget is {cheapest - 1}; keep more"):
+        allocate.knapsack(options, cheapest - 1)
+
+
+def test_the_knapsack_takes_the_first_of_equals_and_rounds_large_costs_up():
+    assert allocate.knapsack({"a": [(3, 1.), (2, 1.), (2, 1.)], "b": [(1, 0.), (0, 0.)]}, 10) == {"a": 0, "b": 0}
+    most, rng = 10**8 + 7, random.Random(0)                                    # 96 times 2^20 units of 1
+    options = {key: [(rng.randint(0, most // 2), rng.random()) for _ in range(4)] + [(0, 1.)] for key in range(4)}
+    choice = allocate.knapsack(options, most)
+    assert sum(options[k][i][0] for k, i in choice.items()) <= most
+    best = min(sum(options[k][i][1] for k, i in enumerate(pick)) for pick in itertools.product(range(5), repeat=4)
+               if sum(options[k][i][0] for k, i in enumerate(pick)) <= most)
+    assert sum(options[k][i][1] for k, i in choice.items()) == pytest.approx(best)
+    with pytest.raises(UserError, match="too near for this rounding"):
+        allocate.knapsack({"a": [(most, 0.)], "b": [(1, 0.)]}, most + 1)
+
+
+def surrogate(damage, widths):
+    """The sum that `measured` minimises, by numpy's interpolation over points that never rise with the width."""
+    import numpy as np
+    total = 0.
+    for key, points in damage.items():
+        units, nats = zip(*sorted(points))
+        total += np.interp(widths[key], units, np.maximum.accumulate(nats[::-1])[::-1])
+    return total
+
+
+@pytest.mark.parametrize("budget", allocate.BUDGETS)
+@pytest.mark.parametrize("structure", STRUCTURES[:3], ids=",".join)
+def test_measured_meets_the_budget_and_is_never_worse_than_uniform_in_what_it_adds_up(structure, budget):
+    compared = 0
+    for seed in range(12 if budget != "kv_bytes" or structure != ("ffn",) else 0):
+        rng, m = random.Random(seed), [1, 4][seed % 2]
+        config = random_config(rng, equal=seed % 3 == 0)
+        start, total = config.widths(), price(config, budget)
+        damage = {key: [(n, 0.), *((units, rng.random() * (1 - units / n)**2) for units in
+                                  sorted({0, n // 4, n // 2, 3 * n // 4} - {n}))] for key, n in start.items() if n}
+        fixed = price(config.resized({key: 0 for key in start if key[1] in structure}), budget)
+        most = math.floor(fixed + rng.uniform(.2, 1) * (total - fixed))
+        call = lambda: allocate.measured(config, most, damage, structure, multiple_of=m, budget=budget)
+        before, widths = copy.deepcopy(damage), call()
+        left = most - price(config.resized(widths), budget)
+        assert left >= 0 and widths == call() and damage == before
+        for key, n in start.items():
+            step = m if key[1] == "ffn" else 1
+            assert widths[key] == n or key[1] in structure and widths[key] % step == 0
+            more = {key: min(n, widths[key] + step)}
+            assert widths[key] == n or price(config.resized(widths | more), budget) > most
+        try:
+            even = allocate.once(config, most, "uniform", random_scores(config, 0), structure, multiple_of=m,
+                                 budget=budget)
+        except UserError:
+            continue
+        assert surrogate(damage, widths) <= surrogate(damage, even) + 1e-12
+        compared += surrogate(damage, widths) < surrogate(damage, even) - 1e-6
+    assert compared >= 3 or budget == "kv_bytes"
+
+
+def test_measured_cuts_where_it_costs_least_and_refuses_what_cannot_be():
+    damage = {(layer, "ffn"): [(40, 0.), (0, 1. if layer == 2 else 8.)] for layer in range(8)}
+    most = EQUAL.removable_params() - 40 * EQUAL.unit_params(0, "ffn")
+    widths = allocate.measured(EQUAL, most, damage, ("ffn",))
+    assert [widths[layer, "ffn"] for layer in range(8)] == [40, 40, 0, 40, 40, 40, 40, 40]
+    with pytest.raises(UserError, match="budget of 100 params is .* less than what stays anyway, as only ffn may go"):
+        allocate.measured(EQUAL, 100, damage, ("ffn",))
+
+
+def test_wide_layers_are_measured_on_a_grid_and_the_rest_filled_up():
+    config = GPTConfig(**SHAPE, n_head=(0, 0), n_kv_head=(0, 0), d_ff=(1000, 1000))
+    damage = {(layer, "ffn"): [(1000, 0.), (500, .1 + layer), (0, 3.)] for layer in (0, 1)}
+    for keep in (.31, .5, .777):
+        widths = allocate.measured(config, math.floor(keep * config.removable_params()), damage)
+        assert sum(widths.values()) == math.floor(keep * 2000)
+
+
+# -- on the way to a target, while a model trains
+
+def random_start_and_target(rng):
+    """A config with uneven layers, some of them without attention or FFN, and a smaller one: kv, ffn or both shrink."""
+    layers, shrinking = range(rng.randint(1, 5)), rng.choice([("ffn",), ("kv",), ("ffn", "kv")])
+    kv = [rng.randint(0, 6) for _ in layers]
+    start = GPTConfig(**SHAPE, n_head=[k * rng.randint(1, 3) for k in kv], n_kv_head=kv, qkv_bias=rng.random() < .5,
+                      d_ff=[rng.randint(l == 0, 40) for l in layers])
+    return start, start.resized({key: rng.randint(0, n) for key, n in start.widths().items() if key[1] in shrinking})
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_allocations_meet_every_budget_on_the_way_to_the_target(seed):
+    rng = random.Random(seed)
+    start, target = random_start_and_target(rng)
+    whole, least, first, last = start.removable_params(), target.removable_params(), start.widths(), target.widths()
+    assert allocate.towards(start, target, 1.0, first) == first
+    at_most = first
+    for size in [*sorted((rng.uniform(least / whole, 1) for _ in range(6)), reverse=True), least / whole]:
+        widths = allocate.towards(start, target, size, at_most)
+        assert widths == allocate.towards(start, target, size, dict(reversed(at_most.items())))
+        assert widths.keys() == first.keys() and all(widths[key] <= at_most[key] for key in first)
+        budget = math.floor(size * whole + 1e-6)                               # least / whole · whole may round down
+        missing = budget - start.resized(widths).removable_params()
+        assert 0 <= missing < min((start.unit_params(*k) for k in first if widths[k] < at_most[k]), default=math.inf)
+        share = (budget - least) / max(1, whole - least)                       # nobody goes ahead of the straight way
+        assert all(widths[k] >= math.floor(last[k] + share * (first[k] - last[k])) for k in first)
+        at_most = widths
+    assert widths == last
+
+
+def test_equal_layers_shrink_together():
+    start = GPTConfig(**SHAPE, n_head=(4,) * 4, n_kv_head=(2,) * 4, d_ff=(40,) * 4)
+    target = start.resized({(l, "ffn"): 16 for l in range(4)})
+    for budget in range(target.removable_params(), start.removable_params(), 11):
+        d_ff = start.resized(allocate.towards(start, target, budget / start.removable_params(), start.widths())).d_ff
+        assert max(d_ff) - min(d_ff) <= 1 and list(d_ff) == sorted(d_ff, reverse=True)     # ties: the first layers
