@@ -156,7 +156,7 @@ def cut(model, keep, mend="none", stats=None):
 @torch.no_grad()
 def slice_channels(model, kept):
     """-> GPT with the channels `kept` (C',) of the residual stream. A dead channel is 0 everywhere in the stream; the
-    norms' mean of squares then runs over C' channels instead of C, so gains · √(C'/C) and eps · C/C' give the same
+    norms' mean of squares then runs over C' channels instead of C, so gains · √(C/C') and eps · C/C' give the same
     logits. Of QK norms, whose eps is the same number, the q and k before them are scaled by √(C/C') instead."""
     C, n = model.config.d_model, len(kept)
     config = dataclasses.replace(model.config, d_model=n, norm_eps=model.config.norm_eps * C / n)
@@ -166,7 +166,7 @@ def slice_channels(model, kept):
     for name, w in model.named_parameters():
         part = name.removesuffix(".weight").rsplit(".", 1)[-1]
         if part in ("attn_norm", "ffn_norm", "norm"):
-            w = w[kept] * math.sqrt(n / C)
+            w = w[kept] * math.sqrt(C / n)
         elif part in ("o", "down"):
             w = w[kept]
         elif w.dim() == 2:
