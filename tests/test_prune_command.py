@@ -1,0 +1,245 @@
+"""Invariants of `python prune.py`: every recipe that `check` allows meets its budget and makes a model that loads; the
+same again is the same; the hold-out only measures; what means nothing is refused and nothing is overwritten.
+"""
+import dataclasses
+import itertools
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from test_allocate import price
+
+import allocate
+import checkpoint
+import data
+import eval as evaluation
+import prune
+import score
+import train
+import two_four
+from common import UserError, parse
+
+SMALL = dict(windows=8, eval_windows=16, block_size=32, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run folder, its corpus."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    train.main(train.Train(plan="scratch", preset="toy", steps=150, batch_tokens=512, micro_batch=8, eval_windows=8,
+                           device="cpu", out=str(out)), quiet=True)
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return data.load("stdlib", "bytes")
+
+
+@pytest.fixture
+def command(trained, corpus, tmp_path, monkeypatch, capsys):
+    """-> run(name, **flags) -> (model or None, about, what was said), through the command line."""
+    monkeypatch.setattr(data, "load", lambda *_, **__: corpus)
+
+    def run(name="cut", **flags):
+        flags = {**SMALL, **flags, "init": trained, "out": tmp_path / name}
+        argv = [str(word) for flag, value in flags.items() for word in ("--" + flag.replace("_", "-"), value)]
+        prune.main(parse(prune.Prune, argv))
+        there = (tmp_path / name).exists()
+        return *(checkpoint.load(tmp_path / name) if there else (None, None)), capsys.readouterr().out
+    return run
+
+
+def losses(said):
+    return [float(nats) for nats in re.findall(r"^(?:before|after) .* ([\d.]+) nats per token", said, re.M)]
+
+
+RECIPES = [dict(zip(("structure", "score", "allocate", "keep", "budget"), row[:5])) | row[5] for row in (
+    ("ffn,kv", "sensitivity", "global", .5, "params", {}),
+    ("ffn,kv", "taylor", "adaptive", .7, "params", dict(amplitude=.3, iterations=2)),
+    ("ffn,kv", "flap", "standardised", .6, "flops", dict(multiple_of=8)),
+    ("ffn,kv", "wanda", "uniform", .5, "params", dict(mend="least-squares")),
+    ("ffn,kv", "magnitude", "measured", .6, "params", dict(mend="least-squares", multiple_of=4, micro_batch=2)),
+    ("ffn", "activation", "uniform-strict", .7, "params", dict(iterations=3)),
+    ("ffn", "taylor2", "measured", .6, "flops", dict(measured_windows=8)),
+    ("ffn", "random", "uniform", .7, "params", dict(seed=3)),
+    ("kv", "taylor", "global", .5, "kv_bytes", {}),
+    ("kv", "wanda", "measured", .5, "kv_bytes", {}),
+    ("layer", "influence", "global", .5, "params", {}),
+    ("layer", "perplexity", "global", .6, "flops", dict(measured_windows=8)),
+    ("sublayer", "taylor", "global", .6, "params", {}),
+    ("sublayer", "perplexity", "global", .5, "kv_bytes", dict(iterations=2)),
+    ("channel", "taylor", "global", .5, "params", dict(multiple_of=8)),
+    ("channel", "activation", "global", .7, "params", dict(iterations=2)),
+    ("channel", "magnitude", "global", .6, "params", {}))]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: "-".join(map(str, r.values())))
+def test_every_kind_of_recipe_meets_its_budget_and_the_model_loads(command, trained, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(prune, "picture", lambda *_: None)
+    full = dataclasses.replace(checkpoint.load(trained)[0].config, block_size=32)
+    model, about, said = command(**recipe)
+    config, kinds = dataclasses.replace(model.config, block_size=32), recipe["structure"].split(",")
+    start, left, budget = full.widths(), config.widths(), recipe["budget"]
+    most = int(recipe["keep"] * price(full, budget) + 1e-6)
+    assert price(config, budget) <= most
+    if recipe["structure"] == "channel":
+        step = recipe.get("multiple_of", 1)
+        assert config.d_model % step == 0 and left == start
+        assert price(dataclasses.replace(config, d_model=config.d_model + step), budget) > most
+    else:
+        assert config.d_model == full.d_model and left != start
+        depth, m = kinds[0] in ("layer", "sublayer"), recipe.get("multiple_of", 1)
+        for layer, kind in (key for key, n in start.items() if left[key] < n):
+            assert depth or kind in kinds and (kind == "kv" or left[layer, kind] % m == 0)
+            back = {(l, k) for l, k in start if (k == kind or kinds[0] == "layer")
+                    and (l == layer or recipe["allocate"] == "uniform-strict")}
+            more = left | {key: start[key] if depth else left[key] + (m if kind == "ffn" else 1) for key in back}
+            assert price(full.resized(more), budget) > most or recipe.get("iterations", 1) > 1     # gone is gone
+        assert price(config, budget) > most - max(full.unit_params(0, kind) for kind in ("ffn", "kv")) or depth
+    assert model.config.block_size == 64 and about["run"]["recipe"]["score"] == recipe["score"]
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    before, after = losses(said)
+    assert before - .1 < after < 6.5 and before != after                       # ln 256 = 5.5: no nonsense
+    assert f"{price(config, budget):,} of {price(full, budget):,} {budget} kept" in said
+    rows = re.findall(r"^ +(\d+) +(-?[\d.]+) +(\d+) -> (\d+) +(\d+) -> (\d+)$", said, re.M)
+    assert [tuple(map(int, (row[0], *row[2:]))) for row in rows] == [
+        (l, start[l, "kv"], left[l, "kv"], start[l, "ffn"], left[l, "ffn"]) for l in range(2)]
+    again = command("again", **recipe)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again[0].parameters(), strict=True))
+    assert losses(again[2]) == [before, after]
+
+
+def test_the_loss_it_prints_is_evals_and_the_opposite_order_is_worse(command, trained, tmp_path, monkeypatch, capsys):
+    settings = dict(keep=.5, windows=16, eval_windows=64, block_size=64)
+    before, after = losses(command(**settings)[2])
+    evaluation.main(evaluation.Eval(str(tmp_path / "cut"), windows=64, device="cpu"))      # the same hold-out
+    assert f"{after:.4f} nats per token" in capsys.readouterr().out
+    right, needs = score.SCORES["sensitivity"]
+    opposite = lambda model, stats: {key: -s for key, s in right(model, stats).items()}
+    monkeypatch.setitem(score.SCORES, "sensitivity", (opposite, needs))
+    assert before < after < losses(command("worst", **settings)[2])[1] - .1
+
+
+def test_mending_helps(command):
+    settings = dict(keep=.5, allocate="uniform", windows=32, eval_windows=64, score="wanda")
+    plain, mended, bias = (losses(command(mend, **settings, mend=mend)[2])[1]
+                           for mend in ("none", "least-squares", "bias"))
+    assert mended < plain - .02 and bias < plain
+
+
+def test_what_is_for_evaluation_only_is_measured_and_not_saved(command, tmp_path):
+    model, _, said = command(mend="bias", keep=.6, score="flap", allocate="standardised")
+    assert model is None and len(losses(said)) == 2 and not (tmp_path / "cut").exists()
+    assert "not saved, as it has FLAP's biases behind o and down" in said
+
+
+def test_the_hold_out_only_measures(command, corpus, monkeypatch):
+    """With another hold-out the same weights come out; with another training text, others."""
+    zeros, seen = np.zeros(4096, dtype=np.uint16), []
+    measured = prune.evaluate
+    monkeypatch.setattr(prune, "evaluate", lambda model, tokens, *a, **k: (seen.append(tokens), measured(
+        model, tokens, *a, **k))[1])
+    model, weights = {}, lambda name: torch.cat([p.flatten() for p in model[name].parameters()])
+    for name, changed in (("as it is", {}), ("other hold-out", {"val": zeros}), ("other text", {"train": corpus.val})):
+        replaced = dataclasses.replace(corpus, **changed)
+        monkeypatch.setattr(data, "load", lambda *_, **__: replaced)
+        model[name] = command(name, keep=.5, mend="least-squares", allocate="measured")[0]
+        assert len(seen) == 2 and all(tokens is replaced.val for tokens in seen)
+        seen.clear()
+    assert torch.equal(weights("as it is"), weights("other hold-out"))
+    assert len(weights("other text")) != len(weights("as it is")) or \
+        not torch.equal(weights("as it is"), weights("other text"))
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda"])
+def test_2_4_is_saved_with_its_masks_and_trains_on_as_2_4(command, tmp_path, name):
+    model, about, said = command(structure="2:4", score=name)
+    masks = two_four.unpack(about["masks"])
+    assert two_four.share(model) == 1 and "zero in 100% of the blocks' matrices" in said
+    assert all((p[~masks[key]] == 0).all() and (p[masks[key]] != 0).all() for key, p in two_four.matrices(model))
+    out = tmp_path / "trained"
+    train.main(train.Train(init=str(tmp_path / "cut"), plan="scratch", steps=3, batch_tokens=256, micro_batch=4,
+                           eval_windows=2, device="cpu", out=str(out)), quiet=True)
+    after = checkpoint.load(out)[0]
+    assert two_four.share(after) == 1 and not torch.equal(after.head_weight, model.head_weight)
+    with pytest.raises(UserError, match="is 2:4 already, .* cut first"):
+        prune.main(prune.Prune(init=str(tmp_path / "cut"), out=str(tmp_path / "again"), device="cpu"))
+
+
+def test_wanda_and_magnitude_choose_other_weights_in_2_4(command):
+    a, b = (two_four.masks(command(name, structure="2:4", score=name)[0]) for name in ("magnitude", "wanda"))
+    assert sum((a[key] != b[key]).sum().item() for key in a) > 100
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_picture_of_the_widths_or_a_sentence(command, tmp_path, monkeypatch, there):
+    pytest.importorskip("matplotlib")
+    if not there:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    said = command(keep=.6)[2]
+    assert (tmp_path / "cut" / "widths.png").exists() == there
+    assert ("no picture: pip install matplotlib" in said) != there
+
+
+# -- refusals
+
+ALLOWED = {  # structure: scores, allocations, budgets, mending, written out
+    **dict.fromkeys(("ffn", "kv", "ffn,kv", "kv,ffn"), (
+        "sensitivity taylor taylor2 activation wanda flap magnitude random",
+        "global standardised uniform uniform-strict middle adaptive measured", "params flops kv_bytes",
+        "none bias least-squares")),
+    **dict.fromkeys(("layer", "sublayer"), (
+        "sensitivity taylor taylor2 activation wanda flap magnitude random influence perplexity", "global middle",
+        "params flops kv_bytes", "none")),
+    "channel": ("activation magnitude taylor", "global", "params", "none"),
+    "2:4": ("magnitude wanda", "global", "params", "none")}
+
+
+def test_check_allows_exactly_what_has_a_meaning():
+    scores, ways, budgets, mends = ([*dict.fromkeys(" ".join(row[i] for row in ALLOWED.values()).split()), "nonsense"]
+                                    for i in range(4))
+    for structure in (*ALLOWED, "heads", "ffn,heads", "ffn,layer", ""):
+        for combination in itertools.product(scores, ways, budgets, mends):
+            recipe = prune.Prune(structure=structure, **dict(zip(("score", "allocate", "budget", "mend"), combination)))
+            meant = structure in ALLOWED and all(
+                word in words.split() for word, words in zip(combination, ALLOWED[structure]))
+            try:
+                prune.check(recipe)
+                assert meant, recipe
+            except UserError as refusal:
+                assert not meant and "\n" not in str(refusal), recipe
+    assert {*score.SCORES} == {*ALLOWED["ffn"][0].split()} and {*allocate.ALLOCATIONS, "measured"} == {*ways[:-1]}
+
+
+def test_it_refuses_in_a_sentence_and_overwrites_nothing(trained, tmp_path):
+    (tmp_path / "short.txt").write_text("a few words " * 60)
+    init = dict(init=trained)
+    for settings, sentence in (
+            (dict(), "say what to cut by --init"), (init | dict(keep=1.), "--keep 1.0 between 0 and 1"),
+            (init | dict(allocate="fair"), "--allocate 'fair' .* must be one of global, standardised"),
+            (init | dict(score="luck"), "--score 'luck' .* must be one of sensitivity, taylor"),
+            (init | dict(structure="ffn,heads"), "--structure 'ffn,heads' must be ffn, kv"),
+            (init | dict(structure="layer", score="influence", mend="bias"), "--mend 'bias' with .* be one of none"),
+            (init | dict(multiple_of=0), "--multiple-of 0 must be at least 1"),
+            (init | dict(windows=0), "--windows 0 must be at least 1"),
+            (init | dict(amplitude=.5), "--amplitude has no effect .* leave it out"),
+            (init | dict(measured_windows=8), "--measured-windows has no effect .* leave it out"),
+            (init | dict(structure="layer", multiple_of=8), "--multiple-of has no effect"),
+            (init | dict(structure="2:4", score="wanda", keep=.5), "--keep has no effect"),
+            (init | dict(structure="2:4", score="wanda", iterations=2), "--iterations has no effect"),
+            (init | dict(mend="bias", iterations=2), "cannot be cut again; --iterations 2 must be 1"),
+            (init | dict(out=trained), "is there already; give another --out"),
+            (init | dict(windows=6), "--windows 6 is no multiple .* 4; try 8"),
+            (init | dict(block_size=65), "context of 64 tokens, not 65"),
+            (init | dict(data=str(tmp_path / "short.txt")), r"has \d+ tokens, 32 windows of 64 need 2,049: give more")):
+        before = sorted(path.name for path in (*tmp_path.iterdir(), *tmp_path.parent.iterdir()))
+        with pytest.raises(UserError, match=sentence) as refusal:
+            prune.main(prune.Prune(**{"out": str(tmp_path / "cut"), "device": "cpu"} | settings))
+        assert "\n" not in str(refusal.value)
+        assert before == sorted(path.name for path in (*tmp_path.iterdir(), *tmp_path.parent.iterdir()))
+    with pytest.raises(UserError, match="less than one of its 2 KV groups under a budget of"):
+        prune.main(prune.Prune(**init, keep=.05, allocate="uniform", out=str(tmp_path / "cut"), **SMALL))
+    assert not (tmp_path / "cut").exists()
