@@ -1,4 +1,4 @@
-"""compare.py on a tiny model: disjoint texts, kept budgets, records that go on where they stopped, claims by records."""
+"""compare.py on a tiny model: disjoint texts, kept budgets, records that go on where they stopped, claims."""
 import json
 import math
 import shutil
