@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import data
 from common import UserError
@@ -324,7 +325,7 @@ def without(model, batches, kinds=("layer",)):
     for x, y in batches:
         run = reruns(model, x, y)
         dense = run(model.config.n_layer - 1, model.blocks[-1])[0]
-        for layer, kind in found:
+        for layer, kind in tqdm(found, desc="measure", leave=False, disable=None):
             block = model.blocks[layer]
             with absent(block, kind):
                 found[layer, kind] += (run(layer, block)[0] - dense) / len(batches)
@@ -348,7 +349,7 @@ def damage(model, batches, scores, widths, reader):
     read the channels which are left. Our choice: a KL needs fewer tokens than a difference of losses."""
     config, found = model.config, {key: [(n, 0.0)] for key, n in model.config.widths().items() if n and key in widths}
     runs = [reruns(model, x, y) for x, y in batches]
-    for (layer, kind), points in found.items():
+    for (layer, kind), points in tqdm(found.items(), desc="measure", leave=False, disable=None):
         name = coupled(config, layer, kind)[-1][0]
         p, ranked = model.get_parameter(name), scores[layer, kind].argsort(descending=True, stable=True)
         whole = p.data
