@@ -10,6 +10,7 @@ are made in one shot with no training after them; losses are nats per token in w
 bf16 autocast (losses 2e-4 from float32's), SliceGPT's in float32. Not here: recovery (train.py).
 """
 import contextlib
+import copy
 import dataclasses
 import functools
 import itertools
@@ -28,6 +29,7 @@ import data
 import prune
 import score
 import tasks
+import two_four
 from common import UserError, append_record, parse, read_records, run
 from distill import chunked_loss
 from eval import evaluate
@@ -70,6 +72,7 @@ PUBLISHED = {  # as published: score and allocation are the method's own
     "SliceGPT": None,
     "torch-pruning": None,
 }
+HALF = {"2:4, magnitude": R(score="magnitude", structure="2:4"), "2:4, Wanda": R(score="wanda", structure="2:4")}
 DEPTH = ("ShortGPT", "Shortened LLaMA, PPL", "Shortened LLaMA, Taylor+")
 ALLOCATIONS = [name for name in allocate.ALLOCATIONS if name != "uniform-strict"]
 GRID = [R(score=s, allocate=a, mend=m) for ways, m in (                        # first what is quick to run
@@ -153,6 +156,10 @@ class Bench:
             return slicegpt(self.model, [x for x, _ in batches], keep)
         if recipe.iterations > 1:
             return self.chain(recipe, keep, seed, batches)
+        if recipe.structure == "2:4":                                           # which zeroes in place
+            with torch.autocast("cpu", torch.bfloat16):
+                stats = prune.collect(self.model, batches, recipe)
+            return prune.one_shot(copy.deepcopy(self.model), stats, batches, recipe, most)
         damage = None
         if recipe.allocate == "measured":
             damage = self.damage(recipe, seed, batches, stats)
@@ -206,7 +213,8 @@ class Bench:
         seconds = time.perf_counter() - start
         losses = self.evaluate(model, part)
         widths = {} if name == "SliceGPT" else {"n_kv_head": model.config.n_kv_head, "d_ff": model.config.d_ff,
-                                                "removable": allocate.total(model.config)}
+                                                "removable": allocate.total(model.config) if name not in HALF else
+                                                sum(p.count_nonzero().item() for _, p in two_four.matrices(model))}
         self.add(**about, losses=losses, perplexity=math.exp(sum(losses.values()) / len(losses)), seconds=seconds,
                  **widths)
         print(f"{part:10} {name:34} keep {keep:g} seed {seed}: "
@@ -250,6 +258,8 @@ def main(c):
         for seed, keep, (name, recipe) in cuts:
             if name != "torch-pruning" or seed == 0:                            # it looks at no data
                 bench.cell("test", name, recipe, keep, seed)
+        for seed, (name, recipe) in itertools.product(range(c.seeds), HALF.items()):
+            bench.cell("test", name, recipe, 0.5, seed)                         # of the weights, none of the widths
     for file in c.questions if c.part in ("questions", "all") else ():
         for name, recipe, keep in (("dense", None, 1.0), *((n, r, c.grid_keep) for n, r in rows.items())):
             bench.ask(name, recipe, keep, 0, file)
@@ -330,7 +340,7 @@ def row_tables(records):
                 accs = [f"{asked[name, keep, file]:.3f}" if (name, keep, file) in asked else "" for file in files]
                 texts = [f"{math.exp(mean([r['losses'][text] for r in seeds.values()])):.2f}"
                          for text in ("python", "prose")]
-                rows.append((mean(ppl), [name if name in PUBLISHED or name == "dense" else f"**{name}**",
+                rows.append((mean(ppl), [name if name in (*PUBLISHED, *HALF, "dense") else f"**{name}**",
                                          len(seeds), *texts, f"{mean(ppl):.2f} ± {(max(ppl) - min(ppl)) / 2:.2f}",
                                          *(accs if any(accs) or any(key[1] == keep for key in asked) else [])]))
         extra = files if any(key[1] == keep for key in asked) else []
@@ -355,7 +365,7 @@ def claims(records, keep):
         x, y = test.get((a, k), {}), test.get((b, k), {})
         return [x[s]["perplexity"] / y[s]["perplexity"] - 1 for s in sorted({*x} & {*y})]
 
-    keeps = sorted({k for _, k in test if k < 1}, reverse=True)
+    keeps = sorted({k for name, k in test if k < 1 and name not in HALF}, reverse=True)
     for rival in ("LLM-Pruner", "FLAP", "Wanda-sp", "SliceGPT"):
         found = {k: against("Adapt-Pruner", rival, k) for k in keeps}
         if any(found.values()):

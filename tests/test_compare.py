@@ -64,7 +64,8 @@ def test_a_comparison_meets_its_budgets_and_goes_on_where_it_stopped(folder, tmp
     assert all(r["removable"] <= r["keep"] * total for r in cells if "removable" in r)
     assert all(math.isfinite(r["perplexity"]) for r in cells if "refused" not in r)
     names = {r["name"] for r in cells if r["part"] == "test"}
-    assert names >= {*compare.PUBLISHED} and len(names) == len(compare.PUBLISHED) + 1 + SMALL["best"]
+    assert names >= {*compare.PUBLISHED} and names >= {*compare.HALF}
+    assert len(names) == len(compare.PUBLISHED) + len(compare.HALF) + 1 + SMALL["best"]
     for name in ("FLAP", "SliceGPT", "Adapt-Pruner", "ShortGPT"):               # every seed and size has its row
         assert sum("perplexity" in r for r in cells if r["name"] == name and r["part"] == "test") == 4, name
     assert {r["name"] for r in records if r["tag"] == "questions"} >= {"dense", "FLAP", "SliceGPT"}
