@@ -203,7 +203,7 @@ class Prune:
     device: str = "auto"          # auto, cpu, cuda, mps
 
 
-SHARES = (0, .3, .6, .85)         # of a sub-block's width: where allocate measured measures
+SHARES = (0, .4, .7, .85)         # of a sub-block's width: where allocate measured measures
 
 
 def check(c):

@@ -34,6 +34,8 @@ def shrunk(command, runs):
         if "--out" not in words:
             c = parse(train.Train, words[2:])
             words += ["--out", f"{runs}/{c.plan}-laptop-{c.seed}"]
+    if words[1] == "compare.py" and "report" not in words:
+        words += shlex.split("--part grid --tokens 64 --windows 4 --block-size 32")
     if words[1] == "reproduce.py":
         words += ["--preset", "toy", "--steps", "120", "--seeds", "1", "--runs", str(runs / "again")]
     return words
