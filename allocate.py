@@ -16,7 +16,6 @@ import torch
 from common import UserError
 
 BUDGETS = ("params", "flops", "kv_bytes")
-STRUCTURES = ("ffn", "kv", "sublayer", "layer")        # neurons, KV groups, a whole attention or FFN, both of a layer
 
 
 def unit_cost(config, layer, kind, budget):
@@ -99,8 +98,9 @@ class Context:
 
 
 def blocks_of(config, scores, structure, multiple_of=1, whole=None, spread=True):
-    """-> [Block] of all units of `structure` (names in STRUCTURES). FFN neurons in blocks of `multiple_of`; a layer's
-    last block may be smaller. `whole`: the widths that depths are fractions of; default: as they are."""
+    """-> [Block] of all units of `structure`: of ffn (neurons) and kv (KV groups); or sublayer (a whole attention or
+    FFN), or layer (both). FFN neurons in blocks of `multiple_of`; a layer's last block may be smaller. `whole`: the
+    widths that depths are fractions of; default: as they are."""
     start, whole, found = config.widths(), whole or config.widths(), []
     if {"layer", "sublayer"} & {*structure}:
         for layer in range(config.n_layer):
@@ -112,7 +112,7 @@ def blocks_of(config, scores, structure, multiple_of=1, whole=None, spread=True)
                     found.append(Block(units, layer, 1.0, score, score))
         return found
     for key in (key for key in start if key[1] in structure and start[key]):
-        ranked = scores[key].double().sort(descending=True).values
+        ranked = scores[key].cpu().double().sort(descending=True).values
         z = (ranked - ranked.mean()) / ranked.std(correction=0).clamp(min=1e-300)
         step = multiple_of if key[1] == "ffn" else 1
         place = ((key[0] + 1) * 0.6180339887498949) % 1 if spread else 1.0      # the golden ratio spreads evenly

@@ -4,10 +4,13 @@
     python compare.py smollm2 --out results/smollm2 --part report          # the tables from the committed records
 
 Two texts (the standard library's Python source; English prose, the language reference in `pydoc_data.topics`), each in
-three parts by document: calibration (one shared pass for all methods and a seed), validation (the grid, and so our
-choices), test (reported rows, once). Budgets are in the parameters of FFNs and attention, embeddings not counted. Cuts
-are made in one shot with no training after them; losses are nats per token in windows of --block-size. Models run in
-bf16 autocast (losses 2e-4 from float32's), SliceGPT's in float32. Not here: recovery (train.py).
+three parts that share no document: calibration (one pass for all methods and a seed), validation (the grid, and so our
+choices), test (the reported rows). Budgets are in the parameters of FFNs and attention, embeddings not counted. No
+training after the cut; losses are nats per token in windows of --block-size. Models run in bf16 autocast (losses 2e-4
+from float32's), SliceGPT's in float32. What is not as published: Adapt-Pruner measures anew every 2 % on half of the
+calibration windows, in turns; Shortened LLaMA's perplexity and our `measured` run again on a few of them (below). With
+3 KV groups in a layer an equal share means whole groups of some layers, whichever (allocate.Block), so methods of equal
+shares are also shown with FFNs alone. Not here: recovery (train.py).
 """
 import contextlib
 import copy
@@ -18,6 +21,7 @@ import math
 import platform
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +33,12 @@ import data
 import prune
 import score
 import tasks
+import torch_pruning_peer
 import two_four
 from common import UserError, append_record, parse, read_records, run
 from distill import chunked_loss
 from eval import evaluate
+from folder import fingerprint
 from prune import Prune
 from slicegpt import slicegpt
 
@@ -54,23 +60,27 @@ class Compare:
     best: int = 6                 # of the grid's cells go into the reported rows
 
 
-R = functools.partial(Prune, mend="none")
-PUBLISHED = {  # as published: score and allocation are the method's own
+R = Prune
+FFN = functools.partial(Prune, structure="ffn")
+PUBLISHED = {  # score and allocation are the method's own
     "random": R(score="random", allocate="uniform"),
     "magnitude": R(score="magnitude", allocate="uniform"),
     "Wanda-sp": R(score="wanda", allocate="uniform"),
+    "Wanda-sp, FFN": FFN(score="wanda", allocate="uniform"),
     "FLAP": R(score="flap", allocate="global", mend="bias"),
     "LLM-Pruner": R(score="taylor", allocate="middle"),
-    "LLM-Pruner, 2nd order": R(score="taylor2", allocate="middle"),
+    "LLM-Pruner, FFN": FFN(score="taylor", allocate="middle"),
     "LLM-Pruner, channels": R(score="taylor", structure="channel"),
     "Minitron, width": R(score="activation", allocate="uniform"),
+    "Minitron, FFN": FFN(score="activation", allocate="uniform"),
     "Minitron, channels": R(score="activation", structure="channel"),
-    "Adapt-Pruner": R(score="taylor", allocate="adaptive", iterations=20),        # 2 % of the model each
+    "Adapt-Pruner": R(score="taylor", allocate="adaptive", iterations=20),        # as many as ADAPT_STEP asks for
+    "Adapt-Pruner, FFN": FFN(score="taylor", allocate="adaptive", iterations=20),
     "ShortGPT": R(score="influence", structure="layer"),
-    "Shortened LLaMA, PPL": R(score="perplexity", structure="layer"),
+    "Shortened LLaMA, PPL": R(score="perplexity", structure="layer", measured_windows=16),
     "Shortened LLaMA, Taylor+": R(score="taylor", structure="layer", allocate="middle"),
-    "SliceGPT": None,
-    "torch-pruning": None,
+    "SliceGPT": R(),
+    "torch-pruning": R(),
 }
 HALF = {"2:4, magnitude": R(score="magnitude", structure="2:4"), "2:4, Wanda": R(score="wanda", structure="2:4")}
 DEPTH = ("ShortGPT", "Shortened LLaMA, PPL", "Shortened LLaMA, Taylor+")
@@ -85,16 +95,33 @@ def name_of(recipe):
     return f"{recipe.score} / {recipe.allocate}" + (" / mended" if recipe.mend == "least-squares" else "")
 
 
+def families(documents, words=20):
+    """Documents grouped so that no run of so many words occurs in two groups (the language reference holds documents
+    inside of documents): lists of indices, the largest in letters first."""
+    group, seen = list(range(len(documents))), {}
+    for i, text in enumerate(documents):
+        split = text.split()
+        for a in range(max(1, len(split) - words + 1)):
+            j = seen.setdefault(" ".join(split[a:a + words]), i)
+            if group[i] != group[j]:
+                old, new = group[i], group[j]
+                group = [new if g == old else g for g in group]
+    found = [[i for i, g in enumerate(group) if g == which] for which in dict.fromkeys(group)]
+    return sorted(found, key=lambda indices: -sum(len(documents[i]) for i in indices))
+
+
 def texts(tokenizer, block_size):
-    """{text: {"calibration" | "validation" | "test": token ids}}, disjoint by document."""
+    """{text: {"calibration" | "validation" | "test": token ids}}; no document is in two parts."""
     import pydoc_data.topics
     code = data.load("stdlib", tokenizer, block_size=block_size)
     held_out = code.val[0:len(code.val)]
     ends = np.flatnonzero(held_out == tokenizer.eot) + 1
     half = ends[np.abs(ends - len(held_out) // 2).argmin()]                     # between two documents
     parts = {"calibration": [], "validation": [], "test": []}
-    for i, (_, topic) in enumerate(sorted(pydoc_data.topics.topics.items())):
-        parts[("calibration", "validation", "calibration", "test")[i % 4]].append(tokenizer.encode(topic + "\n\n"))
+    topics = [topic + "\n\n" for _, topic in sorted(pydoc_data.topics.topics.items())]
+    for indices in families(topics):                                            # each into what is shortest by then
+        part = min(parts, key=lambda part: sum(map(len, parts[part])))
+        parts[part] += [tokenizer.encode(topics[i]) for i in indices]
     return {"python": {"calibration": code.train, "validation": held_out[:half], "test": held_out[half:]},
             "prose": {part: np.concatenate(ids) for part, ids in parts.items()}}
 
@@ -108,8 +135,13 @@ class Bench:
         self.texts = texts(self.tokenizer, c.block_size)
         self.byte_lengths = self.tokenizer.byte_lengths()
         self.total = allocate.total(self.model.config)
-        self.chains = {}                                                        # {(seed, keep): Adapt-Pruner's model}
-        identity = {"windows": c.windows, "block_size": c.block_size, "micro_batch": c.micro_batch, "tokens": c.tokens,
+        self.chains = {}                                             # {(name, seed): [(keep, Adapt-Pruner's model)]}
+        for text, parts in self.texts.items():
+            for part in ("validation", "test"):
+                if len(parts[part]) <= c.tokens:
+                    raise UserError(f"{text} has {len(parts[part]):,} tokens of {part}; give --tokens below that")
+        identity = {"model": fingerprint(self.model)[:16], "windows": c.windows,
+                    "block_size": c.block_size, "micro_batch": c.micro_batch, "tokens": c.tokens,
                     "params": self.model.config.num_params()["total"], "python": platform.python_version(),
                     "available": {text: {k: len(v) for k, v in parts.items()} for text, parts in self.texts.items()}}
         self.records = read_records(self.file)
@@ -144,10 +176,9 @@ class Bench:
         return batches, stats
 
     def cut(self, name, recipe, keep, seed):
-        """The smaller model of a recipe; SliceGPT's and torch-pruning's by name."""
+        """The smaller model of a recipe; SliceGPT's and torch-pruning's by name. UserError: there is none."""
         most = math.floor(keep * self.total + 1e-6)
         if name == "torch-pruning":
-            import torch_pruning_peer
             model, _, _ = torch_pruning_peer.cut(self.c.init, keep)
             model.config = dataclasses.replace(model.config, block_size=self.c.block_size)
             return model
@@ -155,43 +186,41 @@ class Bench:
         if name == "SliceGPT":
             return slicegpt(self.model, [x for x, _ in batches], keep)
         if recipe.iterations > 1:
-            return self.chain(recipe, keep, seed, batches)
+            return self.chain(name, recipe, keep, seed, batches)
         if recipe.structure == "2:4":                                           # which zeroes in place
             with torch.autocast("cpu", torch.bfloat16):
                 stats = prune.collect(self.model, batches, recipe)
             return prune.one_shot(copy.deepcopy(self.model), stats, batches, recipe, most)
         damage = None
-        if recipe.allocate == "measured":
-            damage = self.damage(recipe, seed, batches, stats)
+        if recipe.allocate == "measured" or recipe.score == "perplexity":
+            damage = self.measure(recipe, seed, batches, stats)
         return prune.one_shot(self.model, stats, batches, recipe, most, damage=damage)
 
-    def chain(self, recipe, keep, seed, batches):
-        """Adapt-Pruner: ADAPT_STEP of the model at a time, measured anew on other windows each time; a larger cut goes
-        on from a smaller one."""
-        at, model = max(((k, m) for (s, k), m in self.chains.items() if s == seed and k >= keep - 1e-9),
-                        key=lambda pair: -pair[0], default=(1.0, self.model))
-        few = max(2, len(batches) // 4)
+    def chain(self, name, recipe, keep, seed, batches):
+        """Adapt-Pruner: ADAPT_STEP of the model at a time, each measured anew on one half of the windows, in turns; a
+        larger cut goes on from a smaller one."""
+        models = self.chains.setdefault((name, seed), [(1.0, self.model)])
+        at, model = min((pair for pair in models if pair[0] >= keep - 1e-9), key=lambda pair: pair[0])
         while at > keep + 1e-9:
-            first = round((1 - at) / ADAPT_STEP) * few
+            half = batches[round((1 - at) / ADAPT_STEP) % 2 * len(batches) // 2:][:len(batches) // 2]
             at = max(keep, at - ADAPT_STEP)
-            some = [batches[(first + i) % len(batches)] for i in range(few)]
             with torch.autocast("cpu", torch.bfloat16):
-                stats = score.collect(model, some, prune.needs(recipe))
-            model = prune.one_shot(model, stats, some, recipe, math.floor(at * self.total + 1e-6),
+                stats = score.collect(model, half, prune.needs(recipe))
+            model = prune.one_shot(model, stats, half, recipe, math.floor(at * self.total + 1e-6),
                                    self.model.config.widths())
-        self.chains[seed, keep] = model
+        models.append((keep, model))
         return model
 
-    def damage(self, recipe, seed, batches, stats):
-        """The measured curves of a score, from the records or into them."""
-        about = dict(tag="damage", score=recipe.score, mend=recipe.mend, seed=seed)
+    def measure(self, recipe, seed, batches, stats):
+        """prune.measure of a recipe, from the records or into them."""
+        about = dict(tag="measured", score=recipe.score, mend=recipe.mend, structure=recipe.structure, seed=seed,
+                     shares=list(prune.SHARES), windows=recipe.measured_windows)
         if not self.found(**about):
             start = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16):
-                curves = prune.measure(self.model, stats, batches, recipe)
-            self.add(**about, seconds=time.perf_counter() - start,
-                     curves=[[*key, [[n, round(nats, 6)] for n, nats in points]] for key, points in curves.items()])
-        return {(layer, kind): points for layer, kind, points in self.found(**about)[0]["curves"]}
+                found = prune.measure(self.model, stats, batches, recipe)
+            self.add(**about, seconds=time.perf_counter() - start, found=[[*key, v] for key, v in found.items()])
+        return {(layer, kind): value for layer, kind, value in self.found(**about)[0]["found"]}
 
     def evaluate(self, model, part):
         """{text: nats per token}."""
@@ -205,18 +234,23 @@ class Bench:
         about = dict(tag="cell", part=part, name=name, keep=keep, seed=seed)
         if self.found(**about):
             return
+        if name not in ("dense", "torch-pruning"):
+            self.calibration(seed)
         start = time.perf_counter()
         try:
-            model = self.cut(name, recipe, keep, seed) if keep < 1 else self.model
+            model = self.cut(name, recipe, keep, seed) if name != "dense" else self.model
         except UserError as problem:                                            # a finding, too
+            print(f"{part:10} {name:34} keep {keep:g} seed {seed}: {problem}", flush=True)
             return self.add(**about, refused=str(problem))
         seconds = time.perf_counter() - start
         losses = self.evaluate(model, part)
-        widths = {} if name == "SliceGPT" else {"n_kv_head": model.config.n_kv_head, "d_ff": model.config.d_ff,
-                                                "removable": allocate.total(model.config) if name not in HALF else
-                                                sum(p.count_nonzero().item() for _, p in two_four.matrices(model))}
+        params = model.params() if name == "SliceGPT" else model.config.num_params()
+        left = params["attention"] + params["ffn"] + params.get("shortcut", 0)
+        if name in HALF:
+            left = sum(p.count_nonzero().item() for _, p in two_four.matrices(model))
+        widths = {} if name == "SliceGPT" else {"n_kv_head": model.config.n_kv_head, "d_ff": model.config.d_ff}
         self.add(**about, losses=losses, perplexity=math.exp(sum(losses.values()) / len(losses)), seconds=seconds,
-                 **widths)
+                 kept=left / self.total, params=params["total"], **widths)
         print(f"{part:10} {name:34} keep {keep:g} seed {seed}: "
               + "  ".join(f"{text} {loss:.4f}" for text, loss in losses.items()), flush=True)
 
@@ -234,8 +268,10 @@ class Bench:
 
     def best(self):
         """The grid's best cells so far that are no published method: {name: recipe}."""
-        cells = {r["name"]: r["perplexity"] for r in self.found(tag="cell", part="validation") if "perplexity" in r}
-        ours = [g for g in GRID if name_of(g) in cells and g not in PUBLISHED.values()]
+        cells = {r["name"]: r["perplexity"] for r in self.records if "perplexity" in r and r["part"] == "validation"
+                 and (r["keep"], r["seed"]) == (self.c.grid_keep, 0)}
+        theirs = {(p.score, p.allocate) for p in PUBLISHED.values()}
+        ours = [g for g in GRID if name_of(g) in cells and ((g.score, g.allocate) not in theirs or g.mend != "none")]
         return {name_of(g): g for g in sorted(ours, key=lambda g: cells[name_of(g)])[:self.c.best]}
 
 
@@ -245,6 +281,14 @@ def main(c):
         raise UserError(f"--part {c.part!r} is not one of {', '.join(parts)}")
     if c.part == "report":
         return print(report(read_records(Path(c.out) / "records.jsonl"), c.grid_keep))
+    if not all(0 < k < 1 for k in (*c.keeps, c.grid_keep)) or min(c.seeds, c.limit, c.tokens // c.block_size) < 1:
+        raise UserError(f"--keeps {c.keeps} and --grid-keep {c.grid_keep} must be between 0 and 1, --seeds {c.seeds} "
+                        f"and --limit {c.limit} at least 1, --tokens {c.tokens} at least --block-size {c.block_size}")
+    if min(c.micro_batch, c.windows) < 1 or c.windows % (4 * c.micro_batch):
+        raise UserError(f"--windows {c.windows} must be a multiple of 4 x --micro-batch {c.micro_batch}: of two texts, "
+                        "and of halves of them")
+    if c.part == "questions" and not c.questions:
+        raise UserError("--part questions needs --questions FILE ...")
     bench = Bench(c)
     if c.part == "cost":
         return print(cost(bench))
@@ -256,7 +300,9 @@ def main(c):
         bench.cell("test", "dense", None, 1.0, 0)
         cuts = itertools.product(range(c.seeds), sorted(c.keeps, reverse=True), rows.items())
         for seed, keep, (name, recipe) in cuts:
-            if name != "torch-pruning" or seed == 0:                            # it looks at no data
+            if name != "torch-pruning":
+                bench.cell("test", name, recipe, keep, seed)
+            elif seed == 0 and find_spec("torch_pruning"):                      # it looks at no data
                 bench.cell("test", name, recipe, keep, seed)
         for seed, (name, recipe) in itertools.product(range(c.seeds), HALF.items()):
             bench.cell("test", name, recipe, 0.5, seed)                         # of the weights, none of the widths
@@ -270,6 +316,8 @@ def cost(bench, windows=16, rounds=3):
     """A whole one-shot cut beside the plain passes over the same calibration text, float32, in interleaved rounds ->
     medians of the ratios, as Markdown."""
     model, c, phase, rows = bench.model, bench.c, prune.Phases("cpu"), []
+    for name, p in model.named_parameters():                # no more gradients than a score needs
+        p.requires_grad_(name.startswith("blocks.") and p.dim() == 2)
     batches = score.batches(bench.texts["python"]["calibration"], c.block_size, windows, c.micro_batch, 0)
     for name in ("flap", "taylor", "sensitivity", "taylor2"):
         backward, ratios = name != "flap", []
@@ -330,7 +378,8 @@ def grid_table(records, keep):
 def row_tables(records):
     """One table for each kept fraction: the reported rows on the test parts, best first."""
     found = cells(records, "test")
-    asked = {(r["name"], r["keep"], r["file"]): r["acc_norm"] for r in records if r["tag"] == "questions"}
+    asked = {(r["name"], r["keep"], f"{r['file']} ({r['limit']})"): r["acc_norm"] for r in records
+             if r["tag"] == "questions"}
     files = sorted({file for _, _, file in asked})
     for keep in sorted({keep for _, keep in found}, reverse=True):
         rows = []
@@ -341,24 +390,31 @@ def row_tables(records):
                 texts = [f"{math.exp(mean([r['losses'][text] for r in seeds.values()])):.2f}"
                          for text in ("python", "prose")]
                 rows.append((mean(ppl), [name if name in (*PUBLISHED, *HALF, "dense") else f"**{name}**",
-                                         len(seeds), *texts, f"{mean(ppl):.2f} ± {(max(ppl) - min(ppl)) / 2:.2f}",
+                                         len(seeds), f"{mean([r['kept'] for r in seeds.values()]):.3f}",
+                                         f"{mean([r['params'] for r in seeds.values()]) / 1e6:.1f}", *texts,
+                                         f"{mean(ppl):.2f} ± {(max(ppl) - min(ppl)) / 2:.2f}",
                                          *(accs if any(accs) or any(key[1] == keep for key in asked) else [])]))
         extra = files if any(key[1] == keep for key in asked) else []
         rows.sort(key=lambda row: row[0])
         yield f"Test perplexity, keep {keep:g} (bold: ours):\n\n" + markdown(
-            ["method", "seeds", "python", "prose", "both", *extra], [row for _, row in rows])
+            ["method", "seeds", "kept", "params (M)", "python", "prose", "both", *extra], [row for _, row in rows])
+
+
+def verdict(differences):
+    """Of relative differences in perplexity: whether all, none or some are below 0."""
+    below = sum(d < 0 for d in differences)
+    return "holds" if below == len(differences) else "does not hold" if below == 0 else "mixed"
 
 
 def claims(records, keep):
-    """Each claim of the papers against the records, as a list."""
+    """Each claim of the papers against the records, as a list with verdicts. Ours is the grid's best by validation."""
     grid, test, lines = cells(records, "validation"), cells(records, "test"), []
     pairs = [(s, *(grid.get((name_of(R(score=s, allocate=a)), keep)) for a in ("adaptive", "uniform")))
              for s in score.SCORES]
     pairs = [(s, a[0]["perplexity"] / u[0]["perplexity"] - 1) for s, a, u in pairs if a and u]
     if pairs:
-        lines.append(f"adaptive better than uniform, keep {keep:g}, validation, one calibration: with "
-                     f"{sum(d < 0 for _, d in pairs)} of {len(pairs)} scores ("
-                     + ", ".join(f"{s} {d:+.1%}" for s, d in pairs) + ")")
+        lines.append(f"*Adaptive beats uniform* (keep {keep:g}, validation, one calibration): "
+                     f"{verdict([d for _, d in pairs])}, " + ", ".join(f"`{s}` {d:+.1%}" for s, d in pairs))
 
     def against(a, b, k):
         """Relative differences of perplexity by the seeds that both have."""
@@ -366,30 +422,36 @@ def claims(records, keep):
         return [x[s]["perplexity"] / y[s]["perplexity"] - 1 for s in sorted({*x} & {*y})]
 
     keeps = sorted({k for name, k in test if k < 1 and name not in HALF}, reverse=True)
-    for rival in ("LLM-Pruner", "FLAP", "Wanda-sp", "SliceGPT"):
-        found = {k: against("Adapt-Pruner", rival, k) for k in keeps}
-        if any(found.values()):
-            lines.append(f"Adapt-Pruner better than {rival}: " + "; ".join(
-                f"keep {k:g} " + ", ".join(f"{d:+.1%}" for d in ds) for k, ds in found.items() if ds))
+    for rival in ("LLM-Pruner", "LLM-Pruner, FFN", "FLAP", "Wanda-sp", "Wanda-sp, FFN", "SliceGPT"):
+        mine = "Adapt-Pruner, FFN" if rival.endswith("FFN") else "Adapt-Pruner"
+        found = {k: ds for k in keeps if (ds := against(mine, rival, k))}
+        if found:
+            lines.append(f"*{mine} beats {rival}*: {verdict(sum(found.values(), []))}, " + "; ".join(
+                f"keep {k:g} " + ", ".join(f"{d:+.1%}" for d in ds) for k, ds in found.items()))
     average = {key: mean([r["perplexity"] for r in seeds.values()]) for key, seeds in test.items()}
+    chosen = min((r for (n, k), r in grid.items() if k == keep and 0 in r and any(n == name for name, _ in test)),
+                 key=lambda r: r[0]["perplexity"], default={0: {"name": None}})[0]["name"]
     for k in keeps:
         published = {n: p for (n, at), p in average.items() if at == k and n in PUBLISHED}
-        ours = {n: p for (n, at), p in average.items() if at == k and n not in PUBLISHED}
         depth, width = ({n: p for n, p in published.items() if (n in DEPTH) == d} for d in (True, False))
         if depth and width:
             d, w = min(depth, key=depth.get), min(width, key=width.get)
-            lines.append(f"width better than depth, keep {k:g}: best width {w} {width[w]:.2f}, best depth {d} "
-                         f"{depth[d]:.2f}")
-        if published and ours:
-            p, o = min(published, key=published.get), min(ours, key=ours.get)
-            by_seed = ", ".join(f"{d:+.1%}" for d in against(o, p, k))
-            lines.append(f"ours, keep {k:g}: {o} {ours[o]:.2f} against {p} {published[p]:.2f}: {by_seed}")
+            lines.append(f"*Width beats depth*, keep {k:g}: {verdict([width[w] / depth[d] - 1])}, best width {w} "
+                         f"{width[w]:.2f}, best depth {d} {depth[d]:.2f}")
+        if published and (chosen, k) in average:
+            p = min(published, key=published.get)
+            by_seed = ", ".join(f"{d:+.1%}" for d in against(chosen, p, k))
+            lines.append(f"*Ours* (the grid's best by validation, {chosen}), keep {k:g}: {average[chosen, k]:.2f} "
+                         f"against the best published, {p}, {published[p]:.2f}: {by_seed}")
+    refused = {(r["name"], r["keep"]) for r in records if "refused" in r and r["part"] == "test"}
+    if refused:
+        lines.append("Refused: " + ", ".join(f"{name} at {k:g}" for name, k in sorted(refused)))
     return "\n".join(f"- {line}" for line in lines)
 
 
 def report(records, keep):
     """The tables and what they say about each claim, as Markdown. UserError: no records."""
-    if not records:
+    if not cells(records, "validation"):
         raise UserError("no records there; give the --out of a comparison that ran")
     return "\n\n".join((grid_table(records, keep), *row_tables(records), claims(records, keep)))
 

@@ -15,6 +15,7 @@ who pays: allocate.py. Not here: training (train.py), SliceGPT (slicegpt.py), th
 import contextlib
 import dataclasses
 import math
+import os
 import resource
 import sys
 import time
@@ -45,8 +46,8 @@ def everything(config):
 def choose(scores, widths):
     """The best-scored units of each layer: {(layer, kind): indices (widths[layer, kind],), ascending}. Pure; ties by
     index."""
-    return {key: score.cpu().argsort(descending=True, stable=True)[:widths[key]].sort().values
-            for key, score in scores.items()}
+    return {key: worth.cpu().argsort(descending=True, stable=True)[:widths[key]].sort().values
+            for key, worth in scores.items()}
 
 
 # -- zero and slice
@@ -108,7 +109,7 @@ def mended(w, gram, kept, damping=0.01):
     """Least squares: the columns `kept` of the matrix w (C, n) that reads a sub-block's channels, changed so that over
     the calibration text they give what all of w gave: W_S + W_D G_DS (G_SS + λ I)^-1, D what goes, G = gram (n, n), λ =
     damping · mean of G's diagonal. -> (C, kept). Channel pruning's closed form (arXiv 1707.06168, eq. 3)."""
-    g = gram.double()
+    g = gram.double()                                       # (on Apple's GPUs there is no float64: use --device cpu)
     gone = torch.ones(w.size(1), dtype=torch.bool, device=w.device).index_fill_(0, kept, False).nonzero().flatten()
     g_ss = g[kept][:, kept]
     g_ss.diagonal().add_(damping * g.diagonal().mean())
@@ -190,9 +191,9 @@ class Prune:
     allocate: str = "global"      # allocate.ALLOCATIONS, or measured
     amplitude: float = 1.0        # of allocate adaptive: how far the layers' shares differ
     multiple_of: int = 1          # of neurons, or channels; runtimes like 32, quantizers 256
-    iterations: int = 1           # cut in so many equal parts, each measured anew
+    iterations: int = 1           # cut in so many equal parts, each measured anew (and each within its budget)
     mend: str = "none"            # least-squares: what reads the units left makes up for the others; bias: FLAP's
-    out: str | None = None        # folder of the smaller model; default runs/pruned-NAME-KEEP
+    out: str | None = None        # folder of the smaller model; default runs/pruned-NAME-KEEP, or -2-4
     data: str = "stdlib"          # calibration text; its hold-out measures the loss (data.py's sources)
     windows: int = 32             # of the calibration text
     measured_windows: int = 4     # of those, for allocate measured and score perplexity, which run the model often
@@ -211,25 +212,30 @@ def check(c):
     kinds = tuple(c.structure.split(","))
     alone = kinds[0] if len(kinds) == 1 and kinds[0] in ("layer", "sublayer", "channel", "2:4") else None
     depth = alone in ("layer", "sublayer")
-    scores = {"channel": ("activation", "magnitude", "taylor"), "2:4": ("magnitude", "wanda")}.get(
-        alone, (*score.SCORES, *(("influence", "perplexity") if depth else ())))
+    scores = {"channel": ("activation", "magnitude", "taylor"), "2:4": ("magnitude", "wanda")}.get(alone, score.SCORES)
+    if depth:                                                # flap's sum to 0 in every layer
+        scores = [name for name in (*scores, "influence", "perplexity") if name != "flap"]
     ways = ("global", "middle") if depth else ("global",) if alone else (*allocate.ALLOCATIONS, "measured")
     for name, value, allowed in (("score", c.score, scores), ("allocate", c.allocate, ways),
                                  ("budget", c.budget, allocate.BUDGETS[:1 if alone and not depth else None]),
                                  ("mend", c.mend, ("none",) if alone else ("none", "bias", "least-squares"))):
         if value not in allowed:
             raise UserError(f"--{name} {value!r} with --structure {c.structure} must be one of {', '.join(allowed)}")
-    if not alone and not {*kinds} <= {"ffn", "kv"} or not 0 < c.keep < 1 or c.amplitude < 0:
+    if not alone and not {*kinds} <= {"ffn", "kv"} or not 0 < c.keep < 1 or not 0 <= c.amplitude < math.inf:
         raise UserError(f"--structure {c.structure!r} must be ffn, kv, ffn,kv, layer, sublayer, channel or 2:4, --keep "
-                        f"{c.keep} between 0 and 1, --amplitude {c.amplitude} not negative")
+                        f"{c.keep} between 0 and 1, --amplitude {c.amplitude} finite and not negative")
     if c.mend == "bias" and c.iterations > 1:
         raise UserError(f"--mend bias makes a model that cannot be cut again; --iterations {c.iterations} must be 1")
     for name in ("windows", "measured_windows", "eval_windows", "micro_batch", "multiple_of", "iterations"):
         if getattr(c, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)} must be at least 1")
+    again = c.allocate == "measured" or c.score == "perplexity"
+    if again and (c.measured_windows % c.micro_batch or c.measured_windows > c.windows):
+        raise UserError(f"--measured-windows {c.measured_windows} must be a multiple of --micro-batch {c.micro_batch} "
+                        f"and at most --windows {c.windows}")
     for name, used in (("amplitude", c.allocate == "adaptive"), ("multiple_of", not depth and alone != "2:4"),
                        ("keep", alone != "2:4"), ("iterations", alone != "2:4"),
-                       ("measured_windows", c.allocate == "measured" or c.score == "perplexity")):
+                       ("measured_windows", again)):
         if not used and getattr(c, name) != getattr(Prune, name):
             raise UserError(f"--{name.replace('_', '-')} has no effect with --structure {c.structure} --score "
                             f"{c.score} --allocate {c.allocate}; leave it out")
@@ -244,31 +250,31 @@ def needs(c):
 
 @torch.no_grad()
 def measure(model, stats, batches, c):
-    """score.damage of the recipe, at SHARES of each FFN and every number of KV groups."""
+    """What the recipe wants to see by running the model again, on its measured_windows: score.without of layers or
+    sub-blocks; score.damage at SHARES of each FFN and every number of KV groups."""
+    batches = batches[:c.measured_windows // batches[0][0].size(0)]
+    if c.score == "perplexity":
+        return score.without(model, batches, ("layer",) if c.structure == "layer" else ("kv", "ffn"))
     kinds, scores = c.structure.split(","), score.SCORES[c.score][0](model, stats)
     at = {(layer, kind): sorted({round(share * n) for share in SHARES} if kind == "ffn" else {*range(n)})
           for (layer, kind), n in model.config.widths().items() if kind in kinds}
-    return score.damage(model, few(batches, c), scores, at, lambda name, w, kept: mended(w, stats.gram[name], kept)
+    return score.damage(model, batches, scores, at, lambda name, w, kept: mended(w, stats.gram[name], kept)
                         if c.mend == "least-squares" else w[:, kept])
-
-
-def few(batches, c):
-    """The recipe's measured_windows."""
-    return batches[:max(1, c.measured_windows // batches[0][0].size(0))]
 
 
 @torch.no_grad()
 def decide(model, stats, batches, c, most, whole=None, damage=None):
     """The recipe's keep: {(layer, kind): indices}, for a budget of `most`; `batches` is what it may measure on,
-    `damage` what it measured already, `whole` the widths before earlier cuts. UserError: what allocate refuses."""
+    `damage` what `measure` found already, `whole` the widths before earlier cuts. UserError: what allocate refuses."""
     kinds, config = c.structure.split(","), model.config
+    if c.allocate == "measured" or c.score == "perplexity":
+        damage = damage or measure(model, stats, batches, c)
     if kinds[0] in ("layer", "sublayer"):
-        scores = layer_scores(model, stats, few(batches, c), c)
+        scores = layer_scores(model, stats, damage, c)
         widths = allocate.once(config, most, c.allocate, scores, kinds, budget=c.budget)
         return {key: torch.arange(n) for key, n in widths.items()}
     scores = score.SCORES[c.score][0](model, stats)
     if c.allocate == "measured":
-        damage = damage or measure(model, stats, batches, c)
         widths = allocate.measured(config, most, damage, kinds, multiple_of=c.multiple_of, budget=c.budget)
     else:
         importance = score.importance(stats, config.n_layer) if c.allocate == "adaptive" else None
@@ -277,21 +283,23 @@ def decide(model, stats, batches, c, most, whole=None, damage=None):
     return choose(scores, widths)
 
 
-def layer_scores(model, stats, batches, c):
-    """{(layer, "layer" | kind): what the whole of it is worth}; for sub-blocks, which differ in size, per parameter."""
+def layer_scores(model, stats, damage, c):
+    """{(layer, "layer" | kind): what the whole of it is worth}: for layers as published; for sub-blocks, which differ
+    in size, per parameter (our choice)."""
     kinds, config = ("layer",) if c.structure == "layer" else ("kv", "ffn"), model.config
-    params = {(layer, kind): sum(n * config.unit_params(*key) for key, n in config.widths().items()
-                                 if key[0] == layer and kind in ("layer", key[1]))
-              for layer in range(config.n_layer) for kind in kinds}
+    parts = {(layer, kind): [(layer, k) for k in ("ffn", "kv") if kind in ("layer", k)]
+             for layer in range(config.n_layer) for kind in kinds}
+    params = {key: sum(config.widths()[part] * config.unit_params(*part) for part in part_of)
+              for key, part_of in parts.items()}
     if c.score == "influence":
-        worth = {key: score.influence(stats, *key) for key in params}
+        worth = {key: score.influence(stats, *key) for key in parts}
     elif c.score == "perplexity":
-        worth = score.without(model, batches, kinds)
-    else:                                                                       # the mean over all their entries
+        worth = damage
+    else:                                                                       # the sum over all their entries
         units = score.SCORES[c.score][0](model, stats)
-        worth = {(layer, kind): sum(units[layer, k].sum().item() * config.unit_params(layer, k) for k in ("ffn", "kv")
-                                    if kind in ("layer", k)) for layer, kind in params}
-    return {key: worth[key] / max(1, n) for key, n in params.items()}
+        worth = {key: sum(units[part].sum().item() * config.unit_params(*part) for part in part_of)
+                 for key, part_of in parts.items()}
+    return {key: worth[key] / (1 if c.structure == "layer" else max(1, params[key])) for key in parts}
 
 
 def collect(model, batches, c):
@@ -329,9 +337,10 @@ class Phases:
     def __call__(self, name):
         on_gpu = self.device.startswith("cuda")
         own = Path("/proc/self/clear_refs")                  # Linux: 5 resets the process's own peak
+        own = own if os.access(own, os.W_OK) and not on_gpu else None
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        elif own.exists():
+        elif own:
             own.write_text("5")
         start = time.perf_counter()
         yield
@@ -340,7 +349,7 @@ class Phases:
         seconds = time.perf_counter() - start
         if on_gpu:
             peak = torch.cuda.max_memory_allocated()
-        elif own.exists():
+        elif own:
             lines = Path("/proc/self/status").read_text().splitlines()
             peak = 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
         else:                                                # elsewhere: of the program so far
@@ -377,7 +386,8 @@ def main(c):
     if c.init is None:
         raise UserError("say what to cut by --init: a checkpoint, a run folder, a Hugging Face folder or a hub id")
     check(c)
-    out = Path(c.out or f"runs/pruned-{Path(c.init).name}-{c.keep:g}")
+    what = c.structure.replace(":", "-") if c.structure == "2:4" else f"{c.keep:g}"
+    out = Path(c.out or f"runs/pruned-{Path(c.init).name}-{what}")
     if out.exists():
         raise UserError(f"{out} is there already; give another --out or delete it")
     context = checkpoint.load(c.init, "meta")[0].config.block_size
@@ -391,13 +401,15 @@ def main(c):
     start, phase = model.config, Phases(device)
     total = allocate.total(start, c.budget)
 
-    def measure(model, what):
+    def report(model, what):
         with phase("evaluate"):
             found = evaluate(model, corpus.val, tokenizer.byte_lengths(), c.eval_windows, batch=c.micro_batch)
         print(f"{what:6} {model.config.num_params()['total']:13,} parameters   {found['loss']:.4f} nats per token   "
               f"perplexity {found['perplexity']:.2f}   (hold-out of {c.data}, {found['tokens']:,} tokens)")
 
-    measure(model, "before")
+    if c.structure not in ("channel", "2:4"):               # what no calibration can mend
+        allocate.room(start, math.floor(c.keep * total + 1e-6), c.structure.split(","), c.budget)
+    report(model, "before")
     for i in range(1, c.iterations + 1):
         with phase("calibrate"):
             stats = collect(model, batches, c)
@@ -405,7 +417,7 @@ def main(c):
             most = math.floor(total * (1 - (1 - c.keep) * i / c.iterations) + 1e-6)
             model = one_shot(model, stats, batches, c, most, start.widths())
     print(table(start, model.config, stats))
-    measure(model, "after")
+    report(model, "after")
     left = allocate.total(model.config, c.budget)
     print(f"2 of each 4 weights are zero in {two_four.share(model):.0%} of the blocks' matrices" if c.structure == "2:4"
           else f"{left:,} of {total:,} {c.budget} kept: {left / total:.4f}, asked {c.keep:g}")

@@ -112,7 +112,8 @@ def table(paths, against="scratch"):
                 if c.get(key) != common.get(key):
                     raise UserError(f"{path} has {key} {c.get(key)!r}, others {common.get(key)!r}: give runs that "
                                     "compare")
-            plan = c["plan"] if c["plan"] != "adapt" else f"adapt, {c['cuts']} cut{'s' * (c['cuts'] > 1)}"
+            plan = c["plan"] if c["plan"] != "adapt" else f"adapt, {c['cuts']} cut{'s' * (c['cuts'] > 1)}" \
+                + ", moments forgotten" * c["forget_moments"]
             if c["seed"] in rows.setdefault((plan, c["lr"]), {}):
                 raise UserError(f"{path} is a second run of plan {plan!r}, lr {c['lr']:g}, seed {c['seed']}: "
                                 "give one of them")

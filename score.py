@@ -33,9 +33,11 @@ READERS = ("attn.o", "ffn.down")                  # the matrices that read the u
 class Stats:
     """Of one calibration pass; empty where not asked for. Names are those of parameters."""
     tokens: int = 0
+    windows: int = 0
     seed: int = 0                                         # of the score "random"
     grad: dict = field(default_factory=dict)              # {name: dL/dw (shape of w), mean over batches}
-    grad_sq: dict = field(default_factory=dict)           # {name: its square's mean over batches}
+    grad_sq: dict = field(default_factory=dict)           # {name: mean square of one window's gradient, as far as the
+    #                                                        windows of a batch are independent}
     sensitivity: dict = field(default_factory=dict)       # {(layer, kind): (units,), mean over batches of |w · dL/dw|}
     mean: dict = field(default_factory=dict)              # {name: (n,), of a matrix's inputs over tokens}
     square: dict = field(default_factory=dict)            # {name: (n,), mean square of them}
@@ -43,7 +45,7 @@ class Stats:
     gram: dict = field(default_factory=dict)              # {name: (n, n), mean over tokens of x xᵀ}
     cosine: dict = field(default_factory=dict)            # {(layer, "layer" | kind): the residual stream's, mean over
     #                                                        tokens, in front of and behind the layer or sub-block}
-    channel: torch.Tensor | float = 0.0                   # (C,), mean |x| of the norms' outputs, summed over norms
+    channel: dict = field(default_factory=dict)           # {norm: (T, C), sum over windows of its outputs' squares}
 
 
 def sums_by_unit(tensor, dim, units):
@@ -73,7 +75,7 @@ def collect(model, batches, needs, readers=READERS):
             if name.endswith(readers) and {"mean", "square", "position", "gram"} & {*needs}:
                 hooks.callback(module.register_forward_pre_hook(take_inputs(stats, needs, f"{name}.weight")).remove)
             if name.endswith("norm") and not name.endswith(("q_norm", "k_norm")) and "channel" in needs:
-                hooks.callback(module.register_forward_hook(take_channels(stats)).remove)
+                hooks.callback(module.register_forward_hook(take_channels(stats, name)).remove)
         for layer, block in enumerate(model.blocks) if "cosine" in needs else ():
             for module, take in take_cosines(stats, layer, block):
                 hooks.callback(module.register_forward_hook(take).remove)
@@ -83,7 +85,7 @@ def collect(model, batches, needs, readers=READERS):
                     hidden = model.hidden(x.to(device))
                     if wants_grad:
                         chunked_loss(hidden, model.head_weight, y.to(device))[0].backward()
-                stats.tokens += x.numel()
+                stats.tokens, stats.windows = stats.tokens + x.numel(), stats.windows + len(x)
         finally:
             for p, (flag, grad) in saved.items():
                 p.requires_grad_(flag)
@@ -91,15 +93,15 @@ def collect(model, batches, needs, readers=READERS):
     return averaged(stats, model.config, len(batches))
 
 
-def averaged(stats, config, batches):
-    """Sums -> means: gradients over batches, everything else over tokens."""
-    for sums, count in ((stats.grad, batches), (stats.grad_sq, batches), (stats.mean, stats.tokens),
+def averaged(stats, config, n):
+    """Sums -> means: of gradients over the n batches, of everything else over tokens. The mean of m independent
+    windows' gradients has 1/m of the mean square of one's."""
+    for sums, count in ((stats.grad, n), (stats.grad_sq, n * n / stats.windows), (stats.mean, stats.tokens),
                         (stats.square, stats.tokens), (stats.gram, stats.tokens), (stats.cosine, stats.tokens)):
         for key in sums:
             sums[key] = sums[key] / count
-    stats.channel = stats.channel / stats.tokens
     if stats.sensitivity:
-        stats.sensitivity = means_by_unit(config, lambda name, dim, units: stats.sensitivity[name] / batches)
+        stats.sensitivity = means_by_unit(config, lambda name, dim, units: stats.sensitivity[name] / n)
     return stats
 
 
@@ -140,10 +142,10 @@ def take_inputs(stats, needs, name):
     return hook
 
 
-def take_channels(stats):
+def take_channels(stats, name):
     @torch.no_grad()
     def hook(module, args, out):
-        stats.channel = stats.channel + out.detach().float().abs().flatten(0, 1).sum(0)
+        add(stats.channel, name, out.detach().float().square().sum(0))
     return hook
 
 
@@ -167,14 +169,14 @@ def take_cosines(stats, layer, block):
     return ([(block.attn, attention)] if block.attn is not None else []) + [(block, whole)]
 
 
-def batches(tokens, block_size, windows, micro_batch, seed):
-    """`windows` windows of `tokens` as a list of (x, y), each (micro_batch, block_size); which ones: `seed`. UserError:
-    the text holds fewer, or they do not fill whole batches."""
+def batches(tokens, block_size, windows, micro_batch, seed, flag="--windows"):
+    """`windows` windows of `tokens` as a list of (x, y), each (micro_batch, block_size); which ones: `seed`. UserError,
+    which names the `flag`: the text holds fewer, or they do not fill whole batches."""
     if data.windows(tokens, block_size, "the calibration text") < windows:
         raise UserError(f"the calibration text has {len(tokens):,} tokens, {windows} windows of {block_size} need "
-                        f"{windows * block_size + 1:,}: give more text, or fewer --windows")
+                        f"{windows * block_size + 1:,}: give more text, or fewer {flag}")
     if windows % micro_batch:
-        raise UserError(f"--windows {windows} is no multiple of --micro-batch {micro_batch}; try "
+        raise UserError(f"{flag} {windows} is no multiple of --micro-batch {micro_batch}; try "
                         f"{-(-windows // micro_batch) * micro_batch}")
     return [data.batch(tokens, block_size, seed, step, 0, micro_batch=micro_batch, micro_steps=1)
             for step in range(windows // micro_batch)]
@@ -231,7 +233,7 @@ def taylor(model, stats):
 
 
 def taylor2(model, stats):
-    """|w · g - w² · H / 2| with H ≈ mean of g² over batches: LLM-Pruner's second order (arXiv 2305.11627, eq. 5)."""
+    """|w · g - w² · H / 2| with H ≈ mean of g² over windows: LLM-Pruner's second order (arXiv 2305.11627, eq. 5)."""
     return by_entry(model, lambda name, w: (w * stats.grad[name] - w.square() * stats.grad_sq[name] / 2).abs())
 
 
@@ -352,7 +354,8 @@ def damage(model, batches, scores, widths, reader):
     runs = [reruns(model, x, y, every=4) for x, y in batches]
     for (layer, kind), points in tqdm(found.items(), desc="measure", leave=False, disable=None):
         name = coupled(config, layer, kind)[-1][0]
-        p, ranked = model.get_parameter(name), scores[layer, kind].argsort(descending=True, stable=True)
+        p = model.get_parameter(name)
+        ranked = scores[layer, kind].argsort(descending=True, stable=True).to(p.device)
         whole = p.data
         for units in widths[layer, kind]:
             kept = channels_of(ranked[:units], p.size(1) // points[0][0])
@@ -375,9 +378,10 @@ def channels_of(units, each):
 def residual_channels(model, stats, name):
     """(C,): what each channel of the residual stream is worth, by the score of that name: magnitude or taylor, means
     over the entries that read or write it (LLM-Pruner's channel-wise cut; embeddings left out: our choice), or
-    activation, mean |output| of the norms (Minitron, arXiv 2407.14679)."""
+    activation, the norms' outputs, L2 over windows, mean over positions, summed over norms (Minitron, arXiv
+    2407.14679)."""
     if name == "activation":
-        return stats.channel
+        return sum(square.sqrt().mean(0) for square in stats.channel.values())
     entry = {"magnitude": lambda name, w: w.abs(), "taylor": lambda name, w: (w * stats.grad[name]).abs()}[name]
     return sum(entry(name, w).sum(dim).float() for name, w in model.named_parameters()
                for dim in [0 if name.endswith(("q.weight", "k.weight", "v.weight", "gate.weight", "up.weight")) else 1]

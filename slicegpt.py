@@ -80,7 +80,8 @@ class SubBlock(nn.Module):
 
 
 class Sliced(nn.Module):
-    """What eval.evaluate and tasks.loglikelihoods need of a model. `config`: the dense one's, but always untied."""
+    """What eval.evaluate and tasks.loglikelihoods need of a model. `config`: the dense one's, though the head is a
+    matrix of its own here."""
     evaluation_only = "it has SliceGPT's rotations and shortcuts"
 
     def __init__(self, config, embedding, sub_blocks, norm, head):

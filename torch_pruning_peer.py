@@ -4,7 +4,8 @@
     python eval.py runs/torch-pruning-0.8 --block-size 256 --windows 8
 
 As in examples/LLMs/prune_llm.py of Torch-Pruning 1.6.1 (DepGraph, arXiv 2301.12900): norms of weights, no data, no
-gradients; one ratio for d_model, neurons and the query heads of each KV head. Ours: a search for the ratio, float32,
+gradients; one ratio for d_model, neurons and the query heads of each KV head. These it rounds generously: any ratio
+above 0 takes one query head of every KV head, in SmolLM2 a third of them. Ours: a search for the ratio, float32,
 settings that make transformers 5 traceable. The budget is prune.py's, attention and FFN; the embedding shrinks with
 d_model, so the whole gets smaller. Needs torch-pruning, transformers. Not here: families but Llama; training after it.
 """

@@ -351,7 +351,8 @@ class Run:
     def calibration(self, step):
         """Windows of the training text, others at every step; no training batch's seed is a pair."""
         c = self.config
-        return score.batches(self.corpus.train, self.T, c.calibration_windows, c.micro_batch, (c.seed, step))
+        return score.batches(self.corpus.train, self.T, c.calibration_windows, c.micro_batch, (c.seed, step),
+                             "--calibration-windows")
 
     def cut(self, size):
         """Kill the lowest-scored units, so that at most `size` of the removable parameters stays alive. In plan adapt

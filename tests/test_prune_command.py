@@ -3,6 +3,7 @@ same again is the same; the hold-out only measures; what means nothing is refuse
 """
 import dataclasses
 import itertools
+import math
 import re
 import sys
 
@@ -192,7 +193,7 @@ ALLOWED = {  # structure: scores, allocations, budgets, mending, written out
         "global standardised uniform uniform-strict middle adaptive measured", "params flops kv_bytes",
         "none bias least-squares")),
     **dict.fromkeys(("layer", "sublayer"), (
-        "sensitivity taylor taylor2 activation wanda flap magnitude random influence perplexity", "global middle",
+        "sensitivity taylor taylor2 activation wanda magnitude random influence perplexity", "global middle",
         "params flops kv_bytes", "none")),
     "channel": ("activation magnitude taylor", "global", "params", "none"),
     "2:4": ("magnitude wanda", "global", "params", "none")}
@@ -223,6 +224,9 @@ def test_it_refuses_in_a_sentence_and_overwrites_nothing(trained, tmp_path):
             (init | dict(score="luck"), "--score 'luck' .* must be one of sensitivity, taylor"),
             (init | dict(structure="ffn,heads"), "--structure 'ffn,heads' must be ffn, kv"),
             (init | dict(structure="layer", score="influence", mend="bias"), "--mend 'bias' with .* be one of none"),
+            (init | dict(allocate="measured", measured_windows=6), "--measured-windows 6 must be a multiple"),
+            (init | dict(amplitude=math.nan, allocate="adaptive"), "--amplitude nan finite"),
+            (init | dict(structure="kv", keep=.1), "less than what stays anyway, as only kv may go"),
             (init | dict(multiple_of=0), "--multiple-of 0 must be at least 1"),
             (init | dict(windows=0), "--windows 0 must be at least 1"),
             (init | dict(amplitude=.5), "--amplitude has no effect .* leave it out"),

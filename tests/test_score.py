@@ -34,7 +34,7 @@ def test_scores_take_exactly_the_entries_of_a_unit_and_the_query_heads_it_serves
     mean = {n: sum(g[n] for g in each) / 3 for n in w}
     by_entry = {"magnitude": lambda n: w[n].abs(), "taylor": lambda n: (w[n] * mean[n]).abs(),
                 "sensitivity": lambda n: sum((w[n] * g[n]).abs() for g in each) / 3,
-                "taylor2": lambda n: (w[n] * mean[n] - w[n]**2 * sum(g[n]**2 for g in each) / 6).abs()}
+                "taylor2": lambda n: (w[n] * mean[n] - w[n]**2 * 4 * sum(g[n]**2 for g in each) / 6).abs()}
     def flap(n):
         metric = seen[n].flatten(0, 1).var(0, correction=0) * w[n].square().sum(0)
         return (metric - metric.mean()) / metric.std(correction=0)
@@ -127,7 +127,11 @@ def test_a_channel_of_the_stream_is_worth_what_reads_and_writes_it(name):
             w = model.get_parameter(key).detach()
             total += ((w * stats.grad[key] if name == "taylor" else w)[index]).abs().sum().item()
         assert found[c].item() == pytest.approx(total, rel=1e-5)
-    assert name != "activation" or torch.equal(found, stats.channel)
+    norms = {n: v for n, v in inputs(model, text(model.config)).items() if n.endswith("norm.weight") and "k_n" not in n
+             and "q_n" not in n}
+    assert norms.keys() == {f"{n}.weight" for n in stats.channel}
+    if name == "activation":
+        close(found, sum(out.square().sum(0).sqrt().mean(0) for out in norms.values()), 1e-4)
 
 
 # -- do scores mean anything?

@@ -59,7 +59,7 @@ def test_statistics_are_the_plain_formulas(name, n):
     assert stats.tokens == n * 32
     for key in units:
         assert (stats.grad[key] - whole[key]).abs().max() <= 1e-12                    # the whole text's, in batches
-        assert (stats.grad_sq[key] - sum(g[key]**2 for g in each) / n).abs().max() <= 1e-12
+        assert (stats.grad_sq[key] - 4 * sum(g[key]**2 for g in each) / n).abs().max() <= 1e-12    # one window's
     readers = {coupled(config, *key)[-1][0] for key, units in config.widths().items() if units}
     for field in (stats.mean, stats.square, stats.position, stats.gram):
         assert field.keys() == readers
@@ -70,8 +70,10 @@ def test_statistics_are_the_plain_formulas(name, n):
         torch.testing.assert_close(stats.gram[key].double(), x.T @ x / len(x), rtol=1e-4, atol=1e-7)
     norms = [out for key, out in seen.items() if key.endswith("norm.weight") and not key.endswith(("q_norm.weight",
                                                                                                  "k_norm.weight"))]
-    assert len(norms) == 1 + sum(map(bool, config.n_head + config.d_ff))
-    close(stats.channel, sum(out.abs().mean((0, 1)) for out in norms), 1e-5)
+    assert len(norms) == len(stats.channel) == 1 + sum(map(bool, config.n_head + config.d_ff))
+    norms = [seen[f"{key}.weight"] for key in stats.channel]
+    for square, out in zip(stats.channel.values(), norms):
+        close(square, out.square().sum(0), 1e-4)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
