@@ -359,13 +359,20 @@ def mean(values):
     return sum(values) / len(values)
 
 
+def short(perplexities):
+    """The mean, and half of the range where there are several."""
+    show = lambda x: f"{x:.2f}" if x < 1000 else f"{x:.3g}"
+    spread = f" ± {show((max(perplexities) - min(perplexities)) / 2)}" if len(perplexities) > 1 else ""
+    return show(mean(perplexities)) + spread
+
+
 def grid_table(records, keep):
     """Perplexity on the validation parts, score by allocation; the second number with least squares."""
     found, rows = cells(records, "validation"), []
 
     def cell(s, a):
         each = [found.get((name_of(R(score=s, allocate=a, mend=m)), keep)) for m in ("none", "least-squares")]
-        return " / ".join(f"{x[0]['perplexity']:.2f}" if x else "-" for x in each)
+        return " / ".join(short([x[0]["perplexity"]]) if x else "-" for x in each)
 
     ways = [*ALLOCATIONS, "measured"]
     for s in score.SCORES:
@@ -380,24 +387,21 @@ def row_tables(records):
     found = cells(records, "test")
     asked = {(r["name"], r["keep"], f"{r['file']} ({r['limit']})"): r["acc_norm"] for r in records
              if r["tag"] == "questions"}
-    files = sorted({file for _, _, file in asked})
     for keep in sorted({keep for _, keep in found}, reverse=True):
-        rows = []
+        files, rows = sorted({file for _, k, file in asked if k == keep}), []
         for (name, k), seeds in found.items():
-            if k == keep:
-                ppl = [r["perplexity"] for r in seeds.values()]
-                accs = [f"{asked[name, keep, file]:.3f}" if (name, keep, file) in asked else "" for file in files]
-                texts = [f"{math.exp(mean([r['losses'][text] for r in seeds.values()])):.2f}"
-                         for text in ("python", "prose")]
-                rows.append((mean(ppl), [name if name in (*PUBLISHED, *HALF, "dense") else f"**{name}**",
-                                         len(seeds), f"{mean([r['kept'] for r in seeds.values()]):.3f}",
-                                         f"{mean([r['params'] for r in seeds.values()]) / 1e6:.1f}", *texts,
-                                         f"{mean(ppl):.2f} ± {(max(ppl) - min(ppl)) / 2:.2f}",
-                                         *(accs if any(accs) or any(key[1] == keep for key in asked) else [])]))
-        extra = files if any(key[1] == keep for key in asked) else []
+            if k != keep:
+                continue
+            column = lambda pick: [pick(r) for r in seeds.values()]
+            rows.append((mean(column(lambda r: r["perplexity"])), [
+                name if name in (*PUBLISHED, *HALF, "dense") else f"**{name}**", len(seeds),
+                f"{mean(column(lambda r: r['kept'])):.3f}", f"{mean(column(lambda r: r['params'])) / 1e6:.1f}",
+                *(short([math.exp(mean(column(lambda r: r["losses"][text])))]) for text in ("python", "prose")),
+                short(column(lambda r: r["perplexity"])),
+                *(f"{asked[name, keep, f]:.3f}" if (name, keep, f) in asked else "" for f in files)]))
         rows.sort(key=lambda row: row[0])
         yield f"Test perplexity, keep {keep:g} (bold: ours):\n\n" + markdown(
-            ["method", "seeds", "kept", "params (M)", "python", "prose", "both", *extra], [row for _, row in rows])
+            ["method", "seeds", "kept", "params (M)", "python", "prose", "both", *files], [row for _, row in rows])
 
 
 def verdict(differences):

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+import compare
 import eval as evaluation
 import huggingface
 import report
 import train
-from common import parse
+from common import parse, read_records
 from model import GPT, GPTConfig
 from tokenizer import open_tokenizer
 
@@ -78,6 +79,11 @@ def test_flags_of_commands_that_need_more_than_a_laptop_exist():
 
 def test_table_is_what_the_committed_records_say():
     assert report.table(sorted((ROOT / "results" / "laptop").glob("*.jsonl"))) in README
+
+
+def test_comparison_is_what_the_committed_records_say():
+    for part in compare.report(read_records(ROOT / "results" / "smollm2" / "records.jsonl"), .8).split("\n\n"):
+        assert part in README, part
 
 
 def test_ci_runs_the_readme_test_command():
