@@ -34,9 +34,9 @@ def shrunk(command, runs):
         words += shlex.split(SMALL + (" --micro-batch 1" if "--init" in words else " --preset toy --micro-batch 4"))
         if "--out" not in words:
             c = parse(train.Train, words[2:])
-            words += ["--out", f"{runs}/{c.plan}-laptop-{c.seed}"]
+            words += ["--out", f"{runs}/{c.plan}-{Path(c.init).name if c.init else 'laptop'}-{c.seed}"]
     if words[1] == "compare.py" and "report" not in words:
-        words += shlex.split("--part grid --tokens 64 --windows 4 --block-size 32")
+        words += shlex.split("--part grid --tokens 64 --windows 8 --block-size 32")
     if words[1] == "reproduce.py":
         words += ["--preset", "toy", "--steps", "120", "--seeds", "1", "--runs", str(runs / "again")]
     return words
