@@ -383,7 +383,7 @@ def test_adapt_cuts_a_given_model_from_the_first_step_on(tmp_path, given):
     cuts = report.records(tmp_path / "run")["prune"]
     assert (r.config.enlarge_share, len(cuts), cuts[0]["step"]) == (0, 6, 0)                # 28.6 % go
     short = r.target.removable_params() - r.state.model.config.removable_params()
-    assert 0 <= short < r.start.unit_params(0, "kv")                    # the last cut took a KV group, and nothing grows
+    assert 0 <= short < r.start.unit_params(0, "kv")                # the last cut took a group; none grow
 
 
 def test_adapt_refuses_a_calibration_text_that_is_too_short(tmp_path):
