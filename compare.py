@@ -387,10 +387,10 @@ def row_tables(records):
     found = cells(records, "test")
     asked = {(r["name"], r["keep"], f"{r['file']} ({r['limit']})"): r["acc_norm"] for r in records
              if r["tag"] == "questions"}
-    for keep in sorted({keep for _, keep in found}, reverse=True):
+    for keep in sorted({keep for _, keep in found if keep < 1}, reverse=True):
         files, rows = sorted({file for _, k, file in asked if k == keep}), []
         for (name, k), seeds in found.items():
-            if k != keep:
+            if k not in (keep, 1):                                              # 1: the dense model, in every table
                 continue
             column = lambda pick: [pick(r) for r in seeds.values()]
             rows.append((mean(column(lambda r: r["perplexity"])), [
@@ -398,7 +398,7 @@ def row_tables(records):
                 f"{mean(column(lambda r: r['kept'])):.3f}", f"{mean(column(lambda r: r['params'])) / 1e6:.1f}",
                 *(short([math.exp(mean(column(lambda r: r["losses"][text])))]) for text in ("python", "prose")),
                 short(column(lambda r: r["perplexity"])),
-                *(f"{asked[name, keep, f]:.3f}" if (name, keep, f) in asked else "" for f in files)]))
+                *(f"{asked[name, k, f]:.3f}" if (name, k, f) in asked else "" for f in files)]))
         rows.sort(key=lambda row: row[0])
         yield f"Test perplexity, keep {keep:g} (bold: ours):\n\n" + markdown(
             ["method", "seeds", "kept", "params (M)", "python", "prose", "both", *files], [row for _, row in rows])
