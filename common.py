@@ -88,6 +88,12 @@ def append_record(path, **record):
         file.write(json.dumps(record) + "\n")
 
 
+def peak_rss():
+    """The most memory that this process has held so far, in bytes."""
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def pick_device(name):
     """"auto" -> "cuda" if there is one, else "mps", else "cpu"; a device that is asked for and absent is an error."""
     import torch

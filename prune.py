@@ -16,8 +16,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import resource
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +29,7 @@ import checkpoint
 import data
 import score
 import two_four
-from common import UserError, parse, pick_device, run
+from common import UserError, parse, peak_rss, pick_device, run
 from eval import evaluate
 from model import GPT, by_unit, coupled
 
@@ -109,7 +107,7 @@ def mended(w, gram, kept, damping=0.01):
     """Least squares: the columns `kept` of the matrix w (C, n) that reads a sub-block's channels, changed so that over
     the calibration text they give what all of w gave: W_S + W_D G_DS (G_SS + λ I)^-1, D what goes, G = gram (n, n), λ =
     damping · mean of G's diagonal. -> (C, kept). Channel pruning's closed form (arXiv 1707.06168, eq. 3)."""
-    g = gram.double()                                       # (on Apple's GPUs there is no float64: use --device cpu)
+    g = gram.double()
     gone = torch.ones(w.size(1), dtype=torch.bool, device=w.device).index_fill_(0, kept, False).nonzero().flatten()
     g_ss = g[kept][:, kept]
     g_ss.diagonal().add_(damping * g.diagonal().mean())
@@ -353,7 +351,7 @@ class Phases:
             lines = Path("/proc/self/status").read_text().splitlines()
             peak = 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
         else:                                                # elsewhere: of the program so far
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            peak = peak_rss()
         self.last[name] = seconds, peak
         print(f"  {name:10} {seconds:8.1f} s   peak {peak / 2**30:.2f} GiB", flush=True)
 
@@ -399,6 +397,13 @@ def main(c):
     corpus = data.load(c.data, tokenizer, block_size=T)
     batches = score.batches(corpus.train, T, c.windows, c.micro_batch, c.seed)
     start, phase = model.config, Phases(device)
+    if c.mend == "least-squares" and device == "mps":
+        raise UserError("--mend least-squares is solved in float64, which Apple's GPUs lack; give --device cpu")
+    widest = max(*start.d_ff, *(h * start.head_dim for h in start.n_head))
+    if c.mend == "least-squares" and c.windows * T < widest:
+        raise UserError(f"--mend least-squares fits matrices of {widest:,} inputs to {c.windows} windows x {T} = "
+                        f"{c.windows * T:,} tokens; give --windows {-(-widest // T // c.micro_batch) * c.micro_batch} "
+                        "or, better, several times as many")
     total = allocate.total(start, c.budget)
 
     def report(model, what):

@@ -34,7 +34,6 @@ import datetime
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import threading
@@ -58,7 +57,7 @@ import report
 import schedule
 import score
 import two_four
-from common import UserError, parse, pick_device, run
+from common import UserError, parse, peak_rss, pick_device, run
 from eval import evaluate, sample
 from folder import Folder, State
 from tokenizer import open_tokenizer
@@ -449,7 +448,7 @@ class Run:
         self.sample("recovered")
         last = report.records(self.folder.path)["eval"][-1]
         peak = torch.cuda.max_memory_allocated() if self.device.startswith("cuda") else \
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            peak_rss()
         self.log("summary", plan=c.plan, preset=Path(c.init).name if c.init else c.preset, seed=c.seed,
                  **{key: last[key] for key in ("val_loss", "bits_per_byte", "params", "n_kv_head", "d_ff")},
                  epochs=data.epochs(self.corpus.train, self.T, c.steps * c.batch_tokens / self.T),

@@ -227,6 +227,8 @@ def test_it_refuses_in_a_sentence_and_overwrites_nothing(trained, tmp_path):
             (init | dict(allocate="measured", measured_windows=6), "--measured-windows 6 must be a multiple"),
             (init | dict(amplitude=math.nan, allocate="adaptive"), "--amplitude nan finite"),
             (init | dict(structure="kv", keep=.1), "less than what stays anyway, as only kv may go"),
+            (init | dict(mend="least-squares", windows=1, micro_batch=1, block_size=8),
+             "inputs to 1 windows x 8 = 8 tokens; give --windows"),
             (init | dict(multiple_of=0), "--multiple-of 0 must be at least 1"),
             (init | dict(windows=0), "--windows 0 must be at least 1"),
             (init | dict(amplitude=.5), "--amplitude has no effect .* leave it out"),
