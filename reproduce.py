@@ -4,18 +4,17 @@
     python report.py results/laptop/*.jsonl        # the table, from the committed records
 
 Runs that are finished are not run again; killed ones go on. Each run's records, but for its training steps, are copied
-to results/PRESET/PLAN-SEED.jsonl. Runs have one thread each, so that their sums do not depend on the machine's cores.
+to results/PRESET/PLAN-SEED.jsonl.
 Not here: the papers' other claims.
 """
-import json
 import os
 import shutil
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import report
-from common import UserError, parse, read_records, run, write_atomic
+import sweep
+from common import UserError, parse, run
 
 
 @dataclass(frozen=True)
@@ -30,15 +29,6 @@ class Reproduce:
     runs: str = "runs"                          # where the run folders go
 
 
-def one(folder, settings):
-    """Run one plan to its end, quietly, on one thread."""
-    import torch
-
-    import train
-    torch.set_num_threads(1)
-    train.main(train.Train(out=str(folder), device="cpu", **settings), quiet=True)
-
-
 def main(config):
     if config.jobs < 1 or config.seeds < 1:
         raise UserError(f"--jobs {config.jobs} and --seeds {config.seeds} must be at least 1")
@@ -49,11 +39,9 @@ def main(config):
             folder = Path(config.runs) / f"{plan}{mark}-{config.preset}-{seed}"
             results.append((Path("results") / config.preset / f"{plan}{mark}-{seed}.jsonl", folder))
             todo.append((folder, dict(plan=plan, seed=seed, preset=config.preset, **chosen)))
-    with get_context("spawn").Pool(config.jobs, maxtasksperchild=1) as pool:      # a process a run: its own peak memory
-        pool.starmap(one, todo, chunksize=1)
+    sweep.side_by_side(sweep.one, todo, config.jobs)
     for path, folder in results:
-        kept = [json.dumps(r) + "\n" for r in read_records(folder / "metrics.jsonl") if r["tag"] != "step"]
-        write_atomic(path, lambda file, kept=kept: file.write("".join(kept).encode()))
+        sweep.keep_records(folder, path)
         if path.stem.endswith("-0") and (folder / "run.png").exists():
             shutil.copy(folder / "run.png", path.with_suffix(".png"))
     print(report.table([path for path, _ in results]))

@@ -190,6 +190,15 @@ def lr_at(step, timeline, lr, min_lr, warmup_share=.05, shape="cosine", decay_sh
     return lr * (1 - x) + min_lr * x
 
 
+def eval_at(step, every=100, growth=1.0):
+    """Whether to evaluate at `step`: every so many steps; with a growth above 1 first then, and whenever the steps have
+    grown by that factor (rounded), so that points are evenly spaced on a logarithmic axis."""
+    if growth == 1 or step < every:
+        return step % every == 0
+    nearest = round(math.log(step / every, growth))
+    return any(round(every * growth ** k) == step for k in range(max(0, nearest - 1), nearest + 2))
+
+
 def score_at(step, timeline, every=5, window=100):
     """Whether to score units from this step's gradients: every few steps, and only within `window` steps before a
     cut; the last one is the step right before the cut. (LoSparse refreshes every 10 steps throughout; the window is

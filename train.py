@@ -11,8 +11,9 @@ if the plan says so, by itself as it stood before the first cut (distill.py): ID
 folder (folder.py); the same command goes on where a killed one stopped, bit for bit on a CPU. `loop` is the method.
 
 metrics.jsonl, one JSON object a line with `tag`, `step` (updates done before it) and `tokens` (trained on by then):
-  config   the resolved settings, `target` and `start` model configs, corpus `fingerprint` and `documents` (adapt: of
-           `target` only the number of removable parameters counts, the last cut ends at most there)
+  config   the resolved settings, `target` and `start` model configs, corpus `fingerprint` and `documents`, `cut`: the
+           `recipe` and `cut_from` of an --init that prune.py wrote (adapt: of `target` only the number of removable
+           parameters counts, the last cut ends at most there)
   step     `loss` `ce` `grad_norm`, means since the last such record, and `kl` (times temperature²) `teacher_ce`, means
            of the steps with a teacher, null without; losses in nats per token; `lr` `stage` `params` (live)
            `tokens_per_second` (of forward, backward and update) `flops_executed` `flops_credited` (so far)
@@ -70,7 +71,7 @@ INIT_LR = 2e-5                               # peak learning rate for pretrained
 class Train:
     plan: str = "idea"                       # scratch, naive, oneshot, idea, idea-kd, journey, adapt, kd (schedule.py)
     stage: str = "all"                       # stop behind this stage: enlarge, prune, recover; the next call goes on
-    preset: str = "laptop"                   # size of the target: toy, laptop, 10m, 124m, 1.3b
+    preset: str = "laptop"                   # size of the target: toy, laptop, 10m, 124m, 1.3b …
     init: str | None = None                  # instead of a preset: start with this checkpoint, run, HF folder or hub id
     block_size: int | None = None            # tokens of context; default: the preset's, or the trained one of --init
     enlarge_ff: float = 2.6                  # the enlarged model has so many times the target's FFN neurons
@@ -103,6 +104,7 @@ class Train:
     kd_temperature: float = 1.0              # of the softmax in the teacher's share
     drop_teacher: bool = True                # for good, once the student has overtaken it
     eval_every: int = 100                    # steps
+    eval_growth: float = 1.0                 # above 1: from then on whenever the steps have grown by this factor
     eval_windows: int = 256                  # windows of the hold-out (eval.py)
     save_every: int = 500                    # steps
     device: str = "auto"                     # auto, cpu, cuda, mps
@@ -134,6 +136,8 @@ def resolve(config, on_gpu):
                        ("weight_decay", 1 / config.lr)):
         if not 0 <= getattr(config, name) <= most:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be between 0 and {most:g}")
+    if not 1 <= config.eval_growth < math.inf:
+        raise UserError(f"--eval-growth {config.eval_growth} must be a factor of at least 1")
     return config
 
 
@@ -192,10 +196,10 @@ def plan(config, vocab_size, given=None):
 
 
 def open_init(config):
-    """-> the run's Tokenizer, and the GPTConfig of --init (None without). UserError: the two do not fit, or 2:4 and the
-    plan do not."""
+    """-> the run's Tokenizer, the GPTConfig of --init and what prune.py wrote of the cut that made it (None without).
+    UserError: model and tokenizer do not fit, or 2:4 and the plan do not."""
     if not config.init:
-        return open_tokenizer(config.tokenizer or "bytes"), None
+        return open_tokenizer(config.tokenizer or "bytes"), None, None
     model, about = checkpoint.load(config.init, "meta", block_size=config.block_size)
     if about.get("masks") and any(row.name == "prune" for row in schedule.PLANS[config.plan]):
         raise UserError(f"{config.init} is a 2:4 model, whose units cannot be cut while it trains, and plan "
@@ -204,7 +208,8 @@ def open_init(config):
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, {config.init} only "
                         f"{model.config.vocab_size}; leave --tokenizer out to take the model's own")
-    return tokenizer, model.config
+    cut = {k: v for k, v in about.get("run", {}).items() if k in ("cut_from", "recipe")}
+    return tokenizer, model.config, cut or None
 
 
 class Objective(nn.Module):
@@ -240,7 +245,7 @@ class Run:
             dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=1))
         self.config = c = resolve(config, on_gpu)
         refuse_idle_flags(c)
-        tokenizer, given = open_init(c)
+        tokenizer, given, self.cut_before = open_init(c)
         self.target, self.start, self.timeline = plan(c, tokenizer.vocab_size, given)
         self.config = c = dataclasses.replace(c, tokenizer=tokenizer.name, cuts=len(self.timeline.events))
         self.T = self.target.block_size
@@ -468,7 +473,8 @@ def main(config, quiet=False):
     if s.step >= stop and (stop < c.steps or "summary" in report.records(r.folder.path)):
         print(f"{r.folder.path} is finished up to step {s.step} of {c.steps}; records: {r.folder.metrics}")
         return r
-    r.folder.rewind(s.step, target=asdict(r.target), start=asdict(r.start), documents=r.corpus.documents)
+    r.folder.rewind(s.step, target=asdict(r.target), start=asdict(r.start), documents=r.corpus.documents,
+                    cut=r.cut_before)
     try:
         with stop_on_signals(r), tqdm(total=stop, initial=s.step, disable=quiet or r.rank > 0,
                                       mininterval=.5 if sys.stderr.isatty() else 20) as progress:
@@ -496,7 +502,7 @@ def loop(r, stop, progress):
     while True:
         # evaluate, save: a checkpoint is the state before this step's events
         boundary = s.step in begins or s.step == stop
-        if boundary or s.step % c.eval_every == 0:
+        if boundary or schedule.eval_at(s.step, c.eval_every, c.eval_growth):
             r.evaluate("eval", stage=schedule.stage_at(min(s.step, c.steps - 1), t).name)
         if boundary or s.step % c.save_every == 0 or r.interrupted:
             with r.timed("save"):
