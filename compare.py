@@ -40,6 +40,7 @@ from distill import chunked_loss
 from eval import evaluate
 from folder import fingerprint
 from prune import Prune
+from report import markdown
 from slicegpt import slicegpt
 
 
@@ -347,10 +348,6 @@ def cells(records, part):
         if r["tag"] == "cell" and r["part"] == part and "perplexity" in r:
             found.setdefault((r["name"], r["keep"]), {})[r["seed"]] = r
     return found
-
-
-def markdown(head, rows):
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
 def mean(values):

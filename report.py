@@ -98,6 +98,11 @@ def picture(path):
     return f"picture in {out}"
 
 
+def markdown(head, rows):
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
 def table(paths, against="scratch"):
     """Finished runs, grouped by plan and learning rate -> Markdown table: final loss, tokens, FLOPs, and the difference
     by seed to the best row of plan `against`."""

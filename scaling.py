@@ -14,17 +14,23 @@ the laws of whole trainings. Not here: the laws and their fit (laws.py), the run
 """
 import contextlib
 import io
+import math
 import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 import checkpoint
+import curves
+import laws
 import prune
 import sweep
 from common import UserError, parse, read_records, run
 from model import PRESETS
+from report import markdown
 from train import INIT_LR
 
 
@@ -121,6 +127,11 @@ def job(c, name, settings, cut):
     sweep.keep_records(f"{c.runs}/{name}", f"{c.out}/{name}.jsonl")
 
 
+def after_cut(c, name, settings, cut):
+    """The settings of a run that starts with what the cut leaves, if there is one."""
+    return dict(settings, init=f"{c.runs}/cut-{name}") if cut else settings
+
+
 def run_grid(c):
     if c.seeds < 1 or c.jobs < 1 or c.minutes is not None and c.minutes <= 0:
         raise UserError(f"--seeds {c.seeds} and --jobs {c.jobs} must be at least 1, --minutes {c.minutes} above 0")
@@ -128,7 +139,7 @@ def run_grid(c):
     for wave in jobs(c):
         todo = []
         for name, settings, cut in wave:
-            settings = dict(settings, init=f"{c.runs}/cut-{name}") if cut else settings
+            settings = after_cut(c, name, settings, cut)
             if not finished(f"{c.out}/{name}.jsonl", settings):
                 todo.append((c, name, settings, cut))
         done = sweep.side_by_side(job, todo, c.jobs, until)
@@ -137,12 +148,240 @@ def run_grid(c):
     print(f"all runs are finished; python scaling.py fit {c.out}")
 
 
-COMMANDS = {"run": (Grid, run_grid)}
+# -- fit: the laws and the records
+
+@dataclass(frozen=True)
+class Fit:
+    folder: str                       # of records, as `run` keeps them
+    first: float = 0.05               # points before this share of a recovery are left out
+    loss: str = "linear"              # of the fits: linear (least squares), or huber beyond 0.01 nats
+    starts: int = 32                  # of every fit
+    samples: int = 200                # bootstrap samples, for intervals of 90 %
+
+
+def allows(name, points):
+    """Whether the law can be fitted to these points: enough of them, rates, sizes."""
+    try:
+        laws.check(laws.LAWS[name], points)
+    except UserError:
+        return False
+    return True
+
+
+def constants(kind, fit, points, samples):
+    """One row: the constants with intervals, and how well the law fits what it was fitted to."""
+    low, high = laws.interval(fit.law.values(samples)[:, 0])
+    told = {name: f"{value:.3g} [{a:.3g}, {b:.3g}]" for (name, value), a, b in zip(fit.constants.items(), low, high)}
+    judged = laws.judge(fit, points)
+    return [kind, len(points.loss), *(told.get(name, "") for name in P2),
+            *(f"{judged[key]:.4f}" for key in ("r2", "nats", "asd"))]
+
+
+P2 = ("gamma", "delta", "alpha", "beta", "N_C", "D_C", "E")
+RIVALS = ("p2, outside", "p2, rate only", "chinchilla", "power")
+
+
+def form_of_p2(points):
+    """The name of the P² law without the constants that these points leave without meaning; None: too few points."""
+    return next((name for name in ("p2", "p2, one rate", "p2, one size") if allows(name, points)), None)
+
+
+def errors(kind, points, c):
+    """A row for each law that these points allow: its mean error, in nats and per cent, where it was fitted and on each
+    part held out."""
+    show = lambda judged: f"{judged['nats']:.4f} ({judged['percent']:.2f} %)" if judged else "-"
+    p2 = form_of_p2(points)
+    for law in (p2, f"{p2}, control", *RIVALS) if p2 else RIVALS:
+        if not allows(law, points):                                # too few rates or sizes
+            continue
+        how = dict(loss=c.loss, starts=c.starts)
+        fitted = laws.judge(laws.fit(law, points, **how), points)
+        yield [kind, law, show(fitted), *map(show, laws.held_out(law, points, **how).values())]
+
+
+def fit_report(c, runs):
+    """Every table and verdict, as Markdown."""
+    kinds, whole, parts = curves.recoveries(runs, c.first), curves.wholes(runs), []
+    scratch = whole.get("scratch", [])
+    longest = {(r["n"], r["seed"]): r for r in sorted(scratch, key=lambda r: r["tokens"])}
+    if longest:
+        parts.append(markdown(["N₀", "seed", "tokens", "per parameter", "epochs", "L₀"], [
+            [f"{n:,}", seed, f"{r['tokens']:,}", f"{r['tokens'] / n:.0f}", f"{r['epochs']:.2f}", f"{r['loss']:.4f}"]
+            for (n, seed), r in sorted(longest.items())]))
+    rows, said, tested = [], [], []
+    for kind, records in sorted(kinds.items()):
+        points = laws.Points.of(records)
+        law = form_of_p2(points)
+        tested += errors(kind, points, c)
+        if not math.isnan(noise := curves.noise(records)):
+            said.append(f"- {kind}: two seeds differ by {noise:.4f} nats in what the same cut costs")
+        if law:
+            fit = laws.fit(law, points, c.loss, c.starts)
+            samples = laws.bootstrap(fit, points, n=c.samples)
+            rows.append(constants(kind, fit, points, samples))
+            said += [f"- {kind}: {text}" for text in laws.unpinned(fit, points, samples)]
+    parts += [f"P² law, {c.loss} loss, in brackets 90 % of the bootstrap over runs:",
+              markdown(["cut", "points", *P2, "R²", "mean error (nats)", "ASD"], rows), "\n".join(said),
+              "Mean error in nats, where the law was fitted and where it was not:",
+              markdown(["cut", "law", "fitted", *laws.HELD_OUT], tested)]
+    for kind, records in sorted(kinds.items()):
+        parts.append("\n".join([f"{kind}, tokens measured (in brackets per parameter left):", *curves.trends(records)]))
+    return "\n\n".join([*parts, *average_law(whole)])
+
+
+def average_law(whole):
+    """The law of The Journey Matters on the trainings that prune, fitted to those that do not: with the average N and
+    with the final one. -> [Markdown], empty without such runs."""
+    pruned = [dict(r, plan=plan) for plan in whole if plan != "scratch" for r in whole[plan]]
+    if not pruned or not allows("chinchilla", laws.Points.of(whole.get("scratch", []))):
+        return []
+    fit = laws.fit("chinchilla", laws.Points.of(whole["scratch"]))
+    rows = []
+    for r in pruned:
+        final, average = (fit.law.predict(fit.theta, laws.Points.of([dict(r, n=n)]))[0] for n in (r["n"], r["average"]))
+        rows.append([r["plan"], f"{r['n']:,}", f"{r['average']:,.0f}", f"{r['tokens']:,}", f"{r['loss']:.4f}",
+                     f"{final - r['loss']:+.4f}", f"{average - r['loss']:+.4f}"])
+    told = ", ".join(f"{name} {value:.3g}" for name, value in fit.constants.items())
+    return [f"Whole trainings from scratch, A/N^alpha + B/D^beta + E: {told}; mean error "
+            f"{laws.judge(fit, laws.Points.of(whole['scratch']))['nats']:.4f} nats. What it says of those that prune:",
+            markdown(["plan", "N at the end", "N on average", "tokens", "loss", "law with N at the end, error",
+                      "law with the average N, error"], rows)]
+
+
+def main_fit(c):
+    if not 0 <= c.first < 1 or min(c.starts, c.samples) < 1:
+        raise UserError(f"--first {c.first} must be at least 0 and below 1, --starts {c.starts} and --samples "
+                        f"{c.samples} at least 1")
+    runs = curves.read(c.folder)
+    print(fit_report(c, runs))
+    print(f"\n{picture(c, runs)}")
+
+
+def picture(c, runs):
+    """The curves with the law fitted to their first 80 %, and its predictions of what was held out -> a sentence."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "no pictures: pip install matplotlib draws them"
+    kinds = sorted(curves.recoveries(runs, c.first).items())
+    models = sorted({(r["n0"], r["model"]) for _, records in kinds for r in records})
+    figure = Figure(figsize=(3 * len(models) + 1, 3 * len(kinds)), layout="constrained")
+    axes = figure.subplots(len(kinds), len(models), squeeze=False, sharex=True)
+    against = Figure(figsize=(5 * len(laws.HELD_OUT), 5), layout="constrained")
+    panels = against.subplots(1, len(laws.HELD_OUT), squeeze=False)[0]
+    for row, (kind, records) in zip(axes, kinds):
+        points = laws.Points.of(records)
+        law = form_of_p2(points) or "power"
+        late = laws.HELD_OUT["last 20 %"](points)
+        fit = laws.fit(law, points.where(~late), c.loss, c.starts)
+        fitted = fit.law.predict(fit.theta, points)
+        for axis, (n0, model) in zip(row, models):
+            for shade, n in enumerate(sorted({r["n"] for r in records if r["model"] == model}, reverse=True)):
+                i = np.array([r["model"] == model and r["n"] == n for r in records])
+                color = f"C{shade}"
+                axis.plot(points.tokens[i], fitted[i], color=color, lw=1,
+                          label=f"ρ {points.rho[i][0]:.3f}")
+                axis.plot(points.tokens[i & ~late], points.loss[i & ~late], "o", ms=3, color=color)
+                axis.plot(points.tokens[i & late], points.loss[i & late], "o", ms=4, mfc="white", color=color)
+            axis.set_xscale("log")
+            axis.set_title(f"{kind}, N₀ {n0:,}, seed {model[1] - RECOVERY_SEED}", fontsize=8)
+            axis.legend(fontsize=7)
+        row[0].set_ylabel("loss (nats per token)")
+        for panel, (part, mask) in zip(panels, laws.HELD_OUT.items()):
+            test = mask(points)
+            if allows(law, points.where(~test)) and law != "power":
+                seen = laws.fit(law, points.where(~test), c.loss, c.starts)
+                panel.plot(points.loss[test], seen.law.predict(seen.theta, points.where(test)), "o", ms=3, label=kind)
+            panel.set_title(f"{part}, held out")
+            panel.set_xlabel("measured (nats per token)")
+    for axis in axes[-1]:
+        axis.set_xlabel("tokens of recovery (hollow: held out)")
+    for panel in panels:
+        low, high = min(*panel.get_xlim(), *panel.get_ylim()), max(*panel.get_xlim(), *panel.get_ylim())
+        panel.plot([low, high], [low, high], color="0.7", lw=1, zorder=0)
+        panel.legend(fontsize=7)
+    panels[0].set_ylabel("predicted")
+    for name, drawn in (("curves", figure), ("predicted", against)):
+        drawn.savefig(Path(c.folder) / f"{name}.png", dpi=100)
+    return f"pictures in {c.folder}/curves.png and predicted.png"
+
+
+# -- plan: what the fitted law says
+
+@dataclass(frozen=True)
+class Plan:
+    n0: float | None = None           # parameters of attention and FFNs before the cut
+    rho: float | None = None          # share of them that goes
+    kind: str = "width"               # width, depth, 2:4 (which takes no --rho)
+    target_loss: float | None = None     # nats per token; or:
+    budget_tokens: float | None = None   # of recovery
+    before: float | None = None       # the loss before the cut; default: what the law of whole trainings says of n0
+    records: str = "results/scaling"  # of a grid: the law is fitted anew
+    first: float = 0.05               # points before this share of a recovery are left out
+    samples: int = 200                # bootstrap samples, for intervals of 90 %
+    extrapolate: bool = False         # answer outside of what the grid measured
+
+
+def between(what, value, measured, extrapolate):
+    """UserError: outside of the measured range, and extrapolation was not asked for."""
+    low, high = min(measured), max(measured)
+    if not extrapolate and not low / 1.0001 <= value <= high * 1.0001:
+        raise UserError(f"{what} {value:,.4g} is outside of what was measured, {low:,.4g} to {high:,.4g}; give "
+                        "--extrapolate to have the law's answer all the same")
+
+
+def main_plan(c):
+    semi = c.kind == "2:4"
+    if not c.n0 or semi == (c.rho is not None) or (c.target_loss is None) == (c.budget_tokens is None):
+        raise UserError("plan needs --n0, --rho (but not with --kind 2:4) and one of --target-loss, --budget-tokens")
+    runs = curves.read(c.records)
+    found, ends = curves.recoveries(runs, c.first), laws.Points.of(curves.wholes(runs).get("scratch", []))
+    if c.kind not in found:
+        raise UserError(f"--kind {c.kind!r} was not measured in {c.records}; there are {', '.join(sorted(found))}")
+    points, rho = laws.Points.of(found[c.kind]), .5 if semi else c.rho
+    between("--n0", c.n0, points.n0, c.extrapolate)
+    between("--rho", rho, points.rho, c.extrapolate)
+    fit, scratch = laws.fit("p2, one rate" if semi else "p2", points), laws.fit("chinchilla", ends)
+    samples, n, trained = laws.bootstrap(fit, points, n=c.samples), c.n0 * (1 - rho), ends.tokens.max()
+    before = c.before or float(scratch.law.predict(scratch.theta, laws.Points.of([dict(n=c.n0, tokens=trained)]))[0])
+    told = f"trained on {trained:,.0f} tokens, by the law of whole trainings" if c.before is None else "as given"
+    print(f"N₀ {c.n0:,.0f}, L₀ {before:.4f} ({told}); {c.kind} cut of {rho:.1%}, {n:,.0f} parameters left")
+    if c.budget_tokens is not None:
+        between("--budget-tokens", c.budget_tokens, points.tokens, c.extrapolate)
+        here = laws.Points.of([dict(n0=c.n0, n=n, rho=rho, before=before, tokens=c.budget_tokens)])
+        low, high = laws.interval(fit.law.predict(samples, here)[:, 0])
+        target, tokens = float(fit.law.predict(fit.theta, here)[0]), c.budget_tokens
+        print(f"after {tokens:,.0f} tokens: {target:.4f} nats per token (90 %: {low:.4f} to {high:.4f})")
+    else:
+        about, target = dict(n0=c.n0, rho=rho, before=before), c.target_loss
+        tokens = float(laws.tokens_needed(fit, target, **about))
+        if tokens < math.inf:
+            between(f"for {target} nats per token the tokens needed,", tokens, points.tokens, c.extrapolate)
+        print(f"for {target} nats per token: {needed(fit, samples, target, **about)}")
+    of = c.n0 if semi else n                                     # zeros of 2:4 are multiplied as well
+    alone = float(laws.tokens_needed(scratch, target, n=n))
+    print(f"{tokens / n:.1f} tokens per parameter left, {6 * of * tokens:.3g} FLOPs (6 N D)\n"
+          f"{n:,.0f} parameters from scratch to {target:.4f}: "
+          f"{needed(scratch, laws.bootstrap(scratch, ends, n=c.samples), target, n=n)}, {6 * n * alone:.3g} FLOPs\n"
+          f"the recovery's FLOPs are {of * tokens / (n * alone):.1%} of those; with the {trained:,.0f} tokens before "
+          f"the cut {(c.n0 * trained + of * tokens) / (n * alone):.2f} times those")
+
+
+def needed(fit, samples, target, **about):
+    """Tokens for a loss, with an interval, in words."""
+    low, high = laws.interval(laws.tokens_needed(fit, target, **about, theta=samples))
+    return f"{laws.tokens_needed(fit, target, **about):,.0f} tokens (90 %: {low:,.0f} to {high:,.0f})"
+
+
+COMMANDS = {"run": (Grid, run_grid), "fit": (Fit, main_fit), "plan": (Plan, main_plan)}
+
+
+def main(argv):
+    if not argv or argv[0] not in COMMANDS:
+        raise UserError(f"say what to do: python scaling.py {' | '.join(COMMANDS)} (--help behind it lists the flags)")
+    settings, command = COMMANDS[argv[0]]
+    command(parse(settings, argv[1:]))
+
 
 if __name__ == "__main__":
-    def main():
-        if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-            sys.exit(print(__doc__))
-        settings, command = COMMANDS[sys.argv[1]]
-        command(parse(settings, sys.argv[2:]))
-    run(main)
+    run(main, sys.argv[1:])

@@ -175,7 +175,7 @@ def imports(file):
 
 def test_files_import_only_files_further_down_and_schedule_none_of_ours_and_no_torch():
     rows = ["common", "model schedule distill two_four tokenizer report allocate laws modeling_nanoprune",
-            "huggingface llamacpp data", "checkpoint score", "tasks", "eval", "prune folder slicegpt", "train",
+            "huggingface llamacpp data curves", "checkpoint score", "tasks", "eval", "prune folder slicegpt", "train",
             "export sweep bench torch_pruning_peer", "scaling", "reproduce compare smollm2"]
     place = {name: i for i, row in enumerate(rows) for name in row.split()}
     for file in ROOT.glob("*.py"):

@@ -58,7 +58,7 @@ def test_time_ends_a_job_that_does_not_train():
 
 def test_a_run_that_time_stopped_is_saved_and_goes_on(tmp_path, monkeypatch):
     """Stopped in the middle by the clock: what it ends with is what an undisturbed run ends with."""
-    before, folder, steps = signal.getsignal(signal.SIGTERM), tmp_path / "a", 0
+    before, folder = signal.getsignal(signal.SIGTERM), tmp_path / "a"
     real = schedule.lr_at
 
     def stop_here(step, *rest):

@@ -1,0 +1,136 @@
+"""What a grid's records say without any law: recovery curves, whole trainings, two trends, the noise of seeds.
+
+    python -c "import curves; print(curves.wholes(curves.read('results/scaling')).keys())"
+
+A run's records are train.py's metrics.jsonl; a recovery's hold the recipe of the cut before it, and its control is the
+recovery of the same model without one, with the same data in the same order. N is `removable`: parameters of attention
+and FFNs. Not here: making the records (scaling.py), fitting (laws.py).
+"""
+import math
+from pathlib import Path
+
+import report
+from common import UserError
+from model import GPTConfig
+
+
+def read(folder):
+    """{name: {tag: records}} of the finished runs there. UserError: none, or runs that do not compare."""
+    runs = {p.stem: report.records(p) for p in sorted(Path(folder).glob("*.jsonl"))}
+    runs = {name: r for name, r in runs.items() if "summary" in r}
+    if not runs:
+        raise UserError(f"no finished runs in {folder}; python scaling.py run --out {folder} makes them")
+    for key in ("fingerprint", "tokenizer", "block_size", "batch_tokens", "eval_windows"):
+        values = {r["config"][0][key] for r in runs.values()}
+        if len(values) > 1:
+            raise UserError(f"the runs in {folder} do not compare: {key} is one of {', '.join(map(str, values))}")
+    return runs
+
+
+def removable(config):
+    """N of a config as the records hold it: parameters of attention and FFNs."""
+    return GPTConfig(**config).removable_params()
+
+
+def recoveries(runs, first):
+    """Every evaluation of every recovery from `first` (a share of its tokens) on -> {kind: [records]} with the fields
+    of laws.Points, `name`, `model` (path and seed of what was cut) and `cut` (the loss right after it). UserError: a
+    curve without its control."""
+    found, controls = {}, {}
+    starts = {name: r for name, r in runs.items() if r["config"][0]["init"]}
+    of = lambda c: (c["cut"]["cut_from"] if c["cut"] else c["init"], c["seed"])
+    for r in starts.values():
+        if not r["config"][0]["cut"]:
+            controls[of(r["config"][0])] = removable(r["config"][0]["start"]), {e["tokens"]: e["val_loss"]
+                                                                                for e in r["eval"]}
+    for curve, (name, r) in enumerate(starts.items()):
+        c = r["config"][0]
+        if not c["cut"]:
+            continue
+        if of(c) not in controls:
+            raise UserError(f"{name} has no control, the recovery of {of(c)[0]} without a cut; python scaling.py run "
+                            "makes it")
+        n0, control = controls[of(c)]
+        structure = c["cut"]["recipe"]["structure"]
+        kind = {"layer": "depth", "2:4": "2:4"}.get(structure, "width")
+        n = removable(c["start"]) // (2 if kind == "2:4" else 1)
+        last = r["eval"][-1]["tokens"]
+        found.setdefault(kind, []).extend(
+            dict(curve=curve, loss=e["val_loss"], tokens=e["tokens"], n0=n0, n=n, rho=1 - n / n0, before=control[0],
+                 control=control[e["tokens"]], name=name, model=of(c), cut=r["eval"][0]["val_loss"])
+            for e in r["eval"] if e["tokens"] >= max(1, first * last))
+    return found
+
+
+def wholes(runs):
+    """The ends of whole trainings -> {plan: [records]} with `n` at the end, `average` n over the steps, `tokens`,
+    `loss`, `epochs`, `name`, `seed`."""
+    found = {}
+    for name, r in runs.items():
+        c, s = r["config"][0], r["summary"][0]
+        if c["init"]:
+            continue
+        removed = removable(c["start"]), GPTConfig(**c["start"]).num_params()["total"]
+        sizes = [(0, removed[0]), *((e["step"], removed[0] - removed[1] + e["params"]) for e in r.get("prune", ()))]
+        ends = [step for step, _ in sizes[1:]] + [s["step"]]
+        average = sum(n * (end - step) for (step, n), end in zip(sizes, ends)) / s["step"]
+        found.setdefault(c["plan"], []).append(dict(
+            n=removable(c["target"]), average=average, tokens=s["tokens"], loss=s["val_loss"], epochs=s["epochs"],
+            name=name, seed=c["seed"]))
+    return found
+
+
+def reach(curve, height):
+    """Tokens at which a curve [(tokens, excess)] first is down to `height`, between its points straight over the
+    logarithm of the tokens; its first tokens where it begins lower; inf: never."""
+    for (d0, e0), (d1, e1) in zip([curve[0], *curve], curve):
+        if e1 <= height:
+            return d0 * (d1 / d0) ** ((e0 - height) / (e0 - e1)) if e0 > height else d0
+    return math.inf
+
+
+def trends(records):
+    """The paper's two trends on the measured curves, no law between: of curves that differ in the rate (or the model)
+    only, the tokens until the loss is as near to the control's as the worst of them ends. -> lines of Markdown"""
+    curves = {}
+    for r in records:
+        curves.setdefault((r["model"], r["n0"], r["n"], r["rho"]), []).append((r["tokens"], r["loss"] - r["control"]))
+    by_model, by_rank = {}, {}
+    for (model, n0, n, rho), curve in sorted(curves.items(), key=lambda item: (item[0][1], item[0][3])):
+        rank = len(by_model.setdefault(model, []))
+        by_model[model].append((n0, n, rho, curve))
+        by_rank.setdefault((rank, model[1]), []).append((n0, n, rho, curve))
+
+    def compared(groups, label):
+        """-> rows of tokens, and of tokens per parameter left, with a text each; groups of one curve say nothing."""
+        for group in groups:
+            height = max(curve[-1][1] for *_, curve in group)
+            tokens = [reach(curve, height) for *_, curve in group]
+            if len(group) > 1:
+                yield tokens, [t / n for t, (_, n, *_) in zip(tokens, group)], \
+                    f"to {height:+.3f} nats " + ", ".join(f"{label(*about)}: {t / 1e6:.2f}M ({t / about[1]:.1f})"
+                                                          for t, about in zip(tokens, group))
+
+    by_rate = list(compared(by_model.values(), lambda n0, n, rho, _: f"ρ {rho:.3f}"))
+    by_size = list(compared(by_rank.values(), lambda n0, n, rho, _: f"N₀ {n0:,}"))
+    rises = [all(a <= b for a, b in zip(row, row[1:])) for row, _, _ in by_rate]
+    falls = [[all(a >= b for a, b in zip(row, row[1:])) for row in rows] for *rows, _ in by_size]
+    lines = []
+    if rises:
+        lines += [f"- *A higher ρ needs more tokens*: in {sum(rises)} of {len(rises)} models",
+                  *(f"  - N₀ {group[0][0]:,}, {text}" for group, (*_, text) in zip(by_model.values(), by_rate))]
+    if falls:
+        lines += [f"- *A larger model needs fewer tokens*: in {sum(f[0] for f in falls)} of {len(falls)} rates and "
+                  f"seeds; *fewer per parameter left* (in brackets): in {sum(f[1] for f in falls)}",
+                  *(f"  - ρ {group[0][2]:.3f}, {text}" for group, (*_, text) in zip(by_rank.values(), by_size))]
+    return lines
+
+
+def noise(records):
+    """Mean |difference between two seeds| of what a cut costs (loss less L₀) at the same size, rate and tokens; nan
+    where there is one seed."""
+    found = {}
+    for r in records:
+        found.setdefault((r["n0"], r["n"], r["tokens"]), []).append(r["loss"] - r["before"])
+    pairs = [abs(a - b) for a, b, *_ in (v for v in found.values() if len(v) > 1)]
+    return sum(pairs) / len(pairs) if pairs else math.nan
