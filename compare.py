@@ -399,6 +399,27 @@ def row_tables(records):
             ["method", "seeds", "kept", "params (M)", "python", "prose", "both", *files], [row for _, row in rows])
 
 
+def overview(records, keep):
+    """Every method by kept fraction, its test perplexity and the share of questions answered at `keep`, best there
+    first; methods that did not run at it last."""
+    found, answered = cells(records, "test"), {}
+    for r in records:
+        if r["tag"] == "questions" and r["keep"] in (keep, 1):
+            answered.setdefault(r["name"], {})[r["file"], r["limit"]] = r["acc_norm"]
+    all_files = set().union(*answered.values())
+    asked = {name: f"{mean([*share.values()]):.3f}" for name, share in answered.items() if {*share} == all_files}
+    keeps = sorted({k for _, k in found if k < 1}, reverse=True)
+    value = lambda name, k: mean([r["perplexity"] for r in found[name, k].values()]) if (name, k) in found else math.inf
+    names = sorted({name for name, _ in found}, key=lambda name: (name != "dense", value(name, keep), value(name, .5)))
+    rows = [[name if name in (*PUBLISHED, *HALF, "dense") else f"**{name}**",
+             *(short([r["perplexity"] for r in found[at].values()]) if (at := (name, 1.0 if name == "dense" else k))
+               in found else "" for k in keeps), *([asked.get(name, "")] if asked else [])] for name in names]
+    questions = [f"questions at {keep:g}"] if asked else []
+    files = f", and mean accuracy on {', '.join(f'{n} of {file}' for file, n in sorted(all_files))}" if asked else ""
+    return (f"Test perplexity by kept fraction{files} (bold: ours; ±: half the range of calibration seeds):\n\n"
+            + markdown(["method", *(f"keep {k:g}" for k in keeps), *questions], rows))
+
+
 def verdict(differences):
     """Of relative differences in perplexity: whether all, none or some are below 0."""
     below = sum(d < 0 for d in differences)
@@ -452,7 +473,7 @@ def report(records, keep):
     """The tables and what they say about each claim, as Markdown. UserError: no records."""
     if not cells(records, "validation"):
         raise UserError("no records there; give the --out of a comparison that ran")
-    return "\n\n".join((grid_table(records, keep), *row_tables(records), claims(records, keep)))
+    return "\n\n".join((overview(records, keep), grid_table(records, keep), claims(records, keep), *row_tables(records)))
 
 
 if __name__ == "__main__":
