@@ -473,7 +473,8 @@ def report(records, keep):
     """The tables and what they say about each claim, as Markdown. UserError: no records."""
     if not cells(records, "validation"):
         raise UserError("no records there; give the --out of a comparison that ran")
-    return "\n\n".join((overview(records, keep), grid_table(records, keep), claims(records, keep), *row_tables(records)))
+    return "\n\n".join((overview(records, keep), grid_table(records, keep), claims(records, keep),
+                        *row_tables(records)))
 
 
 if __name__ == "__main__":
