@@ -125,6 +125,21 @@ def test_claims_are_the_written_numbers():
     assert "worse" not in text and "Refused: SliceGPT at 0.8" in text
 
 
+def test_overview_has_every_method_once_the_dense_model_first_and_then_the_best():
+    records = [cell("test", *about) for about in (
+        ("FLAP", .8, 0, 20.), ("FLAP", .8, 1, 22.), ("FLAP", .6, 0, 50.), ("dense", 1.0, 0, 10.),
+        ("taylor / global", .8, 0, 15.), ("2:4, Wanda", .5, 0, 60.))]
+    asked = (("dense", 1.0, "a", .5), ("dense", 1.0, "b", .25), ("FLAP", .8, "a", .4))
+    records += [{"tag": "questions", "name": name, "keep": keep, "seed": 0, "file": file, "limit": 500, "acc_norm": x}
+                for name, keep, file, x in asked]
+    text = compare.overview(records, .8)
+    assert "and mean accuracy on 500 of a, 500 of b" in text
+    assert text.splitlines()[2:] == [
+        "| method | keep 0.8 | keep 0.6 | keep 0.5 | questions at 0.8 |", "| --- | --- | --- | --- | --- |",
+        "| dense | 10.00 | 10.00 | 10.00 | 0.375 |", "| **taylor / global** | 15.00 |  |  |  |",
+        "| FLAP | 21.00 ± 1.00 | 50.00 |  |  |", "| 2:4, Wanda |  |  | 60.00 |  |"]         # of FLAP not all files yet
+
+
 def test_cost_is_a_ratio_of_one_run(folder, tmp_path):
     bench = compare.Bench(compare.Compare(str(folder), out=str(tmp_path), **SMALL))
     before = {name: p.clone() for name, p in bench.model.named_parameters()}
