@@ -37,6 +37,8 @@ def shrunk(command, runs):
             words += ["--out", f"{runs}/{c.plan}-{Path(c.init).name if c.init else 'laptop'}-{c.seed}"]
     if words[1] == "compare.py" and "report" not in words:
         words += shlex.split("--part grid --tokens 64 --windows 8 --block-size 32")
+    if words[1] == "scaling.py":
+        words += ["--preset", "toy", "--minutes", ".05", "--out", str(runs / "grid"), "--runs", str(runs / "of-grid")]
     if words[1] == "reproduce.py":
         words += ["--preset", "toy", "--steps", "120", "--seeds", "1", "--runs", str(runs / "again")]
     return words
