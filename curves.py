@@ -70,8 +70,8 @@ def wholes(runs):
         c, s = r["config"][0], r["summary"][0]
         if c["init"]:
             continue
-        removed = removable(c["start"]), GPTConfig(**c["start"]).num_params()["total"]
-        sizes = [(0, removed[0]), *((e["step"], removed[0] - removed[1] + e["params"]) for e in r.get("prune", ()))]
+        n, total = removable(c["start"]), GPTConfig(**c["start"]).num_params()["total"]
+        sizes = [(0, n), *((e["step"], n - (total - e["params"])) for e in r.get("prune", ()))]
         ends = [step for step, _ in sizes[1:]] + [s["step"]]
         average = sum(n * (end - step) for (step, n), end in zip(sizes, ends)) / s["step"]
         found.setdefault(c["plan"], []).append(dict(
@@ -101,28 +101,24 @@ def trends(records):
         by_model[model].append((n0, n, rho, curve))
         by_rank.setdefault((rank, model[1]), []).append((n0, n, rho, curve))
 
-    def compared(groups, label):
-        """-> rows of tokens, and of tokens per parameter left, with a text each; groups of one curve say nothing."""
-        for group in groups:
+    def compared(groups, title, label):
+        """-> for every group of several curves its tokens, those per parameter left, and a line."""
+        for group in groups.values():
             height = max(curve[-1][1] for *_, curve in group)
             tokens = [reach(curve, height) for *_, curve in group]
+            each = [f"{label(*about)}: {t / 1e6:.2f}M ({t / about[1]:.1f})" for t, about in zip(tokens, group)]
             if len(group) > 1:
-                yield tokens, [t / n for t, (_, n, *_) in zip(tokens, group)], \
-                    f"to {height:+.3f} nats " + ", ".join(f"{label(*about)}: {t / 1e6:.2f}M ({t / about[1]:.1f})"
-                                                          for t, about in zip(tokens, group))
+                yield (tokens, [t / about[1] for t, about in zip(tokens, group)],
+                       f"  - {title(*group[0])}, to {height:+.3f} nats: {', '.join(each)}")
 
-    by_rate = list(compared(by_model.values(), lambda n0, n, rho, _: f"ρ {rho:.3f}"))
-    by_size = list(compared(by_rank.values(), lambda n0, n, rho, _: f"N₀ {n0:,}"))
-    rises = [all(a <= b for a, b in zip(row, row[1:])) for row, _, _ in by_rate]
-    falls = [[all(a >= b for a, b in zip(row, row[1:])) for row in rows] for *rows, _ in by_size]
-    lines = []
-    if rises:
-        lines += [f"- *A higher ρ needs more tokens*: in {sum(rises)} of {len(rises)} models",
-                  *(f"  - N₀ {group[0][0]:,}, {text}" for group, (*_, text) in zip(by_model.values(), by_rate))]
-    if falls:
-        lines += [f"- *A larger model needs fewer tokens*: in {sum(f[0] for f in falls)} of {len(falls)} rates and "
-                  f"seeds; *fewer per parameter left* (in brackets): in {sum(f[1] for f in falls)}",
-                  *(f"  - ρ {group[0][2]:.3f}, {text}" for group, (*_, text) in zip(by_rank.values(), by_size))]
+    n0_of, rho_of = lambda n0, *_: f"N₀ {n0:,}", lambda n0, n, rho, _: f"ρ {rho:.3f}"
+    by_rate, by_size = list(compared(by_model, n0_of, rho_of)), list(compared(by_rank, rho_of, n0_of))
+    falling = lambda numbers: all(a >= b for a, b in zip(numbers, numbers[1:]))
+    rise = sum(falling(tokens[::-1]) for tokens, _, _ in by_rate)
+    fall, relative = (sum(falling(row[i]) for row in by_size) for i in (0, 1))
+    lines = [f"- *A higher ρ needs more tokens*: in {rise} of {len(by_rate)} models", *(line for *_, line in by_rate)]
+    lines += [f"- *A larger model needs fewer tokens*: in {fall} of {len(by_size)} rates and seeds; *fewer per "
+              f"parameter left* (in brackets): in {relative}", *(line for *_, line in by_size)]
     return lines
 
 

@@ -220,6 +220,8 @@ def fit_report(c, runs):
             samples = laws.bootstrap(fit, points, n=c.samples)
             rows.append(constants(kind, fit, points, samples))
             said += [f"- {kind}: {text}" for text in laws.unpinned(fit, points, samples)]
+    if not kinds:
+        return "\n\n".join([*parts, *average_law(whole)])
     parts += [f"P² law, {c.loss} loss, in brackets 90 % of the bootstrap over runs:",
               markdown(["cut", "points", *P2, "R²", "mean error (nats)", "ASD"], rows), "\n".join(said),
               "Mean error in nats, where the law was fitted and where it was not:",
@@ -254,7 +256,7 @@ def main_fit(c):
                         f"{c.samples} at least 1")
     runs = curves.read(c.folder)
     print(fit_report(c, runs))
-    print(f"\n{picture(c, runs)}")
+    print(f"\n{picture(c, runs) if curves.recoveries(runs, c.first) else 'no recoveries yet, so no pictures'}")
 
 
 def picture(c, runs):

@@ -190,6 +190,19 @@ def test_report_has_every_law_and_the_trends_that_were_planted(grid):
     assert "| 8x64" not in text and f"| {preset('8x64', 256, 1.0)[0].removable_params():,} | 0 | 16,777,216 |" in text
 
 
+def test_a_grid_that_is_not_finished_says_what_it_has(grid, tmp_path, capsys):
+    for file in grid.glob("8x*.jsonl"):
+        (tmp_path / file.name).write_text(file.read_text())
+    scaling.main_fit(Fit(str(tmp_path), **QUICK))
+    assert "no recoveries yet" in capsys.readouterr().out
+    for name in ("control-8x16-100", "width-0.2-8x16-100", "width-0.5-8x16-100", "control-8x32-100",
+                 "width-0.2-8x32-100"):
+        (tmp_path / f"{name}.jsonl").write_text((grid / f"{name}.jsonl").read_text())
+    lines = curves.trends(curves.recoveries(curves.read(tmp_path), .05)["width"])        # one model has one rate only
+    assert lines[0].endswith("in 1 of 1 models") and lines[1].startswith("  - N₀ 32,768, to")
+    assert lines[2].startswith("- *A larger model needs fewer tokens*: in 0 of 1 rates") and len(lines) == 4
+
+
 def test_tokens_until_a_height_are_read_off_between_points():
     curve = [(100, .4), (1000, .2), (10000, .1)]
     assert curves.reach(curve, .3) == pytest.approx(10 ** 2.5)
