@@ -6,9 +6,11 @@ A run's records are train.py's metrics.jsonl; a recovery's hold the recipe of th
 recovery of the same model without one, with the same data in the same order. N is `removable`: parameters of attention
 and FFNs. Not here: making the records (scaling.py), fitting (laws.py).
 """
+import itertools
 import math
 from pathlib import Path
 
+import laws
 import report
 from common import UserError
 from model import GPTConfig
@@ -21,7 +23,7 @@ def read(folder):
     if not runs:
         raise UserError(f"no finished runs in {folder}; python scaling.py run --out {folder} makes them")
     for key in ("fingerprint", "tokenizer", "block_size", "batch_tokens", "eval_windows"):
-        values = {r["config"][0][key] for r in runs.values()}
+        values = {r["config"][0].get(key) for r in runs.values()}
         if len(values) > 1:
             raise UserError(f"the runs in {folder} do not compare: {key} is one of {', '.join(map(str, values))}")
     return runs
@@ -34,41 +36,44 @@ def removable(config):
 
 def recoveries(runs, first):
     """Every evaluation of every recovery from `first` (a share of its tokens) on -> {kind: [records]} with the fields
-    of laws.Points, `name`, `model` (path and seed of what was cut) and `cut` (the loss right after it). UserError: a
-    curve without its control."""
+    of laws.Points, `name`, `model` (path and seed of what was cut) and `cut` (the loss right after it). Recoveries
+    whose control, the run named control-…, is not there yet are left out. UserError: a control that does not begin
+    where the training of its model ended."""
     found, controls = {}, {}
-    starts = {name: r for name, r in runs.items() if r["config"][0]["init"]}
-    of = lambda c: (c["cut"]["cut_from"] if c["cut"] else c["init"], c["seed"])
-    for r in starts.values():
-        if not r["config"][0]["cut"]:
-            controls[of(r["config"][0])] = removable(r["config"][0]["start"]), {e["tokens"]: e["val_loss"]
-                                                                                for e in r["eval"]}
+    starts = {name: r for name, r in runs.items() if r["config"][0].get("init")}
+    for name, r in starts.items():
+        c = r["config"][0]
+        if name.startswith("control"):
+            controls[c["init"], c["seed"]] = removable(c["start"]), {e["tokens"]: e["val_loss"] for e in r["eval"]}
+            whole = runs.get(Path(c["init"]).name)
+            if whole and abs(whole["summary"][0]["val_loss"] - r["eval"][0]["val_loss"]) > 1e-3:
+                raise UserError(f"{name} begins at {r['eval'][0]['val_loss']:.6f} nats, and the training of its model "
+                                f"ended at {whole['summary'][0]['val_loss']:.6f}: it is another model's; delete {name} "
+                                "and all recoveries of it, records and run folders")
     for curve, (name, r) in enumerate(starts.items()):
         c = r["config"][0]
-        if not c["cut"]:
+        model = (c["cut"]["cut_from"], c["seed"]) if c.get("cut") else None
+        if name.startswith("control") or model not in controls:
             continue
-        if of(c) not in controls:
-            raise UserError(f"{name} has no control, the recovery of {of(c)[0]} without a cut; python scaling.py run "
-                            "makes it")
-        n0, control = controls[of(c)]
+        n0, control = controls[model]
         structure = c["cut"]["recipe"]["structure"]
         kind = {"layer": "depth", "2:4": "2:4"}.get(structure, "width")
         n = removable(c["start"]) // (2 if kind == "2:4" else 1)
         last = r["eval"][-1]["tokens"]
         found.setdefault(kind, []).extend(
             dict(curve=curve, loss=e["val_loss"], tokens=e["tokens"], n0=n0, n=n, rho=1 - n / n0, before=control[0],
-                 control=control[e["tokens"]], name=name, model=of(c), cut=r["eval"][0]["val_loss"])
+                 control=control.get(e["tokens"], math.nan), name=name, model=model, cut=r["eval"][0]["val_loss"])
             for e in r["eval"] if e["tokens"] >= max(1, first * last))
     return found
 
 
 def wholes(runs):
-    """The ends of whole trainings -> {plan: [records]} with `n` at the end, `average` n over the steps, `tokens`,
-    `loss`, `epochs`, `name`, `seed`."""
+    """The ends of whole trainings, not of those from --init -> {plan: [records]} with `n` at the end, `average` n over
+    the steps, `tokens`, `loss`, `epochs`, `name`, `seed`."""
     found = {}
     for name, r in runs.items():
         c, s = r["config"][0], r["summary"][0]
-        if c["init"]:
+        if c.get("init"):
             continue
         n, total = removable(c["start"]), GPTConfig(**c["start"]).num_params()["total"]
         sizes = [(0, n), *((e["step"], n - (total - e["params"])) for e in r.get("prune", ()))]
@@ -91,15 +96,16 @@ def reach(curve, height):
 
 def trends(records):
     """The paper's two trends on the measured curves, no law between: of curves that differ in the rate (or the model)
-    only, the tokens until the loss is as near to the control's as the worst of them ends. -> lines of Markdown"""
-    curves = {}
+    only, the tokens until the loss is as near to the control's as the worst of them ends, its first tokens for a curve
+    that begins nearer. Rates within laws.NEAR count as one. -> lines of Markdown"""
+    curves, by_model, by_rate = {}, {}, {}
     for r in records:
         curves.setdefault((r["model"], r["n0"], r["n"], r["rho"]), []).append((r["tokens"], r["loss"] - r["control"]))
-    by_model, by_rank = {}, {}
     for (model, n0, n, rho), curve in sorted(curves.items(), key=lambda item: (item[0][1], item[0][3])):
-        rank = len(by_model.setdefault(model, []))
-        by_model[model].append((n0, n, rho, curve))
-        by_rank.setdefault((rank, model[1]), []).append((n0, n, rho, curve))
+        by_model.setdefault(model, []).append((n0, n, rho, curve))
+        near = next((key for key in by_rate if key[1] == model[1] and max(key[0] / rho, rho / key[0]) < laws.NEAR),
+                    (rho, model[1]))
+        by_rate.setdefault(near, []).append((n0, n, rho, curve))
 
     def compared(groups, title, label):
         """-> for every group of several curves its tokens, those per parameter left, and a line."""
@@ -112,13 +118,13 @@ def trends(records):
                        f"  - {title(*group[0])}, to {height:+.3f} nats: {', '.join(each)}")
 
     n0_of, rho_of = lambda n0, *_: f"N₀ {n0:,}", lambda n0, n, rho, _: f"ρ {rho:.3f}"
-    by_rate, by_size = list(compared(by_model, n0_of, rho_of)), list(compared(by_rank, rho_of, n0_of))
+    rates, sizes = list(compared(by_model, n0_of, rho_of)), list(compared(by_rate, rho_of, n0_of))
     falling = lambda numbers: all(a >= b for a, b in zip(numbers, numbers[1:]))
-    rise = sum(falling(tokens[::-1]) for tokens, _, _ in by_rate)
-    fall, relative = (sum(falling(row[i]) for row in by_size) for i in (0, 1))
-    lines = [f"- *A higher ρ needs more tokens*: in {rise} of {len(by_rate)} models", *(line for *_, line in by_rate)]
-    lines += [f"- *A larger model needs fewer tokens*: in {fall} of {len(by_size)} rates and seeds; *fewer per "
-              f"parameter left* (in brackets): in {relative}", *(line for *_, line in by_size)]
+    rise = sum(falling(tokens[::-1]) for tokens, _, _ in rates)
+    fall, relative = (sum(falling(row[i]) for row in sizes) for i in (0, 1))
+    lines = [f"- *A higher ρ needs more tokens*: in {rise} of {len(rates)} models", *(line for *_, line in rates)]
+    lines += [f"- *A larger model needs fewer tokens*: in {fall} of {len(sizes)} rates and seeds; *fewer per "
+              f"parameter left* (in brackets): in {relative}", *(line for *_, line in sizes)]
     return lines
 
 
@@ -128,5 +134,5 @@ def noise(records):
     found = {}
     for r in records:
         found.setdefault((r["n0"], r["n"], r["tokens"]), []).append(r["loss"] - r["before"])
-    pairs = [abs(a - b) for a, b, *_ in (v for v in found.values() if len(v) > 1)]
+    pairs = [abs(a - b) for costs in found.values() for a, b in itertools.combinations(costs, 2)]
     return sum(pairs) / len(pairs) if pairs else math.nan

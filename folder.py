@@ -56,13 +56,16 @@ class Folder:
         self.batch_tokens, self.tokenizer_files = config.batch_tokens, tokenizer_files
         self.identity = {k: v for k, v in asdict(config).items() if k not in NOT_IDENTITY}
         self.identity["fingerprint"] = fingerprint
+        self.usual = {f.name: f.default for f in fields(config)}
 
     def log(self, tag, step, **record):
         if self.writes:
             append_record(self.metrics, tag=tag, step=step, tokens=step * self.batch_tokens, **record)
 
     def refuse_others(self, found):
-        """UserError where `found` is another configuration than ours."""
+        """UserError where `found` is another configuration than ours. A setting that it does not have, as the code that
+        wrote it had no such flag, is as by default."""
+        found = {**self.usual, **found}
         differ = [f"{k} is {found.get(k)!r} there and {v!r} here"
                   for k, v in self.identity.items() if found.get(k) != v]
         if differ:

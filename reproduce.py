@@ -39,7 +39,8 @@ def main(config):
             folder = Path(config.runs) / f"{plan}{mark}-{config.preset}-{seed}"
             results.append((Path("results") / config.preset / f"{plan}{mark}-{seed}.jsonl", folder))
             todo.append((folder, dict(plan=plan, seed=seed, preset=config.preset, **chosen)))
-    sweep.side_by_side(sweep.one, todo, config.jobs)
+    if sweep.side_by_side(sweep.one, todo, config.jobs) < len(todo):
+        raise UserError("stopped before all runs were finished; the same command goes on")
     for path, folder in results:
         sweep.keep_records(folder, path)
         if path.stem.endswith("-0") and (folder / "run.png").exists():

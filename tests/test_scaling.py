@@ -6,15 +6,18 @@ import re
 import numpy as np
 import pytest
 
+import checkpoint
 import curves
+import grid as grid_
 import laws
 import scaling
 import sweep
 import train
 from common import UserError, read_records
+from grid import Grid
 from model import preset
 from prune import Prune
-from scaling import Fit, Grid, Plan
+from scaling import Fit, Plan
 
 BETA, GAMMA = .4, -1.5
 TOKENS = np.geomspace(2e5, 4e6, 12).round()
@@ -70,7 +73,7 @@ def grid(tmp_path_factory):
 
 
 def test_the_grid_is_as_large_as_it_says():
-    wholes, after = scaling.jobs(Grid())
+    wholes, after = grid_.jobs(Grid())
     names = [name for name, *_ in wholes + after]
     assert len({*names}) == len(names) == 8 + 4 * (8 + 4) + 4 * 5
     sizes = [preset(settings["preset"], 256, 1.0)[0] for _, settings, _ in wholes]
@@ -90,7 +93,7 @@ def test_the_grid_is_as_large_as_it_says():
 
 
 def test_models_that_are_there_are_recovered_only():
-    wholes, after = scaling.jobs(Grid(init=("some/model",), seeds=1))
+    wholes, after = grid_.jobs(Grid(init=("some/model",), seeds=1))
     assert not wholes and [name for name, *_ in after][0] == "control-model-0"
     assert {s["init"] for _, s, _ in after} == {"some/model"} and after[0][1]["lr"] == 2e-5
 
@@ -99,12 +102,12 @@ def test_a_job_cuts_trains_and_keeps_records_that_say_what_was_cut(tmp_path):
     """With a run that is finished, and refused where the records are of another one."""
     c = Grid(preset="toy", out=f"{tmp_path}/out", runs=f"{tmp_path}/runs", tokens=400 * 256, recover_tokens=8 * 256,
              batch_tokens=256, micro_batch=2, eval_windows=2)
-    wholes, after = scaling.jobs(c)
+    wholes, after = grid_.jobs(c)
     todo = {name: (settings, cut) for name, settings, cut in wholes + after}
-    scaling.job(c, "8x16-0", dict(todo["8x16-0"][0], steps=4, eval_every=4), None)
+    grid_.job(c, "8x16-0", dict(todo["8x16-0"][0], steps=4, eval_every=4), None)
     for name in ("control-8x16-0", "width-0.25-8x16-0", "depth-0.25-8x16-0", "2-4-8x16-0"):
         settings, cut = todo[name]
-        scaling.job(c, name, scaling.after_cut(c, name, settings, cut), cut)
+        grid_.job(c, name, grid_.after_cut(c, name, settings, cut), cut)
     runs = curves.read(c.out)
     found, n0 = curves.recoveries(runs, 0), preset("8x16", 256, 1.0)[0].removable_params()
     assert {kind: records[0]["n"] for kind, records in found.items()} == {
@@ -117,25 +120,28 @@ def test_a_job_cuts_trains_and_keeps_records_that_say_what_was_cut(tmp_path):
         assert records[-1]["control"] == runs["control-8x16-0"]["summary"][0]["val_loss"]
         assert records[0]["cut"] > records[0]["before"]
     settings, cut = todo["control-8x16-0"]
-    assert scaling.finished(f"{c.out}/control-8x16-0.jsonl", settings)
+    assert grid_.finished(f"{c.out}/control-8x16-0.jsonl", settings)
     with pytest.raises(UserError, match="steps is 8 there and 9 here.*another --out"):
-        scaling.finished(f"{c.out}/control-8x16-0.jsonl", dict(settings, steps=9))
-    assert not scaling.finished(f"{c.out}/nothing.jsonl", settings)
+        grid_.finished(f"{c.out}/control-8x16-0.jsonl", dict(settings, steps=9))
+    assert not grid_.finished(f"{c.out}/nothing.jsonl", settings)
 
 
 def test_run_says_what_is_left_and_refuses_nonsense(tmp_path, capsys, monkeypatch):
     c = Grid(preset="toy", out=f"{tmp_path}/out", runs=f"{tmp_path}/runs")
     monkeypatch.setattr(sweep, "side_by_side", lambda job, todo, *_: len(todo) - 1)
-    scaling.run_grid(c)
+    grid_.run_grid(c)
     assert "1 runs of this wave are left" in capsys.readouterr().out
     monkeypatch.setattr(sweep, "side_by_side", lambda job, todo, *_: len(todo))
-    scaling.run_grid(c)
+    with pytest.raises(UserError, match="runs/8x32-0 is gone, with which control-8x32-0 begins"):
+        grid_.run_grid(c)
+    monkeypatch.setattr(checkpoint, "checkpoints", lambda folder: [folder])
+    grid_.run_grid(c)
     assert "all runs are finished" in capsys.readouterr().out
     for wrong, match in ((dict(seeds=0), "--seeds 0"), (dict(minutes=0.), "--minutes 0.0 above 0"),
                          (dict(preset="x"), "toy, cpu, gpu"), (dict(tokens=1000), "1 and 64 steps of 512")):
         with pytest.raises(UserError, match=match):
-            scaling.run_grid(dataclasses.replace(c, **wrong))
-    with pytest.raises(UserError, match="run | fit | plan"):
+            grid_.run_grid(dataclasses.replace(c, **wrong))
+    with pytest.raises(UserError, match=r"run \| fit \| plan"):
         scaling.main([])
 
 
@@ -148,11 +154,17 @@ def test_curves_have_their_control_and_begin_behind_the_first_share(grid):
     assert len({r["curve"] for r in records}) == 24 and {round(r["rho"], 2) for r in records} == {.15, .26, .38}
 
 
-def test_a_curve_without_its_control_and_mixed_texts_are_refused(grid, tmp_path):
+def test_a_curve_waits_for_its_control_and_others_controls_and_mixed_texts_are_refused(grid, tmp_path):
     for name in ("width-0.2-8x16-100", "8x16-0"):
         (tmp_path / f"{name}.jsonl").write_text((grid / f"{name}.jsonl").read_text())
-    with pytest.raises(UserError, match="width-0.2-8x16-100 has no control"):
+    assert curves.recoveries(curves.read(tmp_path), .05) == {}
+    control = (grid / "control-8x16-100.jsonl").read_text()
+    (tmp_path / "control-8x16-100.jsonl").write_text(control)
+    assert len(curves.recoveries(curves.read(tmp_path), .05)["width"]) == sum(TOKENS >= .05 * TOKENS[-1])
+    (tmp_path / "8x16.jsonl").write_text((grid / "8x16-0-of-2.jsonl").read_text())        # another model's training
+    with pytest.raises(UserError, match="control-8x16-100 begins at .* another model's"):
         curves.recoveries(curves.read(tmp_path), .05)
+    (tmp_path / "8x16.jsonl").unlink()
     other = (grid / "8x32-0.jsonl").read_text().replace('"fingerprint": "f"', '"fingerprint": "g"')
     (tmp_path / "8x32-0.jsonl").write_text(other)
     with pytest.raises(UserError, match="fingerprint is one of"):
@@ -187,7 +199,7 @@ def test_report_has_every_law_and_the_trends_that_were_planted(grid):
     row = next(line for line in text.splitlines() if line.startswith("| width | p2 |"))
     assert all(float(x) < .2 for x in re.findall(r"\(([\d.]+) %\)", row))               # it is the law that was planted
     assert "*A higher ρ needs more tokens*: in 8 of 8 models" in text
-    assert "| 8x64" not in text and f"| {preset('8x64', 256, 1.0)[0].removable_params():,} | 0 | 16,777,216 |" in text
+    assert f"| {preset('8x64', 256, 1.0)[0].removable_params():,} | 0 | 16,777,216 |" in text
 
 
 def test_a_grid_that_is_not_finished_says_what_it_has(grid, tmp_path, capsys):
@@ -213,6 +225,38 @@ def test_noise_is_the_difference_between_seeds_of_what_a_cut_costs(grid):
     records = curves.recoveries(curves.read(grid), .05)["width"]
     assert curves.noise(records) == pytest.approx(.0005 * 2 / np.sqrt(np.pi), rel=.3)       # of two normal numbers
     assert np.isnan(curves.noise([r for r in records if r["model"][1] == 100]))
+
+
+def test_rates_are_compared_with_those_that_are_near(grid):
+    """A model that has only the largest rate is not paired with another's smallest."""
+    records = [r for r in curves.recoveries(curves.read(grid), .05)["width"] if r["model"][1] == 100]
+    records = [r for r in records if r["n0"] < 500_000 or r["rho"] > .3]
+    lines = [line for line in curves.trends(records) if "N₀ 524,288:" in line]
+    assert len(lines) == 1 and lines[0].startswith("  - ρ 0.375, to")
+
+
+def test_a_grid_of_other_settings_or_too_little_text_is_refused(tmp_path, monkeypatch):
+    c = Grid(preset="toy", out=f"{tmp_path}/out", runs=f"{tmp_path}/runs")
+    monkeypatch.setattr(sweep, "side_by_side", lambda job, todo, *_: 0)
+    grid_.run_grid(c)
+    grid_.run_grid(dataclasses.replace(c, seeds=3, jobs=1, minutes=1.))                       # these may change
+    with pytest.raises(UserError, match="holds another grid .tokens is None there and 500000 here.*another --runs"):
+        grid_.run_grid(dataclasses.replace(c, tokens=500_000))
+    (tmp_path / "text").write_text("word\n" * 20_000)
+    with pytest.raises(UserError, match="262,144 tokens are 3 epochs|more than 4"):
+        grid_.run_grid(dataclasses.replace(c, runs=f"{tmp_path}/other", data=str(tmp_path / "text"), tokens=600_000))
+    with pytest.raises(UserError, match="their folders have the same name"):
+        grid_.jobs(Grid(init=("a/final", "b/final")))
+    assert not (tmp_path / "other" / "grid.json").exists()
+
+
+@pytest.mark.parametrize("preset_name", grid_.GRIDS)
+def test_every_preset_trains_more_than_20_tokens_per_parameter(preset_name):
+    wholes, _ = grid_.jobs(Grid(preset=preset_name))
+    for _, settings, _ in wholes:
+        n = preset(settings["preset"], 256, 1.0)[0].removable_params()
+        assert preset_name == "toy" or settings["steps"] * settings["batch_tokens"] > 20 * n
+    assert preset_name == "toy" or len({settings["preset"] for _, settings, _ in wholes}) >= 4
 
 
 def plan(grid, capsys, **settings):
@@ -243,11 +287,32 @@ def test_a_plan_does_not_extrapolate_unless_told(grid, capsys):
                             (dict(budget_tokens=1e8), "--budget-tokens 1e.08 is outside"),
                             (dict(target_loss=far), "tokens needed, .* is"),
                             (dict(kind="depth", budget_tokens=1e6), "not measured.*there are width"),
+                            (dict(budget_tokens=1e6, before=9.), "loss before the cut, 9 is outside"),
                             (dict(), "one of --target-loss, --budget-tokens"),
                             (dict(target_loss=2., budget_tokens=1e6), "one of --target-loss, --budget-tokens")):
         with pytest.raises(UserError, match=match):
             plan(grid, capsys, **settings)
     assert "nats per token" in plan(grid, capsys, n0=3e6, budget_tokens=1e8, extrapolate=True)
+    assert "token" in plan(grid, capsys, rho=.147, budget_tokens=1e6)          # measured .148 to .152, asked for as .15
+
+
+def test_a_plan_says_so_where_a_loss_is_out_of_reach(grid, capsys):
+    out = plan(grid, capsys, target_loss=1.)
+    assert "not by this recovery, however long" in out and "inf" not in out and "nan" not in out
+    out = plan(grid, capsys, target_loss=1.745, before=1.642, n0=524_288., rho=.15, extrapolate=True)
+    assert "parameters from scratch" in out and "inf" not in out
+
+
+def test_a_plan_without_whole_trainings_needs_the_loss_before_and_one_model_is_enough(grid, tmp_path, capsys):
+    for file in grid.glob("*-8x32-10?.jsonl"):
+        (tmp_path / file.name).write_text(file.read_text())
+    with pytest.raises(UserError, match="give --before"):
+        plan(tmp_path, capsys, n0=131_072., budget_tokens=1e6)
+    before = whole_loss(131_072, 2 ** 24)
+    out = plan(tmp_path, capsys, n0=131_072., budget_tokens=1e6, before=before)
+    assert "from scratch" not in out
+    told = float(re.search(r"tokens: ([\d.]+) nats", out)[1])
+    assert told == pytest.approx(cut_loss(before, 131_072, .25, 1e6), abs=.01)
 
 
 def test_pictures_are_drawn(grid):

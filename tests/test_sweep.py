@@ -1,16 +1,20 @@
 """Runs side by side: all are run, late ones not, stopped ones are saved and go on; and when to evaluate."""
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import report
 import schedule
 import sweep
 from common import UserError, read_records
 
+ROOT = Path(__file__).parent.parent
 TOY = dict(plan="scratch", preset="toy", batch_tokens=256, micro_batch=4, eval_windows=4)
 
 
@@ -21,12 +25,35 @@ def note(folder, text):
 def leave(folder, text):
     note(folder, text)
     if text == "b":
-        raise SystemExit(1)
+        raise SystemExit(143)
 
 
 def refuse(folder):
     raise UserError("a sentence")
 
+
+def die(folder):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stay(folder):
+    note(folder, "begun")
+    time.sleep(120)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0]
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def until(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition() and time.time() < end:
+        time.sleep(.1)
+    return condition()
 
 
 def test_each_job_has_a_process_of_its_own(tmp_path):
@@ -34,32 +61,44 @@ def test_each_job_has_a_process_of_its_own(tmp_path):
     assert len({(tmp_path / name).read_text() for name in "abc"} | {str(os.getpid())}) == 4
 
 
-def test_none_begins_too_late_and_one_that_ends_early_stops_no_other(tmp_path):
+def test_none_begins_too_late_and_one_that_was_stopped_stops_no_other(tmp_path):
     assert sweep.side_by_side(note, [(tmp_path, "late")], 1, until=time.time() - 1) == 0
     assert not (tmp_path / "late").exists()
     assert sweep.side_by_side(leave, [(tmp_path, name) for name in "abc"], 1) == 2
     assert (tmp_path / "c").exists()
 
 
-def test_what_a_job_raises_reaches_the_caller(tmp_path):
-    with pytest.raises(UserError, match="a sentence"):
-        sweep.side_by_side(refuse, [(tmp_path,)], 1)
+@pytest.mark.parametrize("function, code", [(refuse, 2), (die, -9)])
+def test_a_job_that_fails_or_is_killed_ends_the_others(tmp_path, function, code, capfd):
+    """Nobody waits for a process that the system killed."""
+    with pytest.raises(UserError, match=f"exit code {code}"):
+        sweep.side_by_side(function, [(tmp_path,)], 1)
+    assert function is die or "error: a sentence" in capfd.readouterr().err
 
 
-def test_time_ends_a_job_that_does_not_train():
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        begin = time.time()
-        assert not sweep.call((time.sleep, (30,), begin + .5))
-        assert time.time() - begin < 20
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def test_time_ends_a_job_that_does_not_train(tmp_path):
+    assert sweep.side_by_side(stay, [(tmp_path,)], 1, until=time.time() + 8) == 0
+    assert (tmp_path / "begun").exists()
 
 
-def test_a_run_that_time_stopped_is_saved_and_goes_on(tmp_path, monkeypatch):
-    """Stopped in the middle by the clock: what it ends with is what an undisturbed run ends with."""
-    before, folder = signal.getsignal(signal.SIGTERM), tmp_path / "a"
-    real = schedule.lr_at
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_jobs_end_with_their_parent(tmp_path, number):
+    """A job that went on alone would write into the folder of the one that the same command starts again."""
+    code = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\nimport sweep, test_sweep\n" \
+           f"if __name__ == '__main__': sweep.side_by_side(test_sweep.stay, [({str(tmp_path)!r},)], 1)"
+    (tmp_path / "parent.py").write_text(code)
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], stderr=subprocess.DEVNULL)
+    assert until((tmp_path / "begun").exists)
+    time.sleep(.2)
+    pid = int((tmp_path / "begun").read_text())
+    parent.send_signal(number)
+    parent.wait()
+    assert until(lambda: not alive(pid))
+
+
+def test_a_run_that_was_stopped_is_saved_and_goes_on(tmp_path, monkeypatch):
+    """What it ends with is what an undisturbed run ends with; its records are kept once it is finished."""
+    folder, real = tmp_path / "a", schedule.lr_at
 
     def stop_here(step, *rest):
         if step == 7:
@@ -67,16 +106,29 @@ def test_a_run_that_time_stopped_is_saved_and_goes_on(tmp_path, monkeypatch):
         return real(step, *rest)
 
     monkeypatch.setattr(schedule, "lr_at", stop_here)
-    try:
-        assert not sweep.call((sweep.one, (folder, dict(TOY, steps=12)), None))
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert "summary" not in report.records(folder)
+    with pytest.raises(SystemExit) as end:
+        sweep.one(folder, dict(TOY, steps=12))
+    assert end.value.code in sweep.STOPPED and "summary" not in report.records(folder)
+    with pytest.raises(UserError, match="is not finished"):
+        sweep.keep_records(folder, tmp_path / "kept.jsonl")
+    assert not (tmp_path / "kept.jsonl").exists()
     monkeypatch.setattr(schedule, "lr_at", real)
     sweep.one(folder, dict(TOY, steps=12))
     sweep.one(tmp_path / "b", dict(TOY, steps=12))
     a, b = (report.records(tmp_path / name)["summary"][0] for name in "ab")
     assert a["val_loss"] == b["val_loss"]
+
+
+def test_a_run_of_code_without_a_newer_flag_goes_on(tmp_path):
+    """Its folder does not name the flag: it is taken to have run with the default, and with no other value."""
+    sweep.one(tmp_path / "a", dict(TOY, steps=6))
+    path = max((tmp_path / "a").glob("ckpt_*.pt"))
+    saved = torch.load(path, weights_only=True)
+    del saved["run"]["eval_growth"]
+    torch.save(saved, path)
+    sweep.one(tmp_path / "a", dict(TOY, steps=6))
+    with pytest.raises(UserError, match="eval_growth is 1.0 there and 1.5 here"):
+        sweep.one(tmp_path / "a", dict(TOY, steps=6, eval_growth=1.5))
 
 
 def test_records_are_kept_without_training_steps(tmp_path):
