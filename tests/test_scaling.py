@@ -118,7 +118,7 @@ def test_a_job_cuts_trains_and_keeps_records_that_say_what_was_cut(tmp_path):
             256 * step for step in range(1, 9)]
         assert records[0]["before"] == runs["8x16-0"]["summary"][0]["val_loss"]
         assert records[-1]["control"] == runs["control-8x16-0"]["summary"][0]["val_loss"]
-        assert records[0]["cut"] > records[0]["before"]
+        assert records[0]["cut"] != records[0]["before"]              # 4 steps old, it may even gain by a cut
     settings, cut = todo["control-8x16-0"]
     assert grid_.finished(f"{c.out}/control-8x16-0.jsonl", settings)
     with pytest.raises(UserError, match="steps is 8 there and 9 here.*another --out"):
