@@ -4,7 +4,7 @@
 
 A run's records are train.py's metrics.jsonl; a recovery's hold the recipe of the cut before it, and its control is the
 recovery of the same model without one, with the same data in the same order. N is `removable`: parameters of attention
-and FFNs. Not here: making the records (scaling.py), fitting (laws.py).
+and FFNs. Not here: making the records (grid.py), fitting (laws.py).
 """
 import itertools
 import math
