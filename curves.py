@@ -36,9 +36,8 @@ def removable(config):
 
 def recoveries(runs, first):
     """Every evaluation of every recovery from `first` (a share of its tokens) on -> {kind: [records]} with the fields
-    of laws.Points, `name`, `model` (path and seed of what was cut) and `cut` (the loss right after it). Recoveries
-    whose control, the run named control-…, is not there yet are left out. UserError: a control that does not begin
-    where the training of its model ended."""
+    of laws.Points and `model` (path and seed of what was cut). Recoveries whose control, the run named control-…, is
+    not there yet are left out. UserError: a control that does not begin where the training of its model ended."""
     found, controls = {}, {}
     starts = {name: r for name, r in runs.items() if r["config"][0].get("init")}
     for name, r in starts.items():
@@ -62,16 +61,16 @@ def recoveries(runs, first):
         last = r["eval"][-1]["tokens"]
         found.setdefault(kind, []).extend(
             dict(curve=curve, loss=e["val_loss"], tokens=e["tokens"], n0=n0, n=n, rho=1 - n / n0, before=control[0],
-                 control=control.get(e["tokens"], math.nan), name=name, model=model, cut=r["eval"][0]["val_loss"])
+                 control=control.get(e["tokens"], math.nan), model=model)
             for e in r["eval"] if e["tokens"] >= max(1, first * last))
     return found
 
 
 def wholes(runs):
     """The ends of whole trainings, not of those from --init -> {plan: [records]} with `n` at the end, `average` n over
-    the steps, `tokens`, `loss`, `epochs`, `name`, `seed`."""
+    the steps, `tokens`, `loss`, `epochs`, `seed`."""
     found = {}
-    for name, r in runs.items():
+    for r in runs.values():
         c, s = r["config"][0], r["summary"][0]
         if c.get("init"):
             continue
@@ -81,7 +80,7 @@ def wholes(runs):
         average = sum(n * (end - step) for (step, n), end in zip(sizes, ends)) / s["step"]
         found.setdefault(c["plan"], []).append(dict(
             n=removable(c["target"]), average=average, tokens=s["tokens"], loss=s["val_loss"], epochs=s["epochs"],
-            name=name, seed=c["seed"]))
+            seed=c["seed"]))
     return found
 
 

@@ -108,8 +108,7 @@ def finished(file, settings):
     """Whether the records of this run are there. UserError: they are of another run."""
     found = next(iter(read_records(file)), {})
     settings = {k: v for k, v in settings.items() if v is not None}
-    differ = [f"{k} is {found.get(k)!r} there and {v!r} here" for k, v in settings.items()
-              if found.get(k) != v]
+    differ = [f"{k} is {found.get(k)!r} there and {v!r} here" for k, v in settings.items() if found.get(k) != v]
     if found and differ:
         raise UserError(f"{file} holds another run ({'; '.join(differ)}); give another --out, and another --runs")
     return bool(found)
@@ -131,8 +130,8 @@ def after_cut(c, name, settings, cut):
 
 
 def refuse_another_grid(c, waves):
-    """UserError: the runs folder belongs to a grid of other settings, or the text is too short for this one. What a
-    grid trains shows in the names of its runs only in part."""
+    """UserError: the runs folder belongs to a grid of other settings (the names of runs do not tell its models apart),
+    or the text is too short for this one."""
     file, told = Path(c.runs) / "grid.json", {k: v for k, v in asdict(c).items() if k not in (
         "seeds", "minutes", "jobs", "device", "out", "runs")}
     told = json.loads(json.dumps(told))

@@ -220,6 +220,8 @@ def main_plan(c):
     semi = c.kind == "2:4"
     if not c.n0 or semi == (c.rho is not None) or (c.target_loss is None) == (c.budget_tokens is None):
         raise UserError("plan needs --n0, --rho (but not with --kind 2:4) and one of --target-loss, --budget-tokens")
+    if not 0 <= c.first < 1 or c.samples < 1:
+        raise UserError(f"--first {c.first} must be at least 0 and below 1, --samples {c.samples} at least 1")
     runs = curves.read(c.records)
     found, ends = curves.recoveries(runs, c.first), laws.Points.of(curves.wholes(runs).get("scratch", []))
     if c.kind not in found:
