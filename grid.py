@@ -52,7 +52,7 @@ class Grid:
 
 GRIDS = {  # sizes (model.PRESETS), tokens before and after the cut, tokens per step, sequences at once, eval windows
     "toy": (("8x16", "8x32"), 2**18, 2**15, 2**9, 4, 4),
-    "cpu": (("8x16", "8x32", "8x48", "8x64"), 2**24, 2**22, 2**12, 32, 256),
+    "cpu": (("8x16", "8x32", "8x48", "8x64"), 2**24, 2**21, 2**12, 32, 256),
     "gpu": (("12x128", "12x192", "12x320", "12x512"), 2**31, 2**28, 2**17, 64, 512),       # 43 per parameter at least
 }
 CUTS = {  # settings of prune.py; depth: 1, 2 and 3 layers of 8
