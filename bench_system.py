@@ -158,7 +158,7 @@ def step_bytes(config, c):
     cast = (p["attention"] + p["ffn"]) * c.activation_bytes * (c.activation_bytes != c.weight_bytes)
     return {"weights": n * c.weight_bytes, "gradients": n * c.weight_bytes, "Adam": 2 * n * c.weight_bytes,
             "activations": tokens * kept_bytes(config, c.weight_bytes, c.activation_bytes), "cast weights": cast,
-            "loss": config.vocab_size * config.d_model * c.weight_bytes + 4 * 4 * CHUNK_VALUES}
+            "loss": config.vocab_size * config.d_model * c.weight_bytes + 4 * 4 * CHUNK_VALUES["gpu"]}
 
 
 def plan_flops(plan, target, enlarged):

@@ -1,6 +1,6 @@
 """The runs that a scaling law of recovery is fitted to: trainings, cuts and recoveries, gone on with any time.
 
-    python scaling.py run                                     # about 4 hours on 2 cores; scaling.py is the command
+    python scaling.py run             # two and a half hours on 2 cores; scaling.py is the command
     python -c "import grid; print(*[name for wave in grid.jobs(grid.Grid()) for name, *_ in wave])"
 
 Models of several sizes N₀ (parameters of attention and FFNs) are trained on more than 20 tokens per parameter, cut by
@@ -81,7 +81,7 @@ def jobs(c):
         steps = round(tokens * share / batch_tokens)
         return name, dict(both, steps=steps, eval_every=steps, **settings), None
 
-    wholes, recoveries, steps = [], [], round(after / batch_tokens)
+    wholes, recoveries, others, steps = [], [], [], round(after / batch_tokens)
     if steps < 8 or not c.init and tokens / batch_tokens < 400:                   # a fourth of it has idea's 20 cuts
         raise UserError(f"{tokens:,} tokens before the cut and {after:,} after it are {tokens // batch_tokens} and "
                         f"{steps} steps of {batch_tokens:,}; give at least 400 and 8, or a smaller --batch-tokens")
@@ -98,10 +98,10 @@ def jobs(c):
                                                           seed=seed, device=c.device))
                 for kind, cut in CUTS.items() if seed == 0 or kind == "control" or kind.startswith("width")]
         if not c.init:
-            recoveries += [whole(f"{size}-0-of-{k}", 1 / k, plan="scratch", preset=size) for k in (2, 4, 8)]
-            recoveries += [whole(f"{plan}-{size}-0-of-4", 1 / 4, plan=plan, preset=size)
-                           for plan in ("idea", "journey")]
-    return wholes, recoveries
+            others += [whole(f"{size}-0-of-{k}", 1 / k, plan="scratch", preset=size) for k in (2, 4, 8)]
+            others += [whole(f"{plan}-{size}-0-of-4", 1 / 4, plan=plan, preset=size)
+                       for plan in ("idea", "journey")]
+    return wholes, recoveries + others
 
 
 def finished(file, settings):

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import UserError
-from distill import CHUNK_VALUES
+from distill import chunk_tokens
 
 ROW = 256                 # tokens up to which sequences that share little share a row, too: fewer and fuller rows
 LINE = '{"query": "Q: 1 + 1 is\\nA:", "choices": [" 2", " 3"], "gold": 0}'
@@ -97,7 +97,7 @@ def loglikelihoods(model, requests, batch_tokens=None, progress=True):
     per forward pass; default 512 on a CPU (caches), else 16,384 (our guess, not measured). UserError: see `grow`."""
     device, weight = model.embed.weight.device, model.head_weight
     batch_tokens = batch_tokens or (512 if device.type == "cpu" else 16384)
-    chunk, count = max(1, CHUNK_VALUES // weight.size(0)), len(requests)
+    chunk, count = chunk_tokens(weight), len(requests)
     trees, sums, misses = grow(requests, model.config.block_size), np.zeros(count), np.zeros(count)
     trees.sort(key=lambda tree: -len(tree.ids))
     with tqdm(total=count, desc="loglikelihoods", leave=False, disable=None if progress else True) as bar:

@@ -83,7 +83,7 @@ def test_kl_and_its_gradient_vanish_at_student_equals_teacher_and_only_there(dty
 @pytest.mark.parametrize("chunk_values", [V * 21, V * 7, V * 8 + 5, 1])            # one, three, ragged; never 0 tokens
 @pytest.mark.parametrize("kd_weight, temperature", [(0.0, 1.0), (0.5, 1.0), (0.5, 2.5), (1.0, 2.5), (None, 1.0)])
 def test_chunked_loss_is_the_plain_one_in_value_and_gradients(monkeypatch, chunk_values, kd_weight, temperature):
-    monkeypatch.setattr(distill, "CHUNK_VALUES", chunk_values)
+    monkeypatch.setattr(distill, "CHUNK_VALUES", {"cpu": chunk_values})
     inputs = batch() if kd_weight is not None else batch()[:3]
     options = dict(kd_weight=kd_weight, temperature=temperature) if kd_weight is not None else {}
     expected, parts = plain(*inputs, **options)
@@ -100,7 +100,7 @@ def test_chunked_loss_is_the_plain_one_in_value_and_gradients(monkeypatch, chunk
 
 @pytest.mark.parametrize("autocast, tolerance", [(False, 3e-6), (True, 0.03)])
 def test_chunked_loss_in_float32_and_under_bfloat16_autocast(monkeypatch, autocast, tolerance):
-    monkeypatch.setattr(distill, "CHUNK_VALUES", V * 8)
+    monkeypatch.setattr(distill, "CHUNK_VALUES", {"cpu": V * 8})
     inputs = [x.detach().float().requires_grad_(i < 2) if x.is_floating_point() else x for i, x in enumerate(batch())]
     wide = [x.detach().double().requires_grad_(i < 2) if x.is_floating_point() else x for i, x in enumerate(inputs)]
     expected, parts = plain(*wide)
@@ -156,7 +156,7 @@ class Objective(torch.nn.Module):
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_torch_compile_takes_the_loss_as_one_graph_and_gives_the_same_gradients(monkeypatch, backend):
-    monkeypatch.setattr(distill, "CHUNK_VALUES", V * 8)
+    monkeypatch.setattr(distill, "CHUNK_VALUES", {"cpu": V * 8})
     hidden, weight, *rest = batch()
     for taught in (rest, rest[:1]):
         eager, traced = Objective(hidden, weight), Objective(hidden, weight)

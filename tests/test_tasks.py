@@ -71,7 +71,7 @@ def test_loglikelihoods_are_the_plain_formula_in_order_whatever_the_batches(expe
 
 def test_logits_are_formed_in_chunks_and_for_predicted_tokens_only(expected, monkeypatch):
     rows, model = [], wild(UNEVEN)
-    monkeypatch.setattr(tasks, "CHUNK_VALUES", 50)
+    monkeypatch.setattr(tasks, "chunk_tokens", lambda _: 10)
     linear = F.linear
     monkeypatch.setattr(F, "linear", lambda x, w, *bias: rows.append(len(x) * (w is model.head_weight)) or
                         linear(x, w, *bias))
