@@ -128,9 +128,9 @@ def by_unit(tensor, dim, units):
 
 
 def rotary(config, start, T, device, dtype):
-    """cos, sin (T, D/2) of positions start … start+T-1 (RoFormer, arXiv 2104.09864), formed in float64 and rounded
-    once; Llama 3's frequency scaling where config.rope_scaling is set (as in Meta's release, smooth between the two
-    factors)."""
+    """cos, sin (T, D) of positions start … start+T-1 (RoFormer, arXiv 2104.09864), each angle twice, for both halves of
+    a head, and sin negative in the first; formed in float64 and rounded once; Llama 3's frequency scaling where
+    config.rope_scaling is set (as in Meta's release, smooth between the two factors)."""
     D = config.head_dim
     wide = torch.float32 if device.type == "mps" else torch.float64       # Apple's GPUs have no float64
     freq = config.rope_theta ** (-torch.arange(0, D, 2, device=device, dtype=wide) / D)
@@ -140,13 +140,13 @@ def rotary(config, start, T, device, dtype):
         smooth = ((turns - low) / (high - low)).clamp(0, 1)          # 0: slow, divide by factor; 1: fast, leave
         freq = freq * (smooth + (1 - smooth) / factor)
     angle = torch.outer(torch.arange(start, start + T, device=device, dtype=wide), freq)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (i, i + D/2) of every head by its position's angle. x (B, H, T, D), cos and sin (T, D/2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """Turn the pairs (i, i + D/2) of every head by its position's angle. x (B, H, T, D), cos and sin (T, D)."""
+    return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -181,13 +181,13 @@ class Attention(nn.Module):
         if cache is not None:                                         # a list [k, v], empty before the prompt
             cache[:] = (k, v) if not cache else (torch.cat((cache[0], k), 2), torch.cat((cache[1], v), 2))
             k, v = cache
-        if self.K != self.H:                                          # query head h reads KV head h // (H_l/K_l)
+        if self.K != self.H and not x.is_cpu:                         # query head h reads KV head h // (H_l/K_l)
             k, v = (t.repeat_interleave(self.H // self.K, dim=1) for t in (k, v))
         S = k.size(2)                                                 # keys: those in the cache, then ours
         causal = mask is None and T == S
         if mask is None and 1 < T < S:
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=x.is_cpu)
         return self.o(y.transpose(1, 2).reshape(B, T, self.H * self.D))
 
 
@@ -254,7 +254,7 @@ class GPT(nn.Module):
         x = self.embed(idx)
         cos, sin = rotary(self.config, start, idx.size(1), idx.device, x.dtype)
         if positions is not None:
-            cos, sin = cos[positions][:, None], sin[positions][:, None]             # (B, 1, T, D/2)
+            cos, sin = cos[positions][:, None], sin[positions][:, None]             # (B, 1, T, D)
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, None if cache is None else cache[layer], mask)
         return self.norm(x)
