@@ -246,8 +246,8 @@ def open_shards(folder, tok):
 def load(source="stdlib", tokenizer_name="bytes", cache="data_cache", workers=0, *, field="text", split="train",
          stream=False, block_size=1):
     """-> Corpus, checked for `block_size`. `source`: "stdlib" | "packages" | file, folder or glob (UTF-8 text, .jsonl,
-    .parquet) | "hf:NAME[:CONFIG]" | a folder of finished shards. `tokenizer_name`: or a Tokenizer. `cache` None: all in memory.
-    Of processes that start together let one go first, or each does all the work. UserError: all the above."""
+    .parquet) | "hf:NAME[:CONFIG]" | a folder of finished shards. `tokenizer_name`: or a Tokenizer. `cache` None: all in
+    memory. Of processes that start together let one go first, or each does all the work. UserError: all the above."""
     tok = tokenizer_name if isinstance(tokenizer_name, Tokenizer) else open_tokenizer(tokenizer_name)
     if (Path(source) / "train_000.bin").exists():
         return check(open_shards(Path(source), tok), block_size)

@@ -56,7 +56,8 @@ def child(function, arguments, until, parent):
 def side_by_side(function, arguments, jobs, until=None, told=None):
     """Call function(*each of `arguments`), `jobs` at a time, each in a process of its own (and so with its own peak
     memory) -> how many came to their end. From `until` (seconds since the epoch) on none begins and those that run are
-    stopped. `told(arguments)` of one that ended gives what the progress bar says then. UserError: one failed or was killed (its own message is printed); the others are stopped and saved."""
+    stopped. What `told(arguments)` says of one that came to its end stands in the progress bar. UserError: one failed
+    or was killed (its own message is printed); the others are stopped and saved."""
     context, waiting, running, done = get_context("spawn"), list(arguments), {}, 0
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
