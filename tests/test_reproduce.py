@@ -1,4 +1,4 @@
-"""Claims against planted differences, settings that train.py takes, runs that are made once, a README that is written."""
+"""Claims against planted differences, settings that train.py takes, runs made once, a README that is written."""
 import dataclasses
 import json
 import math
@@ -27,8 +27,9 @@ from prune import Prune, check
 from reproduce import Reproduce
 
 ROOT = Path(__file__).parent.parent
-SHRUNK = dict(small="toy", middle="toy", ratio=4., long=8., ratios=(4., 5.), tuning=4., rates=(5e-3, 1e-2), seeds=2,
-              batch_tokens=256, micro_batch=4, eval_windows=4, jobs=1)
+SHRUNK = dict(small="toy", middle="toy", ratio=1., long=2., ratios=(1., 2.), tuning=1., rates=(5e-3, 1e-2), seeds=2,
+              batch_tokens=256, micro_batch=4, eval_windows=2, jobs=1)                # 105 steps
+TEXT = str(ROOT / "*.py")
 
 
 # -- statistics
@@ -93,7 +94,7 @@ def test_every_run_is_one_that_train_takes_and_a_claim_has_one_batch(preset, mon
         train.refuse_idle_flags(dataclasses.replace(c, preset=train.Train.preset, init=settings.get("init"),
                                                     teacher=settings.get("teacher")))
         assert c.batch_tokens == scale.batch_tokens
-        assert timeline.steps >= 300 or run.kind.startswith("large-cut"), run.name
+        assert timeline.steps >= (6 if run.kind.startswith("large-cut") else 170 if cut else 300), run.name
         if cut:
             check(Prune(**cut))
     assert {*KINDS} - {run.kind for run in runs} == (set() if preset != "quick" else {*KINDS} - {*claims.PLAIN})
@@ -134,7 +135,7 @@ def test_equal_tokens_and_equal_flops():
     found = {kind: claims.settings(run, scale, records)[0] for kind, run in at.items()}
     steps = {kind: s["steps"] for kind, s in found.items()}
     assert steps["scratch"] == round(100 * 16528 / 4096) == steps["idea"] == steps["naive"] == steps["kd"]
-    assert steps["large"] == 2 * steps["scratch"] + 1                              # rounded; it stops half way
+    assert abs(steps["large"] - 2 * steps["scratch"]) <= 1                         # it stops half way
     assert [steps[f"large-cut-1/{k}"] for k in (64, 16, 4, 1)] == [6, 25, 101, 404]
     spent = {kind: claims.predicted(found[kind]) for kind in ("scratch-flops", "kd-flops", "idea", "journey-5-25%")}
     for kind, (other, which) in {k: KINDS[k].like for k in ("scratch-flops", "kd-flops", "journey-5-25%")}.items():
@@ -143,16 +144,24 @@ def test_equal_tokens_and_equal_flops():
     assert steps["scratch-flops"] > 1.2 * steps["scratch"] and steps["journey-5-25%"] > steps["journey"]
 
 
-def test_predicted_flops_are_those_that_a_run_spends(tmp_path):
-    """But for scoring; a teacher that is never dropped counts in full."""
+@pytest.fixture
+def fast(tmp_path, monkeypatch):
+    """No picture of each run; tokens are cached in a folder that goes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "picture", lambda path: "")
+
+
+def test_predicted_flops_are_those_that_a_run_spends(tmp_path, fast):
+    """But for scoring; a teacher that is never dropped counts in full; adapt may cut KV groups besides."""
     for kind in ("scratch", "idea", "naive", "annealed", "kd-to-the-end", "adapt"):
-        settings = {k: v for k, v in KINDS[kind].settings.items()}
-        settings = dict(plan=KINDS[kind].plan, preset="toy", steps=130, batch_tokens=256, micro_batch=1, eval_windows=2,
-                        eval_every=130, compile=False, **settings)
+        settings = KINDS[kind].settings | (dict(calibration_windows=2) if kind == "adapt" else {})
+        settings = dict(plan=KINDS[kind].plan, preset="toy", steps=130, batch_tokens=128, micro_batch=2, eval_windows=2,
+                        eval_every=130, compile=False, data=TEXT, **settings)
         r = train.main(train.Train(out=str(tmp_path / kind), device="cpu", **settings), quiet=True)
         predicted = claims.predicted(settings)
-        assert r.state.flops[1] == pytest.approx(predicted["flops_credited"], rel=1e-9), kind
-        assert 1 <= r.state.flops[0] / predicted["flops_executed"] < (1.2 if kind == "adapt" else 1.01), kind
+        found = [r.state.flops[i] / predicted[which] for i, which in enumerate(("flops_executed", "flops_credited"))]
+        assert .95 < found[1] <= 1 if kind == "adapt" else found[1] == pytest.approx(1, rel=1e-9), kind
+        assert .95 < found[0] < 1.2 if kind == "adapt" else 1 <= found[0] < 1.01, kind
 
 
 # -- the report
@@ -179,7 +188,8 @@ def spread(mean, by=.001):
 
 
 def test_totals_count_what_a_run_needs(tmp_path):
-    plant(tmp_path, {"annealed": (50, 800., {0: 1.}), "kd": (100, 500., {0: 1.}), "idea-kd-annealed": (100, 900., {0: 1.})})
+    plant(tmp_path, {"annealed": (50, 800., {0: 1.}), "kd": (100, 500., {0: 1.}),
+                     "idea-kd-annealed": (100, 900., {0: 1.})})
     runs = evidence.read(tmp_path)
     kd = Run("kd", *PLACE, 0)
     assert evidence.cost(runs, kd, total=False) == (100, 500) and evidence.cost(runs, kd) == (150, 1300)
@@ -197,7 +207,7 @@ def test_pairs_are_by_seed_and_a_table_says_what_was_planted(tmp_path):
             if row.startswith("|")}
     assert rows["`idea` below `naive`"][:4] == ["3", "-0.0500 (-0.0500 to -0.0500)", "reproduced", "1.00, 1.12"]
     assert rows["`idea` below `oneshot`"][:3] == ["1", "+0.0990", "not measured"]
-    assert "not measured" in re.search(r"\| 10\. .*", text)[0] and "abc (7)" in text and "0.5 times" in text
+    assert "not measured" in re.search(r"\| 10\. .*", text)[0] and "abc (8)" in text and "0.5 times" in text
     assert "| one cosine, not two cycles | `idea` minus `naive` | 3 | -0.0500" in text
 
 
@@ -219,8 +229,8 @@ def test_equal_loss_and_the_headline_return_what_was_planted(tmp_path):
     assert [evidence.factor(*evidence.equal_loss(runs, "idea", size, r, scale)[0]) for r in (25, 400)] == [
         "below what was run", "beyond what was run"]
     at = scale.small, scale.long
-    plant(tmp_path, {("scratch", *at): (6400, 6400., spread(1.7)), ("large", *at): (6400, 20000., spread(1.5))}
-          | {(f"large-cut-1/{k}", *at): (6400 / k, 6400. / k, spread(1.5 + .1 * math.log(k, 4))) for k in (64, 16, 4, 1)})
+    plant(tmp_path, {("scratch", *at): (6400, 6400., spread(1.7)), ("large", *at): (6400, 20000., spread(1.5))} | {
+        (f"large-cut-1/{k}", *at): (6400 / k, 6400. / k, spread(1.5 + .1 * math.log(k, 4))) for k in (64, 16, 4, 1)})
     only, whole, flops = evidence.headline(evidence.read(tmp_path), scale).values()
     assert only == pytest.approx((16, 16, 16), rel=.05) and whole[0] == pytest.approx(6400 / 6800, rel=.01)
     assert flops[0] == pytest.approx(6400 / 20400, rel=.01)
@@ -233,7 +243,8 @@ def test_report_writes_the_readme_between_its_markers_and_nothing_else(tmp_path,
     c = Reproduce(results=str(tmp_path / "records"), readme=str(page))
     reproduce.main_report(c)
     empty = page.read_text()
-    assert empty.startswith(f"before\n{reproduce.BEGIN}\nNot measured yet") and empty.endswith(f"{reproduce.END}\nafter\n")
+    assert empty.startswith(f"before\n{reproduce.BEGIN}\nNot measured yet")
+    assert empty.endswith(f"{reproduce.END}\nafter\n")
     assert empty.count("not measured") == len(CLAIMS)
     plant(tmp_path / "records", {kind: (100, 9., spread(1. + i / 50)) for i, kind in enumerate(evidence.FIGURE)})
     monkeypatch.setattr(claims, "chosen_rate", lambda *_: (1e-2, False))
@@ -250,7 +261,8 @@ def test_report_writes_the_readme_between_its_markers_and_nothing_else(tmp_path,
 def test_power_says_what_is_needed_from_the_spread_that_is_there(tmp_path, capsys):
     with pytest.raises(UserError, match="no pair has two seeds yet"):
         reproduce.main_power(Reproduce(results=str(tmp_path)))
-    plant(tmp_path, {"idea": (1, 1., {s: 1. + .01 * (-1) ** s for s in range(4)}), "naive": (1, 1., dict.fromkeys(range(4), 1.))})
+    plant(tmp_path, {"idea": (1, 1., {s: 1. + .01 * (-1) ** s for s in range(4)}),
+                     "naive": (1, 1., dict.fromkeys(range(4), 1.))})
     reproduce.main_power(Reproduce(results=str(tmp_path)))
     sd = .01 * math.sqrt(4 / 3)
     row = re.search(r".*`idea` minus `naive`.*", capsys.readouterr().out)[0].split("|")
@@ -262,7 +274,7 @@ def test_power_says_what_is_needed_from_the_spread_that_is_there(tmp_path, capsy
     (dict(preset="tpu"), "'tpu' is not one of cpu, gpu"), (dict(preset="gpu", quick=True), "no effect with --quick"),
     (dict(claims="1,99"), "'1,99' must be numbers of 1, 2, 3"), (dict(claims="one"), "'one' must be numbers"),
     (dict(seeds=0), "--seeds 0 must be positive"), (dict(minutes=0.), "--minutes 0.0 must be positive"),
-    (dict(seeds=2000), "at most 1000"), (dict(quick=True, ratio=.5), "naive.*more steps come by a higher --ratio"),
+    (dict(seeds=2000), "at most 1000"), (dict(quick=True, ratio=.5), "idea.*more steps come by a higher --ratio"),
     (dict(quick=True, data="nowhere"), "no file matches 'nowhere'")])
 def test_refusals_are_one_sentence(tmp_path, settings, words):
     with pytest.raises(UserError, match=words) as refusal:
@@ -280,11 +292,14 @@ def here(function, arguments, jobs, until=None, told=None):
     return len(arguments)
 
 
-def test_a_grid_is_made_once_in_order_with_all_that_it_needs(tmp_path, monkeypatch, capsys):
-    """Claims 2 and 4 at toy size: tries first, then teachers and models to cut, then what needs them. Nothing is made
-    twice; what is needed and gone is made again; records of other settings are refused; another code is told."""
+def test_a_grid_is_made_once_in_order_with_all_that_it_needs(tmp_path, fast, monkeypatch, capsys):
+    """Parts of claims 2 and 4 at toy size: tries first, then teachers and models to cut, then what needs them. Nothing
+    is made twice; what is needed and gone is made again; records of other settings are refused; another code is told.
+    """
     made, real = [], reproduce.job
-    c = Reproduce(claims="2,4", runs=f"{tmp_path}/runs", results=f"{tmp_path}/results", **SHRUNK)
+    for number, pair in ((2, ("cut-halfway", "cut-annealed")), (4, ("idea-kd", "kd-flops"))):
+        monkeypatch.setitem(CLAIMS, number, dataclasses.replace(CLAIMS[number], pairs=(pair,)))
+    c = Reproduce(claims="2,4", data=TEXT, runs=f"{tmp_path}/runs", results=f"{tmp_path}/results", **SHRUNK)
     monkeypatch.setattr(reproduce.sweep, "side_by_side", here)
     monkeypatch.setattr(reproduce, "job", lambda *given: made.append(given[1]) or real(*given))
     reproduce.run_all(c)
@@ -295,71 +310,77 @@ def test_a_grid_is_made_once_in_order_with_all_that_it_needs(tmp_path, monkeypat
     for run in wanted:
         assert all(place[other.name] < place[run.name] for other in claims.requires(run, scale)), run.name
     runs = evidence.read(c.results)
-    best = claims.chosen_rate(Run("naive", "toy", 4., 0), scale, runs)[0]
-    tried = {lr: runs[f"naive-toy-4-lr{lr:g}-s1000"]["summary"][0]["val_loss"] for lr in scale.rates}
-    assert tried[best] == min(tried.values()) and runs["naive-toy-4-s1"]["config"][0]["lr"] == best
-    halfway, whole = (checkpoint.load(f"{c.runs}/{name}", "meta")[0].config for name in ("halfway-toy-4-s0", "kd-toy-4-s0"))
-    assert halfway.d_ff > whole.d_ff == checkpoint.load(f"{c.runs}/cut-halfway-toy-4-s0", "meta")[0].config.d_ff
-    taught = runs["idea-kd-annealed-toy-4-s0"]["config"][0]
-    assert taught["teacher"] == "annealed-toy-4-s0" and taught["code"] == folder.code()
-    stopped = runs["annealed-toy-4-s0"]["summary"][0]
-    assert 0 < stopped["flops_executed"] == stopped["flops_credited"] and 0 < stopped["epochs"] < 1
+    best = claims.chosen_rate(Run("annealed", "toy", 1., 0), scale, runs)[0]
+    tried = {lr: runs[f"naive-toy-1-lr{lr:g}-s1000"]["summary"][0]["val_loss"] for lr in scale.rates}
+    assert tried[best] == min(tried.values()) and runs["annealed-toy-1-s1"]["config"][0]["lr"] == best
+    halfway, whole, cut = (checkpoint.load(f"{c.runs}/{kind}-toy-1-s0", "meta")[0].config
+                           for kind in ("halfway", "idea-kd", "from-cut-halfway"))
+    assert halfway.d_ff > whole.d_ff == cut.d_ff
+    taught = runs["idea-kd-annealed-toy-1-s0"]["config"][0]
+    assert taught["teacher"] == "annealed-toy-1-s0" and taught["code"] == folder.code()
+    stopped = runs["annealed-toy-1-s0"]["summary"][0]
+    assert 1 <= stopped["flops_executed"] / stopped["flops_credited"] < 1.01 and 0 < stopped["epochs"] < 1
+    assert same_weights(f"{c.runs}/idea-kd-toy-1-s0/teacher.pt", f"{c.runs}/halfway-toy-1-s0")     # one run up to there
     assert str(tmp_path) not in "".join(p.read_text() for p in Path(c.results).glob("*.jsonl"))
     assert max(p.stat().st_size for p in Path(c.results).glob("*.jsonl")) < 5000
 
     made.clear()
     reproduce.run_all(c)
     assert not made and "all runs are there" in capsys.readouterr().out
-    lost = [Path(c.results, "kd-toy-4-s1.jsonl"), Path(c.runs, "annealed-toy-4-s1")]
-    kept = Path(c.results, "annealed-toy-4-s1.jsonl").read_text()
+    lost = [Path(c.results, "kd-flops-toy-1-s1.jsonl"), Path(c.runs, "annealed-toy-1-s1")]
+    kept = Path(c.results, "annealed-toy-1-s1.jsonl").read_text()
     lost[0].unlink()
     reproduce.shutil.rmtree(lost[1])
     reproduce.run_all(c)
-    assert made == ["annealed-toy-4-s1"]                 # the folder of kd is there and finished; only records are missing
-    again = read_records(Path(c.results, "annealed-toy-4-s1.jsonl"))[-1]
+    assert made == ["annealed-toy-1-s1", "kd-flops-toy-1-s1"]          # the latter is finished, its records are not there
+    again = read_records(Path(c.results, "annealed-toy-1-s1.jsonl"))[-1]
     assert again["val_loss"] == json.loads(kept.splitlines()[-1])["val_loss"] and lost[0].exists()
     with pytest.raises(UserError, match="micro_batch is 4 there and 2 here.*another --results"):
         reproduce.run_all(dataclasses.replace(c, micro_batch=2))
 
     monkeypatch.setattr(folder, "code", lambda: "another")
-    for name in ("naive-toy-4-s0", "idea-toy-4-s0"):
+    for name in ("halfway-toy-1-s0", "idea-kd-toy-1-s0"):
         text = Path(c.results, f"{name}.jsonl").read_text()
         Path(c.results, f"{name}.jsonl").write_text(text.replace(runs[name]["config"][0]["code"], "another"))
     reproduce.main_report(dataclasses.replace(c, readme=str(tmp_path / "none")))
     assert f"{len(wanted) - 2} of {len(wanted)} records are of another code" in capsys.readouterr().err
-    before = {p.name for p in Path(c.results).glob("*.jsonl")}
     reproduce.forget_another_code(c, evidence.read(c.results))
-    assert {p.stem for p in Path(c.results).glob("*.jsonl")} == {"naive-toy-4-s0", "idea-toy-4-s0"} < {p[:-6] for p in before}
+    assert {p.stem for p in Path(c.results).glob("*.jsonl")} == {"halfway-toy-1-s0", "idea-kd-toy-1-s0"}
+    assert {p.name for p in Path(c.runs).iterdir()} == {"halfway-toy-1-s0", "idea-kd-toy-1-s0"}
+
+
+def same_weights(a, b):
+    a, b = (checkpoint.load(path)[0].state_dict() for path in (a, b))
+    return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
 
 
 def test_a_stopped_command_goes_on_and_reports_one_seed_as_no_proof(tmp_path):
     """As a user runs it: --quick, ended by a signal while it trains, gone on with, reported."""
-    words = [sys.executable, str(ROOT / "reproduce.py"), "--quick", "--ratio", "4", "--ratios", "4", "--batch-tokens",
-             "512", "--micro-batch", "8", "--eval-windows", "4", "--jobs", "2", "--runs", "runs", "--results", "records"]
+    flags = "--quick --claims 3 --ratio 4 --ratios 4 --batch-tokens 512 --micro-batch 8 --eval-windows 4 --jobs 2"
+    words = [sys.executable, str(ROOT / "reproduce.py"), *flags.split(), "--runs", "runs", "--results", "records"]
     process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list(tmp_path.glob("runs/*/metrics.jsonl")) and process.poll() is None:
         time.sleep(.02)
     process.send_signal(signal.SIGTERM)
     process.wait()
-    assert len(list(tmp_path.glob("records/*.jsonl"))) < 5
+    assert len(list(tmp_path.glob("records/*.jsonl"))) < 2
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "One seed proves nothing" in done.stdout and done.stdout.count("not measured") == 6
-    assert len(list(tmp_path.glob("records/*.jsonl"))) == 5 and (tmp_path / "records" / "figure.png").exists()
-    scale = reproduce.resolve(Reproduce(quick=True, ratio=4., ratios=(4.,)))[1]
+    assert "One seed proves nothing" in done.stdout and done.stdout.count("not measured") == 1
+    assert len(list(tmp_path.glob("records/*.jsonl"))) == 2 and (tmp_path / "records" / "figure.png").exists()
+    scale = reproduce.resolve(Reproduce(quick=True, claims="3", ratio=4., ratios=(4.,), eval_windows=4))[1]
     assert evidence.text(evidence.read(tmp_path / "records"), scale, "records/figure.png") in done.stdout
 
 
-def test_claims_of_a_gpu_run_on_a_cpu_when_shrunk(tmp_path, monkeypatch):
+def test_claims_of_a_gpu_run_on_a_cpu_when_shrunk(tmp_path, fast, monkeypatch):
     """Preset gpu, its text and kinds; only the sizes are toys'."""
     for i in range(60):
         (tmp_path / "text").mkdir(exist_ok=True)
-        (tmp_path / "text" / f"{i}.py").write_text(f"x{i} = 'some text of a package'\n" * 300)
+        (tmp_path / "text" / f"{i}.py").write_text(f"x{i} = 'some text of a package'\n" * 99)
     real = data.sysconfig.get_paths()
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {**real, "purelib": str(tmp_path / "text")})
     monkeypatch.setattr(reproduce.sweep, "side_by_side", here)
     c = Reproduce(preset="gpu", claims="3", device="cpu", runs="runs", results="records", **{**SHRUNK, "seeds": 1})
     reproduce.run_all(c)
-    config = report.records("records/idea-toy-4-s0.jsonl")["config"][0]
+    config = report.records("records/idea-toy-1-s0.jsonl")["config"][0]
     assert config["data"] == "packages" and config["corpus_tokens"][0] > 100_000 and config["dtype"] == "float32"
