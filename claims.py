@@ -127,6 +127,7 @@ class Claim:
     number: int
     text: str
     pairs: tuple[tuple[str, str], ...]    # of kinds
+    by_factor: bool = False            # its verdict is of tokens to equal loss; pairs are shown without one
     place: str = "small"               # or "both", there and at all of `ratios`; or "long"
 
 
@@ -140,7 +141,7 @@ CLAIMS = {claim.number: claim for claim in (
            ("idea-kd-annealed", "kd-flops"))),
     Claim(5, "IDEA with distillation beats training from scratch",
           (("idea", "scratch"), ("idea-kd", "scratch"), ("idea-kd-annealed", "scratch"), ("idea", "scratch-flops")),
-          "both"),
+          place="both"),
     Claim(6, "enlarging 2.6 times for half of the tokens is best, under a cosine",
           tuple(("idea", f"idea-{other}") for other in ("1.3x", "5.3x", "25%", "75%", "wsd"))
           + (("scratch", "scratch-wsd"),)),
@@ -149,7 +150,7 @@ CLAIMS = {claim.number: claim for claim in (
     Claim(8, "pruning from 25 % to 75 % of the compute is near-optimal, at equal credited FLOPs",
           tuple(("journey", f"journey-{other}") for other in ("5-25%", "25-30%", "50-75%", "5-75%"))),
     Claim(9, "cut from a larger trained model, recovery needs far fewer tokens than scratch",
-          tuple((f"large-cut-1/{k}", "scratch") for k in (64, 16, 4, 1)), "long"),
+          tuple((f"large-cut-1/{k}", "scratch") for k in (64, 16, 4, 1)), True, "long"),
     Claim(10, "IDEA's score is better inside the pipeline than Minitron's, LLM-Pruner's, FLAP's and a coin",
           tuple(("idea", f"idea-{name}") for name in ("activation", "taylor", "flap", "random"))),
     Claim(11, "the mechanism: the second warm-up costs, and so does the second cycle",

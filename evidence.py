@@ -203,6 +203,12 @@ def factor(value, low, high):
     return one(value) + ("" if math.isnan(low) or low == high == value else f" ({one(low)} to {one(high)})")
 
 
+def verdict_of_factor(value, low, high):
+    """Of the claim that a factor is above 1."""
+    return "not measured" if math.isnan(low) else "reproduced" if low > 1 else "contradicted" if high < 1 \
+        else "not at this scale"
+
+
 def claim_rows(runs, scale):
     """-> [(claim, first kind, second kind, size, ratio, Effect)] of all pairs of the scale."""
     return [(claim, *pair, effect(differences(runs, *pair))) for number in sorted(scale.claims)
@@ -227,7 +233,7 @@ def claims_table(runs, scale):
         measured = any(e.seeds for c, *_, e in claim_rows(runs, scale) if c == claim)
         if not measured and claim in seen:
             continue
-        verdict = found.verdict
+        verdict = "see below" if claim.by_factor and found.seeds else found.verdict
         if verdict == "not at this scale":
             verdict += f" ({found.seeds} seeds see {least_seen(found.sd, found.seeds):.4f})"
         rows.append((f"{claim.number}. {claim.text}" if claim not in seen else "",
@@ -288,7 +294,7 @@ def sentences(runs, scale):
         lines += [f"- `{kind}` against `scratch` at equal tokens: {told}."] if told else []
     if 9 in scale.claims and (found := headline(runs, scale)):
         lines += [f"- Cut from a larger trained model, times fewer {what}, to the loss of `scratch`: "
-                  f"{factor(*times)}." for what, times in found.items()]
+                  f"{factor(*times)}: {verdict_of_factor(*times)}." for what, times in found.items()]
     return lines
 
 
@@ -305,7 +311,7 @@ def state(runs, scale):
             rate, edge = claims.chosen_rate(run, scale, runs)
         except KeyError:
             continue
-        rates += [f"{family} {rate:g}{' (at the edge)' if edge else ''}"] if rate else []
+        rates += [f"{family} {rate:g}{' (at the edge)' if edge else ''}"] if rate else []        # None: the preset's
     if rates:
         lines.append(f"Peak learning rates, each the best of {', '.join(f'{rate:g}' for rate in scale.rates)} at "
                      f"{scale.middle} and {scale.tuning:g} tokens per parameter: {', '.join(rates)}.")
@@ -319,7 +325,7 @@ def text(runs, scale, figure=None):
                "this.\n\n" + claims_table(runs, scale)
     missed = [(f"- *{claim.text}*: `{a}` minus `{b}` at {size}, {ratio:g} tokens per parameter {shown(found)}, "
                f"{found.verdict}.") for claim, a, b, size, ratio, found in claim_rows(runs, scale)
-              if found.verdict in ("contradicted", "not at this scale")]
+              if found.verdict in ("contradicted", "not at this scale") and not claim.by_factor]
     caption = f"*Mean over seeds and their range at {scale.small}, {scale.ratio:g} tokens per parameter.*"
     blocks = ["\n".join(state(runs, scale)),
               figure and f"![loss, learning rate and size against FLOPs]({figure})\n\n{caption}",

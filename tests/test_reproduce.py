@@ -234,6 +234,10 @@ def test_equal_loss_and_the_headline_return_what_was_planted(tmp_path):
     only, whole, flops = evidence.headline(evidence.read(tmp_path), scale).values()
     assert only == pytest.approx((16, 16, 16), rel=.05) and whole[0] == pytest.approx(6400 / 6800, rel=.01)
     assert flops[0] == pytest.approx(6400 / 20400, rel=.01)
+    text = evidence.text(evidence.read(tmp_path), scale)
+    assert re.search(r"recovery only, to the loss of `scratch`: 1\d\.\d\d.*: reproduced", text)
+    assert re.search(r"tokens, with the larger model's training, .*: contradicted", text)
+    assert "| `large-cut-1/64` below `scratch` |" in text and "large-cut" not in text.partition("What did not work")[2]
 
 
 def test_report_writes_the_readme_between_its_markers_and_nothing_else(tmp_path, capsys, monkeypatch):
@@ -332,7 +336,7 @@ def test_a_grid_is_made_once_in_order_with_all_that_it_needs(tmp_path, fast, mon
     lost[0].unlink()
     reproduce.shutil.rmtree(lost[1])
     reproduce.run_all(c)
-    assert made == ["annealed-toy-1-s1", "kd-flops-toy-1-s1"]          # the latter is finished, its records are not there
+    assert made == ["annealed-toy-1-s1", "kd-flops-toy-1-s1"]          # finished, but for its records
     again = read_records(Path(c.results, "annealed-toy-1-s1.jsonl"))[-1]
     assert again["val_loss"] == json.loads(kept.splitlines()[-1])["val_loss"] and lost[0].exists()
     with pytest.raises(UserError, match="micro_batch is 4 there and 2 here.*another --results"):
