@@ -29,7 +29,7 @@ from claims import CLAIMS, SCALES
 from common import UserError, parse, run, write_atomic
 
 BEGIN, END = "<!-- reproduce.py report -->", "<!-- end -->"          # around the part of the README that report writes
-MOST_EVALS = 12                                                      # that are kept of a run
+MOST_EVALS = 15                                                      # that are kept of a run
 
 
 @dataclass(frozen=True)
