@@ -101,8 +101,13 @@ def bootstrapped(statistic, seeds, samples=1000):
 # -- records
 
 def read(folder):
-    """{name of the run: {tag: [records]}} of the finished runs there."""
+    """{name of the run: {tag: [records]}} of the finished runs there. UserError: of several texts or hold-outs."""
     runs = {path.stem: report.records(path) for path in sorted(Path(folder).glob("*.jsonl"))}
+    for key in ("fingerprint", "eval_windows"):
+        values = {r["config"][0].get(key) for r in runs.values()}
+        if len(values) > 1:
+            raise UserError(f"the runs in {folder} do not compare: {key} is one of {', '.join(map(str, values))}; give "
+                            "each its own --results and --runs")
     return {name: r for name, r in runs.items() if "summary" in r}
 
 

@@ -53,8 +53,8 @@ class Reproduce:
     eval_windows: int | None = None   # of the hold-out
     data: str | None = None           # the text, as in data.py; no run reads it more than 4 times
     again: bool = False               # make runs of another code anew: their records and folders are deleted
-    results: str | None = None        # a file of records for each run; default results/claims, runs/quick/records
-    runs: str | None = None           # where the run folders go; default runs/claims, runs/quick
+    results: str | None = None        # records, a file each run; default results/claims, -gpu, runs/quick/records
+    runs: str | None = None           # where the run folders go; default runs/claims, -gpu, runs/quick
     readme: str = "README.md"         # report writes into it, between its markers (preset cpu)
 
 
@@ -74,10 +74,11 @@ def resolve(c):
                         "separated by commas")
     given = {f.name: getattr(c, f.name) for f in dataclasses.fields(scale) if f.name not in ("claims", "only")}
     scale = dataclasses.replace(scale, claims=numbers, **{k: v for k, v in given.items() if v not in (None, ())})
+    place = "claims-gpu" if on_gpu else "claims"
     c = dataclasses.replace(
         c, jobs=(3 if on_gpu else os.cpu_count() or 1) if c.jobs is None else c.jobs,
-        device=c.device or ("cuda" if on_gpu else "cpu"), runs=c.runs or ("runs/quick" if c.quick else "runs/claims"),
-        results=c.results or ("runs/quick/records" if c.quick else "results/claims"))
+        device=c.device or ("cuda" if on_gpu else "cpu"), runs=c.runs or ("runs/quick" if c.quick else f"runs/{place}"),
+        results=c.results or ("runs/quick/records" if c.quick else f"results/{place}"))
     for name, value in (("jobs", c.jobs), ("seeds", scale.seeds), ("minutes", c.minutes), ("ratio", scale.ratio),
                         ("long", scale.long), ("tuning", scale.tuning), ("ratios", min(scale.ratios)),
                         ("rates", min(scale.rates, default=1)), ("batch-tokens", scale.batch_tokens)):
@@ -172,9 +173,10 @@ class Clock:
         return f"{left:.3g} FLOPs left, about {left / speed / self.jobs / 60:.0f} min"
 
 
-def forget_another_code(c, runs):
-    """--again: delete records and folders of runs that another code made."""
-    old = [name for name, r in runs.items() if r["config"][0].get("code") != folder.code()]
+def forget_another_code(c, names):
+    """--again: delete records and folders of those of these runs that another code made."""
+    runs = evidence.read(c.results)
+    old = [name for name in names if name in runs and runs[name]["config"][0].get("code") != folder.code()]
     for name in old:
         Path(c.results, f"{name}.jsonl").unlink()
         for path in (Path(c.runs, name), Path(c.runs, f"from-{name}")):
@@ -186,11 +188,11 @@ def run_all(c):
     """Make what is missing, claim by claim."""
     c, scale = resolve(c)
     until = None if c.minutes is None else time.time() + 60 * c.minutes
-    if c.again:
-        forget_another_code(c, evidence.read(c.results))
     wanted = {n: claims.runs_of(CLAIMS[n], scale, scale.seeds) for n in scale.claims}
     everything = claims.everything([run for runs in wanted.values() for run in runs], scale)
     claims.refuse_too_many_epochs(everything, scale)
+    if c.again:
+        forget_another_code(c, [run.name for run in everything])
     runs = evidence.read(c.results)
     missing = {run.name: claims.expected(run, scale)[1]["flops_executed"] for run in everything if run.name not in runs}
     clock = Clock(c, missing, runs)

@@ -265,6 +265,10 @@ def test_report_writes_the_readme_between_its_markers_and_nothing_else(tmp_path,
 def test_power_says_what_is_needed_from_the_spread_that_is_there(tmp_path, capsys):
     with pytest.raises(UserError, match="no pair has two seeds yet"):
         reproduce.main_power(Reproduce(results=str(tmp_path)))
+    plant(tmp_path / "mixed", {"idea": (1, 1., {0: 1.})}, fingerprint="a")
+    plant(tmp_path / "mixed", {"naive": (1, 1., {0: 1.})}, fingerprint="b")
+    with pytest.raises(UserError, match="do not compare: fingerprint is one of"):
+        reproduce.main_power(Reproduce(results=str(tmp_path / "mixed")))
     plant(tmp_path, {"idea": (1, 1., {s: 1. + .01 * (-1) ** s for s in range(4)}),
                      "naive": (1, 1., dict.fromkeys(range(4), 1.))})
     reproduce.main_power(Reproduce(results=str(tmp_path)))
@@ -348,7 +352,7 @@ def test_a_grid_is_made_once_in_order_with_all_that_it_needs(tmp_path, fast, mon
         Path(c.results, f"{name}.jsonl").write_text(text.replace(runs[name]["config"][0]["code"], "another"))
     reproduce.main_report(dataclasses.replace(c, readme=str(tmp_path / "none")))
     assert f"{len(wanted) - 2} of {len(wanted)} records are of another code" in capsys.readouterr().err
-    reproduce.forget_another_code(c, evidence.read(c.results))
+    reproduce.forget_another_code(c, [run.name for run in wanted])
     assert {p.stem for p in Path(c.results).glob("*.jsonl")} == {"halfway-toy-1-s0", "idea-kd-toy-1-s0"}
     assert {p.name for p in Path(c.runs).iterdir()} == {"halfway-toy-1-s0", "idea-kd-toy-1-s0"}
 
