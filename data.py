@@ -2,6 +2,7 @@
 
     python data.py                                                    # this Python's standard library, as bytes
     python data.py --source "tests/*.py"                             # your own files; also hf:NAME, --tokenizer gpt2
+    python data.py --source packages                                 # the Python sources of the installed packages
 
 1. A corpus is a row of documents, each closed by the tokenizer's end-of-text token. One in twenty is held out (`val`),
    by a hash and not by chance: the same on every machine and for every tokenizer; `fingerprint` records which.
@@ -33,25 +34,28 @@ HOLD_OUT = 20  # one document in so many is held out (our choice)
 SHARD_TOKENS = 2**25  # a shard is written when this many are waiting: 134 MB as uint32. Bounds our memory
 BLOCK_CHARACTERS = 2**20  # what a thread tokenizes at a time, in whole documents
 FORMAT = {"magic": "nanoprune tokens", "version": 1}
-NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}  # folders of the stdlib
+NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}  # folders left out of:
+PYTHON = {"stdlib": "stdlib", "packages": "purelib"}  # sources whose .py files lie in a folder of sysconfig's
 
 
 def list_files(source):
-    """"stdlib", a file, a folder (hidden files left out) or a glob -> (the folder that names are relative to, files).
-    UserError: nothing found."""
-    path = Path(sysconfig.get_paths()["stdlib"] if source == "stdlib" else source).expanduser()
+    """A name in PYTHON, a file, a folder (hidden files left out) or a glob -> (the folder that names are relative to,
+    files). Packages bring copies of one another, so a text may be on both sides. UserError: nothing found."""
+    python = source in PYTHON
+    path = Path(sysconfig.get_paths()[PYTHON[source]] if python else source).expanduser()
     if path.is_file():
         return path.parent, [path]
     if path.is_dir():
         root, found = path, []
         for folder, inside, names in os.walk(root):  # not rglob: site-packages can hold 100,000 files
-            inside[:] = [s for s in inside if s[0] != "." and not (source == "stdlib" and s in NOT_CORPUS)]
-            found += [Path(folder, s) for s in names if s[0] != "." and (source != "stdlib" or s.endswith(".py"))]
+            inside[:] = [s for s in inside if s[0] != "." and not (python and s in NOT_CORPUS)]
+            found += [Path(folder, s) for s in names if s[0] != "." and (not python or s.endswith(".py"))]
     else:
         root = Path(*itertools.takewhile(lambda part: not set("*?[") & set(part), path.parts))
         found = [p for p in map(Path, glob(str(path), recursive=True)) if p.is_file()]
     if not found:
-        raise UserError(f"no file matches {source!r} in {os.getcwd()}: give stdlib, a file, folder or glob, or hf:NAME")
+        raise UserError(f"no file matches {source!r} in {os.getcwd()}: give stdlib, packages, a file, folder or glob, "
+                        "or hf:NAME")
     return root, sorted(found, key=lambda p: p.relative_to(root).as_posix())
 
 
@@ -97,7 +101,7 @@ def hugging_face_rows(source, field, split, stream):
 
 def documents(source, root, files, field, split, stream):
     """One pass over (name, text): rows have no name, other files their path relative to `root`. Empty ones are left
-    out. UserError: a row without text in `field`; a file that is not UTF-8 (in the standard library: left out)."""
+    out. UserError: a row without text in `field`; a file that is not UTF-8 (Python's sources: left out)."""
     for path in files:
         hub = source.startswith("hf:")
         if hub or path.suffix in (".jsonl", ".parquet"):
@@ -112,7 +116,7 @@ def documents(source, root, files, field, split, stream):
         try:
             text = path.read_bytes().decode("utf-8")
         except UnicodeDecodeError as problem:
-            if source == "stdlib":
+            if source in PYTHON:
                 continue
             raise UserError(f"{path} is not UTF-8 text (byte {problem.start}): convert it, or choose files with a glob "
                             "such as 'folder/**/*.txt'") from problem
@@ -241,9 +245,9 @@ def open_shards(folder, tok):
 
 def load(source="stdlib", tokenizer_name="bytes", cache="data_cache", workers=0, *, field="text", split="train",
          stream=False, block_size=1):
-    """-> Corpus, checked for `block_size`. `source`: "stdlib" | file, folder or glob (UTF-8 text, .jsonl, .parquet) |
-    "hf:NAME[:CONFIG]" | a folder of finished shards. `tokenizer_name`: or a Tokenizer. `cache` None: all in memory.
-    Of processes that start together let one go first, or each does all the work. UserError: all the above."""
+    """-> Corpus, checked for `block_size`. `source`: "stdlib" | "packages" | file, folder or glob (UTF-8 text, .jsonl,
+    .parquet) | "hf:NAME[:CONFIG]" | a folder of finished shards. `tokenizer_name`: or a Tokenizer. `cache` None: all in
+    memory. Of processes that start together let one go first, or each does all the work. UserError: all the above."""
     tok = tokenizer_name if isinstance(tokenizer_name, Tokenizer) else open_tokenizer(tokenizer_name)
     if (Path(source) / "train_000.bin").exists():
         return check(open_shards(Path(source), tok), block_size)
@@ -338,7 +342,7 @@ def epochs(tokens, block_size, samples):
 
 @dataclass(frozen=True)
 class Prepare:
-    source: str = "stdlib"  # stdlib; a file, folder or glob (text, .jsonl, .parquet); hf:NAME[:CONFIG]
+    source: str = "stdlib"  # stdlib; packages; a file, folder or glob (text, .jsonl, .parquet); hf:NAME[:CONFIG]
     tokenizer: str = "bytes"  # bytes, a tiktoken encoding (gpt2, cl100k_base, ...) or a folder with tokenizer.json
     field: str = "text"  # the field or column that holds the text
     split: str = "train"  # of an hf: source, from which we hold out our own val

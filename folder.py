@@ -7,6 +7,7 @@
 No random-number state is kept: after the initial weights nothing draws from one, batches are a function of the step.
 Not here: the loop (train.py), the checkpoint's format (checkpoint.py).
 """
+import ast
 import hashlib
 import json
 import subprocess
@@ -88,11 +89,14 @@ class Folder:
             setattr(state, name, saved[name])
         return state
 
-    def rewind(self, step, **about):
-        """metrics.jsonl as it was when the checkpoint of `step` was taken; what came after is written again."""
+    def rewind(self, step, code, **about):
+        """metrics.jsonl as it was when the checkpoint of `step` was taken; what came after is written again. `code`: of
+        the steps to come, joined by + to another one of those before."""
         if self.writes:
-            kept = [r for r in read_records(self.metrics)[1:]
-                    if r["step"] < step or r["step"] == step and r["tag"] == "step"]
+            first, *rest = read_records(self.metrics) or [{}]
+            before = first.get("code", "unknown").split("+") if step else []
+            about["code"] = "+".join(dict.fromkeys([*before, code]))
+            kept = [r for r in rest if r["step"] < step or r["step"] == step and r["tag"] == "step"]
             records = [{"tag": "config", "step": 0, "tokens": 0, **self.identity, **about}, *kept]
             write_atomic(self.metrics, lambda file: file.write("".join(json.dumps(r) + "\n" for r in records).encode()))
 
@@ -141,6 +145,23 @@ def fingerprint(model):
     for p in model.parameters():
         digest.update(p.detach().cpu().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+CODE = ("allocate", "checkpoint", "data", "distill", "eval", "folder", "model", "prune", "schedule", "score",
+        "tokenizer", "train", "two_four")        # what decides a run's numbers
+
+
+def code(sources=None):
+    """12 hex digits of sha256 over the sources that a run goes through, without comments, docstrings and layout: a
+    change of these only is no other code. (Pythons that print a syntax tree differently disagree.)"""
+    digest = hashlib.sha256()
+    for text in sources or [(Path(__file__).parent / f"{name}.py").read_text() for name in CODE]:
+        tree = ast.parse(text)
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+        digest.update(ast.unparse(tree).encode())
+    return digest.hexdigest()[:12]
 
 
 def provenance():

@@ -10,20 +10,16 @@ could have, and one run is one curve. Where nothing was cut (the control) the lo
 Beside them whole trainings of 1/2, 1/4 and 1/8 of the tokens, plans idea and journey, for the laws of whole trainings.
 Not here: what the records say (curves.py, scaling.py), the runs (train.py), the cuts (prune.py).
 """
-import contextlib
-import io
 import json
 import os
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import checkpoint
 import data
-import prune
 import sweep
-from common import UserError, read_records, write_atomic
+from common import UserError, write_atomic
 from model import PRESETS
 from tokenizer import open_tokenizer
 from train import INIT_LR
@@ -95,7 +91,7 @@ def jobs(c):
                             warmup_share=.01, eval_every=max(1, steps // 128), eval_growth=1.2)
             recoveries += [
                 (f"{kind}-{name}", settings, cut and dict(cut, init=start, data=c.data, block_size=c.block_size,
-                                                          seed=seed, device=c.device))
+                                                          seed=seed))
                 for kind, cut in CUTS.items() if seed == 0 or kind == "control" or kind.startswith("width")]
         if not c.init:
             others += [whole(f"{size}-0-of-{k}", 1 / k, plan="scratch", preset=size) for k in (2, 4, 8)]
@@ -104,23 +100,9 @@ def jobs(c):
     return wholes, recoveries + others
 
 
-def finished(file, settings):
-    """Whether the records of this run are there. UserError: they are of another run."""
-    found = next(iter(read_records(file)), {})
-    settings = {k: v for k, v in settings.items() if v is not None}
-    differ = [f"{k} is {found.get(k)!r} there and {v!r} here" for k, v in settings.items() if found.get(k) != v]
-    if found and differ:
-        raise UserError(f"{file} holds another run ({'; '.join(differ)}); give another --out, and another --runs")
-    return bool(found)
-
-
 def job(c, name, settings, cut):
     """Cut if need be, train, keep the records."""
-    if cut and not checkpoint.checkpoints(settings["init"]):
-        shutil.rmtree(settings["init"], ignore_errors=True)          # of a cut that was killed while it was saved
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            prune.main(prune.Prune(out=settings["init"], **cut))
-    sweep.one(f"{c.runs}/{name}", settings, c.device)
+    sweep.one(f"{c.runs}/{name}", settings, c.device, cut)
     sweep.keep_records(f"{c.runs}/{name}", f"{c.out}/{name}.jsonl")
 
 
@@ -159,7 +141,7 @@ def run_grid(c):
         todo = []
         for name, given, cut in wave:
             settings = after_cut(c, name, given, cut)
-            if finished(f"{c.out}/{name}.jsonl", settings):
+            if sweep.finished(f"{c.out}/{name}.jsonl", settings, "--out"):
                 continue
             if not c.init and "init" in given and not checkpoint.checkpoints(given["init"]):
                 raise UserError(f"{given['init']} is gone, with which {name} begins; delete the records of that "

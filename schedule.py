@@ -174,13 +174,14 @@ def size_at(step, timeline):
     return next((size for at, size in reversed(timeline.events) if at <= step), 1.0)
 
 
-def lr_at(step, timeline, lr, min_lr, warmup_share=.05, shape="cosine", decay_share=.1):
+def lr_at(step, timeline, lr, min_lr, warmup_share=.05, shape="cosine", decay_share=.1, rewarm=True):
     """Learning rate of `step`. Linear warm-up over warmup_share of the cycle: the first step has lr/warm-up steps,
-    never 0. Then cosine: down to min_lr, which the cycle's last step has exactly. wsd: constant, then over the last
-    decay_share a line down to min_lr. (A warm-up as long as the cycle ends at lr.)"""
+    never 0. Without `rewarm` only the run's first cycle warms up, later ones begin at lr. Then cosine: down to min_lr,
+    which the cycle's last step has exactly. wsd: constant, then over the last decay_share a line down to min_lr. (A
+    warm-up as long as the cycle ends at lr.)"""
     start, stop = next((a, b) for a, b in timeline.cycles if a <= step < b)
     t, n = step - start, stop - start
-    warm = min(n, max(1, round(warmup_share * n)))
+    warm = min(n, max(1, round(warmup_share * n))) if rewarm or start == 0 else 1
     if t < warm:
         return lr * (t + 1) / warm
     if shape == "cosine":

@@ -402,12 +402,15 @@ def average(averages, fresh, beta=0.85, beta_uncertainty=0.95):
     return new
 
 
-def ranking(averages, keep, uncertainty=False):
-    """What `choose` ranks by: Ī (LoSparse), or Ī · U with `uncertainty` (PLATON); -inf for units that are dead
-    already."""
-    scores = {}
-    for key, (mean, change) in averages.items():
-        alive = keep[key].to(mean.device)
-        scores[key] = torch.full_like(mean, -math.inf)
-        scores[key][alive] = (mean * change if uncertainty else mean)[alive]
-    return scores
+def ranking(averages, uncertainty=False):
+    """What `choose` ranks by: Ī (LoSparse), or Ī · U with `uncertainty` (PLATON)."""
+    return {key: mean * change if uncertainty else mean for key, (mean, change) in averages.items()}
+
+
+def of_living(scores, keep):
+    """The scores of the units in `keep`, {(layer, kind): indices}; of all others, which are dead already, -inf."""
+    found = {}
+    for key, worth in scores.items():
+        alive = keep[key].to(worth.device)
+        found[key] = torch.full_like(worth, -math.inf).index_copy_(0, alive, worth[alive])
+    return found

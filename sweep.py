@@ -1,12 +1,15 @@
 """Runs of train.py side by side: a process and one thread each, what is finished is not run again, killed ones go on.
 
-    python reproduce.py --preset toy --jobs 2
+    python reproduce.py --quick --jobs 2
 
 One thread, so that a run's sums do not depend on the machine's cores. For reproduce.py and scaling.py, which say what
 to run. Not here: what a run is (train.py), several GPUs.
 """
+import contextlib
+import io
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -22,9 +25,16 @@ from common import UserError, read_records, run, write_atomic
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)      # exit codes of a run that saved and ended on a signal
 
 
-def one(folder, settings, device="cpu"):
-    """Run one plan to its end, quietly."""
+def one(folder, settings, device="cpu", cut=None):
+    """Run one plan to its end, quietly; before it, with the settings `cut` of prune.py, make the model it begins
+    with."""
+    import checkpoint
+    import prune
     import train
+    if cut and not checkpoint.checkpoints(settings["init"]):
+        shutil.rmtree(settings["init"], ignore_errors=True)          # of a cut that was killed while it was saved
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            prune.main(prune.Prune(out=settings["init"], device=device, **cut))
     train.main(train.Train(out=str(folder), device=device, **settings), quiet=True)
 
 
@@ -43,36 +53,51 @@ def child(function, arguments, until, parent):
     run(function, *arguments)
 
 
-def side_by_side(function, arguments, jobs, until=None):
+def side_by_side(function, arguments, jobs, until=None, told=None):
     """Call function(*each of `arguments`), `jobs` at a time, each in a process of its own (and so with its own peak
     memory) -> how many came to their end. From `until` (seconds since the epoch) on none begins and those that run are
-    stopped. UserError: one failed or was killed (its own message is printed); the others are stopped and saved."""
+    stopped. What `told(arguments)` says of one that came to its end stands in the progress bar. UserError: one failed
+    or was killed (its own message is printed); the others are stopped and saved."""
     context, waiting, running, done = get_context("spawn"), list(arguments), {}, 0
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         with tqdm(total=len(waiting), desc="runs") as progress:
             while waiting or running:
                 while waiting and len(running) < jobs and (until is None or time.time() < until):
-                    process = context.Process(target=child, args=(function, waiting.pop(0), until, os.getpid()))
+                    given = waiting.pop(0)
+                    process = context.Process(target=child, args=(function, given, until, os.getpid()))
                     process.start()
-                    running[process.sentinel] = process
+                    running[process.sentinel] = process, given
                 if not running:
                     break
                 for sentinel in wait(running):
-                    process = running.pop(sentinel)
+                    process, given = running.pop(sentinel)
                     process.join()
                     if process.exitcode not in (0, *STOPPED):
                         raise UserError(f"a run ended with exit code {process.exitcode}, see above (-9: the system "
                                         "killed it, perhaps for memory: fewer --jobs); the same command goes on")
                     done += process.exitcode == 0
+                    if told and process.exitcode == 0:
+                        progress.set_postfix_str(told(given), refresh=False)
                     progress.update()
     finally:
         signal.signal(signal.SIGTERM, before)
-        for process in running.values():
+        for process, _ in running.values():
             process.terminate()
-        for process in running.values():
+        for process, _ in running.values():
             process.join()
     return done
+
+
+def finished(file, settings, flag):
+    """Whether the records of a run with these settings of train.py (None: any) are in `file`. UserError, naming the
+    flag of its folder: they are of another run."""
+    found = next(iter(read_records(file)), {})
+    differ = [f"{k} is {found.get(k)!r} there and {v!r} here" for k, v in settings.items()
+              if v is not None and found.get(k) != v]
+    if found and differ:
+        raise UserError(f"{file} holds another run ({'; '.join(differ)}); give another {flag}, and another --runs")
+    return bool(found)
 
 
 def keep_records(folder, path):

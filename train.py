@@ -11,13 +11,14 @@ if the plan says so, by itself as it stood before the first cut (distill.py): ID
 folder (folder.py); the same command goes on where a killed one stopped, bit for bit on a CPU. `loop` is the method.
 
 metrics.jsonl, one JSON object a line with `tag`, `step` (updates done before it) and `tokens` (trained on by then):
-  config   the resolved settings, `target` and `start` model configs, corpus `fingerprint` and `documents`, `cut`: the
-           `recipe` and `cut_from` of an --init that prune.py wrote (adapt: of `target` only the number of removable
-           parameters counts, the last cut ends at most there)
+  config   the resolved settings, `target` and `start` model configs, corpus `fingerprint`, `documents` and
+           `corpus_tokens` (train, hold-out), `cut`: the `recipe` and `cut_from` of an --init that prune.py wrote,
+           `code`: a hash of the sources that a run goes through (folder.code; joined by + if they changed on the way)
+           (adapt: of `target` only the number of removable parameters counts, the last cut ends at most there)
   step     `loss` `ce` `grad_norm`, means since the last such record, and `kl` (times temperature²) `teacher_ce`, means
            of the steps with a teacher, null without; losses in nats per token; `lr` `stage` `params` (live)
            `tokens_per_second` (of forward, backward and update) `flops_executed` `flops_credited` (so far)
-  eval     `val_loss` (nats per token) `bits_per_byte` `stage` `params` `n_kv_head` `d_ff`
+  eval     `val_loss` (nats per token) `bits_per_byte` `stage` `params` `n_kv_head` `d_ff` `flops_executed`
   prune    `size` (kept fraction of removable parameters) and, right after the cut, what eval records
   slice    `params` `n_kv_head` `d_ff`; in plan adapt at every cut
   teacher  `file` `sha256` when captured; `dropped` `student_ce` `teacher_ce` when the student has overtaken it
@@ -60,7 +61,7 @@ import score
 import two_four
 from common import UserError, parse, peak_rss, pick_device, run
 from eval import evaluate, sample
-from folder import Folder, State
+from folder import Folder, State, code
 from tokenizer import open_tokenizer
 
 LOG_EVERY = 10                               # steps per "step" record, which holds means over them
@@ -76,7 +77,7 @@ class Train:
     block_size: int | None = None            # tokens of context; default: the preset's, or the trained one of --init
     enlarge_ff: float = 2.6                  # the enlarged model has so many times the target's FFN neurons
     enlarge_kv: float = 1.0                  # and so many times its KV groups
-    data: str = "stdlib"                     # stdlib; a file, folder or glob (text, .jsonl, .parquet); hf:NAME[:CONFIG]
+    data: str = "stdlib"                     # stdlib; packages; files as text, .jsonl, .parquet; hf:NAME[:CONFIG]
     tokenizer: str | None = None             # bytes, a tiktoken encoding, a folder; default: bytes, or that of --init
     out: str | None = None                   # run folder; default runs/PLAN-PRESET-SEED, or --init's name for PRESET
     seed: int = 0                            # of the initial weights and the order of the data
@@ -87,6 +88,7 @@ class Train:
     min_lr: float | None = None              # at the end of a cycle; default: a tenth of the peak
     shape: str | None = None                 # of the learning rate: cosine or wsd; default: wsd in adapt, else cosine
     warmup_share: float = 0.05               # of a cycle
+    rewarm: bool = True                      # warm up in plan naive's second cycle too; without: it begins at the peak
     weight_decay: float = 0.1                # of matrices (AdamW)
     clip: float = 1.0                        # gradient norm
     enlarge_share: float | None = None       # of the run; default: the plan's, 0 in adapt with --init
@@ -94,10 +96,11 @@ class Train:
     law: str | None = None                   # of the sizes: cubic, linear, geometric, oneshot; default: the plan's
     cuts: int | None = None                  # events of the prune stage; default: 20, in adapt one per 5 % that go
     slice_at: int | None = None              # step at which dead units are physically cut off; default: the last cut
+    score: str | None = None                 # of units: score.SCORES, measured at every cut; default: IDEA's average
     score_every: int = 5                     # steps between gradient scores
     score_window: int = 100                  # score only so many steps before a cut
     uncertainty: bool = False                # multiply the score by its variation (PLATON)
-    calibration_windows: int = 64            # of the training text, on which every cut of adapt measures anew
+    calibration_windows: int = 64            # of the training text, measured on at every cut of adapt and of --score
     forget_moments: bool = False             # a new optimizer at every cut of adapt, as in Adapt-Pruner's scripts
     teacher: str | None = None               # a checkpoint; default: the enlarged model at the first cut
     kd_weight: float = 0.5                   # of the teacher's share in the loss
@@ -116,6 +119,7 @@ def resolve(config, on_gpu):
     """Fill the defaults that depend on the machine or on other settings; refuse what no later check would name."""
     for name, allowed in (("plan", tuple(schedule.PLANS)), ("stage", ("all", "enlarge", "prune", "recover")),
                           ("preset", tuple(models.PRESETS)), ("shape", ("cosine", "wsd")),
+                          ("score", tuple(score.SCORES)),
                           ("dtype", ("auto", "float32", "bfloat16", "float64"))):
         if getattr(config, name) not in (*allowed, None):             # None: the plan's own
             raise UserError(f"--{name} {getattr(config, name)!r} is not one of {', '.join(allowed)}")
@@ -141,23 +145,37 @@ def resolve(config, on_gpu):
     return config
 
 
+def measured(config):
+    """The name of the score that cuts measure on calibration text, None where it is the moving average of the training
+    steps' |w · g| (IDEA Prune). Adapt-Pruner's is taylor."""
+    return config.score or ("taylor" if schedule.adaptive(config.plan) else None)
+
+
+def calibrates(config):
+    """What cuts need of score.collect; nothing: no calibration text is run."""
+    importance = {"cosine"} if schedule.adaptive(config.plan) else set()
+    return importance | (score.SCORES[measured(config)][1] if measured(config) else set())
+
+
 def refuse_idle_flags(config):
     """A setting that the plan has no use for is a mistake: it would be believed to have had an effect."""
     rows = schedule.PLANS[config.plan]
     prunes, taught = any(row.name == "prune" for row in rows), any(row.kd for row in rows)
     once = prunes and "oneshot" in (config.law or next(row.law for row in rows if row.name == "prune"))
     idle = [] if taught else ["teacher", "kd_weight", "kd_temperature", "drop_teacher"]
-    idle += [] if prunes else ["enlarge_ff", "enlarge_kv"]
+    idle += [] if prunes else ["enlarge_ff", "enlarge_kv", "score"]
+    idle += [] if any(row.restart for row in rows) else ["rewarm"]
     idle += ["cuts"] if once or not prunes else []
-    adaptive = schedule.adaptive(config.plan)
-    idle += ["score_every", "score_window", "uncertainty"] if adaptive or not prunes else []
-    idle += [] if adaptive else ["calibration_windows", "forget_moments"]
+    idle += ["score_every", "score_window", "uncertainty"] if measured(config) or not prunes else []
+    idle += [] if calibrates(config) else ["calibration_windows"]
+    idle += [] if schedule.adaptive(config.plan) else ["forget_moments"]
     if config.init and config.preset != Train.preset:
         raise UserError(f"--preset {config.preset} has no effect with --init {config.init}; leave one of them out")
     for name in idle:
         if getattr(config, name) != Train.__dataclass_fields__[name].default:
-            raise UserError(f"--{name.replace('_', '-')} has no effect in plan {config.plan!r}"
-                            f"{' with one cut' if name == 'cuts' and once else ''}; leave it out")
+            because = " with one cut" if name == "cuts" and once else \
+                f" with --score {config.score}" if config.score and name.startswith(("score_", "unc", "cal")) else ""
+            raise UserError(f"--{name.replace('_', '-')} has no effect in plan {config.plan!r}{because}; leave it out")
     if config.uncertainty and config.score_window <= config.score_every:
         raise UserError(f"--uncertainty needs two scores before the first cut: --score-window {config.score_window} "
                         f"must be above --score-every {config.score_every}")
@@ -262,7 +280,7 @@ class Run:
         if self.world > 1 and not self.rank:
             dist.barrier()
         self.byte_lengths = self.corpus.tokenizer.byte_lengths()
-        if self.timeline.adaptive:
+        if calibrates(c):
             self.calibration(0)                                       # what it refuses it refuses now
         self.signal, self.interrupted = 0, False                      # received here; agreed on by all processes
         out = Path(c.out or f"runs/{c.plan}-{Path(c.init).name if c.init else c.preset}-{c.seed}")
@@ -319,7 +337,8 @@ class Run:
             with self.timed("eval"):
                 found = evaluate(self.state.model, self.corpus.val, self.byte_lengths, self.config.eval_windows,
                                  batch=self.config.micro_batch)
-            self.log(tag, val_loss=found["loss"], bits_per_byte=found["bits_per_byte"], **self.shape(), **about)
+            self.log(tag, val_loss=found["loss"], bits_per_byte=found["bits_per_byte"], **self.shape(),
+                     flops_executed=self.state.flops[0], **about)
 
     def sample(self, when):
         """Record how the model continues the hold-out's first half window."""
@@ -339,17 +358,20 @@ class Run:
         self.log("teacher", **self.state.teacher_file)
 
     def calibrate(self):
-        """Measure the model as it is -> {(layer, kind): (units,) scores}, [importance of each layer]. One process does
-        it for all, so that they cannot differ."""
-        c, s, found = self.config, self.state, [None]
+        """Measure the model as it is -> {(layer, kind): (units,) scores}, [importance of each layer] (plan adapt, else
+        None). One process does it for all, so that they cannot differ."""
+        c, s, found, needs = self.config, self.state, [None], calibrates(self.config)
         with self.timed("score"), self.autocast():
             if self.rank == 0:
-                stats = score.collect(s.model, self.calibration(s.step), {"grad", "cosine"})
-                scores = {key: values.cpu() for key, values in score.taylor(s.model, stats).items()}
-                found = [(scores, score.importance(stats, s.model.config.n_layer))]
+                stats = score.collect(s.model, self.calibration(s.step), needs) if needs else score.Stats()
+                stats.seed = (c.seed * (c.steps + 1) + s.step) % 2**63                 # of the score "random"
+                found_scores = score.SCORES[measured(c)][0](s.model, stats)
+                found = [({key: values.cpu() for key, values in found_scores.items()},
+                          score.importance(stats, s.model.config.n_layer) if self.timeline.adaptive else None)]
             if self.world > 1:
                 dist.broadcast_object_list(found)
-        s.flops[0] += c.calibration_windows * self.T * s.model.config.flops_per_token(self.T)
+        backward = bool({"grad", "grad_sq", "sensitivity"} & needs)
+        s.flops[0] += bool(needs) * c.calibration_windows * self.T * s.model.config.flops_per_token(self.T, backward)
         return found[0]
 
     def calibration(self, step):
@@ -361,17 +383,16 @@ class Run:
     def cut(self, size):
         """Kill the lowest-scored units, so that at most `size` of the removable parameters stays alive. In plan adapt
         those of the layers that turn the residual stream least go first (allocate.adaptive)."""
-        s, start = self.state, self.start
-        scores, importance = self.calibrate() if self.timeline.adaptive else (None, None)
+        s, c, start = self.state, self.config, self.start
+        scores, importance = self.calibrate() if measured(c) else (score.ranking(s.averages, c.uncertainty), None)
         with self.timed("cut"):
             if self.timeline.adaptive:
                 most = math.floor(size * start.removable_params() + 1e-6)              # as in allocate.towards
                 widths = allocate.once(s.model.config, most, "adaptive", scores, importance=importance,
                                        whole=start.widths())
             else:
-                scores = score.ranking(s.averages, s.keep, self.config.uncertainty)
                 widths = allocate.towards(start, self.target, size, {key: len(i) for key, i in s.keep.items()})
-            s.keep = prune.choose(scores, widths)
+            s.keep = prune.choose(score.of_living(scores, s.keep), widths)
             prune.zero_(s.model, s.optimizer, s.keep)
         self.evaluate("prune", size=size)
 
@@ -474,7 +495,7 @@ def main(config, quiet=False):
         print(f"{r.folder.path} is finished up to step {s.step} of {c.steps}; records: {r.folder.metrics}")
         return r
     r.folder.rewind(s.step, target=asdict(r.target), start=asdict(r.start), documents=r.corpus.documents,
-                    cut=r.cut_before)
+                    corpus_tokens=[len(r.corpus.train), len(r.corpus.val)], cut=r.cut_before, code=code())
     try:
         with stop_on_signals(r), tqdm(total=stop, initial=s.step, disable=quiet or r.rank > 0,
                                       mininterval=.5 if sys.stderr.isatty() else 20) as progress:
@@ -527,7 +548,7 @@ def loop(r, stop, progress):
             r.slice()                                                 # the physically smaller model
 
         # learning rate
-        lr = schedule.lr_at(s.step, t, c.lr, c.min_lr, c.warmup_share, c.shape)
+        lr = schedule.lr_at(s.step, t, c.lr, c.min_lr, c.warmup_share, c.shape, rewarm=c.rewarm)
         for group in s.optimizer.param_groups:
             group["lr"] = lr
 
@@ -540,7 +561,7 @@ def loop(r, stop, progress):
                             f"now {lr:.2g}, or check the data; last checkpoint: {checkpoint.newest(r.folder.path)}")
 
         # score while the gradients are there, clip, update
-        scored = schedule.score_at(s.step, t, c.score_every, c.score_window)
+        scored = not measured(c) and schedule.score_at(s.step, t, c.score_every, c.score_window)
         if scored:
             with r.timed("score"):
                 s.averages = score.average(s.averages, score.sensitivity(s.model))

@@ -273,3 +273,18 @@ def test_what_cannot_be_had_names_the_remedy(tmp_path, folder, monkeypatch, bpe)
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
     with pytest.raises(UserError, match="--tokenizer bytes"):
         data.open_tokenizer("gpt2")
+
+
+def test_the_sources_of_installed_packages_are_a_corpus_of_python_files_without_their_tests(tmp_path, monkeypatch):
+    """Any folder may be theirs; a file that is not UTF-8 is left out, as in the standard library."""
+    for i in range(60):
+        for path in (f"a/{i}.py", f"b/c/{i}.py", f"b/tests/{i}.py", f"a/{i}.so", f".hidden/{i}.py"):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_text(f"x = '{path}'\n")
+    (tmp_path / "a" / "latin.py").write_bytes(b"x = '\xe9'\n")
+    real = data.sysconfig.get_paths()
+    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {**real, "purelib": str(tmp_path)})
+    corpus = data.load("packages", cache=tmp_path / "cache")
+    texts = [text for side in split_documents(corpus) for text in side]
+    assert sorted(texts) == sorted(f"x = '{name}/{i}.py'\n" for name in ("a", "b/c") for i in range(60))
+    assert sum(corpus.documents) == 120 and data.load("packages", cache=tmp_path / "cache").folder == corpus.folder

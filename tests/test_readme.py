@@ -10,8 +10,10 @@ import pytest
 
 import compare
 import eval as evaluation
+import evidence
 import huggingface
 import report
+import reproduce
 import train
 from common import parse, read_records
 from model import GPT, GPTConfig
@@ -40,7 +42,8 @@ def shrunk(command, runs):
     if words[1] == "scaling.py":
         words += ["--preset", "toy", "--minutes", ".05", "--out", str(runs / "grid"), "--runs", str(runs / "of-grid")]
     if words[1] == "reproduce.py":
-        words += ["--preset", "toy", "--steps", "120", "--seeds", "1", "--runs", str(runs / "again")]
+        words += shlex.split("--ratio 4 --ratios 4 --batch-tokens 512 --micro-batch 8 --eval-windows 4 --jobs 1")
+        words += ["--runs", str(runs / "again"), "--results", str(runs / "again" / "records")]
     return words
 
 
@@ -63,8 +66,6 @@ def test_commands_run_in_the_order_of_the_readme(tmp_path, commands):
         (tmp_path / "repo" / file.name).symlink_to(file)
     for script, *rest in [shlex.split(c)[1:] for c in commands]:
         words = shrunk(shlex.join(["python", script, *rest]), tmp_path / "runs")
-        if script == "reproduce.py":
-            (tmp_path / "repo" / "results").unlink()          # it writes there
         command = " ".join(words[1:]).replace("results/laptop", str(ROOT / "results" / "laptop"))
         done = subprocess.run(f"{sys.executable} {command}" if "*" in command else [sys.executable, *words[1:]],
                               shell="*" in command, cwd=tmp_path / "repo", capture_output=True, text=True)
@@ -81,6 +82,14 @@ def test_flags_of_commands_that_need_more_than_a_laptop_exist():
 
 def test_table_is_what_the_committed_records_say():
     assert report.table(sorted((ROOT / "results" / "laptop").glob("*.jsonl"))) in README
+
+
+def test_claims_are_what_the_committed_records_say():
+    c, scale = reproduce.resolve(reproduce.Reproduce())
+    runs, figure = evidence.read(ROOT / c.results), f"{c.results}/figure.png"
+    text = evidence.text(runs, scale, figure if (ROOT / figure).exists() else None)
+    assert f"{reproduce.BEGIN}\n{text}\n{reproduce.END}" in README
+    assert (ROOT / figure).exists() or not evidence.of_kind(runs, "idea", scale.small, scale.ratio)
 
 
 def test_comparison_is_what_the_committed_records_say():

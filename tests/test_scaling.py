@@ -121,10 +121,10 @@ def test_a_job_cuts_trains_and_keeps_records_that_say_what_was_cut(tmp_path):
         assert records[0]["before"] == runs["8x16-0"]["summary"][0]["val_loss"]
         assert records[-1]["control"] == runs["control-8x16-0"]["summary"][0]["val_loss"]
     settings, cut = todo["control-8x16-0"]
-    assert grid_.finished(f"{c.out}/control-8x16-0.jsonl", settings)
+    assert sweep.finished(f"{c.out}/control-8x16-0.jsonl", settings, "--out")
     with pytest.raises(UserError, match="steps is 8 there and 9 here.*another --out"):
-        grid_.finished(f"{c.out}/control-8x16-0.jsonl", dict(settings, steps=9))
-    assert not grid_.finished(f"{c.out}/nothing.jsonl", settings)
+        sweep.finished(f"{c.out}/control-8x16-0.jsonl", dict(settings, steps=9), "--out")
+    assert not sweep.finished(f"{c.out}/nothing.jsonl", settings, "--out")
 
 
 def test_run_says_what_is_left_and_refuses_nonsense(tmp_path, capsys, monkeypatch):

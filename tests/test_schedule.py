@@ -1,5 +1,6 @@
 """Invariants of schedule.py against numbers written out by hand; the order in which the project's files import."""
 import ast
+import math
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,14 @@ def test_first_rate_is_above_zero_and_the_last_of_every_cycle_is_min_lr_exactly(
                 assert max(rates) == lr and all(rates[a] > 0 for a, _ in t.cycles)
                 assert [rates[b - 1] for _, b in t.cycles] == [min_lr] * len(t.cycles)
             assert len(t.cycles) == (2 if name == "naive" else 1) and t.cycles[0][0] == 0 and t.cycles[-1][1] == steps
+
+
+def test_without_a_second_warm_up_the_second_cycle_begins_at_the_peak_and_ends_as_before():
+    t = plan("naive", 20)
+    with_, without = ([lr_at(s, t, 1.0, .1, .3, rewarm=again) for s in range(20)] for again in (True, False))
+    assert with_[:10] == without[:10] and with_[10:13] == pytest.approx([1 / 3, 2 / 3, 1])
+    cosine = [.55 + .45 * math.cos(math.pi * k / 9) for k in range(10)]
+    assert without[10:] == pytest.approx(cosine) and without[-1] == .1
 
 
 SIZES = {  # 20 steps, prune stage 10 … 13, 4 cuts: sizes of the steps 9 … 14
@@ -176,8 +185,8 @@ def imports(file):
 def test_files_import_only_files_further_down_and_schedule_none_of_ours_and_no_torch():
     rows = ["common", "model schedule distill two_four tokenizer report allocate laws modeling_nanoprune gpt2_peer",
             "huggingface llamacpp data curves timing", "checkpoint score", "tasks", "eval", "prune folder slicegpt",
-            "train", "export sweep bench_train torch_pruning_peer", "grid bench_system bench_infer", "scaling bench",
-            "reproduce compare smollm2"]
+            "train", "export sweep bench_train torch_pruning_peer claims", "grid bench_system bench_infer evidence",
+            "scaling bench", "reproduce compare smollm2"]
     place = {name: i for i, row in enumerate(rows) for name in row.split()}
     for file in ROOT.glob("*.py"):
         assert file.stem in place, f"give {file.name} a row in this test and in the README's table"

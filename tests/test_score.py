@@ -292,7 +292,7 @@ def test_moving_averages_against_written_out_numbers():
 def test_ranking_puts_dead_units_last_and_uncertainty_can_turn_the_order():
     key, averages = (0, "kv"), {(0, "kv"): torch.tensor([[3., 2., 9., 1.], [.1, 1., 5., .5]])}
     keep = {key: torch.tensor([0, 1, 3])}
-    plain, uncertain = score.ranking(averages, keep), score.ranking(averages, keep, uncertainty=True)
+    plain, uncertain = (score.of_living(score.ranking(averages, twice), keep) for twice in (False, True))
     assert plain[key].tolist() == [3, 2, -math.inf, 1]
     torch.testing.assert_close(uncertain[key], torch.tensor([.3, 2., -math.inf, .5]))
     assert [prune.choose(scores, {key: 2})[key].tolist() for scores in (plain, uncertain)] == [[0, 1], [1, 3]]

@@ -100,10 +100,10 @@ def test_a_run_that_was_stopped_is_saved_and_goes_on(tmp_path, monkeypatch):
     """What it ends with is what an undisturbed run ends with; its records are kept once it is finished."""
     folder, real = tmp_path / "a", schedule.lr_at
 
-    def stop_here(step, *rest):
+    def stop_here(step, *rest, **named):
         if step == 7:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(step, *rest)
+        return real(step, *rest, **named)
 
     monkeypatch.setattr(schedule, "lr_at", stop_here)
     with pytest.raises(SystemExit) as end:

@@ -1,6 +1,8 @@
 """The loop: stages compose, killed runs go on, processes agree, cuts compile nothing, plans end where they promise."""
+import copy
 import errno
 import json
+import math
 import os
 import random
 import signal
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_schedule import imports
 
 import checkpoint
 import common
@@ -95,7 +98,9 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("plan, step, settings", [("naive", 30, {}), ("naive", 31, {}), ("idea", 43, dict(slice_at=50)),
                                                   ("kd", 57, dict(kd_weight=.3)), ("idea", 31, dict(uncertainty=True)),
-                                                  ("adapt", 36, {})])
+                                                  ("adapt", 36, {}), ("naive", 31, dict(rewarm=False)),
+                                                  ("idea", 33, dict(score="activation", score_window=100,
+                                                                    calibration_windows=4))])
 def test_killed_at_the_awkward_steps_is_never_killed(tmp_path, monkeypatch, plan, step, settings):
     """Right at and after a restart; between the last cut and the slice; after the teacher was dropped; between two
     cuts that slice at once."""
@@ -395,12 +400,63 @@ def test_adapt_refuses_a_calibration_text_that_is_too_short(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["activation", "flap", "random"])
+def test_a_named_score_is_measured_at_every_cut_and_cuts_what_it_says(tmp_path, monkeypatch, name):
+    """Computed again here from the model as it was; of units that are dead already none comes back. Its FLOPs."""
+    before, zero_ = [], train.prune.zero_
+
+    def spy(model, optimizer, keep):
+        before.append((copy.deepcopy(model), r.state.step, {key: i.clone() for key, i in r.state.keep.items()}, keep))
+        return zero_(model, optimizer, keep)
+
+    settings = dict(score=name, score_window=100, slice_at=45, **(dict(calibration_windows=4) if name != "random"
+                                                                  else {}))
+    r = train.Run(train.Train(**toy(**settings), out=str(tmp_path / "run")))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Run", lambda _: r)
+        patch.setattr(train.prune, "zero_", spy)
+        train.main(r.config, quiet=True)
+    function, needs = train.score.SCORES[name]
+    assert len(before) == 4
+    for model, step, was, keep in before:
+        batches = train.score.batches(r.corpus.train, 64, 4, 1, (0, step))
+        stats = train.score.collect(model, batches, needs)
+        stats.seed = step
+        for key, worth in function(model, stats).items():
+            worth = [worth[i].item() if i in was[key] else -math.inf for i in range(len(worth))]
+            best = sorted(range(len(worth)), key=lambda i: (-worth[i], i))[:len(keep[key])]
+            assert sorted(best) == keep[key].tolist()
+    train_toy(tmp_path / "plain", slice_at=45)
+    plain = report.records(tmp_path / "plain")["summary"][0]["flops_executed"]
+    scored = sum(schedule.score_at(step, r.timeline, 5, 10) for step in range(60)) * 3 * r.start.removable_params()
+    calibrated = 0 if name == "random" else 4 * 4 * 64 * r.start.flops_per_token(64, backward=False)
+    assert r.state.flops[0] == pytest.approx(plain - scored + calibrated)
+
+
 def test_naive_restarts_the_learning_rate_and_adam(tmp_path):
     r = train_toy(tmp_path / "run", plan="naive", stage="prune")
     assert all(state["step"] == 1 for state in r.state.optimizer.state.values())        # one step since the restart
     lrs = [e["lr"] for e in report.records(train_toy(tmp_path / "run", plan="naive").folder.path)["step"]]
     assert lrs[2] == pytest.approx(1e-3) and lrs[-1] == pytest.approx(1e-3) and max(lrs[3:]) > 5e-3
 
+
+def test_the_code_of_a_run_is_its_sources_without_comments_and_docstrings(tmp_path):
+    text = 'def f(x):\n    "Doubles."\n    return x * 2  # twice\n'
+    same = folder.code([text])
+    assert same == folder.code(["def f(x):\n\n    return (x * 2)\n"]) != folder.code([text.replace("2  #", "3  #")])
+    r = train_toy(tmp_path / "run", plan="scratch", stage="all", steps=20)
+    config = report.records(tmp_path / "run")["config"][0]
+    assert config["code"] == folder.code() and len(config["code"]) == 12
+    assert config["corpus_tokens"] == [len(r.corpus.train), len(r.corpus.val)]
+    used = {name for file in folder.CODE for name in imports(ROOT / f"{file}.py") if (ROOT / f"{name}.py").exists()}
+    assert used - {*folder.CODE} == {"common", "huggingface", "report", "tasks"}       # these change no number of a run
+
+
+def test_code_that_changed_on_the_way_is_told(tmp_path, monkeypatch):
+    train_toy(tmp_path / "run", stage="enlarge")
+    monkeypatch.setattr(train, "code", lambda: "another")
+    train_toy(tmp_path / "run")
+    assert report.records(tmp_path / "run")["config"][0]["code"] == f"{folder.code()}+another"
 
 def test_non_finite_loss_stops_before_the_update(tmp_path):
     with pytest.raises(UserError, match="not applied; lower --lr"):
@@ -432,6 +488,12 @@ REFUSED = {
     "cuts that do not fit": (dict(plan="adapt", cuts=15), "15 cuts.*do not fit into 30 steps, 120 are enough"),
     "part of a batch": (dict(plan="adapt", micro_batch=2, calibration_windows=3), "windows 3 is no multiple of --mic"),
     "no calibration": (dict(plan="adapt", calibration_windows=0), "--calibration-windows 0 must be positive"),
+    "another score": (dict(score="best"), "--score 'best' is not one of sensitivity, taylor"),
+    "score without cuts": (dict(plan="scratch", score="flap"), "--score has no effect in plan 'scratch'"),
+    "average of a measured score": (dict(score="flap"), "score-window has no effect in plan 'idea' with --score flap"),
+    "calibration of a coin": (dict(score="random", score_window=100, calibration_windows=4),
+                              "--calibration-windows has no effect in plan 'idea' with --score random"),
+    "no second cycle": (dict(rewarm=False), "--rewarm has no effect in plan 'idea'"),
     "calibration outside adapt": (dict(calibration_windows=8), "--calibration-windows has no effect in plan 'idea'"),
     "forgetting outside adapt": (dict(plan="naive", forget_moments=True), "--forget-moments has no effect in plan"),
     "another shape": (dict(shape="step"), "--shape 'step' is not one of cosine, wsd"),

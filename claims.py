@@ -1,0 +1,341 @@
+"""What the papers claim, and which runs can tell: kinds of runs, the claims as pairs of them, sizes and tokens. Pure.
+
+    python -c "import claims; print(*claims.CLAIMS, sep='\\n')"
+
+A run is a *kind* (how it is trained: a row of KINDS) at a *place* (a size and how many tokens per parameter of the
+target: `Scale`) with a seed. What a run needs, the teacher or the model that is cut for it, is another run of the same
+place and seed, so that nothing is trained twice and all of it can be counted. A claim is a list of pairs: the loss of
+the first kind is said to be below the second's. Claims 1 to 6, 11: IDEA Prune (arXiv 2503.05920); 7, 9: Adapt-Pruner
+(2502.03460); 8: The Journey Matters (2501.12486); 10: score.py's sources; 12 is ours.
+Not here: running (reproduce.py), statistics (evidence.py).
+"""
+from dataclasses import dataclass, field, replace
+
+import allocate
+import data
+import model as models
+import train
+from common import UserError
+from tokenizer import open_tokenizer
+
+TUNING_SEED = 1000                     # of the runs that only choose a learning rate; no claim uses it
+MOST_EPOCHS = 4                        # repeated text is nearly as good as new text up to here (arXiv 2305.16264)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes (model.PRESETS), tokens and seeds. Ratios are tokens per parameter of the target, all of them counted."""
+    small: str                         # of all claims
+    middle: str                        # of claim 5 besides, and where learning rates are tuned
+    ratio: float                       # of all claims but 9, at the small size
+    long: float                        # of claim 9
+    ratios: tuple[float, ...]          # of claim 5 at the middle size
+    tuning: float                      # of the runs that choose a learning rate
+    rates: tuple[float, ...]           # which are tried; none: the preset's rate for all
+    batch_tokens: int                  # per step
+    micro_batch: int                   # sequences per forward pass
+    seeds: int                         # python reproduce.py power says how small an effect so many see
+    eval_windows: int = 256
+    data: str = "stdlib"
+    claims: tuple[int, ...] = (1, 3, 4, 5, 2, 11, 10, 6, 7, 8, 9, 12)             # in this order
+    only: tuple[str, ...] = ()         # kinds; none: all that the claims compare
+
+
+RATES = (3e-3, 6e-3, 1e-2, 2e-2, 3e-2)
+PLAIN = ("scratch", "naive", "oneshot", "idea", "idea-kd")
+SCALES = {  # the shortest training of a claim has 350 steps; but for claim 9's recoveries, 1/64 of a training
+    "cpu": Scale("4x16", "4x32", 100, 400, (25, 100, 400), 25, RATES, 2**12, 32, 5),
+    "gpu": Scale("10m", "10m", 20, 20, (5, 10, 20), 5, (5e-4, 1e-3, 2e-3), 2**16, 64, 3, data="packages"),
+    "quick": Scale("toy", "toy", 60, 60, (60,), 60, (), 2**11, 32, 1, 64, claims=(1, 3, 4, 5), only=PLAIN),
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a run is trained. `settings` are train.py's, beside those of the place."""
+    plan: str
+    settings: dict = field(default_factory=dict)
+    teacher: str | None = None         # the kind that teaches
+    init: str | None = None            # the kind whose model is cut to the target by `cut`, to begin with
+    cut: dict | None = None            # prune.py's settings
+    share: float = 1                   # of the place's tokens
+    like: tuple[str, str] | None = None    # instead: as many as spend what this kind spent: (kind, "flops_executed"
+    #                                        or "flops_credited"), all without what the two need
+    family: str | None = None          # whose learning rate, of FAMILIES; default: the plan's
+    floor: float = .1                  # the last learning rate, as a share of the peak
+
+
+def kd(**settings):
+    """IDEA with distillation from the enlarged model whose own cosine has ended."""
+    return Kind("idea-kd", settings, teacher="annealed")
+
+
+def cut(init, share=.5, allocation="uniform-strict", score="sensitivity"):
+    """A model that is there, cut once and trained on."""
+    return Kind("scratch", init=init, share=share, family="recover",
+                cut=dict(structure="ffn", allocate=allocation, score=score))
+
+
+def window(enlarge_share, prune_share):
+    """Plan journey with another window of pruning, shares of the FLOPs; as many FLOPs as the paper's."""
+    shares = dict(enlarge_share=enlarge_share, prune_share=prune_share)
+    return Kind("journey", shares, like=("journey", "flops_credited"))
+
+
+KINDS = {
+    **{plan: Kind(plan) for plan in (*PLAIN, "journey", "adapt")},
+    "naive-cold": Kind("naive", dict(rewarm=False)),
+    # the enlarged model after half of the tokens: at the end of a cosine of its own, and half way along the whole one,
+    # as it stands in plan idea-kd before the first cut
+    "annealed": Kind("naive", dict(stage="enlarge")),
+    "halfway": Kind("idea-kd", dict(stage="enlarge")),
+    "cut-annealed": cut("annealed"),
+    "cut-halfway": cut("halfway"),
+    "idea-kd-annealed": kd(),
+    "kd": Kind("kd", teacher="annealed"),
+    "kd-flops": Kind("kd", teacher="annealed", like=("idea-kd-annealed", "flops_executed")),
+    "kd-halfway": Kind("kd", teacher="halfway"),
+    "scratch-flops": Kind("scratch", like=("idea", "flops_executed")),
+    "idea-1.3x": Kind("idea", dict(enlarge_ff=1.3)),
+    "idea-5.3x": Kind("idea", dict(enlarge_ff=5.3)),
+    "idea-25%": Kind("idea", dict(enlarge_share=.25, prune_share=.3)),              # prune : recover stay 2 : 3
+    "idea-75%": Kind("idea", dict(enlarge_share=.75, prune_share=.1)),
+    "idea-wsd": Kind("idea", dict(shape="wsd")),
+    "scratch-wsd": Kind("scratch", dict(shape="wsd")),
+    "cut-uniform": cut("annealed", allocation="uniform", score="taylor"),
+    "cut-adaptive": cut("annealed", allocation="adaptive", score="taylor"),
+    "adapt-1cut": Kind("adapt", dict(cuts=1)),
+    "journey-5-25%": window(.05, .2),
+    "journey-25-30%": window(.25, .05),
+    "journey-50-75%": window(.5, .25),
+    "journey-5-75%": window(.05, .7),
+    "large": Kind("naive", dict(stage="enlarge", enlarge_ff=5.3), share=2),         # as many tokens as scratch
+    **{f"large-cut-1/{k}": cut("large", 1 / k) for k in (64, 16, 4, 1)},
+    **{f"idea-{name}": Kind("idea", dict(score=name)) for name in ("activation", "taylor", "flap", "random")},
+    "kd-weight-0.9": kd(kd_weight=.9),
+    "kd-temperature-2": kd(kd_temperature=2.),
+    "kd-to-the-end": kd(drop_teacher=False),
+    "kd-linear-40%": kd(law="linear", prune_share=.4),
+    "kd-floor-1%": replace(kd(), floor=.01),
+    "scratch-floor-1%": Kind("scratch", floor=.01),
+}
+FAMILIES = {**{name: name for name in (*PLAIN, "kd", "journey", "adapt")}, "recover": "cut-annealed"}    # what is tuned
+
+
+@dataclass(frozen=True)
+class Claim:
+    number: int
+    text: str
+    pairs: tuple[tuple[str, str], ...]    # of kinds
+    by_factor: bool = False            # its verdict is of tokens to equal loss; pairs are shown without one
+    place: str = "small"               # or "both", there and at all of `ratios`; or "long"
+
+
+CLAIMS = {claim.number: claim for claim in (
+    Claim(1, "one integrated cosine beats two cycles, at equal tokens", (("idea", "naive"), ("oneshot", "naive"))),
+    Claim(2, "an intermediate checkpoint is a better seed for pruning than the converged one",
+          (("cut-halfway", "cut-annealed"), ("oneshot", "naive"))),
+    Claim(3, "iterative removal beats one-shot", (("idea", "oneshot"),)),
+    Claim(4, "pruning with distillation beats pruning alone, and distillation from scratch with the same teacher",
+          (("idea-kd", "idea"), ("idea-kd-annealed", "idea"), ("idea-kd", "kd-halfway"), ("idea-kd-annealed", "kd"),
+           ("idea-kd-annealed", "kd-flops"))),
+    Claim(5, "IDEA with distillation beats training from scratch",
+          (("idea", "scratch"), ("idea-kd", "scratch"), ("idea-kd-annealed", "scratch"), ("idea", "scratch-flops")),
+          place="both"),
+    Claim(6, "enlarging 2.6 times for half of the tokens is best, under a cosine",
+          tuple(("idea", f"idea-{other}") for other in ("1.3x", "5.3x", "25%", "75%", "wsd"))
+          + (("scratch", "scratch-wsd"),)),
+    Claim(7, "adaptive shares beat uniform ones, and incremental cuts one, through a whole recovery",
+          (("cut-adaptive", "cut-uniform"), ("adapt", "adapt-1cut"))),
+    Claim(8, "pruning from 25 % to 75 % of the compute is near-optimal, at equal credited FLOPs",
+          tuple(("journey", f"journey-{other}") for other in ("5-25%", "25-30%", "50-75%", "5-75%"))),
+    Claim(9, "cut from a larger trained model, recovery needs far fewer tokens than scratch",
+          tuple((f"large-cut-1/{k}", "scratch") for k in (64, 16, 4, 1)), True, "long"),
+    Claim(10, "IDEA's score is better inside the pipeline than Minitron's, LLM-Pruner's, FLAP's and a coin",
+          tuple(("idea", f"idea-{name}") for name in ("activation", "taylor", "flap", "random"))),
+    Claim(11, "the mechanism: the second warm-up costs, and so does the second cycle",
+          (("naive-cold", "naive"), ("oneshot", "naive-cold"))),
+    Claim(12, "another distillation, schedule of the cut or learning-rate floor is better (ours, no paper's claim)",
+          (*((name, "idea-kd-annealed") for name in ("kd-weight-0.9", "kd-temperature-2", "kd-to-the-end",
+                                                     "kd-linear-40%", "kd-floor-1%")),
+           ("kd-floor-1%", "scratch-floor-1%"))),
+)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A kind at a place, with a seed; `lr` only where it is one of the rates that are tried."""
+    kind: str
+    size: str
+    ratio: float
+    seed: int
+    lr: float | None = None
+
+    @property
+    def name(self):
+        tried = "" if self.lr is None else f"-lr{self.lr:g}"
+        return f"{self.kind}-{self.size}-{self.ratio:g}{tried}-s{self.seed}".replace("/", "of").replace("%", "")
+
+    def of(self, kind):
+        """What this one needs of the same place and seed; never a try."""
+        return replace(self, kind=kind, lr=None)
+
+    def needs(self):
+        """The runs whose folders this one begins with or learns from."""
+        kind = KINDS[self.kind]
+        return [self.of(name) for name in (kind.init, kind.teacher) if name]
+
+
+def places(claim, scale):
+    """[(size, ratio)] of a claim's pairs."""
+    small = [(scale.small, scale.ratio)]
+    return {"small": small, "long": [(scale.small, scale.long)],
+            "both": list(dict.fromkeys(small + [(scale.middle, ratio) for ratio in scale.ratios]))}[claim.place]
+
+
+def pairs(claim, scale):
+    """[(first kind, second kind, size, ratio)], those of them that the scale has."""
+    return [(a, b, *place) for place in places(claim, scale) for a, b in claim.pairs
+            if not scale.only or {a, b} <= {*scale.only}]
+
+
+def runs_of(claim, scale, seeds):
+    """The runs that a claim compares, without what they need."""
+    return list(dict.fromkeys(Run(kind, size, ratio, seed) for a, b, size, ratio in pairs(claim, scale)
+                              for seed in range(seeds) for kind in (a, b)))
+
+
+def tries(run, scale):
+    """The runs that choose this run's learning rate, none for a try."""
+    if run.lr is not None or not scale.rates:
+        return []
+    kind = FAMILIES[KINDS[run.kind].family or KINDS[run.kind].plan]
+    return [Run(kind, scale.middle, scale.tuning, TUNING_SEED, lr) for lr in scale.rates]
+
+
+def requires(run, scale):
+    """All runs whose records must be there before this one's settings are known."""
+    like = KINDS[run.kind].like
+    return [*tries(run, scale), *run.needs(), *([run.of(like[0])] if like else [])]
+
+
+def chosen_rate(run, scale, records):
+    """The learning rate whose try ended lowest -> (rate, whether it is at the edge of those tried); (None, False): the
+    preset's. records: {name of the run: {"summary": [...], ...}}. A try that is missing is a KeyError."""
+    if run.lr is not None or not scale.rates:
+        return run.lr, False
+    best = min(tries(run, scale), key=lambda t: records[t.name]["summary"][0]["val_loss"])
+    return best.lr, best.lr in (min(scale.rates), max(scale.rates))
+
+
+def settings(run, scale, records, folder="runs/claims"):
+    """-> (settings of train.py, settings of prune.py's cut before it or None). Whatever depends on other runs, the
+    learning rate or the number of steps, is read from their records."""
+    kind = KINDS[run.kind]
+    lr = chosen_rate(run, scale, records)[0]
+    lr = models.PRESETS[run.size][-1] if lr is None else lr
+    target = models.preset(run.size, vocabulary(), 1)[0]
+    steps = max(1, round(run.ratio * kind.share * target.num_params()["total"] / scale.batch_tokens))
+    found = dict(plan=kind.plan, seed=run.seed, steps=steps, lr=lr, min_lr=lr * kind.floor, data=scale.data,
+                 batch_tokens=scale.batch_tokens, micro_batch=scale.micro_batch, eval_windows=scale.eval_windows,
+                 compile=False, **kind.settings)
+    if kind.like:
+        wanted = records[run.of(kind.like[0]).name]["summary"][0][kind.like[1]]
+        found["steps"] = steps_for(dict(found, preset=run.size), wanted, kind.like[1])
+    found["eval_every"] = max(1, found["steps"] // 10)
+    if kind.teacher:
+        found["teacher"] = f"{folder}/{run.of(kind.teacher).name}"
+    if not kind.init:
+        return dict(found, preset=run.size), None
+    factor = KINDS[kind.init].settings.get("enlarge_ff", train.Train.enlarge_ff)
+    large = models.preset(run.size, vocabulary(), factor)[1]
+    recipe = dict(kind.cut, init=f"{folder}/{run.of(kind.init).name}", data=scale.data, seed=run.seed, windows=64,
+                  keep=target.removable_params() / large.removable_params(), micro_batch=scale.micro_batch)
+    return dict(found, init=f"{folder}/from-{run.name}"), recipe
+
+
+def vocabulary():
+    """Tokens of the tokenizer of all these runs: bytes."""
+    return open_tokenizer("bytes").vocab_size
+
+
+def timeline(found, size=None):
+    """Settings of train.py -> (they resolved, target's GPTConfig, the one at the start, schedule.Timeline). `size`: the
+    preset whose target an --init is."""
+    shown = {k: v for k, v in found.items() if k not in ("init", "teacher")}
+    c = train.resolve(train.Train(**shown, **({"preset": size} if size else {})), on_gpu=False)
+    return c, *train.plan(c, vocabulary())
+
+
+def live(start, target, kept):
+    """The config when so much of the removable parameters stays."""
+    return start.resized(allocate.towards(start, target, kept, start.widths())) if kept < 1 else start
+
+
+def predicted(found, size=None):
+    """FLOPs of a run with these settings of train.py -> {"flops_executed", "flops_credited"}, to within the scoring; a
+    teacher counts as if it were never dropped, and as large as the enlarged model."""
+    c, target, start, t = timeline(found, size)
+    large = models.preset(c.preset, vocabulary(), c.enlarge_ff, c.enlarge_kv)[1]
+    stop, T = next((b for stage, _, b in t.stages if stage.name == c.stage), c.steps), target.block_size
+    executed = credited = 0
+    edges = [(0, 1.0), *t.events, (c.steps, None)]
+    for (a, kept), (b, _) in zip(edges, edges[1:]):
+        steps, alive = max(0, min(b, stop) - a), live(start, target, kept)
+        physical = alive if t.adaptive or t.events and a >= t.slice_at else start
+        executed += steps * physical.flops_per_token(T)
+        credited += steps * alive.flops_per_token(T)
+    executed += sum(max(0, min(b, stop) - a) for stage, a, b in t.stages if stage.kd) \
+        * large.flops_per_token(T, backward=False)
+    return {"flops_executed": executed * c.batch_tokens, "flops_credited": credited * c.batch_tokens}
+
+
+def expected(run, scale):
+    """-> (settings of train.py, FLOPs as `predicted`) of a run before any other has been made. The learning rate is the
+    preset's, not the one to be chosen."""
+    plain, kind, records = replace(scale, rates=()), KINDS[run.kind], {}
+    if kind.like:
+        other = run.of(kind.like[0])
+        records[other.name] = {"summary": [expected(other, scale)[1]]}
+    found, _ = settings(run, plain, records)
+    return found, predicted(found, run.size if kind.init else None)
+
+
+def everything(wanted, scale):
+    """These runs and all that they require, each once, what is required first."""
+    found = {}
+
+    def visit(run):
+        if run not in found:
+            for other in requires(run, scale):
+                visit(other)
+            found[run] = None
+
+    for run in wanted:
+        visit(run)
+    return list(found)
+
+
+def steps_for(found, flops, which):
+    """The number of steps with which a run spends so many FLOPs; these are nearly proportional."""
+    steps = found["steps"]
+    for _ in range(4):
+        steps = max(1, round(steps * flops / predicted(dict(found, steps=steps))[which]))
+    return steps
+
+
+def refuse_too_many_epochs(wanted, scale):
+    """UserError where a run would read the text too often, or has too few steps for its cuts. Tokenizes the text, which
+    runs side by side would all do at once."""
+    text_tokens = len(data.load(scale.data, open_tokenizer("bytes")).train)
+    for run in wanted:
+        try:
+            found = expected(run, scale)[0]
+        except UserError as problem:
+            raise UserError(f"{run.name}: {problem}; more steps come by a higher --ratio, --ratios, or a smaller "
+                            "--batch-tokens") from None
+        tokens = found["steps"] * found["batch_tokens"] * (.5 if found.get("stage") == "enlarge" else 1)
+        if tokens > MOST_EPOCHS * text_tokens:
+            raise UserError(f"{run.name} takes {tokens:,.0f} tokens, {tokens / text_tokens:.1f} epochs of {scale.data} "
+                            f"and more than {MOST_EPOCHS}; give more text by --data (packages, a folder, hf:NAME), or "
+                            "lower --ratio and --ratios")

@@ -1,0 +1,393 @@
+"""What the claims' runs say: paired differences with intervals, verdicts, what equal loss takes, tables, the figure.
+
+    python reproduce.py report                     # from the committed records
+    python reproduce.py power                      # how many seeds would see how small an effect
+
+All comparisons are paired by seed: same data in the same order, same hold-out. An interval is Student's, 95 %, of the
+mean difference over seeds, and one seed has none, so it proves nothing. Of tokens to equal loss it is a percentile
+bootstrap over seeds, which is too narrow where there are few. Nothing is corrected for the number of comparisons: of 20
+rows without any effect one is expected to look like one. Not here: what is compared (claims.py), the runs
+(reproduce.py).
+"""
+import functools
+import math
+import random
+import statistics
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import claims
+import report
+import schedule
+from claims import CLAIMS, Run
+from common import UserError
+from curves import reach
+
+LEVEL, POWER = .95, .8
+FIGURE = ("scratch", "naive", "idea", "idea-kd")
+INGREDIENTS = (("one cosine, not two cycles", "naive"), ("iterative cuts, not one", "oneshot"),
+               ("IDEA's score, not a coin", "idea-random"), ("the enlarged phase, not only the target", "scratch"))
+TAUGHT = (("distillation, the enlarged model as it stood", "idea-kd"),
+          ("distillation, the enlarged model at the end of its own cosine", "idea-kd-annealed"))
+
+
+# -- statistics
+
+@functools.cache
+def t_quantile(p, df):
+    """Quantile of Student's t with df degrees of freedom, p in (.5, 1). With t = √df · tan θ the density is c ·
+    cos^(df-1) θ, integrated by Simpson's rule and inverted by bisection."""
+    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
+
+    def above_half(theta, n=200):
+        values = [math.cos(theta * i / n) ** (df - 1) * (1 if i in (0, n) else 4 if i % 2 else 2) for i in range(n + 1)]
+        return scale * theta / (3 * n) * sum(values)
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if above_half(middle) < p - .5 else (low, middle)
+    return math.sqrt(df) * math.tan(low)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Mean of paired differences, nats per token; negative: the first is better. nan where seeds are too few."""
+    seeds: int
+    mean: float = math.nan
+    sd: float = math.nan               # between seeds
+    low: float = math.nan
+    high: float = math.nan
+
+    @property
+    def verdict(self):
+        if self.seeds < 2:
+            return "not measured"
+        return "reproduced" if self.high < 0 else "contradicted" if self.low > 0 else "not at this scale"
+
+
+def effect(differences):
+    """{seed: difference} or a list of them -> Effect with Student's interval."""
+    values = list(differences.values()) if isinstance(differences, dict) else list(differences)
+    if len(values) < 2:
+        return Effect(len(values), *values)
+    mean, sd = statistics.mean(values), statistics.stdev(values)
+    half = t_quantile((1 + LEVEL) / 2, len(values) - 1) * sd / math.sqrt(len(values))
+    return Effect(len(values), mean, sd, mean - half, mean + half)
+
+
+def least_seen(sd, seeds):
+    """The smallest true difference that so many seeds call one with probability POWER, two-sided at 5 %, where paired
+    differences spread by sd: (t_.975 + t_.8) · sd / √n with Student's t, an approximation of the noncentral one."""
+    return (t_quantile((1 + LEVEL) / 2, seeds - 1) + t_quantile(POWER, seeds - 1)) * sd / math.sqrt(seeds)
+
+
+def seeds_for(sd, difference, most=1000):
+    """How many seeds see it (least_seen)."""
+    return next((n for n in range(2, most) if least_seen(sd, n) <= difference), most)
+
+
+def bootstrapped(statistic, seeds, samples=1000):
+    """statistic(list of seeds) and its 95 % percentile interval over resampled seeds -> (value, low, high); of one seed
+    no interval (nan)."""
+    seeds, dice = sorted(seeds), random.Random(0)
+    if len(seeds) < 2:
+        return statistic(seeds), math.nan, math.nan
+    found = sorted(statistic(dice.choices(seeds, k=len(seeds))) for _ in range(samples))
+    return statistic(seeds), found[round(.025 * (samples - 1))], found[round(.975 * (samples - 1))]
+
+
+# -- records
+
+def read(folder):
+    """{name of the run: {tag: [records]}} of the finished runs there. UserError: of several texts or hold-outs."""
+    runs = {path.stem: report.records(path) for path in sorted(Path(folder).glob("*.jsonl"))}
+    for key in ("fingerprint", "eval_windows"):
+        values = {r["config"][0].get(key) for r in runs.values()}
+        if len(values) > 1:
+            raise UserError(f"the runs in {folder} do not compare: {key} is one of {', '.join(map(str, values))}; give "
+                            "each its own --results and --runs")
+    return {name: r for name, r in runs.items() if "summary" in r}
+
+
+def of_kind(runs, kind, size, ratio):
+    """{seed: summary} of the finished runs of a kind at a place."""
+    seeds = sorted({r["config"][0]["seed"] for r in runs.values()} - {claims.TUNING_SEED})
+    return {seed: runs[name]["summary"][0] for seed in seeds if (name := Run(kind, size, ratio, seed).name) in runs}
+
+
+def differences(runs, a, b, size, ratio):
+    """{seed: loss of kind a minus that of kind b}, nats per token."""
+    a, b = of_kind(runs, a, size, ratio), of_kind(runs, b, size, ratio)
+    return {seed: a[seed]["val_loss"] - b[seed]["val_loss"] for seed in a if seed in b}
+
+
+def cost(runs, run, total=True):
+    """(tokens, FLOPs executed) of a run, if `total` with those of the runs it needs; nan where one has no records."""
+    if run.name not in runs:
+        return math.nan, math.nan
+    summary = runs[run.name]["summary"][0]
+    parts = [(summary["tokens"], summary["flops_executed"]), *(cost(runs, need) for need in run.needs() if total)]
+    return tuple(map(sum, zip(*parts)))
+
+
+def curve(runs, kinds, size, ratios, seeds):
+    """[(tokens, mean loss over these seeds)] of the kinds at these places, ascending, as far as all seeds are there."""
+    points = []
+    for kind in kinds:
+        for ratio in ratios:
+            found = of_kind(runs, kind, size, ratio)
+            if all(seed in found for seed in seeds):
+                points.append((statistics.mean(found[s]["tokens"] for s in seeds),
+                               statistics.mean(found[s]["val_loss"] for s in seeds)))
+    return sorted(points)
+
+
+def reached(points, loss):
+    """Tokens at which a curve is down to `loss` (curves.reach); 0: it begins lower, inf: it never is."""
+    return 0.0 if points[0][1] < loss else reach(points, loss)
+
+
+def equal_loss(runs, kind, size, ratio, scale):
+    """Claim 5: D tokens of this kind are worth x · D of training from scratch -> ((x, low, high), own FLOPs, total
+    FLOPs; as multiples of scratch's at D), or None where runs are missing. Scratch is measured at claim 5's lengths and
+    at those that spend idea's FLOPs, straight lines over the logarithm of the tokens between."""
+    ours, theirs = of_kind(runs, kind, size, ratio), of_kind(runs, "scratch", size, ratio)
+    seeds = [s for s in ours if s in theirs]
+    if not seeds:
+        return None
+
+    def worth(seeds):
+        points = curve(runs, ("scratch", "scratch-flops"), size, scale.ratios, seeds)
+        return reached(points, statistics.mean(ours[s]["val_loss"] for s in seeds)) / ours[seeds[0]]["tokens"]
+
+    own, whole, base = (cost(runs, Run(k, size, ratio, seeds[0]), total)[1]
+                        for k, total in ((kind, False), (kind, True), ("scratch", True)))
+    return bootstrapped(worth, seeds), own / base, whole / base
+
+
+def headline(runs, scale):
+    """Claim 9: how many times fewer tokens a cut model takes to the loss of training from scratch -> {count: (times,
+    low, high)}, counts "recovery only", "with the larger model's training", and of the FLOPs of both; or None."""
+    place = scale.small, scale.long
+    base, large = (of_kind(runs, kind, *place) for kind in ("scratch", "large"))
+    kinds = [a for a, _ in CLAIMS[9].pairs]
+    seeds = [s for s in base if s in large and all(s in of_kind(runs, kind, *place) for kind in kinds)]
+    if not seeds:
+        return None
+
+    def times(tokens_before, flops_before):
+        def statistic(seeds):
+            loss = statistics.mean(base[s]["val_loss"] for s in seeds)
+            tokens, of_base = reached(curve(runs, kinds, scale.small, [scale.long], seeds), loss), base[seeds[0]]
+            if flops_before is None:
+                return of_base["tokens"] / (tokens + tokens_before) if tokens + tokens_before else math.inf
+            return of_base["flops_executed"] / (tokens / of_base["tokens"] * of_base["flops_executed"] + flops_before)
+        return bootstrapped(statistic, seeds)
+
+    before = large[seeds[0]]
+    return {"tokens, recovery only": times(0, None),
+            "tokens, with the larger model's training": times(before["tokens"], None),
+            "FLOPs, with the larger model's training": times(0, before["flops_executed"])}
+
+
+# -- tables
+
+def shown(found):
+    """An Effect's mean and interval."""
+    if not found.seeds:
+        return "-"
+    return f"{found.mean:+.4f}" + (f" ({found.low:+.4f} to {found.high:+.4f})" if found.seeds > 1 else "")
+
+
+def factor(value, low, high):
+    """A bootstrapped factor; 0 and inf are outside of the lengths that were run."""
+    def one(x):
+        return "beyond what was run" if x == math.inf else "below what was run" if x == 0 else f"{x:.2f}"
+    return one(value) + ("" if math.isnan(low) or low == high == value else f" ({one(low)} to {one(high)})")
+
+
+def verdict_of_factor(value, low, high):
+    """Of the claim that a factor is above 1."""
+    return "not measured" if math.isnan(low) else "reproduced" if low > 1 else "contradicted" if high < 1 \
+        else "not at this scale"
+
+
+def claim_rows(runs, scale):
+    """-> [(claim, first kind, second kind, size, ratio, Effect)] of all pairs of the scale."""
+    return [(claim, *pair, effect(differences(runs, *pair))) for number in sorted(scale.claims)
+            for claim in [CLAIMS[number]] for pair in claims.pairs(claim, scale)]
+
+
+def multiples(runs, a, b, size, ratio):
+    """Tokens and FLOPs of a as multiples of b's, their own and with what they need, of one seed that both have."""
+    seeds = differences(runs, a, b, size, ratio)
+    if not seeds:
+        return "-"
+    first, second = Run(a, size, ratio, min(seeds)), Run(b, size, ratio, min(seeds))
+    (t, f), (tt, ff) = (tuple(x / y for x, y in zip(cost(runs, first, total), cost(runs, second, total)))
+                        for total in (False, True))
+    return f"{t:.2f}, {f:.2f}" + (f"; {tt:.2f}, {ff:.2f}" if (tt, ff) != (t, f) else "")
+
+
+def claims_table(runs, scale):
+    """A row for every pair; one for a claim without runs."""
+    rows, seen = [], set()
+    for claim, a, b, size, ratio, found in claim_rows(runs, scale):
+        measured = any(e.seeds for c, *_, e in claim_rows(runs, scale) if c == claim)
+        if not measured and claim in seen:
+            continue
+        verdict = "see below" if claim.by_factor and found.seeds else found.verdict
+        if verdict == "not at this scale":
+            verdict += f" ({found.seeds} seeds see {least_seen(found.sd, found.seeds):.4f})"
+        rows.append((f"{claim.number}. {claim.text}" if claim not in seen else "",
+                     f"`{a}` below `{b}`" if measured else "", f"{size}, {ratio:g}" if measured else "", found.seeds,
+                     shown(found), verdict, multiples(runs, a, b, size, ratio)))
+        seen.add(claim)
+    return report.markdown(("claim", "compared", "size, tokens per parameter", "seeds", "difference (95 %)", "verdict",
+                            "tokens, FLOPs as multiples: own; with what it needs"), rows)
+
+
+def ingredients_table(runs, scale):
+    """From idea one thing taken away, or distillation added: what the thing is worth."""
+    rows = []
+    for what, without, kind in ([(what, kind, "idea") for what, kind in INGREDIENTS]
+                                + [(what, "idea", kind) for what, kind in TAUGHT]):
+        found = effect(differences(runs, kind, without, scale.small, scale.ratio))
+        if found.seeds:
+            rows.append((what, f"`{kind}` minus `{without}`", found.seeds, shown(found)))
+    return rows and report.markdown(("ingredient", "measured as", "seeds", "nats per token (95 %)"), rows)
+
+
+def kinds_table(runs, scale):
+    """Every kind at every place: its learning rate, tokens, FLOPs and loss."""
+    rows = []
+    at = dict.fromkeys(place for number in scale.claims for place in claims.places(CLAIMS[number], scale))
+    for size, ratio in at:
+        for kind in claims.KINDS:
+            found = of_kind(runs, kind, size, ratio)
+            if not found:
+                continue
+            run = Run(kind, size, ratio, min(found))
+            losses = [s["val_loss"] for s in found.values()]
+            spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+            (t, f), (tt, ff) = cost(runs, run, False), cost(runs, run)
+            more = (f" ({tt / 1e6:.2f})", f" ({ff:.3g})") if tt != t else ("", "")
+            rate = runs[run.name]["config"][0]["lr"]
+            rows.append((f"`{kind}`", f"{size}, {ratio:g}", f"{rate:g}", len(found), f"{found[run.seed]['params']:,}",
+                         f"{t / 1e6:.2f}{more[0]}", f"{f:.3g}{more[1]}", f"{statistics.mean(losses):.4f}{spread}"))
+    return report.markdown(("kind", "size, tokens per parameter", "peak lr", "seeds", "parameters",
+                            "tokens (M), with what it needs", "FLOPs executed, with what it needs",
+                            "val loss (nats/token) ± between seeds"), rows)
+
+
+def sentences(runs, scale):
+    """Claims 5 and 9 in tokens to equal loss, as Markdown lines."""
+    lines = []
+    for kind in ("idea", "idea-kd", "idea-kd-annealed") if 5 in scale.claims and len(scale.ratios) > 1 else ():
+        for ratio in scale.ratios:
+            if found := equal_loss(runs, kind, scale.middle, ratio, scale):
+                x, own, whole = found
+                also = f", with its teacher's training {whole:.2f}" if whole != own else ""
+                lines.append(f"- Tokens that `scratch` takes to the loss of `{kind}` at {scale.middle}, {ratio:g} per "
+                             f"parameter, as a multiple of its: {factor(*x)}; FLOPs of `{kind}` as a multiple of "
+                             f"`scratch` at equal tokens: {own:.2f}{also}.")
+        signs = {ratio: effect(differences(runs, kind, "scratch", scale.middle, ratio)) for ratio in scale.ratios}
+        told = ", ".join(f"{'ahead' if e.high < 0 else 'behind' if e.low > 0 else 'neither'} at {ratio:g}"
+                         for ratio, e in signs.items() if e.seeds > 1)
+        lines += [f"- `{kind}` against `scratch` at equal tokens: {told}."] if told else []
+    if 9 in scale.claims and (found := headline(runs, scale)):
+        lines += [f"- Cut from a larger trained model, times fewer {what}, to the loss of `scratch`: "
+                  f"{factor(*times)}: {verdict_of_factor(*times)}." for what, times in found.items()]
+    return lines
+
+
+def state(runs, scale):
+    """How much has been run, with which rates, how often the text was read, by which code."""
+    epochs = max(r["summary"][0]["epochs"] for r in runs.values())
+    code = Counter(r["config"][0].get("code", "unknown") for r in runs.values())
+    lines = [f"{len(runs)} runs of {scale.data}, read at most {epochs:.1f} times; evaluated on {scale.eval_windows} "
+             f"windows; code {', '.join(f'{name} ({count})' for name, count in sorted(code.items()))}."]
+    rates = []
+    for family, kind in claims.FAMILIES.items():
+        run = Run(kind, scale.middle, scale.tuning, claims.TUNING_SEED)
+        try:
+            rate, edge = claims.chosen_rate(run, scale, runs)
+        except KeyError:
+            continue
+        rates += [f"{family} {rate:g}{' (at the edge)' if edge else ''}"] if rate else []        # None: the preset's
+    if rates:
+        lines.append(f"Peak learning rates, each the best of {', '.join(f'{rate:g}' for rate in scale.rates)} at "
+                     f"{scale.middle} and {scale.tuning:g} tokens per parameter: {', '.join(rates)}.")
+    return lines
+
+
+def text(runs, scale, figure=None):
+    """The README's part, from the records alone. figure: the link to the picture."""
+    if not runs:
+        return "Not measured yet: `python reproduce.py` runs what is missing, `python reproduce.py report` writes " \
+               "this.\n\n" + claims_table(runs, scale)
+    missed = [(f"- *{claim.text}*: `{a}` minus `{b}` at {size}, {ratio:g} tokens per parameter {shown(found)}, "
+               f"{found.verdict}.") for claim, a, b, size, ratio, found in claim_rows(runs, scale)
+              if found.verdict in ("contradicted", "not at this scale") and not claim.by_factor]
+    caption = f"*Mean over seeds and their range at {scale.small}, {scale.ratio:g} tokens per parameter.*"
+    blocks = ["\n".join(state(runs, scale)),
+              figure and f"![loss, learning rate and size against FLOPs]({figure})\n\n{caption}",
+              claims_table(runs, scale), "\n".join(sentences(runs, scale)), ingredients_table(runs, scale),
+              kinds_table(runs, scale), "What did not work at this scale:\n\n" + "\n".join(missed) if missed else ""]
+    return "\n\n".join(block for block in blocks if block)
+
+
+def power(runs, scale):
+    """The spread of the paired differences that are there, and the seeds that small effects need, as Markdown."""
+    rows = [(claim.number, f"`{a}` minus `{b}`", f"{size}, {ratio:g}", found.seeds, f"{found.sd:.4f}",
+             f"{least_seen(found.sd, found.seeds):.4f}", *(seeds_for(found.sd, d) for d in (.01, .005)))
+            for claim, a, b, size, ratio, found in claim_rows(runs, scale) if found.seeds > 1]
+    if not rows:
+        raise UserError("no pair has two seeds yet; python reproduce.py --claims 1 --seeds 3 makes some")
+    return "Nats per token; two-sided 5 %, power 80 %, Student's t.\n\n" + report.markdown(
+        ("claim", "pair", "size, tokens per parameter", "seeds", "sd of differences", "smallest effect seen",
+         "seeds for 0.01", "seeds for 0.005"), rows)
+
+
+# -- the figure
+
+def picture(runs, scale, path):
+    """Loss, learning rate and live parameters against executed FLOPs -> whether it was drawn: there are runs and a
+    matplotlib."""
+    drawn = {kind: [runs[Run(kind, scale.small, scale.ratio, seed).name]
+                    for seed in of_kind(runs, kind, scale.small, scale.ratio)] for kind in FIGURE}
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    if not any(drawn.values()):
+        return False
+    import numpy as np
+    canvas = Figure(figsize=(8, 8), layout="constrained")
+    loss, rate, size = canvas.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
+    lowest = []
+    for color, (kind, found) in enumerate(item for item in drawn.items() if item[1]):
+        evals = [[e for e in r["eval"] if e["step"]] for r in found]
+        flops = [e["flops_executed"] for e in evals[0]]
+        losses = np.array([[e["val_loss"] for e in row] for row in evals])              # (seeds, evaluations)
+        lowest += [losses.min(), *losses[:, 2:].mean(0)]
+        loss.plot(flops, losses.mean(0), color=f"C{color}", label=f"{kind} ({len(found)} seeds)")
+        loss.fill_between(flops, losses.min(0), losses.max(0), color=f"C{color}", alpha=.2)
+        run = Run(kind, scale.small, scale.ratio, found[0]["config"][0]["seed"])
+        c, target, start, t = claims.timeline(claims.settings(run, scale, runs)[0])
+        steps = np.arange(c.steps)
+        at = np.interp(steps, [0, *(e["step"] for e in evals[0])], [0, *flops])
+        rate.plot(at, [schedule.lr_at(s, t, c.lr, c.min_lr, c.warmup_share, c.shape) for s in steps], color=f"C{color}")
+        params = {kept: claims.live(start, target, kept).num_params()["total"] for _, kept in ((0, 1.0), *t.events)}
+        size.step(at, [params[schedule.size_at(s, t)] / 1e3 for s in steps], color=f"C{color}", where="post")
+    loss.set_ylim(min(lowest) - .02, max(lowest) + .02)
+    loss.set_ylabel("hold-out loss (nats per token)")
+    loss.legend()
+    rate.set_ylabel("learning rate")
+    size.set_ylabel("live parameters (k)")
+    size.set_xlabel("training FLOPs executed, those of the enlarged phase, teacher and scoring included")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    canvas.savefig(path, dpi=110)
+    return True

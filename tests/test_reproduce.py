@@ -1,0 +1,394 @@
+"""Claims against planted differences, settings that train.py takes, runs made once, a README that is written."""
+import dataclasses
+import json
+import math
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+import claims
+import data
+import evidence
+import folder
+import report
+import reproduce
+import train
+from claims import CLAIMS, KINDS, SCALES, Run
+from common import UserError, read_records
+from prune import Prune, check
+from reproduce import Reproduce
+
+ROOT = Path(__file__).parent.parent
+SHRUNK = dict(small="toy", middle="toy", ratio=1., long=2., ratios=(1., 2.), tuning=1., rates=(5e-3, 1e-2), seeds=2,
+              batch_tokens=256, micro_batch=4, eval_windows=2, jobs=1)                # 105 steps
+TEXT = str(ROOT / "*.py")
+
+
+# -- statistics
+
+@pytest.mark.parametrize("p, df, value", [(.975, 1, 12.7062), (.975, 4, 2.7764), (.975, 9, 2.2622), (.975, 30, 2.0423),
+                                          (.8, 4, .9410), (.95, 2, 2.9200), (.975, 1000, 1.9623)])
+def test_quantiles_of_t_are_the_printed_ones(p, df, value):
+    assert evidence.t_quantile(p, df) == pytest.approx(value, abs=1e-4)
+
+
+def test_the_interval_holds_the_planted_difference_as_often_as_it_says():
+    dice, held = random.Random(1), 0
+    for _ in range(2000):
+        found = evidence.effect([dice.gauss(.01, .02) for _ in range(5)])
+        held += found.low <= .01 <= found.high
+    assert .935 <= held / 2000 <= .965                                          # 3 standard errors around .95
+
+
+def test_the_effect_that_is_seen_is_seen_as_often_as_it_says():
+    dice, sd, n = random.Random(2), .02, 5
+    least = evidence.least_seen(sd, n)
+    verdicts = [evidence.effect([dice.gauss(-least, sd) for _ in range(n)]).verdict for _ in range(2000)]
+    assert .77 <= verdicts.count("reproduced") / 2000 <= .86                   # the approximation is a little careful
+    needed = evidence.seeds_for(sd, .01)
+    assert evidence.least_seen(sd, needed) <= .01 < evidence.least_seen(sd, needed - 1) and 30 < needed < 40
+
+
+@pytest.mark.parametrize("differences, verdict", [
+    ([-.03, -.031, -.029], "reproduced"), ([.03, .031, .029], "contradicted"), ([.01, -.01, .02], "not at this scale"),
+    ([-.5], "not measured"), ([], "not measured"), ({0: -.03, 3: -.031, 4: -.029}, "reproduced")])
+def test_verdicts(differences, verdict):
+    assert evidence.effect(differences).verdict == verdict
+
+
+def test_bootstrap_resamples_seeds_and_one_seed_has_no_interval():
+    losses = {0: 1., 1: 2., 2: 4.}
+    value, low, high = evidence.bootstrapped(lambda seeds: statistics.mean(losses[s] for s in seeds), losses)
+    assert value == pytest.approx(7 / 3) and (low, high) == (1, 4)             # all three alike: 1 sample of 27 each
+    assert math.isnan(evidence.bootstrapped(lambda seeds: 1., [0])[1])
+
+
+# -- settings
+
+def records_of(scale, wanted, best):
+    """Records of all runs that `wanted` require, as far as settings read them: the try of rate `best` ended lowest."""
+    return {run.name: {"config": [{"seed": run.seed}], "summary": [
+        {"val_loss": 1 + abs((run.lr or 0) - best), **claims.expected(run, scale)[1]}]}
+        for run in claims.everything(wanted, scale)}
+
+
+@pytest.mark.parametrize("preset", SCALES)
+def test_every_run_is_one_that_train_takes_and_a_claim_has_one_batch(preset, monkeypatch):
+    """Its settings resolve, no flag is idle, its cuts fit into its steps; the shortest training has 300 steps."""
+    scale = SCALES[preset]
+    wanted = [run for n in scale.claims for run in claims.runs_of(CLAIMS[n], scale, scale.seeds)]
+    records = records_of(scale, wanted, best=2e-3)
+    runs = claims.everything(wanted, scale)
+    assert len({run.name for run in runs}) == len(runs) and all(re.fullmatch(r"[\w.-]+", run.name) for run in runs)
+    for run in (r for r in runs if r.seed in (0, claims.TUNING_SEED)):
+        settings, cut = claims.settings(run, scale, records)
+        c, _, _, timeline = claims.timeline(settings, run.size if cut else None)
+        train.refuse_idle_flags(dataclasses.replace(c, preset=train.Train.preset, init=settings.get("init"),
+                                                    teacher=settings.get("teacher")))
+        assert c.batch_tokens == scale.batch_tokens
+        assert timeline.steps >= (6 if run.kind.startswith("large-cut") else 170 if cut else 300), run.name
+        if cut:
+            check(Prune(**cut))
+    assert {*KINDS} - {run.kind for run in runs} == (set() if preset != "quick" else {*KINDS} - {*claims.PLAIN})
+
+
+def test_what_the_scales_promise():
+    """Three ratios a factor of 4 apart, several seeds; no text is read more than 4 times, a longer one is refused."""
+    cpu = SCALES["cpu"]
+    assert cpu.ratios == (25, 100, 400) and cpu.seeds == 5
+    wanted = claims.everything(claims.runs_of(CLAIMS[5], cpu, 1), cpu)
+    claims.refuse_too_many_epochs(wanted, cpu)
+    longer = dataclasses.replace(cpu, ratios=(2000,))
+    with pytest.raises(UserError, match=r"scratch.*epochs of stdlib and more than 4; give more text by --data"):
+        claims.refuse_too_many_epochs([Run("scratch", "4x32", 2000, 0)], longer)
+
+
+def test_rates_are_read_from_the_records_of_the_tries_and_tries_come_first():
+    scale, run = SCALES["cpu"], Run("idea-flap", "4x16", 100, 3)
+    tries = claims.tries(run, scale)
+    assert [t.lr for t in tries] == list(scale.rates) and {(t.kind, t.size, t.ratio, t.seed) for t in tries} == {
+        ("idea", "4x32", 25, 1000)}
+    for best, edge in ((1e-2, False), (3e-3, True), (3e-2, True)):
+        records = records_of(scale, [run], best)
+        assert claims.chosen_rate(run, scale, records) == (best, edge)
+        settings, _ = claims.settings(run, scale, records)
+        assert (settings["lr"], settings["min_lr"], settings["score"]) == (best, best * .1, "flap")
+    with pytest.raises(KeyError):
+        claims.settings(run, scale, {})
+    assert claims.tries(tries[0], scale) == [] and claims.settings(tries[0], scale, {})[0]["lr"] == 3e-3
+    order = claims.everything([run], scale)
+    assert order == [*tries, run]
+
+
+def test_equal_tokens_and_equal_flops():
+    scale = SCALES["cpu"]
+    at = {kind: Run(kind, "4x16", 100, 0) for kind in KINDS}
+    records = records_of(scale, at.values(), 1e-2)
+    found = {kind: claims.settings(run, scale, records)[0] for kind, run in at.items()}
+    steps = {kind: s["steps"] for kind, s in found.items()}
+    assert steps["scratch"] == round(100 * 16528 / 4096) == steps["idea"] == steps["naive"] == steps["kd"]
+    assert abs(steps["large"] - 2 * steps["scratch"]) <= 1                         # it stops half way
+    assert [steps[f"large-cut-1/{k}"] for k in (64, 16, 4, 1)] == [6, 25, 101, 404]
+    spent = {kind: claims.predicted(found[kind]) for kind in ("scratch-flops", "kd-flops", "idea", "journey-5-25%")}
+    for kind, (other, which) in {k: KINDS[k].like for k in ("scratch-flops", "kd-flops", "journey-5-25%")}.items():
+        wanted = records[at[other].name]["summary"][0][which]
+        assert abs(spent[kind][which] / wanted - 1) < 1 / steps[kind], kind
+    assert steps["scratch-flops"] > 1.2 * steps["scratch"] and steps["journey-5-25%"] > steps["journey"]
+
+
+@pytest.fixture
+def fast(tmp_path, monkeypatch):
+    """No picture of each run; tokens are cached in a folder that goes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "picture", lambda path: "")
+
+
+def test_predicted_flops_are_those_that_a_run_spends(tmp_path, fast):
+    """But for scoring; a teacher that is never dropped counts in full; adapt may cut KV groups besides."""
+    for kind in ("scratch", "idea", "naive", "annealed", "kd-to-the-end", "adapt"):
+        settings = KINDS[kind].settings | (dict(calibration_windows=2) if kind == "adapt" else {})
+        settings = dict(plan=KINDS[kind].plan, preset="toy", steps=130, batch_tokens=128, micro_batch=2, eval_windows=2,
+                        eval_every=130, compile=False, data=TEXT, **settings)
+        r = train.main(train.Train(out=str(tmp_path / kind), device="cpu", **settings), quiet=True)
+        predicted = claims.predicted(settings)
+        found = [r.state.flops[i] / predicted[which] for i, which in enumerate(("flops_executed", "flops_credited"))]
+        assert .95 < found[1] <= 1 if kind == "adapt" else found[1] == pytest.approx(1, rel=1e-9), kind
+        assert .95 < found[0] < 1.2 if kind == "adapt" else 1 <= found[0] < 1.01, kind
+
+
+# -- the report
+
+PLACE = ("4x16", 100)
+
+
+def plant(results, losses, scale=SCALES["cpu"], **config):
+    """Records of runs: {kind: (tokens, FLOPs, {seed: loss})} or {(kind, size, ratio): ...}."""
+    results.mkdir(exist_ok=True)
+    for kind, (tokens, flops, by_seed) in losses.items():
+        kind, size, ratio = kind if isinstance(kind, tuple) else (kind, *PLACE)
+        for seed, loss in by_seed.items():
+            run = Run(kind, size, ratio, seed)
+            about = dict(tag="config", step=0, tokens=0, seed=seed, lr=1e-2, code="abc", corpus_tokens=[10, 1]) | config
+            evals = [dict(tag="eval", step=int(400 * x), tokens=tokens * x, val_loss=loss + 1 - x, params=7,
+                          flops_executed=flops * x) for x in (0, .25, .5, .75, 1)]
+            summary = dict(evals[-1], tag="summary", epochs=.5, flops_credited=flops, seconds={"train": 2.0})
+            (results / f"{run.name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (about, *evals, summary)))
+
+
+def spread(mean, by=.001):
+    return {0: mean - by, 1: mean + by / 2, 2: mean + by / 3}
+
+
+def test_totals_count_what_a_run_needs(tmp_path):
+    plant(tmp_path, {"annealed": (50, 800., {0: 1.}), "kd": (100, 500., {0: 1.}),
+                     "idea-kd-annealed": (100, 900., {0: 1.})})
+    runs = evidence.read(tmp_path)
+    kd = Run("kd", *PLACE, 0)
+    assert evidence.cost(runs, kd, total=False) == (100, 500) and evidence.cost(runs, kd) == (150, 1300)
+    assert evidence.multiples(runs, "idea-kd-annealed", "kd", *PLACE) == "1.00, 1.80; 1.00, 1.31"
+    assert math.isnan(evidence.cost(runs, Run("cut-halfway", *PLACE, 0))[0])
+
+
+def test_pairs_are_by_seed_and_a_table_says_what_was_planted(tmp_path):
+    plant(tmp_path, {"idea": (100, 9., spread(1.)), "naive": (100, 8., {**spread(1.05), 7: 3.}),
+                     "oneshot": (100, 8., {0: .9})})
+    runs, scale = evidence.read(tmp_path), SCALES["cpu"]
+    assert evidence.differences(runs, "idea", "naive", *PLACE) == pytest.approx({0: -.05, 1: -.05, 2: -.05})
+    text = evidence.text(runs, scale)
+    rows = {row.split("|")[2].strip(): [cell.strip() for cell in row.split("|")[4:]] for row in text.splitlines()
+            if row.startswith("|")}
+    assert rows["`idea` below `naive`"][:4] == ["3", "-0.0500 (-0.0500 to -0.0500)", "reproduced", "1.00, 1.12"]
+    assert rows["`idea` below `oneshot`"][:3] == ["1", "+0.0990", "not measured"]
+    assert "not measured" in re.search(r"\| 10\. .*", text)[0] and "abc (8)" in text and "0.5 times" in text
+    assert "| one cosine, not two cycles | `idea` minus `naive` | 3 | -0.0500" in text
+
+
+def test_equal_loss_and_the_headline_return_what_was_planted(tmp_path):
+    """A curve of scratch that falls by .1 for every factor of 4 in tokens; idea at D is worth a factor of 2."""
+    scale, size = SCALES["cpu"], "4x32"
+    loss = lambda tokens: 2 - .1 * math.log(tokens / 1000, 4)
+    tokens = {25: 1000, 100: 4000, 400: 16000}
+    plant(tmp_path, {("scratch", size, r): (t, 6. * t, spread(loss(t))) for r, t in tokens.items()}
+          | {("scratch-flops", size, 400): (32000, 192000., spread(loss(32000)))}
+          | {("idea", size, r): (t, 9. * t, spread(loss(2 * t))) for r, t in tokens.items()})
+    runs = evidence.read(tmp_path)
+    for ratio in tokens:
+        (x, low, high), own, whole = evidence.equal_loss(runs, "idea", size, ratio, scale)
+        assert (x, low, high) == pytest.approx((2, 2, 2), abs=.05) and own == whole == pytest.approx(1.5)
+    assert evidence.equal_loss(runs, "idea-kd", size, 100, scale) is None
+    plant(tmp_path, {("idea", size, 25): (1000, 1., spread(2.1)), ("idea", size, 400): (16000, 1., spread(1.))})
+    runs = evidence.read(tmp_path)
+    assert [evidence.factor(*evidence.equal_loss(runs, "idea", size, r, scale)[0]) for r in (25, 400)] == [
+        "below what was run", "beyond what was run"]
+    at = scale.small, scale.long
+    plant(tmp_path, {("scratch", *at): (6400, 6400., spread(1.7)), ("large", *at): (6400, 20000., spread(1.5))} | {
+        (f"large-cut-1/{k}", *at): (6400 / k, 6400. / k, spread(1.5 + .1 * math.log(k, 4))) for k in (64, 16, 4, 1)})
+    only, whole, flops = evidence.headline(evidence.read(tmp_path), scale).values()
+    assert only == pytest.approx((16, 16, 16), rel=.05) and whole[0] == pytest.approx(6400 / 6800, rel=.01)
+    assert flops[0] == pytest.approx(6400 / 20400, rel=.01)
+    text = evidence.text(evidence.read(tmp_path), scale)
+    assert re.search(r"recovery only, to the loss of `scratch`: 1\d\.\d\d.*: reproduced", text)
+    assert re.search(r"tokens, with the larger model's training, .*: contradicted", text)
+    assert "| `large-cut-1/64` below `scratch` |" in text and "large-cut" not in text.partition("What did not work")[2]
+
+
+def test_report_writes_the_readme_between_its_markers_and_nothing_else(tmp_path, capsys, monkeypatch):
+    scale = SCALES["cpu"]
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{reproduce.BEGIN}\nold\n{reproduce.END}\nafter\n")
+    c = Reproduce(results=str(tmp_path / "records"), readme=str(page))
+    reproduce.main_report(c)
+    empty = page.read_text()
+    assert empty.startswith(f"before\n{reproduce.BEGIN}\nNot measured yet")
+    assert empty.endswith(f"{reproduce.END}\nafter\n")
+    assert empty.count("not measured") == len(CLAIMS)
+    plant(tmp_path / "records", {kind: (100, 9., spread(1. + i / 50)) for i, kind in enumerate(evidence.FIGURE)})
+    monkeypatch.setattr(claims, "chosen_rate", lambda *_: (1e-2, False))
+    reproduce.main_report(c)
+    text = evidence.text(evidence.read(c.results), scale, f"{c.results}/figure.png")
+    assert page.read_text() == f"before\n{reproduce.BEGIN}\n{text}\n{reproduce.END}\nafter\n"
+    assert (tmp_path / "records" / "figure.png").stat().st_size > 10_000 and "![" in text
+    assert "12 of 12 records are of another code than this" in capsys.readouterr().err
+    page.write_text("no markers\n")
+    reproduce.main_report(c)
+    assert page.read_text() == "no markers\n" and "it has no <!-- reproduce" in capsys.readouterr().err
+
+
+def test_power_says_what_is_needed_from_the_spread_that_is_there(tmp_path, capsys):
+    with pytest.raises(UserError, match="no pair has two seeds yet"):
+        reproduce.main_power(Reproduce(results=str(tmp_path)))
+    plant(tmp_path / "mixed", {"idea": (1, 1., {0: 1.})}, fingerprint="a")
+    plant(tmp_path / "mixed", {"naive": (1, 1., {0: 1.})}, fingerprint="b")
+    with pytest.raises(UserError, match="do not compare: fingerprint is one of"):
+        reproduce.main_power(Reproduce(results=str(tmp_path / "mixed")))
+    plant(tmp_path, {"idea": (1, 1., {s: 1. + .01 * (-1) ** s for s in range(4)}),
+                     "naive": (1, 1., dict.fromkeys(range(4), 1.))})
+    reproduce.main_power(Reproduce(results=str(tmp_path)))
+    sd = .01 * math.sqrt(4 / 3)
+    row = re.search(r".*`idea` minus `naive`.*", capsys.readouterr().out)[0].split("|")
+    assert [cell.strip() for cell in row[4:9]] == ["4", f"{sd:.4f}", f"{evidence.least_seen(sd, 4):.4f}",
+                                                   str(evidence.seeds_for(sd, .01)), str(evidence.seeds_for(sd, .005))]
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(preset="tpu"), "'tpu' is not one of cpu, gpu"), (dict(preset="gpu", quick=True), "no effect with --quick"),
+    (dict(claims="1,99"), "'1,99' must be numbers of 1, 2, 3"), (dict(claims="one"), "'one' must be numbers"),
+    (dict(seeds=0), "--seeds 0 must be positive"), (dict(minutes=0.), "--minutes 0.0 must be positive"),
+    (dict(seeds=2000), "at most 1000"), (dict(quick=True, ratio=.5), "idea.*more steps come by a higher --ratio"),
+    (dict(quick=True, data="nowhere"), "no file matches 'nowhere'")])
+def test_refusals_are_one_sentence(tmp_path, settings, words):
+    with pytest.raises(UserError, match=words) as refusal:
+        reproduce.run_all(Reproduce(runs=str(tmp_path / "runs"), results=str(tmp_path / "results"), **settings))
+    assert "\n" not in str(refusal.value) and not list(tmp_path.iterdir())
+
+
+# -- end to end
+
+def here(function, arguments, jobs, until=None, told=None):
+    """sweep.side_by_side, but in this process, which spares the start of one for each run."""
+    for given in arguments:
+        function(*given)
+        told(given)
+    return len(arguments)
+
+
+def test_a_grid_is_made_once_in_order_with_all_that_it_needs(tmp_path, fast, monkeypatch, capsys):
+    """Parts of claims 2 and 4 at toy size: tries first, then teachers and models to cut, then what needs them. Nothing
+    is made twice; what is needed and gone is made again; records of other settings are refused; another code is told.
+    """
+    made, real = [], reproduce.job
+    for number, pair in ((2, ("cut-halfway", "cut-annealed")), (4, ("idea-kd", "kd-flops"))):
+        monkeypatch.setitem(CLAIMS, number, dataclasses.replace(CLAIMS[number], pairs=(pair,)))
+    c = Reproduce(claims="2,4", data=TEXT, runs=f"{tmp_path}/runs", results=f"{tmp_path}/results", **SHRUNK)
+    monkeypatch.setattr(reproduce.sweep, "side_by_side", here)
+    monkeypatch.setattr(reproduce, "job", lambda *given: made.append(given[1]) or real(*given))
+    reproduce.run_all(c)
+    scale = reproduce.resolve(c)[1]
+    wanted = claims.everything([r for n in (2, 4) for r in claims.runs_of(CLAIMS[n], scale, 2)], scale)
+    assert sorted(made) == sorted(run.name for run in wanted) and "runs are missing" in capsys.readouterr().out
+    place = {name: i for i, name in enumerate(made)}
+    for run in wanted:
+        assert all(place[other.name] < place[run.name] for other in claims.requires(run, scale)), run.name
+    runs = evidence.read(c.results)
+    best = claims.chosen_rate(Run("annealed", "toy", 1., 0), scale, runs)[0]
+    tried = {lr: runs[f"naive-toy-1-lr{lr:g}-s1000"]["summary"][0]["val_loss"] for lr in scale.rates}
+    assert tried[best] == min(tried.values()) and runs["annealed-toy-1-s1"]["config"][0]["lr"] == best
+    halfway, whole, cut = (checkpoint.load(f"{c.runs}/{kind}-toy-1-s0", "meta")[0].config
+                           for kind in ("halfway", "idea-kd", "from-cut-halfway"))
+    assert halfway.d_ff > whole.d_ff == cut.d_ff
+    taught = runs["idea-kd-annealed-toy-1-s0"]["config"][0]
+    assert taught["teacher"] == "annealed-toy-1-s0" and taught["code"] == folder.code()
+    stopped = runs["annealed-toy-1-s0"]["summary"][0]
+    assert 1 <= stopped["flops_executed"] / stopped["flops_credited"] < 1.01 and 0 < stopped["epochs"] < 1
+    assert same_weights(f"{c.runs}/idea-kd-toy-1-s0/teacher.pt", f"{c.runs}/halfway-toy-1-s0")     # one run up to there
+    assert str(tmp_path) not in "".join(p.read_text() for p in Path(c.results).glob("*.jsonl"))
+    assert max(p.stat().st_size for p in Path(c.results).glob("*.jsonl")) < 5000
+
+    made.clear()
+    reproduce.run_all(c)
+    assert not made and "all runs are there" in capsys.readouterr().out
+    lost = [Path(c.results, "kd-flops-toy-1-s1.jsonl"), Path(c.runs, "annealed-toy-1-s1")]
+    kept = Path(c.results, "annealed-toy-1-s1.jsonl").read_text()
+    lost[0].unlink()
+    reproduce.shutil.rmtree(lost[1])
+    reproduce.run_all(c)
+    assert made == ["annealed-toy-1-s1", "kd-flops-toy-1-s1"]          # finished, but for its records
+    again = read_records(Path(c.results, "annealed-toy-1-s1.jsonl"))[-1]
+    assert again["val_loss"] == json.loads(kept.splitlines()[-1])["val_loss"] and lost[0].exists()
+    with pytest.raises(UserError, match="micro_batch is 4 there and 2 here.*another --results"):
+        reproduce.run_all(dataclasses.replace(c, micro_batch=2))
+
+    monkeypatch.setattr(folder, "code", lambda: "another")
+    for name in ("halfway-toy-1-s0", "idea-kd-toy-1-s0"):
+        text = Path(c.results, f"{name}.jsonl").read_text()
+        Path(c.results, f"{name}.jsonl").write_text(text.replace(runs[name]["config"][0]["code"], "another"))
+    reproduce.main_report(dataclasses.replace(c, readme=str(tmp_path / "none")))
+    assert f"{len(wanted) - 2} of {len(wanted)} records are of another code" in capsys.readouterr().err
+    reproduce.forget_another_code(c, [run.name for run in wanted])
+    assert {p.stem for p in Path(c.results).glob("*.jsonl")} == {"halfway-toy-1-s0", "idea-kd-toy-1-s0"}
+    assert {p.name for p in Path(c.runs).iterdir()} == {"halfway-toy-1-s0", "idea-kd-toy-1-s0"}
+
+
+def same_weights(a, b):
+    a, b = (checkpoint.load(path)[0].state_dict() for path in (a, b))
+    return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
+
+
+def test_a_stopped_command_goes_on_and_reports_one_seed_as_no_proof(tmp_path):
+    """As a user runs it: --quick, ended by a signal while it trains, gone on with, reported."""
+    flags = "--quick --claims 3 --ratio 4 --ratios 4 --batch-tokens 512 --micro-batch 8 --eval-windows 4 --jobs 2"
+    words = [sys.executable, str(ROOT / "reproduce.py"), *flags.split(), "--runs", "runs", "--results", "records"]
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob("runs/*/metrics.jsonl")) and process.poll() is None:
+        time.sleep(.02)
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+    assert len(list(tmp_path.glob("records/*.jsonl"))) < 2
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "One seed proves nothing" in done.stdout and done.stdout.count("not measured") == 1
+    assert len(list(tmp_path.glob("records/*.jsonl"))) == 2 and (tmp_path / "records" / "figure.png").exists()
+    scale = reproduce.resolve(Reproduce(quick=True, claims="3", ratio=4., ratios=(4.,), eval_windows=4))[1]
+    assert evidence.text(evidence.read(tmp_path / "records"), scale, "records/figure.png") in done.stdout
+
+
+def test_claims_of_a_gpu_run_on_a_cpu_when_shrunk(tmp_path, fast, monkeypatch):
+    """Preset gpu, its text and kinds; only the sizes are toys'."""
+    for i in range(60):
+        (tmp_path / "text").mkdir(exist_ok=True)
+        (tmp_path / "text" / f"{i}.py").write_text(f"x{i} = 'some text of a package'\n" * 99)
+    real = data.sysconfig.get_paths()
+    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {**real, "purelib": str(tmp_path / "text")})
+    monkeypatch.setattr(reproduce.sweep, "side_by_side", here)
+    c = Reproduce(preset="gpu", claims="3", device="cpu", runs="runs", results="records", **{**SHRUNK, "seeds": 1})
+    reproduce.run_all(c)
+    config = report.records("records/idea-toy-1-s0.jsonl")["config"][0]
+    assert config["data"] == "packages" and config["corpus_tokens"][0] > 100_000 and config["dtype"] == "float32"
