@@ -146,7 +146,7 @@ def kept_bytes(config, weight_bytes, activation_bytes):
     C, D, casts = config.d_model, config.head_dim, activation_bytes != weight_bytes
     attention, ffn = [h for h in config.n_head if h], [f for f in config.d_ff if f]
     stream = 2 * C * (len(attention) + len(ffn) + 1) + C
-    others = sum((3 if casts else 1) * C + 5 * h * D for h in attention) + sum((1 + casts) * C + 4 * f for f in ffn)
+    others = sum((3 if casts else 1) * C + 4 * h * D for h in attention) + sum((1 + casts) * C + 4 * f for f in ffn)
     return stream * weight_bytes + others * activation_bytes
 
 
