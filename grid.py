@@ -97,7 +97,7 @@ def jobs(c):
             others += [whole(f"{size}-0-of-{k}", 1 / k, plan="scratch", preset=size) for k in (2, 4, 8)]
             others += [whole(f"{plan}-{size}-0-of-4", 1 / 4, plan=plan, preset=size)
                        for plan in ("idea", "journey")]
-    others.sort(key=lambda run: (run[1]["steps"], run[1]["plan"] != "scratch"))           # what a fit needs comes first
+    others.sort(key=lambda run: (run[1]["steps"], run[1]["plan"] != "scratch", run[1]["preset"]))     # cheapest first
     return wholes, recoveries + others
 
 
