@@ -17,7 +17,7 @@ import numpy as np
 import curves
 import grid
 import laws
-from common import UserError, parse, run
+from common import UserError, parse, run, write_atomic
 from report import markdown
 
 # -- fit: the laws and the records
@@ -138,7 +138,9 @@ def main_fit(c):
         raise UserError(f"--first {c.first} must be at least 0 and below 1, --starts {c.starts} and --samples "
                         f"{c.samples} at least 1")
     runs = curves.read(c.folder)
-    print(fit_report(c, runs))
+    text = fit_report(c, runs)
+    write_atomic(Path(c.folder) / "report.md", lambda file: file.write(f"{text}\n".encode()))
+    print(text)
     print(f"\n{picture(c, runs) if curves.recoveries(runs, c.first) else 'no recoveries yet, so no pictures'}")
 
 
