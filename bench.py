@@ -73,14 +73,9 @@ SUITES = {  # suite: the flags it reads, and their defaults there
     "report": {}}
 
 
-def shown(default):
-    """A default as it is written on the command line."""
-    return " ".join(map(str, default if isinstance(default, tuple) else (default,)))
-
-
-__doc__ += "\nFlags by suite, with their defaults there:\n" + "\n".join(
-    f"  {suite:6} " + ", ".join(f"{name.replace('_', '-')} {shown(default)}".strip() for name, default in uses.items())
-    for suite, uses in SUITES.items() if uses)
+__doc__ += "\nFlags by suite, with their defaults there:\n" + "\n".join(f"  {suite:6} " + ", ".join(
+    f"{name.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, tuple) else v}".strip()
+    for name, v in uses.items()) for suite, uses in SUITES.items() if uses)
 
 RANGES = {"micro_batch": (0, math.inf), "steps": (0, math.inf), "vocab": (2, 2**32), "decode": (2, math.inf),
           "keep": (1e-6, 1), "minutes": (1e-6, math.inf)}
@@ -116,38 +111,22 @@ def resolve(c):
     return dataclasses.replace(c, device=device, dtype=dtype, compile=bool(c.compile), micro_steps=c.micro_steps or 1)
 
 
-# -- cells: (name, function without arguments -> {"rows": ...})
+# -- cells
 
 def cells(c):
-    """The cells of a suite, in the order in which they are measured."""
-    if c.suite == "gpu":
-        return gpu(c)
-    if c.suite == "start":
-        return [(preset, functools.partial(bench_system.start, c, preset)) for preset in c.presets]
-    names = (*bench_train.STAGES, bench_train.GPT2, bench_train.LLAMA)
-    measure = {"train": functools.partial(bench_train.stages, names=names),
-               "kd": functools.partial(bench_train.stages, names=bench_train.KD, memory=True),
-               "cuts": bench_train.cuts, "ddp": bench_train.ddp, "infer": bench_infer.infer,
-               "disk": bench_system.disk, "scale": bench_system.scale}[c.suite]
+    """[(name, function without arguments -> {"rows": ...})] of a suite, in the order in which they are measured. gpu:
+    torch and numpy only; what two cells train alike is compiled once, as the compiler keeps it on disk."""
+    stages, KD = functools.partial(functools.partial, bench_train.stages), bench_train.KD
+    measures = {
+        "train": {"": stages(names=(*bench_train.STAGES, bench_train.GPT2, bench_train.LLAMA))},
+        "kd": {"": stages(names=KD, memory=True)}, "cuts": {"": bench_train.cuts}, "ddp": {"": bench_train.ddp},
+        "infer": {"": bench_infer.infer}, "start": {"": bench_system.start}, "disk": {"": bench_system.disk},
+        "scale": {"": bench_system.scale},
+        "gpu": {", infer": bench_infer.infer, ", recover": stages(names=(*KD, bench_train.GPT2), memory=True),
+                ", prune": stages(names=("prune", "prune, KD")), ", cuts": bench_train.cuts}}[c.suite]
     own = {name: config.vocab_size for name, config in bench_train.SHAPES.items()}
-    return [(f"{preset}, V = {V}", functools.partial(measure, c, preset, V))
-            for preset in c.presets for V in c.vocab or (own.get(preset, 256),)]
-
-
-def gpu(c):
-    """What fits into minutes, the cheapest first; torch and numpy only. What two cells train alike is compiled once, as
-    the compiler keeps it on disk; models above 1B parameters are pruned one at a time."""
-    both, found = [(preset, V) for preset in c.presets for V in c.vocab], []
-    for preset, V in both:
-        large = bench_train.shapes(preset, V, c.enlarge_ff)[1].num_params()["total"] > 1e9
-        groups = [(*bench_train.KD, bench_train.GPT2)]
-        groups += [("prune",), ("prune, KD",)] if large else [("prune", "prune, KD")]
-        found += [(preset, V, " and ".join(names), functools.partial(bench_train.stages, names=names,
-                                                                     memory=names == groups[0])) for names in groups]
-        found.append((preset, V, "cuts", bench_train.cuts))
-    found = [(preset, V, "infer", bench_infer.infer) for preset, V in both] + found
-    return [(f"{preset}, V = {V}, {name}", functools.partial(measure, c, preset, V))
-            for preset, V, name, measure in found]
+    return [(f"{preset}, V = {V}{which}", functools.partial(measure, c, preset, V))
+            for preset in c.presets for V in c.vocab or (own.get(preset, 256),) for which, measure in measures.items()]
 
 
 AGAIN = 15                                 # seconds between alarms: a compiler may swallow one

@@ -123,7 +123,7 @@ def infer(c, preset, vocab_size):
     bandwidth = max(size / median(seconds[name]) for name, (_, size) in moves.items())
     rows = [row_of(c, preset, key, configs, rates, bandwidth, peaks) for key in rates]
     rows += [{"table": "inference", "shape": preset, "runtime": "llama.cpp", "note": note}] if note else []
-    return {"rows": rows, "note": f"ours in {str(weights_of(c)).split('.')[1]}, llama.cpp's files in f16: compare "
+    return {"rows": rows, "note": f"; ours in {str(weights_of(c)).split('.')[1]}, llama.cpp's files in f16: compare "
             "shares of the roofline; on a CPU memory is the whole process's, with Python and PyTorch in both",
             "memory": [[*key, each] for key, each in peaks.items()], "bandwidth": bandwidth,
             "rates": [[*key, each] for key, each in rates.items()]}

@@ -51,7 +51,7 @@ def first_step(flags, empty=False):
     return at - launched, parts
 
 
-def start(c, preset):
+def start(c, preset, _):
     """Seconds of `train.py --help`, and of the default run from its launch to the end of its first step."""
     flags, runs = ["--preset", preset, "--device", c.device], []
     cold, _ = first_step(flags, empty=True)

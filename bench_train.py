@@ -35,6 +35,7 @@ import prune
 import schedule
 import train
 from folder import State
+from huggingface import write_config
 from timing import interleave, matmul, median_ratio, own_process, peak, seconds_of, stopwatch
 
 SHAPES = {  # besides model.PRESETS; the enlarged model's, its target follows from --enlarge-ff
@@ -157,12 +158,6 @@ class Bare(train.Run):
         left_out = (square(s.model.config) + (square(s.teacher.config, backward=False) if s.teacher else 0)) / 2
         return s.flops[0] / s.step - self.config.batch_tokens * left_out
 
-    def held_bytes(self):
-        """Of weights, moments and the teacher; of the teacher alone."""
-        moments = [t for state in self.state.optimizer.state.values() for t in state.values()]
-        teacher = sum(p.nbytes for p in self.state.teacher.parameters()) if self.state.teacher else 0
-        return sum(t.nbytes for t in (*self.state.model.parameters(), *moments)) + teacher, teacher
-
 
 class Peer(nn.Module):
     """Another model, at the parameter count of `target`, with its own loss in the place of train.Objective:
@@ -172,11 +167,7 @@ class Peer(nn.Module):
         self.config = c = target if name == LLAMA else gpt2_peer.peer_of(target)
         if name == LLAMA:
             from transformers import LlamaConfig, LlamaForCausalLM
-            self.inner = LlamaForCausalLM(LlamaConfig(
-                vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff[0], head_dim=c.head_dim,
-                num_hidden_layers=c.n_layer, num_attention_heads=c.n_head[0], num_key_value_heads=c.n_kv_head[0],
-                max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tie_embeddings,
-                attention_bias=c.qkv_bias, use_cache=False))
+            self.inner = LlamaForCausalLM(LlamaConfig(**write_config(c, "llama", "float32", {"use_cache": False})))
         else:
             self.inner = gpt2_peer.GPT2(c)
 
@@ -217,44 +208,45 @@ def stages(c, preset, vocab_size, names, memory=False):
     runs = {name: stage_run(c, name, target, enlarged, 1 + c.rounds + APART) for name in names if name not in missing}
     product, product_flops = matmul(getattr(torch, c.dtype), c.device)
     calls = {"matmul": product, **{name: functools.partial(r.go, c.steps) for name, r in runs.items()}}
-    timed = dict(runs)
     if GPT2 in runs:
-        calls[PLAIN], timed[PLAIN] = functools.partial(runs[GPT2].plain, c.steps), runs[GPT2]
+        calls[PLAIN] = functools.partial(runs[GPT2].plain, c.steps)
     seconds = interleave(calls, c.rounds, c.device)
     apart = {name: [r.breakdown(c.steps) for _ in range(APART)] for name, r in runs.items()}
-    rows = [row(c, preset, name, r, seconds, product_flops, apart.get(name)) for name, r in timed.items()]
-    rows += [{"table": "training", **head(c, preset, name, target), "note": "pip install transformers"}
+    if memory and not peaks:
+        peaks = {name: memory_of(runs[name]) for name in KD}
+    rows = [row(c, preset, name, runs, seconds, product_flops, apart.get(name), peaks) for name in calls
+            if name != "matmul"]
+    rows += [{"shape": preset, "V": vocab_size, "variant": name, "note": "pip install transformers"}
              for name in missing]
-    if {*KD} <= {*runs}:
-        if memory and not peaks:
-            peaks = {name: memory_of(runs[name]) for name in KD}
-        rows += [kd_row(c, preset, name, runs, seconds, peaks) for name in KD]
-    note = (f"FLOPs with causal attention; in prune a cut in every round, where train.py's default run has one every "
-            f"{CUT_EVERY} steps and a score every {train.Train.score_every}")
-    return {"rows": rows, "note": note, "seconds": seconds, "breakdown": apart, "matmul_flops": product_flops,
-            "memory": peaks}
+    note = (f"; FLOPs with causal attention; train.py's default run cuts every {CUT_EVERY} steps and scores every "
+            f"{train.Train.score_every}; the roofline: the FLOPs at recover's rate")
+    return {"rows": [{"table": "training", **each} for each in rows], "note": note, "seconds": seconds,
+            "breakdown": apart, "matmul_flops": product_flops, "memory": peaks}
 
 
-def head(c, preset, name, config):
-    """What a row is about and what else its numbers depend on, as columns."""
-    return {"shape": preset, "V": config.vocab_size, "variant": name, "dtype": c.dtype, "compiled": c.compile}
-
-
-def row(c, preset, name, r, seconds, product_flops, apart):
-    tokens, flops, params = r.config.batch_tokens * c.steps, r.flops_per_step(), r.start.num_params()["total"]
-    found = {"table": "training", **head(c, preset, name, r.start), "params": params,
-             "of them embedding %": 100 * r.start.vocab_size * r.start.d_model / params,
-             "tokens/step": r.config.batch_tokens, "FLOPs/step, causal": float(flops),
-             "tokens/s": tokens / median(seconds[name]), "FLOP/s, causal": c.steps * flops / median(seconds[name]),
-             "of matmul's FLOP/s, causal": c.steps * flops / product_flops * median_ratio(seconds["matmul"],
-                                                                                          seconds[name])}
-    if "recover" in seconds:
-        found["tokens/s: recover's ÷ this"] = median_ratio(seconds[name], seconds["recover"])
+def row(c, preset, name, runs, seconds, product_flops, apart, peaks):
+    """One stage or peer as a row of the table."""
+    r, mine = runs[GPT2 if name == PLAIN else name], seconds[name]
+    tokens, flops, params = r.config.batch_tokens, r.flops_per_step(), r.start.num_params()["total"]
+    found = {"shape": preset, "V": r.start.vocab_size, "variant": name, "dtype": c.dtype, "compiled": c.compile,
+             "params": params, "of them embedding %": 100 * r.start.vocab_size * r.start.d_model / params,
+             "tokens/step": tokens, "FLOPs/step, causal": float(flops), "tokens/s": c.steps * tokens / median(mine),
+             "FLOP/s, causal": c.steps * flops / median(mine),
+             "of matmul's FLOP/s, causal": c.steps * flops / product_flops * median_ratio(seconds["matmul"], mine)}
+    if "recover" in runs:
+        more = median_ratio(mine, seconds["recover"])
+        found |= {"tokens/s: recover's ÷ this": more,
+                  "time over the roofline": more * runs["recover"].flops_per_step() / flops}
+    if name in peaks:
+        size, ce = peaks[name], peaks["recover"]
+        raised = [each["peak_bytes"] - each["before_bytes"] for each in (size, ce)]
+        found |= {"peak bytes": size["peak_bytes"], "teacher bytes": size["teacher_bytes"],
+                  "(peak − teacher) ÷ CE's peak": (size["peak_bytes"] - size["teacher_bytes"]) / ce["peak_bytes"],
+                  "raised by": raised[0], "raised ÷ CE's raised": raised[0] / max(1, raised[1])}
     if r.timeline.events:
         found |= {"steps per cut": c.steps, "scores per cut": r.scores(c.steps)}
     if apart:
-        share = {part: 100 * median([each[part] / each["whole"] for each in apart]) for part in PARTS}
-        found |= {f"{part} %": value for part, value in share.items()}
+        found |= {f"{part} %": 100 * median([each[part] / each["whole"] for each in apart]) for part in PARTS}
         found["other %"] = 100 * median([1 - sum(each[part] for part in PARTS) / each["whole"] for each in apart])
     return found
 
@@ -264,7 +256,9 @@ def memory_of(r):
     of r alone, whatever else is there."""
     with peak(r.device) as found:
         r.go(2)
-    held, teacher = r.held_bytes()
+    s, size_of = r.state, lambda tensors: sum(t.nbytes for t in tensors)
+    teacher = size_of(s.teacher.parameters()) if s.teacher else 0
+    held = teacher + size_of(s.model.parameters()) + sum(size_of(m.values()) for m in s.optimizer.state.values())
     others = found["before_bytes"] - held if r.device.startswith("cuda") else 0
     return {name: size - others for name, size in found.items()} | {"teacher_bytes": teacher}
 
@@ -274,23 +268,6 @@ def memory_alone(c, name, target, enlarged):
     r = stage_run(c, name, target, enlarged, 2)
     r.go(1)
     return memory_of(r)
-
-
-def kd_row(c, preset, name, runs, seconds, peaks):
-    """A step's time over the time that its FLOPs take at the rate of the CE step; the peak memory of both."""
-    r, more = runs[name], median_ratio(seconds[name], seconds["recover"])
-    flops = r.flops_per_step() / runs["recover"].flops_per_step()
-    found = {"table": "KD", **head(c, preset, name, r.start), "params": r.start.num_params()["total"],
-             "teacher's": r.state.teacher.config.num_params()["total"] if r.state.teacher else None,
-             "s/step": median(seconds[name]) / c.steps, "FLOPs/step, causal": float(r.flops_per_step()),
-             "time ÷ CE's": more, "FLOPs ÷ CE's": flops, "time over the roofline": more / flops}
-    if peaks:
-        mine, ce = peaks[name], peaks["recover"]
-        raised = [each["peak_bytes"] - each["before_bytes"] for each in (mine, ce)]
-        found |= {"peak bytes": mine["peak_bytes"], "teacher bytes": mine["teacher_bytes"],
-                  "(peak − teacher) ÷ CE's peak": (mine["peak_bytes"] - mine["teacher_bytes"]) / ce["peak_bytes"],
-                  "raised by": raised[0], "raised ÷ CE's raised": raised[0] / max(1, raised[1])}
-    return found
 
 
 def slice_pause(r):
@@ -322,18 +299,17 @@ def cuts(c, preset, vocab_size):
     before, faster = median(plain), median_ratio(plain, [s / c.steps for s in seconds["sliced"]])
     behind, per_cut = before / faster, CUT_EVERY / train.Train.score_every
     compiling = max(0.0, first - behind)
-    rows = [{"table": "pauses", "shape": preset, "dtype": c.dtype, "compiled": c.compile,
-             "params": enlarged.num_params()["total"], "s/step": before, "score ms": 1000 * median(score),
-             "cut ms": 1000 * median(cut), "slice ms": 1000 * slicing,
+    about = {"shape": preset, "V": vocab_size, "dtype": c.dtype, "compiled": c.compile}
+    rows = [{"table": "pauses", **about, "params": enlarged.num_params()["total"], "s/step": before,
+             "score ms": 1000 * median(score), "cut ms": 1000 * median(cut), "slice ms": 1000 * slicing,
              "first step behind it, less a later one: s": compiling,
              f"prune stage ÷ none (a cut per {CUT_EVERY} steps, a score per {train.Train.score_every})":
              median([1 + (b + per_cut * a) / (CUT_EVERY * s) for a, b, s in zip(score, cut, plain)])}]
     idea = {each.name: each.share for each in schedule.PLANS["idea"]}
     last_cut, gain = idea["enlarge"] + idea["prune"], before - behind
     for share in (last_cut, (1 + last_cut) / 2, 1.0):
-        rows.append({"table": "--slice-at, from two step times", "shape": preset, "dtype": c.dtype,
-                     "compiled": c.compile, "slice at (share of the run)": share, "s/step before": before,
-                     "s/step behind": behind, "mean s/step of the run": behind + share * gain,
+        rows.append({"table": "--slice-at, from two step times", **about, "slice at (share of the run)": share,
+                     "s/step before": before, "s/step behind": behind, "mean s/step of the run": behind + share * gain,
                      "÷ at the last cut": (behind + share * gain) / (behind + last_cut * gain),
                      "pays after steps": (slicing + compiling) / gain if gain > 0 else None})
     return {"rows": rows, "seconds": seconds, "spent": spent, "slice_seconds": slicing, "first_step": first}

@@ -63,12 +63,9 @@ def stopwatch(device, *places):
 
     def watched(function, part):
         def call(*args, **kwargs):
-            synchronize(device)
-            start = time.perf_counter()
-            found = function(*args, **kwargs)
-            synchronize(device)
-            seconds[part] += time.perf_counter() - start
-            return found
+            found = []
+            seconds[part] += seconds_of(lambda: found.append(function(*args, **kwargs)), device)
+            return found[0]
         return call
 
     with contextlib.ExitStack() as stack:
@@ -151,7 +148,7 @@ def machine(device):
 
 
 class Records:
-    """records.jsonl in a folder: one line a cell, with the `rows` of its tables and a `note` above them."""
+    """records.jsonl in a folder: one line a cell, with the `rows` of its tables and a `note` for their titles."""
     def __init__(self, out):
         self.file = Path(out) / "records.jsonl"
 
@@ -200,8 +197,7 @@ def tables(records):
             row = dict(row)
             title = r["suite"] + (f", {row.pop('table')}" if "table" in row else "")
             medians = f"medians of {rounds} rounds; " if rounds else ""
-            note = f" {r['note']}:" if "note" in r else ":"
-            groups.setdefault(f"**{title}** ({medians}{where}){note}", []).append(row)
+            groups.setdefault(f"**{title}** ({medians}{where}{r.get('note', '')}):", []).append(row)
     texts = []
     for title, rows in groups.items():
         head = list(dict.fromkeys(column for row in rows for column in row))

@@ -110,7 +110,7 @@ def test_memory_is_that_of_the_block():
 
 def test_finished_cells_are_skipped_and_other_settings_and_other_code_are_not(tmp_path, capsys):
     records, calls = timing.Records(tmp_path / "new"), []
-    measure = lambda: calls.append(1) or {"rows": [{"x": len(calls)}], "note": "as it is"}
+    measure = lambda: calls.append(1) or {"rows": [{"x": len(calls)}], "note": "; as it is"}
     about = {"settings": {"rounds": 2, "disk": (1, 8)}, "machine": {"device": "d", "threads": 1}, "code": "c0de"}
     assert records.cell("train", "toy", about, measure) and records.cell("train", "toy", about, measure)
     assert "in " in capsys.readouterr().out and len(calls) == 1
@@ -120,7 +120,7 @@ def test_finished_cells_are_skipped_and_other_settings_and_other_code_are_not(tm
     assert len(calls) == len(records.all()) == 5
     text = timing.tables(records.all())
     assert text.count("**train**") == 4 and "medians of 2 rounds" in text and "| 5 |" in text
-    assert "threads 1, code c0de) as it is:" in text and "code 1e55" in text
+    assert "threads 1, code c0de; as it is):" in text and "code 1e55" in text
 
 
 def test_the_code_is_that_of_the_run_and_of_the_benchmarks(monkeypatch):
@@ -293,7 +293,7 @@ def test_flops_are_the_model_s_and_rates_are_flops_over_seconds(trained):
                 bench_train.LLAMA: tokens * small}
     theirs = tokens * (gpt2_peer.peer_of(target).flops_per_token(T) - 3 * 2 * T * 32 * 2)
     expected |= {bench_train.GPT2: theirs, bench_train.PLAIN: theirs}
-    rows = by([row for row in r["rows"] if row["table"] == "training"], "variant")
+    rows = by(r["rows"], "variant")
     assert {*rows} == {*expected} == {*bench_train.STAGES, bench_train.GPT2, bench_train.PLAIN, bench_train.LLAMA}
     assert r["matmul_flops"] % (2 * 512**3) == 0
     for name, row in rows.items():
@@ -310,7 +310,7 @@ def test_flops_are_the_model_s_and_rates_are_flops_over_seconds(trained):
         assert row["tokens/s: recover's ÷ this"] == pytest.approx(statistics.median(ratios))
         assert row.get("scores per cut") == (1 if "prune" in name else None)
         assert row["of them embedding %"] == pytest.approx(100 * 300 * 32 / row["params"])
-    assert "a cut in every round" in r["note"]
+    assert "cuts every 15 steps and scores every 5" in r["note"]
 
 
 def test_the_parts_of_a_step_are_all_there_and_sum_to_at_most_the_whole(trained):
@@ -325,7 +325,7 @@ def test_the_parts_of_a_step_are_all_there_and_sum_to_at_most_the_whole(trained)
             taught = {"teacher"} if name.endswith("KD") else set()
             assert {part for part in bench_train.PARTS if found[part] > 0} == always | pruning | taught, name
     for row in r["rows"]:
-        if row["table"] == "training" and "note" not in row and row["variant"] != bench_train.PLAIN:
+        if "note" not in row and row["variant"] != bench_train.PLAIN:
             assert row["other %"] >= 0 and all(f"{part} %" in row for part in bench_train.PARTS)
 
 
@@ -409,25 +409,26 @@ def gpu(tmp_path_factory):
 
 def test_the_gpu_suite_needs_torch_only_and_prints_again(gpu, capsys):
     out, records = gpu
-    cells = "infer", f"recover and recover, KD and {bench_train.GPT2}", "prune and prune, KD", "cuts"
-    assert [*records] == [f"toy, V = 300, {name}" for name in cells] and not any("failed" in r for r in records.values())
+    cells = "infer", "recover", "prune", "cuts"
+    assert [*records] == [f"toy, V = 300, {name}" for name in cells]
+    assert not any("failed" in r for r in records.values())
     bench.main(bench.Bench("report", out=str(out)))
     text = capsys.readouterr().out
     assert text.strip() == timing.tables(read_records(out / "records.jsonl"))
-    assert all(f"**gpu, {table}**" in text for table in ("inference", "training", "KD", "pauses"))
+    assert all(f"**gpu, {table}**" in text for table in ("inference", "training", "pauses"))
 
 
 def test_kd_is_held_against_the_flops_that_it_adds(gpu):
-    r = gpu[1][f"toy, V = 300, recover and recover, KD and {bench_train.GPT2}"]
-    rows = by([row for row in r["rows"] if row["table"] == "KD"], "variant")
+    r = gpu[1]["toy, V = 300, recover"]
+    rows = by(r["rows"], "variant")
     target, enlarged = bench_train.shapes("toy", 300, 2.6)
     half = 2 * 64 * 8 * 4 * 2
     ce = target.flops_per_token(64) - 3 * half
     kd = ce + enlarged.flops_per_token(64, backward=False) - half
     row = rows["recover, KD"]
-    assert row["FLOPs ÷ CE's"] == pytest.approx(kd / ce) and row["FLOPs/step, causal"] == pytest.approx(2 * 64 * kd)
+    assert {*rows} == {*bench_train.KD, bench_train.GPT2, bench_train.PLAIN}
+    assert row["FLOPs/step, causal"] == pytest.approx(2 * 64 * kd)
     more = statistics.median(b / a for a, b in zip(r["seconds"]["recover"], r["seconds"]["recover, KD"]))
-    assert row["time ÷ CE's"] == pytest.approx(more)
     assert row["time over the roofline"] == pytest.approx(more * ce / kd)
     assert rows["recover"]["time over the roofline"] == 1
     mine, base = r["memory"]["recover, KD"], r["memory"]["recover"]
@@ -441,9 +442,8 @@ def test_what_a_gpu_s_allocator_counts_is_put_down_to_one_run(monkeypatch):
     r = bench_train.stage_run(settings("kd"), "recover, KD", *bench_train.shapes("toy", 300, 2.6), 2)
     r.go(1)
     target, enlarged = (config.num_params()["total"] for config in bench_train.shapes("toy", 300, 2.6))
-    held, teacher = r.held_bytes()
-    steps = 4 * len([*r.state.model.parameters()])
-    assert teacher == 4 * enlarged and held == teacher + 3 * 4 * target + steps
+    teacher, steps = 4 * enlarged, 4 * len([*r.state.model.parameters()])     # AdamW counts them for each parameter
+    held = teacher + 3 * 4 * target + steps
 
     @contextlib.contextmanager
     def peak(device):
@@ -509,7 +509,7 @@ def test_start_times_the_end_of_the_first_step_of_the_real_run(monkeypatch):
     monkeypatch.setattr(bench_system, "first_step", lambda flags, empty=False: (float(len(flags)) + 5 * empty,
                                                                              {"train": 1.0, "cut": 0.0}))
     monkeypatch.setattr(bench_system.subprocess, "run", lambda *_, **__: None)
-    helps, cold, first = bench_system.start(settings("start", device="cpu"), "toy")["rows"]
+    helps, cold, first = bench_system.start(settings("start", device="cpu"), "toy", 256)["rows"]
     assert first["s"] == 4.0 and first["of which train"] == 1.0 and "of which cut" not in first and helps["s"] >= 0
     assert cold["s"] == 9.0
 
@@ -654,7 +654,7 @@ def test_accounted_activations_are_what_autograd_keeps(config, autocast):
     size = 2 if autocast else 4
     parts = bench_system.step_bytes(dataclasses.replace(config, block_size=64), 4, activation_bytes=size)
     expected = parts["activations"] + parts["cast weights"] + 4 * config.vocab_size * config.d_model
-    repeated = 2 * config.head_dim * (sum(config.n_head) - sum(config.n_kv_head))            # on a GPU; here k, v are not
+    repeated = 2 * config.head_dim * (sum(config.n_head) - sum(config.n_kv_head))     # on a GPU; here k, v are not
     expected -= 4 * 64 * repeated * size
     assert sum(s.nbytes() for s in held.values()) == pytest.approx(expected, rel=.02)
 
@@ -676,7 +676,7 @@ def test_vocabularies_left_out_are_the_shape_s_own():
     params = [bench_train.shapes(name, v, 2.6)[1].num_params()["total"] for name, v in (("1m", 256), ("135m", 49152))]
     assert params == [1_017_216, 134_515_008]
     assert len(bench.cells(bench.resolve(bench.Bench("train", presets=("toy", "1m"))))) == 4
-    assert len(bench.cells(bench.resolve(bench.Bench("gpu", device="cpu")))) == 4 + 5
+    assert len(bench.cells(bench.resolve(bench.Bench("gpu", device="cpu")))) == 2 * 4
 
 
 # -- refusals

@@ -207,8 +207,8 @@ def test_two_processes_stop_together_and_go_on(tmp_path):
 
 @pytest.mark.parametrize("plan, graphs", [("scratch", 1), ("idea", 2), ("naive", 2), ("idea-kd", 5), ("adapt", 10)])
 def test_cuts_compile_nothing(tmp_path, monkeypatch, plan, graphs):
-    """One graph before the slice, one after it; one more where a teacher joins in between, and its own before and after.
-    (adapt slices at each of 9 cuts; of one function the compiler keeps 8 graphs.)"""
+    """One graph before the slice, one after it; where a teacher joins in between one more, and its own before and
+    after. (adapt slices at each of 9 cuts; of one function the compiler keeps 8 graphs.)"""
     from torch._dynamo.testing import CompileCounter
     torch._dynamo.reset()
     counter, compile = CompileCounter(), torch.compile
