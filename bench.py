@@ -6,8 +6,8 @@
     python bench.py infer                          # prefill, decoding, memory; ours and llama.cpp's; dense and pruned
     python bench.py start                          # seconds to --help, and to the first step; likewise disk and ddp
     python bench.py scale                          # the paper's 2.8B -> 1.3B at 2T tokens, by accounting alone
-    python bench.py gpu --minutes 8 --out results/gpu     # all of it that matters on a GPU; the same command goes on
-    python bench.py report --out results/gpu       # the tables again, from records.jsonl there
+    python bench.py gpu --minutes 8 --out results/gpu     # what matters on a GPU; the same command goes on
+    python bench.py report --out results/gpu       # the tables again, from results/gpu/records.jsonl
 
 Limits are measured in the same run: a large matrix product in the same dtype, a large copy. Medians over --rounds, of
 ratios taken within a round. Random weights and tokens; a GPU draws less power on zeros, so its clock rises behind cuts:

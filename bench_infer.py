@@ -2,10 +2,10 @@
 
     python bench.py infer --presets 135m --keep 0.8
 
-Random weights. Pruned models have equal parameters: "even" the same FFN width in every
-layer, "uneven" widths that grow with depth, KV groups gone here and there. Decoding reads every weight once a token, so
-its limit is bytes per token over the measured bandwidth; `of the bytes` is the pruned model's speed over the dense
-one's, divided by what the bytes alone would allow. Not here: quality (compare.py).
+Random weights. Pruned models have equal parameters: "even" the same FFN width in every layer, "uneven" widths that grow
+with depth, in every third layer a KV group's worth of neurons instead of the group. Decoding reads every weight once a
+token, so its limit is bytes per token over the measured bandwidth; `of the bytes` is the pruned model's speed over the
+dense one's, divided by what the bytes alone would allow. Not here: quality (compare.py).
 """
 import dataclasses
 import functools
@@ -46,12 +46,11 @@ def pruned(dense, keep):
         {(l, "ffn"): n for l, n in enumerate(widths)} | {(l, "kv"): dense.n_kv_head[l] - 1 for l in fewer})}
 
 
-def bytes_per_token(config, context, weight_bytes, cache_bytes):
-    """Bytes that decoding one token reads: every matrix and norm once (of an untied embedding one row: none) and the KV
-    cache of `context` tokens."""
+def bytes_per_token(config, context, size):
+    """Bytes that decoding one token reads, at `size` bytes a number: every matrix and norm once (of an untied embedding
+    one row: none) and the KV cache of `context` tokens."""
     n = config.num_params()
-    return (n["total"] - (0 if config.tie_embeddings else n["embedding"])) * weight_bytes \
-        + context * config.kv_bytes_per_token(cache_bytes)
+    return (n["total"] - n["embedding"] * (not config.tie_embeddings)) * size + context * config.kv_bytes_per_token(size)
 
 
 def generate(model, prompt, tokens):
@@ -67,14 +66,10 @@ def generate(model, prompt, tokens):
     return {"first": times[1] - times[0], "decode": (times[-1] - times[1]) / (tokens - 1)}
 
 
-def weights_of(c):
-    return torch.bfloat16 if c.dtype == "bfloat16" else torch.float32
-
-
 def built(c, config):
     torch.manual_seed(0)
     with torch.device(c.device):
-        model = models.GPT(config).to(weights_of(c)).eval().requires_grad_(False)
+        model = models.GPT(config).to(getattr(torch, c.dtype)).eval().requires_grad_(False)
     prompt = torch.randint(config.vocab_size, (1, c.prompt), generator=torch.Generator().manual_seed(0))
     return model, prompt.to(c.device)
 
@@ -123,7 +118,7 @@ def infer(c, preset, vocab_size):
     bandwidth = max(size / median(seconds[name]) for name, (_, size) in moves.items())
     rows = [row_of(c, preset, key, configs, rates, bandwidth, peaks) for key in rates]
     rows += [{"table": "inference", "shape": preset, "runtime": "llama.cpp", "note": note}] if note else []
-    return {"rows": rows, "note": f"; ours in {str(weights_of(c)).split('.')[1]}, llama.cpp's files in f16: compare "
+    return {"rows": rows, "note": f"; ours in {c.dtype}, llama.cpp's files in f16: compare "
             "shares of the roofline; on a CPU memory is the whole process's, with Python and PyTorch in both",
             "memory": [[*key, each] for key, each in peaks.items()], "bandwidth": bandwidth,
             "rates": [[*key, each] for key, each in rates.items()]}
@@ -133,8 +128,8 @@ def row_of(c, preset, key, configs, rates, bandwidth, peaks):
     """One model in one runtime as a row of the table."""
     runtime, name = key
     config, ours = configs[name], runtime == "ours"
-    sizes = (weights_of(c).itemsize,) * 2 if ours else (2, 2)
-    read = {n: bytes_per_token(configs[n], c.prompt + c.decode / 2, *sizes) for n in ("dense", name)}
+    size = getattr(torch, c.dtype).itemsize if ours else 2
+    read = {n: bytes_per_token(configs[n], c.prompt + c.decode / 2, size) for n in ("dense", name)}
     per_token = {n: [r["decode"] if ours else 1 / r["decode"] for r in rates[runtime, n]] for n in ("dense", name)}
     first = median([r["first"] if ours else c.prompt / r["prompt"] for r in rates[key]])
     faster, allowed = median_ratio(per_token["dense"], per_token[name]), read["dense"] / read[name]

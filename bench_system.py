@@ -78,21 +78,15 @@ def sync(path):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def trained(c, config):
-    """A model, and an AdamW that has its moments."""
+def disk_rounds(c, config):
+    """In turns: checkpoint.save, a plain file of the same size written; checkpoint.load, that file read. -> bytes,
+    {name: [seconds]}, {"save" | "load": peak memory}"""
     model = models.GPT(config)
     optimizer = train.make_optimizer(model, train.Train(lr=1e-4))
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    optimizer.step()
+    optimizer.step()                                                   # now it has its moments
     optimizer.zero_grad(set_to_none=True)
-    return model, optimizer
-
-
-def disk_rounds(c, config):
-    """In turns: checkpoint.save, a plain file of the same size written; checkpoint.load, that file read. -> bytes,
-    {name: [seconds]}, {"save" | "load": peak memory}"""
-    model, optimizer = trained(c, config)
     with tempfile.TemporaryDirectory(dir=c.disk) as folder:
         ours, plain = Path(folder) / "ckpt_00000000.pt", Path(folder) / "plain"
 

@@ -97,9 +97,6 @@ class Bare(train.Run):
 
     sample = log = capture_teacher = evaluate
 
-    def live(self):
-        return super().live() if self.state.keep else self.state.model.config
-
     def wrap(self):
         if isinstance(self.state.model, models.GPT):
             return super().wrap()

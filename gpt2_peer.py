@@ -32,8 +32,11 @@ class GPT2Config:
         forward = 2 * (self.n_layer * block + self.vocab_size * self.d_model) + 4 * T * self.d_model * self.n_layer
         return forward * (3 if backward else 1)
 
-    def removable_params(self):
-        return 0                         # nothing here is pruned
+    def removable_params(self):          # nothing here is pruned
+        return 0
+
+    def resized(self, widths):
+        return self
 
 
 def peer_of(config):

@@ -561,7 +561,7 @@ def test_bytes_per_token_are_those_of_the_weights_and_of_the_cache():
         model.hidden(torch.zeros(1, 7, dtype=torch.long), cache)
         held = sum(t.nbytes for layer in cache for t in layer)
         read = sum(p.nbytes for name, p in model.named_parameters() if config.tie_embeddings or "embed" not in name)
-        assert bench_infer.bytes_per_token(config, 7, 4, 4) == read + held
+        assert bench_infer.bytes_per_token(config, 7, 4) == read + held
 
 
 def test_generation_is_timed_by_token(monkeypatch):
