@@ -2,8 +2,9 @@
 
     python bench.py scale                          # 2.8B -> 1.3B at 2T tokens, by the model's own accounting
 
-`scale` measures nothing: every number it assumes is a flag and stands in the table.
+`scale` measures nothing: every number that it assumes stands here and in the table.
 """
+import dataclasses
 import json
 import os
 import statistics
@@ -25,6 +26,9 @@ from schedule import PLANS
 from timing import interleave, median_ratio, own_process, peak
 
 ROOT = Path(__file__).parent
+TOKENS, GPUS = 2e12, (1, 8, 512)              # `scale`: the paper's tokens; numbers of GPUs
+PEAK_FLOPS, UTILISATION = 1e15, 0.4           # per second, of a GPU in bfloat16; reached of it: round, no card's
+WEIGHT_BYTES, ACTIVATION_BYTES = 4, 2         # of a weight, its gradient, each moment; of a value kept for backward
 FIRST_STEP = """import json, os, time, train
 train.Run.account = lambda r, *_: print(json.dumps([time.time(), r.state.seconds]), flush=True) or os._exit(0)
 train.run(lambda: train.main(train.parse(train.Train), quiet=True))"""       # account is called right behind the update
@@ -33,11 +37,13 @@ median = statistics.median
 
 # -- start
 
-def first_step(flags):
-    """Launch train.py -> (seconds to the end of its first step, {part: seconds} of them that the run itself counts)."""
+def first_step(flags, empty=False):
+    """Launch train.py -> (seconds to the end of its first step, {part: seconds} of them that the run itself counts);
+    `empty`: in an empty folder, where no corpus is cached."""
     with tempfile.TemporaryDirectory() as folder:
         launched = time.time()
-        done = subprocess.run([sys.executable, "-c", FIRST_STEP, "--out", f"{folder}/run", *flags], cwd=ROOT,
+        done = subprocess.run([sys.executable, "-c", FIRST_STEP, "--out", f"{folder}/run", *flags],
+                              cwd=folder if empty else ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
                               capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"train.py {' '.join(flags)} ended with {done.returncode}: {done.stderr.strip()[-200:]}")
@@ -45,9 +51,10 @@ def first_step(flags):
     return at - launched, parts
 
 
-def start(c, preset):
+def start(c, preset, _):
     """Seconds of `train.py --help`, and of the default run from its launch to the end of its first step."""
     flags, runs = ["--preset", preset, "--device", c.device], []
+    cold, _ = first_step(flags, empty=True)
     command = [sys.executable, "train.py", "--help"]
     calls = {"help": lambda: subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL),
              "first step": lambda: runs.append(first_step(flags))}
@@ -55,6 +62,7 @@ def start(c, preset):
     runs = runs[1:]                                                   # the first one filled the caches
     parts = {part: median([found[part] for _, found in runs]) for part in runs[0][1]}
     rows = [{"what": "python train.py --help", "s": median(helps)},
+            {"what": "the first launch, in an empty folder, to the end of step 1", "s": cold},
             {"what": f"python train.py --preset {preset}, to the end of step 1", "s": median([s for s, _ in runs]),
              **{f"of which {part}": s for part, s in parts.items() if s}}]
     return {"rows": rows, "seconds": {"help": helps, "first step": [s for s, _ in runs]}}
@@ -70,22 +78,16 @@ def sync(path):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def trained(c, config):
-    """A model, and an AdamW that has its moments."""
+def disk_rounds(c, config):
+    """In turns: checkpoint.save, a plain file of the same size written; checkpoint.load, that file read. -> bytes,
+    {name: [seconds]}, {"save" | "load": peak memory}"""
     model = models.GPT(config)
     optimizer = train.make_optimizer(model, train.Train(lr=1e-4))
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    optimizer.step()
+    optimizer.step()                                                   # now it has its moments
     optimizer.zero_grad(set_to_none=True)
-    return model, optimizer
-
-
-def disk_rounds(c, config):
-    """In turns: checkpoint.save, a plain file of the same size written; checkpoint.load, that file read. -> bytes,
-    {name: [seconds]}, {"save" | "load": peak memory}"""
-    model, optimizer = trained(c, config)
-    with tempfile.TemporaryDirectory(dir=c.disk or None) as folder:
+    with tempfile.TemporaryDirectory(dir=c.disk) as folder:
         ours, plain = Path(folder) / "ckpt_00000000.pt", Path(folder) / "plain"
 
         def save():
@@ -108,31 +110,26 @@ def disk_rounds(c, config):
         with peak("cpu") as loading:
             checkpoint.load(ours)
         content, buffer = os.urandom(size), bytearray(2**24)           # random: no disk compresses it
-        sides = [interleave({"save": save, "write": write}, c.rounds)]
-        reading = {name: [] for name in ("load", "read")}
-        for _ in range(c.rounds):
-            for path in (ours, plain):
-                sync(path)
-            for name, call in (("load", lambda: checkpoint.load(ours)), ("read", read)):
-                begin = time.perf_counter()
-                call()
-                reading[name].append(time.perf_counter() - begin)
-    return size, sides[0] | reading, {"save": saving, "load": loading}
+        writing = interleave({"save": save, "write": write}, c.rounds)
+        reading = interleave({"forget": lambda: (sync(ours), sync(plain)), "load": lambda: checkpoint.load(ours),
+                              "read": read}, c.rounds)
+    return size, writing | reading, {"save": saving, "load": loading}
 
 
 def disk(c, preset, vocab_size):
     """Checkpoints with the optimizer's moments against a plain file of the same size on the same disk (written and
     fsynced; read, from the disk where the system can be asked to forget it). Random weights."""
-    config = shapes(preset, vocab_size, 1.0)[0]
-    size, seconds, memory = own_process(disk_rounds, c, config)
+    c = dataclasses.replace(c, disk=c.disk or c.out)
+    Path(c.disk).mkdir(parents=True, exist_ok=True)
+    size, seconds, memory = own_process(disk_rounds, c, shapes(preset, vocab_size)[0])
     rows = []
     for ours, plain in (("save", "write"), ("load", "read")):
+        raised = memory[ours]["peak_bytes"] - memory[ours]["before_bytes"]
         rows.append({"shape": preset, "V": vocab_size, "what": f"checkpoint.{ours}", "bytes": size,
                      "s": median(seconds[ours]), "bytes/s": size / median(seconds[ours]),
                      "plain file's bytes/s": size / median(seconds[plain]),
                      "share of it": median_ratio(seconds[plain], seconds[ours]),
-                     "peak raised by": memory[ours]["peak_bytes"] - memory[ours]["before_bytes"],
-                     "÷ file": (memory[ours]["peak_bytes"] - memory[ours]["before_bytes"]) / size})
+                     "peak raised by": raised, "÷ file": raised / size})
     return {"rows": rows, "seconds": seconds, "memory": memory}
 
 
@@ -150,20 +147,21 @@ def kept_bytes(config, weight_bytes, activation_bytes):
     return stream * weight_bytes + others * activation_bytes
 
 
-def step_bytes(config, c):
+def step_bytes(config, micro_batch, weight_bytes=WEIGHT_BYTES, activation_bytes=ACTIVATION_BYTES):
     """{part: bytes} of one process that trains `config`: weights, gradients, Adam's two moments; what a micro-batch
     keeps; the blocks' matrices cast to another dtype, as autocast does; of the loss the head's gradient and one chunk's
     logits, 4 arrays in float32."""
-    p, tokens, n = config.num_params(), c.micro_batch * config.block_size, config.num_params()["total"]
-    cast = (p["attention"] + p["ffn"]) * c.activation_bytes * (c.activation_bytes != c.weight_bytes)
-    return {"weights": n * c.weight_bytes, "gradients": n * c.weight_bytes, "Adam": 2 * n * c.weight_bytes,
-            "activations": tokens * kept_bytes(config, c.weight_bytes, c.activation_bytes), "cast weights": cast,
-            "loss": config.vocab_size * config.d_model * c.weight_bytes + 4 * 4 * CHUNK_VALUES["gpu"]}
+    p, n = config.num_params(), config.num_params()["total"]
+    cast = (p["attention"] + p["ffn"]) * activation_bytes * (activation_bytes != weight_bytes)
+    return {"weights": n * weight_bytes, "gradients": n * weight_bytes, "Adam": 2 * n * weight_bytes,
+            "activations": micro_batch * config.block_size * kept_bytes(config, weight_bytes, activation_bytes),
+            "cast weights": cast,
+            "loss": config.vocab_size * config.d_model * weight_bytes + 4 * 4 * CHUNK_VALUES["gpu"]}
 
 
 def plan_flops(plan, target, enlarged):
-    """Training FLOPs per token of a plan, mean over its stages: the enlarged model until the last cut, then the target;
-    the teacher, the enlarged model, forward where a stage has one."""
+    """Training FLOPs per token of a plan, mean over its stages, attention over the whole T x T square: the enlarged
+    model until the last cut, then the target; the teacher, the enlarged model, forward where a stage has one."""
     T, total = target.block_size, 0.0
     for stage in PLANS[plan]:
         model = target if stage.name == "recover" else enlarged
@@ -172,20 +170,21 @@ def plan_flops(plan, target, enlarged):
 
 
 def scale(c, preset, vocab_size):
-    """Memory per GPU (nothing is sharded: DDP holds all on each) and days of training, from flags alone."""
+    """Memory per GPU (nothing is sharded: DDP holds all on each) and days of training, at most: causal attention does
+    half of the square that is counted."""
     target, enlarged = shapes(preset, vocab_size, c.enlarge_ff)
-    rows, rate = [], c.peak_flops * c.utilisation
+    rows = []
     for name, config in (("enlarged", enlarged), ("target", target)):
-        parts = step_bytes(config, c)
+        parts = step_bytes(config, c.micro_batch)
         rows.append({"table": "memory per GPU, GB", "model": name, "params": config.num_params()["total"],
                      **{part: size / 1e9 for part, size in parts.items()}, "sum": sum(parts.values()) / 1e9,
-                     "sequences": c.micro_batch, "bytes per weight": c.weight_bytes,
-                     "bytes per activation": c.activation_bytes})
+                     "sequences": c.micro_batch, "bytes per weight": WEIGHT_BYTES,
+                     "bytes per activation": ACTIVATION_BYTES})
     for plan in ("scratch", "idea", "idea-kd"):
-        per_token = plan_flops(plan, target, enlarged)
-        for gpus in c.gpus:
-            days = c.tokens * per_token / (gpus * rate) / 86400
-            rows.append({"table": "time", "plan": plan, "FLOPs per token": per_token, "tokens": c.tokens,
-                         "FLOPs": c.tokens * per_token, "GPUs": gpus, "peak FLOP/s of one": c.peak_flops,
-                         "utilisation": c.utilisation, "days": days, "GPU-days": days * gpus})
+        flops = TOKENS * plan_flops(plan, target, enlarged)
+        for gpus in GPUS:
+            days = flops / (gpus * PEAK_FLOPS * UTILISATION) / 86400
+            rows.append({"table": "time", "plan": plan, "tokens": TOKENS, "FLOPs at most": flops, "GPUs": gpus,
+                         "peak FLOP/s of one": PEAK_FLOPS, "utilisation": UTILISATION, "days at most": days,
+                         "GPU-days at most": days * gpus})
     return {"rows": rows}

@@ -5,6 +5,7 @@
 LayerNorm and matrices without biases (nanoGPT's default), learned positions, as many KV heads as query heads, exact
 GELU, tied embedding, all logits at once. The oracle is transformers' GPT2LMHeadModel (tests/test_bench.py).
 """
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -31,18 +32,21 @@ class GPT2Config:
         forward = 2 * (self.n_layer * block + self.vocab_size * self.d_model) + 4 * T * self.d_model * self.n_layer
         return forward * (3 if backward else 1)
 
-    def removable_params(self):
-        return 0                         # nothing here is pruned
+    def removable_params(self):          # nothing here is pruned
+        return 0
+
+    def resized(self, widths):
+        return self
 
 
 def peer_of(config):
     """A GPTConfig -> the GPT2Config with its width, layers and context, and its parameters to within half of 8 neurons
-    a layer. Widths that differ by layer count as their mean."""
-    C, L = config.d_model, config.n_layer
+    a layer, above C = 512 of 64, as matrix units want it. Widths that differ by layer count as their mean."""
+    C, L, tile = config.d_model, config.n_layer, 64 if config.d_model > 512 else 8
     heads = max(n for n in range(1, max(config.n_head) + 1) if C % n == 0)
     bare = GPT2Config(config.vocab_size, config.block_size, C, heads, L, 0)
     left = config.num_params()["total"] - bare.num_params()["total"]
-    return GPT2Config(config.vocab_size, config.block_size, C, heads, L, max(8, 8 * round(left / (2 * C * L) / 8)))
+    return dataclasses.replace(bare, d_ff=max(tile, tile * round(left / (2 * C * L) / tile)))
 
 
 class Block(nn.Module):

@@ -4,8 +4,8 @@
 
 Nothing here knows a card's or a processor's numbers: the limit is a large matrix product in the same dtype (FLOP/s) or
 a large copy (bytes/s), timed in turns with what it is the limit of. All seconds are wall time, with the device's queue
-empty at both ends. A *cell* is what is measured in one go; a cell that the records have is not measured again. Not
-here: what is measured (bench.py).
+empty at both ends. A *cell* is what is measured in one go; one that the records have, measured by the same code, is not
+measured again; one that failed is. Not here: what is measured (bench.py).
 """
 import contextlib
 import json
@@ -13,6 +13,8 @@ import os
 import platform
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
@@ -41,16 +43,11 @@ def seconds_of(call, device="cpu"):
     return time.perf_counter() - start
 
 
-def interleave(variants, rounds, device="cpu", warmup=1):
-    """Call {name: function} in turns, A B A B …: `warmup` rounds that do not count, then `rounds` that do -> {name:
-    [seconds of each round]}."""
-    seconds = {name: [] for name in variants}
-    for i in range(warmup + rounds):
-        for name, call in variants.items():
-            took = seconds_of(call, device)
-            if i >= warmup:
-                seconds[name].append(took)
-    return seconds
+def interleave(variants, rounds, device="cpu"):
+    """Call {name: function} in turns, A B A B …: a round that does not count, then `rounds` that do -> {name: [seconds
+    of each round]}."""
+    seconds = [{name: seconds_of(call, device) for name, call in variants.items()} for _ in range(1 + rounds)]
+    return {name: [each[name] for each in seconds[1:]] for name in variants}
 
 
 def median_ratio(a, b):
@@ -66,12 +63,9 @@ def stopwatch(device, *places):
 
     def watched(function, part):
         def call(*args, **kwargs):
-            synchronize(device)
-            start = time.perf_counter()
-            found = function(*args, **kwargs)
-            synchronize(device)
-            seconds[part] += time.perf_counter() - start
-            return found
+            found = []
+            seconds[part] += seconds_of(lambda: found.append(function(*args, **kwargs)), device)
+            return found[0]
         return call
 
     with contextlib.ExitStack() as stack:
@@ -82,11 +76,14 @@ def stopwatch(device, *places):
 
 # -- limits
 
-def matmul(n, dtype, device):
-    """-> (call, its FLOPs): products of two random n x n matrices, as many as make 2^30 FLOPs or one; 16 x that on a
-    GPU."""
+ROWS = {"cpu": 2048, "gpu": 8192}            # of the square matrices whose product is the limit of FLOP/s
+MEGABYTES = {"cpu": 512, "gpu": 2048}        # of the array whose copy is the limit of bytes/s
+
+
+def matmul(dtype, device):
+    """-> (call, its FLOPs): a product of two large random matrices; on a GPU 16."""
+    n, repeats = (ROWS["gpu"], 16) if device.startswith("cuda") else (ROWS["cpu"], 1)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    repeats = max(1, 2**30 // (2 * n**3)) * (16 if device.startswith("cuda") else 1)
     out = torch.empty_like(a)
 
     def call():
@@ -95,10 +92,10 @@ def matmul(n, dtype, device):
     return call, 2 * n**3 * repeats
 
 
-def traffic(megabytes, device):
+def traffic(device):
     """-> {"copy": (call, bytes), "read": (call, bytes)}: a copy, whose bytes are read and written, and a matrix-vector
     product, which only reads and is what decoding does. The better rate of the two is the bandwidth."""
-    side = max(8, round((megabytes * 2**20 / 4) ** .5))
+    side = round((MEGABYTES["gpu" if device.startswith("cuda") else "cpu"] * 2**20 / 4) ** .5)
     a, out, x = torch.randn(side, side, device=device), torch.empty(side, side, device=device), torch.randn(side)
     x = x.to(device)
     return {"copy": (lambda: out.copy_(a), 8 * side**2), "read": (lambda: torch.mv(a, x), 4 * side**2)}
@@ -129,34 +126,16 @@ def peak(device):
     found["peak_bytes"] = torch.cuda.max_memory_allocated() if on_gpu else resident()
 
 
-def _call(answer, threads, function, args):
-    torch.set_num_threads(threads)
-    try:
-        answer.send((function(*args), None))
-    except Exception as problem:                                      # also "out of memory": the caller's to judge
-        answer.send((None, problem))
-
-
 def own_process(function, *args):
     """function(*args) in a fresh process with as many threads as ours, so that its peak memory is its own. What it
     raises is raised here; UserError: the system killed it."""
-    context = get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_call, args=(theirs, torch.get_num_threads(), function, args))
-    process.start()
-    theirs.close()
-    try:
-        found, problem = ours.recv()
-    except EOFError:
-        process.join()
-        raise UserError(f"the process of {function.__name__} ended with {process.exitcode}, which is what running out "
-                        "of memory looks like if it is -9: give a smaller shape or a smaller --micro-batch") from None
-    finally:
-        process.kill()
-        process.join()
-    if problem is not None:
-        raise problem
-    return found
+    threads = torch.get_num_threads()
+    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        try:
+            return pool.submit(function, *args).result()
+        except BrokenProcessPool:
+            raise UserError(f"the process of {function.__name__} was ended, which is what running out of memory looks "
+                            "like: give a smaller shape or a smaller --micro-batch") from None
 
 
 # -- records
@@ -169,25 +148,35 @@ def machine(device):
 
 
 class Records:
-    """records.jsonl in a folder: one line a cell, with the `rows` of its table."""
+    """records.jsonl in a folder: one line a cell, with the `rows` of its tables and a `note` for their titles."""
     def __init__(self, out):
         self.file = Path(out) / "records.jsonl"
 
     def all(self):
-        return read_records(self.file)
+        """The last record of every cell: one that failed gives way to a later one."""
+        key = lambda r: json.dumps([r["suite"], r["cell"], r["about"]], sort_keys=True)
+        return list({key(r): r for r in read_records(self.file)}.values())
 
     def cell(self, suite, cell, about, measure):
-        """Measure a cell, unless one of the same suite, name and `about` (dict) is there. measure() -> {"rows":
-        [{column: value}], anything else that should be kept}. -> whether it was measured"""
+        """Measure a cell, unless one of the same suite, name and `about` (dict: settings, machine, code) is there.
+        measure() -> {"rows": [{column: value}], anything else that should be kept}. -> whether it has its numbers; what
+        it raises is printed and recorded in one line."""
         key = json.loads(json.dumps({"suite": suite, "cell": cell, "about": about}))
-        if any(r.items() >= key.items() for r in self.all()):
+        if any(r.items() >= key.items() and "failed" not in r for r in self.all()):
             print(f"{suite}, {cell}: in {self.file} already", flush=True)
-            return False
+            return True
         print(f"{suite}, {cell} …", flush=True)
-        found = measure()
+        try:
+            found = measure()
+        except Exception as problem:
+            first, *_ = (str(problem).strip() or "without a message").splitlines()
+            failed = f"{type(problem).__name__}: {first[:200]}"
+            print(f"{suite}, {cell}: {failed}", flush=True)
+            found = {"failed": failed, "rows": [{"table": "failed, the same command tries again", "cell": cell,
+                                                 "note": failed}]}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         append_record(self.file, **key, **found)
-        return True
+        return "failed" not in found
 
 
 def show(value):
@@ -198,16 +187,17 @@ def show(value):
 
 
 def tables(records):
-    """Records -> Markdown: a table for each suite, machine and number of rounds, with the columns that any row has."""
+    """Records -> Markdown: a table for each suite, machine, code, number of rounds and note, with the columns that any
+    row has."""
     groups = {}
     for r in records:
         rounds = r["about"]["settings"].get("rounds")
-        where = ", ".join(f"{k} {v}" for k, v in r["about"]["machine"].items())
+        where = ", ".join(f"{k} {v}" for k, v in {**r["about"]["machine"], "code": r["about"]["code"]}.items())
         for row in r["rows"]:                     # rows of one cell may belong to tables with other columns
             row = dict(row)
             title = r["suite"] + (f", {row.pop('table')}" if "table" in row else "")
             medians = f"medians of {rounds} rounds; " if rounds else ""
-            groups.setdefault(f"**{title}** ({medians}{where}):", []).append(row)
+            groups.setdefault(f"**{title}** ({medians}{where}{r.get('note', '')}):", []).append(row)
     texts = []
     for title, rows in groups.items():
         head = list(dict.fromkeys(column for row in rows for column in row))

@@ -290,6 +290,7 @@ class Run:
         self.state = self.folder.resume(self.device, lambda model: make_optimizer(model, c)) or self.fresh()
         if (c.teacher or self.state.teacher_file) and not self.state.dropped:
             self.folder.open_teacher(c.teacher or self.folder.path / "teacher.pt", self.state)
+            self.wrap_teacher()
         self.wrap()
 
     def fresh(self):
@@ -309,6 +310,17 @@ class Run:
             torch.compiler.reset()                                    # or after 8 graphs, as many sizes, it gives up
             objective = torch.compile(objective, dynamic=False)
         self.objective = DistributedDataParallel(objective) if self.world > 1 else objective
+
+    def wrap_teacher(self):
+        """The teacher as steps read it: compiled too; on a GPU its matrices are held in bfloat16 where autocast would
+        cast them, the same values, anew at every use, as it remembers only casts of what takes a gradient."""
+        teacher = self.state.teacher
+        if self.config.dtype == "bfloat16" and self.device.startswith("cuda"):
+            for module in teacher.modules():
+                if isinstance(module, nn.Linear):
+                    module.to(torch.bfloat16)
+        if self.config.compile:
+            teacher.hidden = torch.compile(teacher.hidden, dynamic=False)
 
     @contextlib.contextmanager
     def timed(self, part):
@@ -355,6 +367,7 @@ class Run:
             if self.world > 1:
                 dist.barrier()
             self.folder.open_teacher(path, self.state)
+        self.wrap_teacher()
         self.log("teacher", **self.state.teacher_file)
 
     def calibrate(self):

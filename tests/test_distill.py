@@ -167,6 +167,11 @@ def test_torch_compile_takes_the_loss_as_one_graph_and_gives_the_same_gradients(
         near(traced.hidden.grad, eager.hidden.grad), near(traced.weight.grad, eager.weight.grad)
 
 
+def test_a_gpu_s_chunks_are_whole_tiles_of_64_tokens():
+    tokens = [distill.chunk_tokens(torch.empty(vocabulary, 1, device="meta")) for vocabulary in (50257, 2**19, 2**26)]
+    assert tokens == [320, 32, 1] and distill.chunk_tokens(torch.empty(49152, 1)) == 85
+
+
 def test_smoothing_starts_at_the_first_value_and_a_teacher_no_longer_better_is_dropped():
     average = None
     for value, expected in ((4.0, 4.0), (2.0, 3.0), (7.0, 5.0), (5.0, 5.0)):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -204,10 +205,10 @@ def test_two_processes_stop_together_and_go_on(tmp_path):
     assert same(result(out), result(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("plan, graphs", [("scratch", 1), ("idea", 2), ("naive", 2), ("idea-kd", 3), ("adapt", 10)])
+@pytest.mark.parametrize("plan, graphs", [("scratch", 1), ("idea", 2), ("naive", 2), ("idea-kd", 5), ("adapt", 10)])
 def test_cuts_compile_nothing(tmp_path, monkeypatch, plan, graphs):
-    """One graph before the slice, one after it; one more where a teacher joins in between. (adapt slices at each of 9
-    cuts; of one function the compiler keeps 8 graphs.)"""
+    """One graph before the slice, one after it; where a teacher joins in between one more, and its own before and
+    after. (adapt slices at each of 9 cuts; of one function the compiler keeps 8 graphs.)"""
     from torch._dynamo.testing import CompileCounter
     torch._dynamo.reset()
     counter, compile = CompileCounter(), torch.compile
@@ -217,6 +218,40 @@ def test_cuts_compile_nothing(tmp_path, monkeypatch, plan, graphs):
     train_toy(tmp_path / "run", plan=plan, compile=True, **late)
     assert counter.frame_count == graphs
     assert all("_orig_mod" not in key for key in result(tmp_path / "run")[0])
+
+
+def test_a_compiled_teacher_teaches_the_same_and_is_found_again(tmp_path, monkeypatch):
+    compile, compiled = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda module, **options: compiled.append(module) or compile(
+        module, backend="aot_eager", **options))
+    settings = dict(plan="idea-kd", drop_teacher=False)
+    train_toy(tmp_path / "run", **settings, compile=True, stage="prune")
+    train_toy(tmp_path / "run", **settings, compile=True)                # goes on, with the teacher from its file
+    taught = [module for module in compiled if not isinstance(module, torch.nn.Module)]
+    assert len(taught) == 2 and all(method.__name__ == "hidden" for method in taught)
+    train_toy(tmp_path / "eager", **settings)
+    (ours, *_), (eager, *_) = (checkpoint.load(tmp_path / name) for name in ("run", "eager"))
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours.parameters(), eager.parameters()))
+
+
+def test_a_teacher_in_bfloat16_says_what_autocast_says(monkeypatch):
+    """On a GPU: the matrices that autocast casts are held so, the residual stream, norms and embedding stay float32."""
+    torch.manual_seed(0)
+    for tied in (True, False):
+        config = models.GPTConfig(300, 64, 32, 8, (4, 2), (2, 2), (64, 40), tie_embeddings=tied, qkv_bias=True)
+        given = models.GPT(config)
+        teacher = copy.deepcopy(given)
+        r = SimpleNamespace(device="cuda:0", config=train.Train(dtype="bfloat16", compile=False),
+                            state=SimpleNamespace(teacher=teacher))
+        train.Run.wrap_teacher(r)
+        assert teacher.embed.weight.dtype == teacher.norm.weight.dtype == torch.float32
+        assert teacher.blocks[0].attn.q.weight.dtype == torch.bfloat16
+        x = torch.randint(300, (2, 64))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(teacher(x), given(x))
+        r.device, r.state.teacher = "cpu", copy.deepcopy(given)
+        train.Run.wrap_teacher(r)
+        assert {p.dtype for p in r.state.teacher.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("plan", [name for name in schedule.PLANS if name not in ("kd", "adapt")])
