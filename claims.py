@@ -84,7 +84,7 @@ def cut(init, share=.5, allocation="uniform-strict", score="sensitivity"):
 
 
 def window(enlarge_share, prune_share):
-    """Plan journey with another window of pruning, shares of the FLOPs; as many FLOPs as the paper's."""
+    """Plan journey with another window of pruning, shares of the credited FLOPs; as many of them as the paper's."""
     shares = dict(enlarge_share=enlarge_share, prune_share=prune_share)
     return Kind("journey", shares, like=("journey", "flops_credited"))
 
@@ -269,11 +269,10 @@ def settings(run, scale, records, folder="runs/claims"):
                  batch_tokens=scale.batch_tokens, micro_batch=scale.micro_batch, eval_windows=scale.eval_windows,
                  compile=False, **kind.settings)
     if kind.like:
-        wanted = records[run.of(kind.like[0]).name]["summary"][0][kind.like[1]]
-        if kind.teacher:                   # it may be dropped, as it was there
-            found["steps"] = max(1, round(steps * wanted / records[run.of(kind.plan).name]["summary"][0][kind.like[1]]))
-        else:
-            found["steps"] = steps_for(dict(found, preset=run.size), wanted, kind.like[1])
+        of = {other.kind: records[other.name]["summary"][0] for other in measures(run)}
+        for _ in range(1 if kind.teacher else 4):                  # steps and FLOPs are nearly proportional
+            spent = of[kind.plan] if kind.teacher else predicted(dict(found, preset=run.size))
+            found["steps"] = max(1, round(found["steps"] * of[kind.like[0]][kind.like[1]] / spent[kind.like[1]]))
     found["eval_every"] = max(1, found["steps"] // 10)
     if kind.teacher:
         found["teacher"] = f"{folder}/{run.of(kind.teacher).name}"
@@ -357,14 +356,6 @@ def everything(wanted, scale):
     for run in wanted:
         visit(run)
     return list(found)
-
-
-def steps_for(found, flops, which):
-    """The number of steps with which a run spends so many FLOPs; these are nearly proportional."""
-    steps = found["steps"]
-    for _ in range(4):
-        steps = max(1, round(steps * flops / predicted(dict(found, steps=steps))[which]))
-    return steps
 
 
 def corpus_of(wanted, scale):

@@ -236,9 +236,9 @@ def multiples(runs, a, b, size, ratio):
 
 def claims_table(runs, scale):
     """A row for every pair; one for a claim without runs."""
-    rows, seen = [], set()
-    for claim, a, b, size, ratio, found in claim_rows(runs, scale):
-        measured = any(e.seeds for c, *_, e in claim_rows(runs, scale) if c == claim)
+    rows, seen, every = [], set(), claim_rows(runs, scale)
+    for claim, a, b, size, ratio, found in every:
+        measured = any(e.seeds for other, *_, e in every if other == claim)
         if not measured and claim in seen:
             continue
         verdict = "see below" if claim.by_factor and found.seeds else found.verdict(claim.margin)
@@ -315,15 +315,15 @@ def state(runs, scale):
     first, summaries = next(iter(runs.values()))["config"][0], [r["summary"][0] for r in runs.values()]
     code = Counter(r["config"][0].get("code", "unknown") for r in runs.values())
     windows = ", ".join(map(str, sorted({s["final_windows"] for s in summaries if "final_windows" in s})))
-    epochs = max(s["epochs"] for s in summaries)
-    lines = [f"{len(runs)} runs of {first['data']}, read at most {epochs:.1f} times; losses "
-             f"of {windows} windows of the hold-out at the end, of {first['eval_windows']} while training; code "
+    epochs, trains = max(s["epochs"] for s in summaries), first["eval_windows"]
+    lines = [f"{len(runs)} runs of {first['data']}, read at most {epochs:.1f} times; losses of {windows} windows of "
+             f"the hold-out at the end, of {trains} while training; code "
              f"{', '.join(f'{name} ({count})' for name, count in sorted(code.items()))}."]
     rates, taken = [], []
     for family, tuned in claims.FAMILIES.items():
         try:
             rate, edge = claims.chosen_rate(Run(tuned[0], scale.middle, scale.tuning, 0), scale, runs)
-        except KeyError:
+        except (KeyError, UserError):                                # not all are there; none is finite
             continue
         rates += [f"{family} {rate:g}{' (at the edge)' if edge else ''}"] if rate else []        # None: the preset's
         others = [f"`{kind}`" for kind in claims.KINDS if claims.family(kind) == family and kind not in tuned
@@ -373,12 +373,12 @@ def picture(runs, scale, path):
     drawn = {kind: [runs[Run(kind, scale.small, scale.ratio, seed).name]
                     for seed in of_kind(runs, kind, scale.small, scale.ratio)] for kind in FIGURE}
     try:
+        import numpy as np
         from matplotlib.figure import Figure
     except ImportError:
         return False
     if not any(drawn.values()):
         return False
-    import numpy as np
     canvas = Figure(figsize=(8, 8), layout="constrained")
     loss, rate, size = canvas.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
     lowest = []
@@ -395,12 +395,11 @@ def picture(runs, scale, path):
         rate.plot(at, [schedule.lr_at(s, t, c.lr, c.min_lr, c.warmup_share, c.shape) for s in steps], color=f"C{color}")
         params = {kept: claims.live(start, target, kept).num_params()["total"] for _, kept in ((0, 1.0), *t.events)}
         size.step(at, [params[schedule.size_at(s, t)] / 1e3 for s in steps], color=f"C{color}", where="post")
-    loss.set_ylim(min(lowest) - .02, max(lowest) + .02)
-    loss.set_ylabel("hold-out loss (nats per token)")
+    loss.set(ylim=(min(lowest) - .02, max(lowest) + .02), ylabel="hold-out loss (nats per token)")
     loss.legend()
-    rate.set_ylabel("learning rate")
-    size.set_ylabel("live parameters (k)")
-    size.set_xlabel("training FLOPs executed, those of the enlarged phase, teacher and scoring included")
+    rate.set(ylabel="learning rate")
+    size.set(ylabel="live parameters (k)", xlabel="training FLOPs executed, those of the enlarged phase, the teacher's "
+             "forward passes and scoring included")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(path, dpi=110)
     return True

@@ -5,10 +5,10 @@
     python reproduce.py report                     # the README's part, from the committed records
     python reproduce.py power                      # how many seeds would see how small an effect
 
-`--preset gpu` does the same with tens of millions of parameters, several runs side by side on one card. A run that has
-its records in --results is not made again, one that was killed goes on; whatever the claims need of one another, the
-learning rates tuned once for each plan first, is made before them. Not here: what is compared (claims.py), what it says
-(evidence.py).
+`--preset gpu` does the same with a target of ten million parameters, several runs side by side on one card. A run that
+has its records in --results is not made again, one that was killed goes on; whatever the claims need of one another,
+the learning rates tuned once for each family of kinds first, is made before them. Not here: what is compared
+(claims.py), what it says (evidence.py).
 """
 import dataclasses
 import json

@@ -42,7 +42,7 @@ def shrunk(command, runs):
     if words[1] == "scaling.py":
         words += ["--preset", "toy", "--minutes", ".05", "--out", str(runs / "grid"), "--runs", str(runs / "of-grid")]
     if words[1] == "reproduce.py":
-        words += shlex.split("--tokens .12 --jobs 1")
+        words += shlex.split("--tokens .14 --jobs 1")
         words += ["--runs", str(runs / "again"), "--results", str(runs / "again" / "records")]
     return words
 

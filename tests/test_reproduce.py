@@ -204,8 +204,9 @@ def test_equal_tokens_and_equal_flops():
 
 @pytest.fixture
 def fast(tmp_path, monkeypatch):
-    """No picture of each run; tokens are cached in a folder that goes."""
+    """No picture of each run and cut; tokens are cached in a folder that goes."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("prune.picture", lambda *_: None)
     monkeypatch.setattr(report, "picture", lambda path: "")
 
 
@@ -535,7 +536,7 @@ def test_a_teacher_is_the_captured_one_and_a_try_that_diverges_is_kept(tmp_path,
 
 def test_a_stopped_command_goes_on_and_reports_one_seed_as_no_proof(tmp_path):
     """As a user runs it: --quick, ended by a signal while it trains, gone on with, reported."""
-    flags = "--quick --claims 3 --tokens .12 --jobs 2"
+    flags = f"--quick --claims 3 --tokens .14 --jobs 2 --data {TEXT}"
     words = [sys.executable, str(ROOT / "reproduce.py"), *flags.split(), "--runs", "runs", "--results", "records"]
     process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list(tmp_path.glob("runs/*/metrics.jsonl")) and process.poll() is None:
@@ -547,7 +548,7 @@ def test_a_stopped_command_goes_on_and_reports_one_seed_as_no_proof(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "One seed proves nothing" in done.stdout and done.stdout.count("not measured") == 1
     assert len(list(tmp_path.glob("records/*.jsonl"))) == 2 and (tmp_path / "records" / "figure.png").exists()
-    scale = reproduce.resolve(Reproduce(quick=True, claims="3", tokens=.12))[1]
+    scale = reproduce.resolve(Reproduce(quick=True, claims="3", tokens=.14))[1]
     assert evidence.text(evidence.read(tmp_path / "records"), scale, "records/figure.png") in done.stdout
 
 
