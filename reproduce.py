@@ -183,12 +183,12 @@ class Clock:
 def forget_another_code(c, everything, scale):
     """--again: delete what is there, records and folders, of those of these runs that another code made or began, and
     of all that require one of them. everything: what is required first."""
-    old, deleted = set(), 0
+    old, deleted, here = set(), 0, folder.code()
     for one in everything:
         kept, own = Path(c.results, f"{one.name}.jsonl"), Path(c.runs, one.name)
         paths = [path for path in (kept, own, Path(c.runs, f"from-{one.name}")) if path.exists()]
         record = next(iter(read_records(kept) or read_records(own / "metrics.jsonl")), {})
-        if paths and record.get("code") != folder.code() or not old.isdisjoint(claims.requires(one, scale)):
+        if paths and record.get("code") != here or not old.isdisjoint(claims.requires(one, scale)):
             old.add(one)
             deleted += bool(paths)
             for path in paths:
@@ -247,7 +247,8 @@ def main_report(c):
     c, scale = resolve(c)
     runs = evidence.read(c.results)
     text, page = print_report(c, scale, runs), Path(c.readme)
-    old = sum(r["config"][0].get("code") != folder.code() for r in runs.values())
+    here = folder.code()
+    old = sum(r["config"][0].get("code") != here for r in runs.values())
     if old:
         print(f"{old} of {len(runs)} records are of another code than this; --again makes them anew", file=sys.stderr)
     if c.quick or c.preset != "cpu" or c.tokens != 1 or not page.exists():

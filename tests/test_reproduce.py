@@ -204,9 +204,13 @@ def test_equal_tokens_and_equal_flops():
 
 @pytest.fixture
 def fast(tmp_path, monkeypatch):
-    """No picture of each run and cut; tokens are cached in a folder that goes."""
+    """No picture of each run and cut, the code and its commit told once; tokens are cached in a folder that goes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("prune.picture", lambda *_: None)
+    here, about = folder.code(), folder.provenance()
+    monkeypatch.setattr(folder, "provenance", lambda: about)
+    for module in (folder, train):
+        monkeypatch.setattr(module, "code", lambda: here)
     monkeypatch.setattr(report, "picture", lambda path: "")
 
 
