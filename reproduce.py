@@ -48,11 +48,9 @@ class Reproduce:
     again: bool = False               # make runs of another code, and what requires them, anew: the old are deleted
     results: str | None = None        # records, a file each run; default results/claims, -gpu, runs/quick/records
     runs: str | None = None           # where the run folders go; default runs/claims, -gpu, runs/quick
-    readme: str = "README.md"         # report writes into it, between its markers (preset cpu, all of its tokens)
 
 
-READ = {"report": ("preset", "quick", "tokens", "results", "readme"), "power": ("preset", "quick", "tokens", "results"),
-        "run": tuple(f.name for f in dataclasses.fields(Reproduce) if f.name != "readme")}         # flags by command
+READ = "preset", "quick", "tokens", "results"                        # the flags that report and power read
 
 
 def resolve(c):
@@ -244,9 +242,10 @@ def replaced(page, text):
 
 
 def main_report(c):
+    """Print it; of preset cpu, with all of its tokens, write it into the README here, between its markers."""
     c, scale = resolve(c)
     runs = evidence.read(c.results)
-    text, page = print_report(c, scale, runs), Path(c.readme)
+    text, page = print_report(c, scale, runs), Path("README.md")
     here = folder.code()
     old = sum(r["config"][0].get("code") != here for r in runs.values())
     if old:
@@ -272,7 +271,7 @@ def main(argv):
     name, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("run", argv)
     c = parse(Reproduce, rest)
     for f in dataclasses.fields(c):
-        if f.name not in READ[name] and getattr(c, f.name) != f.default:
+        if name != "run" and f.name not in READ and getattr(c, f.name) != f.default:
             raise UserError(f"--{f.name} has no effect in {name}; leave it out")
     COMMANDS[name](c)
 
