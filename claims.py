@@ -4,21 +4,25 @@
 
 A run is a *kind* (how it is trained: a row of KINDS) at a *place* (a size and how many tokens per parameter of the
 target: `Scale`) with a seed. What a run needs, the teacher or the model that is cut for it, is another run of the same
-place and seed, so that nothing is trained twice and all of it can be counted. A claim is a list of pairs: the loss of
-the first kind is said to be below the second's. Claims 1 to 6, 11: IDEA Prune (arXiv 2503.05920); 7, 9: Adapt-Pruner
+place and seed, so that all of it is counted. A claim is a list of pairs: the loss of the first kind is said to be below
+the second's, or at most `margin` above it. Claims 1 to 6, 11: IDEA Prune (arXiv 2503.05920); 7, 9: Adapt-Pruner
 (2502.03460); 8: The Journey Matters (2501.12486); 10: score.py's sources; 12 is ours.
 Not here: running (reproduce.py), statistics (evidence.py).
 """
-from dataclasses import dataclass, field, replace
+import math
+import statistics
+from dataclasses import dataclass, field, fields, replace
 
 import allocate
 import data
 import model as models
+import prune
 import train
 from common import UserError
 from tokenizer import open_tokenizer
 
 TUNING_SEED = 1000                     # of the runs that only choose a learning rate; no claim uses it
+RECOVERY_SEED = 100                    # is added after a cut: not the order of data of before it (as in grid.py)
 MOST_EPOCHS = 4                        # repeated text is nearly as good as new text up to here (arXiv 2305.16264)
 
 
@@ -35,7 +39,8 @@ class Scale:
     batch_tokens: int                  # per step
     micro_batch: int                   # sequences per forward pass
     seeds: int                         # python reproduce.py power says how small an effect so many see
-    eval_windows: int = 256
+    eval_windows: int = 64             # of the hold-out, while a run trains; rates are chosen by these
+    final_windows: int = 2048          # of the hold-out at its end, which claims compare
     data: str = "stdlib"
     claims: tuple[int, ...] = (1, 3, 4, 5, 2, 11, 10, 6, 7, 8, 9, 12)             # in this order
     only: tuple[str, ...] = ()         # kinds; none: all that the claims compare
@@ -43,10 +48,11 @@ class Scale:
 
 RATES = (3e-3, 6e-3, 1e-2, 2e-2, 3e-2)
 PLAIN = ("scratch", "naive", "oneshot", "idea", "idea-kd")
-SCALES = {  # the shortest training of a claim has 350 steps; but for claim 9's recoveries, 1/64 of a training
+SCALES = {  # the shortest whole training has 350 steps; recoveries are half of one, claim 9's down to 1/64
     "cpu": Scale("4x16", "4x32", 100, 400, (25, 100, 400), 25, RATES, 2**12, 32, 5),
-    "gpu": Scale("10m", "10m", 20, 20, (5, 10, 20), 5, (5e-4, 1e-3, 2e-3), 2**16, 64, 3, data="packages"),
-    "quick": Scale("toy", "toy", 60, 60, (60,), 60, (), 2**11, 32, 1, 64, claims=(1, 3, 4, 5), only=PLAIN),
+    "gpu": Scale("10m", "10m", 14, 14, (3.5, 7, 14), 3.5, (5e-4, 1e-3, 2e-3), 2**16, 64, 3, data="packages"),
+    "quick": Scale("toy", "toy", 60, 60, (60,), 60, (), 2**11, 32, 1, final_windows=256, claims=(1, 3, 4, 5),
+                   only=PLAIN),
 }
 
 
@@ -60,7 +66,8 @@ class Kind:
     cut: dict | None = None            # prune.py's settings
     share: float = 1                   # of the place's tokens
     like: tuple[str, str] | None = None    # instead: as many as spend what this kind spent: (kind, "flops_executed"
-    #                                        or "flops_credited"), all without what the two need
+    #                                        or "flops_credited"), both without what they need; with a teacher: so many
+    #                                        times the steps of kind `plan` as its FLOPs go into that
     family: str | None = None          # whose learning rate, of FAMILIES; default: the plan's
     floor: float = .1                  # the last learning rate, as a share of the peak
 
@@ -77,7 +84,7 @@ def cut(init, share=.5, allocation="uniform-strict", score="sensitivity"):
 
 
 def window(enlarge_share, prune_share):
-    """Plan journey with another window of pruning, shares of the FLOPs; as many FLOPs as the paper's."""
+    """Plan journey with another window of pruning, shares of the credited FLOPs; as many of them as the paper's."""
     shares = dict(enlarge_share=enlarge_share, prune_share=prune_share)
     return Kind("journey", shares, like=("journey", "flops_credited"))
 
@@ -85,23 +92,25 @@ def window(enlarge_share, prune_share):
 KINDS = {
     **{plan: Kind(plan) for plan in (*PLAIN, "journey", "adapt")},
     "naive-cold": Kind("naive", dict(rewarm=False)),
-    # the enlarged model after half of the tokens: at the end of a cosine of its own, and half way along the whole one,
-    # as it stands in plan idea-kd before the first cut
+    # the enlarged model after half of the tokens: at the end of a cosine of its own, half way along the whole one at
+    # the same rate, and as it stands in kind idea-kd before the first cut
     "annealed": Kind("naive", dict(stage="enlarge")),
-    "halfway": Kind("idea-kd", dict(stage="enlarge")),
+    "halfway": Kind("idea", dict(stage="enlarge"), family="naive"),
+    "captured": Kind("idea-kd", dict(stage="enlarge")),
     "cut-annealed": cut("annealed"),
     "cut-halfway": cut("halfway"),
     "idea-kd-annealed": kd(),
     "kd": Kind("kd", teacher="annealed"),
     "kd-flops": Kind("kd", teacher="annealed", like=("idea-kd-annealed", "flops_executed")),
-    "kd-halfway": Kind("kd", teacher="halfway"),
+    "kd-captured": Kind("kd", teacher="captured"),
     "scratch-flops": Kind("scratch", like=("idea", "flops_executed")),
+    "scratch-kd-flops": Kind("scratch", like=("idea-kd", "flops_executed")),
     "idea-1.3x": Kind("idea", dict(enlarge_ff=1.3)),
     "idea-5.3x": Kind("idea", dict(enlarge_ff=5.3)),
     "idea-25%": Kind("idea", dict(enlarge_share=.25, prune_share=.3)),              # prune : recover stay 2 : 3
     "idea-75%": Kind("idea", dict(enlarge_share=.75, prune_share=.1)),
-    "idea-wsd": Kind("idea", dict(shape="wsd")),
-    "scratch-wsd": Kind("scratch", dict(shape="wsd")),
+    "idea-wsd": Kind("idea", dict(shape="wsd"), family="idea-wsd"),
+    "scratch-wsd": Kind("scratch", dict(shape="wsd"), family="scratch-wsd"),
     "cut-uniform": cut("annealed", allocation="uniform", score="taylor"),
     "cut-adaptive": cut("annealed", allocation="adaptive", score="taylor"),
     "adapt-1cut": Kind("adapt", dict(cuts=1)),
@@ -119,7 +128,10 @@ KINDS = {
     "kd-floor-1%": replace(kd(), floor=.01),
     "scratch-floor-1%": Kind("scratch", floor=.01),
 }
-FAMILIES = {**{name: name for name in (*PLAIN, "kd", "journey", "adapt")}, "recover": "cut-annealed"}    # what is tuned
+FAMILIES = {  # the kinds whose tries choose a family's learning rate, by the mean of their losses
+    **{name: (name,) for name in (*PLAIN, "kd", "journey", "adapt", "idea-wsd", "scratch-wsd")},
+    "recover": ("cut-annealed", "cut-halfway"),
+}
 
 
 @dataclass(frozen=True)
@@ -128,32 +140,33 @@ class Claim:
     text: str
     pairs: tuple[tuple[str, str], ...]    # of kinds
     by_factor: bool = False            # its verdict is of tokens to equal loss; pairs are shown without one
+    margin: float = 0                  # nats per token: "near-optimal" is at most so much above the other (ours)
     place: str = "small"               # or "both", there and at all of `ratios`; or "long"
 
 
 CLAIMS = {claim.number: claim for claim in (
-    Claim(1, "one integrated cosine beats two cycles, at equal tokens", (("idea", "naive"), ("oneshot", "naive"))),
+    Claim(1, "one integrated cosine beats two cycles, at equal tokens", (("oneshot", "naive"), ("idea", "naive"))),
     Claim(2, "an intermediate checkpoint is a better seed for pruning than the converged one",
-          (("cut-halfway", "cut-annealed"), ("oneshot", "naive"))),
+          (("cut-halfway", "cut-annealed"),)),
     Claim(3, "iterative removal beats one-shot", (("idea", "oneshot"),)),
     Claim(4, "pruning with distillation beats pruning alone, and distillation from scratch with the same teacher",
-          (("idea-kd", "idea"), ("idea-kd-annealed", "idea"), ("idea-kd", "kd-halfway"), ("idea-kd-annealed", "kd"),
+          (("idea-kd", "idea"), ("idea-kd-annealed", "idea"), ("idea-kd", "kd-captured"), ("idea-kd-annealed", "kd"),
            ("idea-kd-annealed", "kd-flops"))),
-    Claim(5, "IDEA with distillation beats training from scratch",
-          (("idea", "scratch"), ("idea-kd", "scratch"), ("idea-kd-annealed", "scratch"), ("idea", "scratch-flops")),
-          place="both"),
-    Claim(6, "enlarging 2.6 times for half of the tokens is best, under a cosine",
+    Claim(5, "IDEA with distillation beats training from scratch, at equal own tokens and at equal FLOPs",
+          (("idea", "scratch"), ("idea-kd", "scratch"), ("idea-kd-annealed", "scratch"), ("idea", "scratch-flops"),
+           ("idea-kd", "scratch-kd-flops")), place="both"),
+    Claim(6, "enlarging 2.6 times for half of the tokens is near-optimal, and so is a cosine",
           tuple(("idea", f"idea-{other}") for other in ("1.3x", "5.3x", "25%", "75%", "wsd"))
-          + (("scratch", "scratch-wsd"),)),
+          + (("scratch", "scratch-wsd"),), margin=.01),
     Claim(7, "adaptive shares beat uniform ones, and incremental cuts one, through a whole recovery",
           (("cut-adaptive", "cut-uniform"), ("adapt", "adapt-1cut"))),
     Claim(8, "pruning from 25 % to 75 % of the compute is near-optimal, at equal credited FLOPs",
-          tuple(("journey", f"journey-{other}") for other in ("5-25%", "25-30%", "50-75%", "5-75%"))),
+          tuple(("journey", f"journey-{other}") for other in ("5-25%", "25-30%", "50-75%", "5-75%")), margin=.01),
     Claim(9, "cut from a larger trained model, recovery needs far fewer tokens than scratch",
-          tuple((f"large-cut-1/{k}", "scratch") for k in (64, 16, 4, 1)), True, "long"),
+          tuple((f"large-cut-1/{k}", "scratch") for k in (64, 16, 4, 1)), by_factor=True, place="long"),
     Claim(10, "IDEA's score is better inside the pipeline than Minitron's, LLM-Pruner's, FLAP's and a coin",
           tuple(("idea", f"idea-{name}") for name in ("activation", "taylor", "flap", "random"))),
-    Claim(11, "the mechanism: the second warm-up costs, and so does the second cycle",
+    Claim(11, "the mechanism: the second warm-up costs, and so does a second cycle (Adam forgets before both)",
           (("naive-cold", "naive"), ("oneshot", "naive-cold"))),
     Claim(12, "another distillation, schedule of the cut or learning-rate floor is better (ours, no paper's claim)",
           (*((name, "idea-kd-annealed") for name in ("kd-weight-0.9", "kd-temperature-2", "kd-to-the-end",
@@ -205,27 +218,42 @@ def runs_of(claim, scale, seeds):
                               for seed in range(seeds) for kind in (a, b)))
 
 
+def family(kind):
+    """The family whose learning rate a kind has."""
+    return KINDS[kind].family or KINDS[kind].plan
+
+
 def tries(run, scale):
     """The runs that choose this run's learning rate, none for a try."""
-    if run.lr is not None or not scale.rates:
-        return []
-    kind = FAMILIES[KINDS[run.kind].family or KINDS[run.kind].plan]
-    return [Run(kind, scale.middle, scale.tuning, TUNING_SEED, lr) for lr in scale.rates]
+    return [] if run.lr is not None else [Run(kind, scale.middle, scale.tuning, TUNING_SEED, lr)
+                                          for lr in scale.rates for kind in FAMILIES[family(run.kind)]]
+
+
+def measures(run):
+    """The runs whose records say how long this one is."""
+    kind = KINDS[run.kind]
+    return [run.of(name) for name in (kind.like[0], kind.teacher and kind.plan) if name] if kind.like else []
 
 
 def requires(run, scale):
     """All runs whose records must be there before this one's settings are known."""
-    like = KINDS[run.kind].like
-    return [*tries(run, scale), *run.needs(), *([run.of(like[0])] if like else [])]
+    return [*tries(run, scale), *run.needs(), *measures(run)]
 
 
 def chosen_rate(run, scale, records):
-    """The learning rate whose try ended lowest -> (rate, whether it is at the edge of those tried); (None, False): the
-    preset's. records: {name of the run: {"summary": [...], ...}}. A try that is missing is a KeyError."""
+    """The learning rate whose tries ended lowest -> (rate, whether it is at the edge of those tried); (None, False):
+    the preset's. records: {name of the run: {"summary": [...], ...}}. A try that is missing is a KeyError. UserError:
+    none of the rates ended finite."""
     if run.lr is not None or not scale.rates:
         return run.lr, False
-    best = min(tries(run, scale), key=lambda t: records[t.name]["summary"][0]["val_loss"])
-    return best.lr, best.lr in (min(scale.rates), max(scale.rates))
+    losses = {lr: statistics.mean(records[t.name]["summary"][0]["val_loss"] for t in tries(run, scale) if t.lr == lr)
+              for lr in scale.rates}
+    finite = [lr for lr in losses if math.isfinite(losses[lr])]
+    if not finite:
+        raise UserError(f"no try of {family(run.kind)} ended finite; try lower rates than {min(scale.rates):g} "
+                        "(claims.SCALES)")
+    best = min(finite, key=losses.get)
+    return best, best in (min(scale.rates), max(scale.rates))
 
 
 def settings(run, scale, records, folder="runs/claims"):
@@ -236,22 +264,38 @@ def settings(run, scale, records, folder="runs/claims"):
     lr = models.PRESETS[run.size][-1] if lr is None else lr
     target = models.preset(run.size, vocabulary(), 1)[0]
     steps = max(1, round(run.ratio * kind.share * target.num_params()["total"] / scale.batch_tokens))
-    found = dict(plan=kind.plan, seed=run.seed, steps=steps, lr=lr, min_lr=lr * kind.floor, data=scale.data,
+    seed = run.seed + RECOVERY_SEED * bool(kind.init)
+    found = dict(plan=kind.plan, seed=seed, steps=steps, lr=lr, min_lr=lr * kind.floor, data=scale.data,
                  batch_tokens=scale.batch_tokens, micro_batch=scale.micro_batch, eval_windows=scale.eval_windows,
                  compile=False, **kind.settings)
     if kind.like:
-        wanted = records[run.of(kind.like[0]).name]["summary"][0][kind.like[1]]
-        found["steps"] = steps_for(dict(found, preset=run.size), wanted, kind.like[1])
+        of = {other.kind: records[other.name]["summary"][0] for other in measures(run)}
+        for _ in range(1 if kind.teacher else 4):                  # steps and FLOPs are nearly proportional
+            spent = of[kind.plan] if kind.teacher else predicted(dict(found, preset=run.size))
+            found["steps"] = max(1, round(found["steps"] * of[kind.like[0]][kind.like[1]] / spent[kind.like[1]]))
     found["eval_every"] = max(1, found["steps"] // 10)
     if kind.teacher:
         found["teacher"] = f"{folder}/{run.of(kind.teacher).name}"
     if not kind.init:
         return dict(found, preset=run.size), None
-    factor = KINDS[kind.init].settings.get("enlarge_ff", train.Train.enlarge_ff)
-    large = models.preset(run.size, vocabulary(), factor)[1]
-    recipe = dict(kind.cut, init=f"{folder}/{run.of(kind.init).name}", data=scale.data, seed=run.seed, windows=64,
-                  keep=target.removable_params() / large.removable_params(), micro_batch=scale.micro_batch)
+    recipe = dict(kind.cut, init=f"{folder}/{run.of(kind.init).name}", data=scale.data, seed=seed, windows=64,
+                  keep=target.removable_params() / uncut(run).removable_params(), micro_batch=scale.micro_batch)
     return dict(found, init=f"{folder}/from-{run.name}"), recipe
+
+
+def uncut(run):
+    """The config of the model that is cut before this run."""
+    factor = KINDS[KINDS[run.kind].init].settings.get("enlarge_ff", train.Train.enlarge_ff)
+    return models.preset(run.size, vocabulary(), factor)[1]
+
+
+def calibration_flops(run, recipe):
+    """What prune.py executes with this recipe before the run, evaluation not counted; without a recipe 0."""
+    if not recipe:
+        return 0
+    large, backward = uncut(run), not {"grad", "grad_sq", "sensitivity"}.isdisjoint(prune.needs(prune.Prune(**recipe)))
+    T = min(512, large.block_size)
+    return recipe["windows"] * T * large.flops_per_token(T, backward)
 
 
 def vocabulary():
@@ -260,9 +304,10 @@ def vocabulary():
 
 
 def timeline(found, size=None):
-    """Settings of train.py -> (they resolved, target's GPTConfig, the one at the start, schedule.Timeline). `size`: the
-    preset whose target an --init is."""
-    shown = {k: v for k, v in found.items() if k not in ("init", "teacher")}
+    """Settings of train.py, or a record of them -> (they resolved, target's GPTConfig, the one at the start,
+    schedule.Timeline). `size`: the preset whose target an --init is."""
+    known = {f.name for f in fields(train.Train)} - {"init", "teacher"} - ({"cuts"} if not found.get("cuts") else set())
+    shown = {k: v for k, v in found.items() if k in known}
     c = train.resolve(train.Train(**shown, **({"preset": size} if size else {})), on_gpu=False)
     return c, *train.plan(c, vocabulary())
 
@@ -273,7 +318,7 @@ def live(start, target, kept):
 
 
 def predicted(found, size=None):
-    """FLOPs of a run with these settings of train.py -> {"flops_executed", "flops_credited"}, to within the scoring; a
+    """FLOPs of a run with these settings of train.py -> {"flops_executed", "flops_credited"}, without scoring; a
     teacher counts as if it were never dropped, and as large as the enlarged model."""
     c, target, start, t = timeline(found, size)
     large = models.preset(c.preset, vocabulary(), c.enlarge_ff, c.enlarge_kv)[1]
@@ -293,12 +338,9 @@ def predicted(found, size=None):
 def expected(run, scale):
     """-> (settings of train.py, FLOPs as `predicted`) of a run before any other has been made. The learning rate is the
     preset's, not the one to be chosen."""
-    plain, kind, records = replace(scale, rates=()), KINDS[run.kind], {}
-    if kind.like:
-        other = run.of(kind.like[0])
-        records[other.name] = {"summary": [expected(other, scale)[1]]}
-    found, _ = settings(run, plain, records)
-    return found, predicted(found, run.size if kind.init else None)
+    records = {other.name: {"summary": [expected(other, scale)[1]]} for other in measures(run)}
+    found, _ = settings(run, replace(scale, rates=()), records)
+    return found, predicted(found, run.size if KINDS[run.kind].init else None)
 
 
 def everything(wanted, scale):
@@ -316,26 +358,18 @@ def everything(wanted, scale):
     return list(found)
 
 
-def steps_for(found, flops, which):
-    """The number of steps with which a run spends so many FLOPs; these are nearly proportional."""
-    steps = found["steps"]
-    for _ in range(4):
-        steps = max(1, round(steps * flops / predicted(dict(found, steps=steps))[which]))
-    return steps
-
-
-def refuse_too_many_epochs(wanted, scale):
-    """UserError where a run would read the text too often, or has too few steps for its cuts. Tokenizes the text, which
-    runs side by side would all do at once."""
-    text_tokens = len(data.load(scale.data, open_tokenizer("bytes")).train)
+def corpus_of(wanted, scale):
+    """-> the fingerprint of the text that these runs read. Tokenizes it, which runs side by side would all do at once.
+    UserError where one would read it too often, or has too few steps for its cuts."""
+    corpus = data.load(scale.data, open_tokenizer("bytes"))
     for run in wanted:
         try:
             found = expected(run, scale)[0]
         except UserError as problem:
-            raise UserError(f"{run.name}: {problem}; more steps come by a higher --ratio, --ratios, or a smaller "
-                            "--batch-tokens") from None
+            raise UserError(f"{run.name}: {problem}; more steps come by a larger --tokens") from None
         tokens = found["steps"] * found["batch_tokens"] * (.5 if found.get("stage") == "enlarge" else 1)
-        if tokens > MOST_EPOCHS * text_tokens:
-            raise UserError(f"{run.name} takes {tokens:,.0f} tokens, {tokens / text_tokens:.1f} epochs of {scale.data} "
-                            f"and more than {MOST_EPOCHS}; give more text by --data (packages, a folder, hf:NAME), or "
-                            "lower --ratio and --ratios")
+        if tokens > MOST_EPOCHS * len(corpus.train):
+            raise UserError(f"{run.name} takes {tokens:,.0f} tokens, {tokens / len(corpus.train):.1f} epochs of "
+                            f"{scale.data} and more than {MOST_EPOCHS}; give more text by --data (packages, a folder, "
+                            "hf:NAME), or fewer --tokens")
+    return corpus.fingerprint

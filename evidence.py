@@ -3,11 +3,12 @@
     python reproduce.py report                     # from the committed records
     python reproduce.py power                      # how many seeds would see how small an effect
 
-All comparisons are paired by seed: same data in the same order, same hold-out. An interval is Student's, 95 %, of the
-mean difference over seeds, and one seed has none, so it proves nothing. Of tokens to equal loss it is a percentile
-bootstrap over seeds, which is too narrow where there are few. Nothing is corrected for the number of comparisons: of 20
-rows without any effect one is expected to look like one. Not here: what is compared (claims.py), the runs
-(reproduce.py).
+All comparisons are paired by seed: same data in the same order (but where only one of two begins with a cut), same
+hold-out. Losses are those at the end, on Scale.final_windows of it. An interval is Student's, 95 %, of the mean
+difference over seeds, and one seed has none, so it proves nothing. Of tokens to equal loss it is a percentile bootstrap
+over seeds, which is too narrow where there are few. Neither knows that the rates were chosen by one seed's tries.
+Nothing is corrected for the number of comparisons: of 20 rows without any effect one is expected to look like one. Not
+here: what is compared (claims.py), the runs (reproduce.py).
 """
 import functools
 import math
@@ -26,10 +27,12 @@ from curves import reach
 
 LEVEL, POWER = .95, .8
 FIGURE = ("scratch", "naive", "idea", "idea-kd")
-INGREDIENTS = (("one cosine, not two cycles", "naive"), ("iterative cuts, not one", "oneshot"),
-               ("IDEA's score, not a coin", "idea-random"), ("the enlarged phase, not only the target", "scratch"))
-TAUGHT = (("distillation, the enlarged model as it stood", "idea-kd"),
-          ("distillation, the enlarged model at the end of its own cosine", "idea-kd-annealed"))
+FAR = 2                                # times fewer tokens are "far fewer" (claim 9): the number is ours
+INGREDIENTS = (("one cosine, not two cycles", "oneshot", "naive"), ("iterative cuts, not one", "idea", "oneshot"),
+               ("IDEA's score, not a coin", "idea", "idea-random"),
+               ("the enlarged phase, not only the target", "idea", "scratch"),
+               ("distillation, the enlarged model as it stood", "idea-kd", "idea"),
+               ("distillation, the enlarged model at the end of its own cosine", "idea-kd-annealed", "idea"))
 
 
 # -- statistics
@@ -60,11 +63,11 @@ class Effect:
     low: float = math.nan
     high: float = math.nan
 
-    @property
-    def verdict(self):
+    def verdict(self, margin=0):
+        """Of the claim that the difference is below the margin."""
         if self.seeds < 2:
             return "not measured"
-        return "reproduced" if self.high < 0 else "contradicted" if self.low > 0 else "not at this scale"
+        return "reproduced" if self.high < margin else "contradicted" if self.low > margin else "not at this scale"
 
 
 def effect(differences):
@@ -101,9 +104,10 @@ def bootstrapped(statistic, seeds, samples=1000):
 # -- records
 
 def read(folder):
-    """{name of the run: {tag: [records]}} of the finished runs there. UserError: of several texts or hold-outs."""
+    """{name of the run: {tag: [records]}} of the finished runs there. UserError: they do not compare, as they read
+    another text, or differ in a setting that all of them share."""
     runs = {path.stem: report.records(path) for path in sorted(Path(folder).glob("*.jsonl"))}
-    for key in ("fingerprint", "eval_windows"):
+    for key in ("fingerprint", "tokenizer", "block_size", "batch_tokens", "micro_batch", "eval_windows", "dtype"):
         values = {r["config"][0].get(key) for r in runs.values()}
         if len(values) > 1:
             raise UserError(f"the runs in {folder} do not compare: {key} is one of {', '.join(map(str, values))}; give "
@@ -113,14 +117,14 @@ def read(folder):
 
 def of_kind(runs, kind, size, ratio):
     """{seed: summary} of the finished runs of a kind at a place."""
-    seeds = sorted({r["config"][0]["seed"] for r in runs.values()} - {claims.TUNING_SEED})
+    seeds = sorted({int(name.rpartition("-s")[2]) for name in runs} - {claims.TUNING_SEED})
     return {seed: runs[name]["summary"][0] for seed in seeds if (name := Run(kind, size, ratio, seed).name) in runs}
 
 
 def differences(runs, a, b, size, ratio):
     """{seed: loss of kind a minus that of kind b}, nats per token."""
     a, b = of_kind(runs, a, size, ratio), of_kind(runs, b, size, ratio)
-    return {seed: a[seed]["val_loss"] - b[seed]["val_loss"] for seed in a if seed in b}
+    return {seed: a[seed]["final_loss"] - b[seed]["final_loss"] for seed in a if seed in b}
 
 
 def cost(runs, run, total=True):
@@ -132,64 +136,58 @@ def cost(runs, run, total=True):
     return tuple(map(sum, zip(*parts)))
 
 
-def curve(runs, kinds, size, ratios, seeds):
-    """[(tokens, mean loss over these seeds)] of the kinds at these places, ascending, as far as all seeds are there."""
-    points = []
-    for kind in kinds:
-        for ratio in ratios:
-            found = of_kind(runs, kind, size, ratio)
-            if all(seed in found for seed in seeds):
-                points.append((statistics.mean(found[s]["tokens"] for s in seeds),
-                               statistics.mean(found[s]["val_loss"] for s in seeds)))
-    return sorted(points)
+def mean(found, key, seeds):
+    """Over these seeds of {seed: summary}."""
+    return statistics.mean(found[seed][key] for seed in seeds)
 
 
-def reached(points, loss):
-    """Tokens at which a curve is down to `loss` (curves.reach); 0: it begins lower, inf: it never is."""
-    return 0.0 if points[0][1] < loss else reach(points, loss)
+def curve(runs, kinds, size, ratios, seeds, spent="tokens"):
+    """[(tokens or "flops_executed", loss)], means over these seeds, of the kinds at these places, ascending, as far as
+    all seeds are there."""
+    found = [of_kind(runs, kind, size, ratio) for kind in kinds for ratio in ratios]
+    return sorted((mean(f, spent, seeds), mean(f, "final_loss", seeds)) for f in found if {*seeds} <= {*f})
 
 
 def equal_loss(runs, kind, size, ratio, scale):
-    """Claim 5: D tokens of this kind are worth x · D of training from scratch -> ((x, low, high), own FLOPs, total
-    FLOPs; as multiples of scratch's at D), or None where runs are missing. Scratch is measured at claim 5's lengths and
-    at those that spend idea's FLOPs, straight lines over the logarithm of the tokens between."""
+    """Claim 5: D tokens of this kind are worth x · D of training from scratch -> ((x, low, high), total tokens as a
+    multiple of D, own FLOPs, total FLOPs as multiples of scratch's at D), or None where runs are missing. Scratch is
+    measured at every length of this size, straight lines over the logarithm of the tokens between; x is 0 below the
+    shortest and inf beyond the longest."""
     ours, theirs = of_kind(runs, kind, size, ratio), of_kind(runs, "scratch", size, ratio)
     seeds = [s for s in ours if s in theirs]
     if not seeds:
         return None
 
     def worth(seeds):
-        points = curve(runs, ("scratch", "scratch-flops"), size, scale.ratios, seeds)
-        return reached(points, statistics.mean(ours[s]["val_loss"] for s in seeds)) / ours[seeds[0]]["tokens"]
+        points = curve(runs, ("scratch", "scratch-flops", "scratch-kd-flops"), size,
+                       {*scale.ratios, scale.ratio, scale.long}, seeds)
+        loss = mean(ours, "final_loss", seeds)
+        return reach(points, loss) / ours[seeds[0]]["tokens"] if loss <= points[0][1] else 0
 
-    own, whole, base = (cost(runs, Run(k, size, ratio, seeds[0]), total)[1]
+    own, whole, base = (cost(runs, Run(k, size, ratio, seeds[0]), total)
                         for k, total in ((kind, False), (kind, True), ("scratch", True)))
-    return bootstrapped(worth, seeds), own / base, whole / base
+    return bootstrapped(worth, seeds), whole[0] / own[0], own[1] / base[1], whole[1] / base[1]
 
 
 def headline(runs, scale):
-    """Claim 9: how many times fewer tokens a cut model takes to the loss of training from scratch -> {count: (times,
-    low, high)}, counts "recovery only", "with the larger model's training", and of the FLOPs of both; or None."""
-    place = scale.small, scale.long
-    base, large = (of_kind(runs, kind, *place) for kind in ("scratch", "large"))
-    kinds = [a for a, _ in CLAIMS[9].pairs]
-    seeds = [s for s in base if s in large and all(s in of_kind(runs, kind, *place) for kind in kinds)]
+    """Claim 9: how many times fewer tokens a cut model takes to the loss of training from scratch, and with the larger
+    model's training fewer tokens and FLOPs -> {what: (times, low, high)} (0: the longest recovery is not enough), and
+    whether the shortest is enough already, so that it is at least so many times; or (None, False)."""
+    place, kinds = (scale.small, scale.long), [a for a, _ in CLAIMS[9].pairs]
+    base, large, *others = (of_kind(runs, kind, *place) for kind in ("scratch", "large", *kinds))
+    seeds = [s for s in base if all(s in found for found in (large, *others))]
     if not seeds:
-        return None
+        return None, False
 
-    def times(tokens_before, flops_before):
-        def statistic(seeds):
-            loss = statistics.mean(base[s]["val_loss"] for s in seeds)
-            tokens, of_base = reached(curve(runs, kinds, scale.small, [scale.long], seeds), loss), base[seeds[0]]
-            if flops_before is None:
-                return of_base["tokens"] / (tokens + tokens_before) if tokens + tokens_before else math.inf
-            return of_base["flops_executed"] / (tokens / of_base["tokens"] * of_base["flops_executed"] + flops_before)
-        return bootstrapped(statistic, seeds)
+    def times(spent, before=0):
+        return bootstrapped(lambda seeds: base[seeds[0]][spent] / (before + reach(
+            curve(runs, kinds, place[0], place[1:], seeds, spent), mean(base, "final_loss", seeds))), seeds)
 
-    before = large[seeds[0]]
-    return {"tokens, recovery only": times(0, None),
-            "tokens, with the larger model's training": times(before["tokens"], None),
-            "FLOPs, with the larger model's training": times(0, before["flops_executed"])}
+    shortest = curve(runs, kinds, place[0], place[1:], seeds)[0]
+    return {"tokens, recovery only": times("tokens"),
+            "tokens, with the larger model's training": times("tokens", large[seeds[0]]["tokens"]),
+            "FLOPs, with the larger model's training": times("flops_executed", large[seeds[0]]["flops_executed"]),
+            }, shortest[1] <= mean(base, "final_loss", seeds)
 
 
 # -- tables
@@ -202,16 +200,21 @@ def shown(found):
 
 
 def factor(value, low, high):
-    """A bootstrapped factor; 0 and inf are outside of the lengths that were run."""
+    """A bootstrapped factor; 0 and inf: outside of the lengths that were run."""
     def one(x):
         return "beyond what was run" if x == math.inf else "below what was run" if x == 0 else f"{x:.2f}"
     return one(value) + ("" if math.isnan(low) or low == high == value else f" ({one(low)} to {one(high)})")
 
 
 def verdict_of_factor(value, low, high):
-    """Of the claim that a factor is above 1."""
-    return "not measured" if math.isnan(low) else "reproduced" if low > 1 else "contradicted" if high < 1 \
+    """Of the claim that a factor is well above 1, FAR."""
+    return "not measured" if math.isnan(low) else "reproduced" if low > FAR else "contradicted" if high < 1 \
         else "not at this scale"
+
+
+def places(scale):
+    """[(size, ratio)] of all claims of the scale."""
+    return list(dict.fromkeys(place for number in scale.claims for place in claims.places(CLAIMS[number], scale)))
 
 
 def claim_rows(runs, scale):
@@ -233,16 +236,17 @@ def multiples(runs, a, b, size, ratio):
 
 def claims_table(runs, scale):
     """A row for every pair; one for a claim without runs."""
-    rows, seen = [], set()
-    for claim, a, b, size, ratio, found in claim_rows(runs, scale):
-        measured = any(e.seeds for c, *_, e in claim_rows(runs, scale) if c == claim)
+    rows, seen, every = [], set(), claim_rows(runs, scale)
+    for claim, a, b, size, ratio, found in every:
+        measured = any(e.seeds for other, *_, e in every if other == claim)
         if not measured and claim in seen:
             continue
-        verdict = "see below" if claim.by_factor and found.seeds else found.verdict
+        verdict = "see below" if claim.by_factor and found.seeds else found.verdict(claim.margin)
         if verdict == "not at this scale":
             verdict += f" ({found.seeds} seeds see {least_seen(found.sd, found.seeds):.4f})"
+        how = f"within {claim.margin:g} of" if claim.margin else "below"
         rows.append((f"{claim.number}. {claim.text}" if claim not in seen else "",
-                     f"`{a}` below `{b}`" if measured else "", f"{size}, {ratio:g}" if measured else "", found.seeds,
+                     f"`{a}` {how} `{b}`" if measured else "", f"{size}, {ratio:g}" if measured else "", found.seeds,
                      shown(found), verdict, multiples(runs, a, b, size, ratio)))
         seen.add(claim)
     return report.markdown(("claim", "compared", "size, tokens per parameter", "seeds", "difference (95 %)", "verdict",
@@ -250,27 +254,22 @@ def claims_table(runs, scale):
 
 
 def ingredients_table(runs, scale):
-    """From idea one thing taken away, or distillation added: what the thing is worth."""
-    rows = []
-    for what, without, kind in ([(what, kind, "idea") for what, kind in INGREDIENTS]
-                                + [(what, "idea", kind) for what, kind in TAUGHT]):
-        found = effect(differences(runs, kind, without, scale.small, scale.ratio))
-        if found.seeds:
-            rows.append((what, f"`{kind}` minus `{without}`", found.seeds, shown(found)))
+    """What each thing is worth: a kind with it minus one without."""
+    found = [(what, a, b, effect(differences(runs, a, b, scale.small, scale.ratio))) for what, a, b in INGREDIENTS]
+    rows = [(what, f"`{a}` minus `{b}`", e.seeds, shown(e)) for what, a, b, e in found if e.seeds]
     return rows and report.markdown(("ingredient", "measured as", "seeds", "nats per token (95 %)"), rows)
 
 
 def kinds_table(runs, scale):
     """Every kind at every place: its learning rate, tokens, FLOPs and loss."""
     rows = []
-    at = dict.fromkeys(place for number in scale.claims for place in claims.places(CLAIMS[number], scale))
-    for size, ratio in at:
+    for size, ratio in places(scale):
         for kind in claims.KINDS:
             found = of_kind(runs, kind, size, ratio)
             if not found:
                 continue
             run = Run(kind, size, ratio, min(found))
-            losses = [s["val_loss"] for s in found.values()]
+            losses = [s["final_loss"] for s in found.values()]
             spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
             (t, f), (tt, ff) = cost(runs, run, False), cost(runs, run)
             more = (f" ({tt / 1e6:.2f})", f" ({ff:.3g})") if tt != t else ("", "")
@@ -286,40 +285,54 @@ def sentences(runs, scale):
     """Claims 5 and 9 in tokens to equal loss, as Markdown lines."""
     lines = []
     for kind in ("idea", "idea-kd", "idea-kd-annealed") if 5 in scale.claims and len(scale.ratios) > 1 else ():
+        more = 1.0
         for ratio in scale.ratios:
             if found := equal_loss(runs, kind, scale.middle, ratio, scale):
-                x, own, whole = found
-                also = f", with its teacher's training {whole:.2f}" if whole != own else ""
+                x, more, own, whole = found
+                of_total = f" and of its tokens with its teacher's {factor(*(v / more for v in x))}" if more > 1 else ""
+                also = f", with its teacher's training {whole:.2f}" if more > 1 else ""
                 lines.append(f"- Tokens that `scratch` takes to the loss of `{kind}` at {scale.middle}, {ratio:g} per "
-                             f"parameter, as a multiple of its: {factor(*x)}; FLOPs of `{kind}` as a multiple of "
-                             f"`scratch` at equal tokens: {own:.2f}{also}.")
+                             f"parameter, as a multiple of its own: {factor(*x)}{of_total}; FLOPs of `{kind}` as a "
+                             f"multiple of `scratch` at equal own tokens: {own:.2f}{also}.")
         signs = {ratio: effect(differences(runs, kind, "scratch", scale.middle, ratio)) for ratio in scale.ratios}
         told = ", ".join(f"{'ahead' if e.high < 0 else 'behind' if e.low > 0 else 'neither'} at {ratio:g}"
                          for ratio, e in signs.items() if e.seeds > 1)
-        lines += [f"- `{kind}` against `scratch` at equal tokens: {told}."] if told else []
-    if 9 in scale.claims and (found := headline(runs, scale)):
-        lines += [f"- Cut from a larger trained model, times fewer {what}, to the loss of `scratch`: "
-                  f"{factor(*times)}: {verdict_of_factor(*times)}." for what, times in found.items()]
+        equal = "at equal own tokens" + (f" ({more:.2g} times with its teacher's)" if more > 1 else "")
+        lines += [f"- `{kind}` against `scratch` {equal}: {told}."] if told else []
+    if 9 in scale.claims:
+        found, least = headline(runs, scale)
+        for what, times in (found or {}).items():
+            verdict = f": {verdict_of_factor(*times)} (\"far fewer\" is more than {FAR} times, which is ours to say)" \
+                if what == "tokens, recovery only" else ""
+            lines.append(f"- Cut from a larger trained model, times fewer {what}, to the loss of `scratch`: "
+                         f"{'at least ' * least}{factor(*times)}{verdict}.")
+        lines += [] if found else ["- Times fewer tokens, cut from a larger trained model: not measured."]
     return lines
 
 
 def state(runs, scale):
-    """How much has been run, with which rates, how often the text was read, by which code."""
-    epochs = max(r["summary"][0]["epochs"] for r in runs.values())
+    """How much has been run, on what it was judged, with which rates, how often the text was read, by which code."""
+    first, summaries = next(iter(runs.values()))["config"][0], [r["summary"][0] for r in runs.values()]
     code = Counter(r["config"][0].get("code", "unknown") for r in runs.values())
-    lines = [f"{len(runs)} runs of {scale.data}, read at most {epochs:.1f} times; evaluated on {scale.eval_windows} "
-             f"windows; code {', '.join(f'{name} ({count})' for name, count in sorted(code.items()))}."]
-    rates = []
-    for family, kind in claims.FAMILIES.items():
-        run = Run(kind, scale.middle, scale.tuning, claims.TUNING_SEED)
+    windows = ", ".join(map(str, sorted({s["final_windows"] for s in summaries if "final_windows" in s})))
+    epochs, trains = max(s["epochs"] for s in summaries), first["eval_windows"]
+    lines = [f"{len(runs)} runs of {first['data']}, read at most {epochs:.1f} times; losses of {windows} windows of "
+             f"the hold-out at the end, of {trains} while training; code "
+             f"{', '.join(f'{name} ({count})' for name, count in sorted(code.items()))}."]
+    rates, taken = [], []
+    for family, tuned in claims.FAMILIES.items():
         try:
-            rate, edge = claims.chosen_rate(run, scale, runs)
-        except KeyError:
+            rate, edge = claims.chosen_rate(Run(tuned[0], scale.middle, scale.tuning, 0), scale, runs)
+        except (KeyError, UserError):                                # not all are there; none is finite
             continue
         rates += [f"{family} {rate:g}{' (at the edge)' if edge else ''}"] if rate else []        # None: the preset's
+        others = [f"`{kind}`" for kind in claims.KINDS if claims.family(kind) == family and kind not in tuned
+                  and any(of_kind(runs, kind, *place) for place in places(scale))]
+        taken += [f"of {family}: {', '.join(others)}"] if others else []
     if rates:
         lines.append(f"Peak learning rates, each the best of {', '.join(f'{rate:g}' for rate in scale.rates)} at "
-                     f"{scale.middle} and {scale.tuning:g} tokens per parameter: {', '.join(rates)}.")
+                     f"{scale.middle} and {scale.tuning:g} tokens per parameter with one seed: {', '.join(rates)}. "
+                     f"Untuned, at the rate {'; '.join(taken) or 'of another: none'}. Intervals leave out this choice.")
     return lines
 
 
@@ -329,9 +342,10 @@ def text(runs, scale, figure=None):
         return "Not measured yet: `python reproduce.py` runs what is missing, `python reproduce.py report` writes " \
                "this.\n\n" + claims_table(runs, scale)
     missed = [(f"- *{claim.text}*: `{a}` minus `{b}` at {size}, {ratio:g} tokens per parameter {shown(found)}, "
-               f"{found.verdict}.") for claim, a, b, size, ratio, found in claim_rows(runs, scale)
-              if found.verdict in ("contradicted", "not at this scale") and not claim.by_factor]
-    caption = f"*Mean over seeds and their range at {scale.small}, {scale.ratio:g} tokens per parameter.*"
+               f"{verdict}.") for claim, a, b, size, ratio, found in claim_rows(runs, scale)
+              for verdict in [found.verdict(claim.margin)] if not claim.by_factor
+              and verdict in ("contradicted", "" if claim.margin else "not at this scale")]
+    caption = f"*While training, mean over seeds and their range, at {scale.small}, {scale.ratio:g} per parameter.*"
     blocks = ["\n".join(state(runs, scale)),
               figure and f"![loss, learning rate and size against FLOPs]({figure})\n\n{caption}",
               claims_table(runs, scale), "\n".join(sentences(runs, scale)), ingredients_table(runs, scale),
@@ -359,12 +373,12 @@ def picture(runs, scale, path):
     drawn = {kind: [runs[Run(kind, scale.small, scale.ratio, seed).name]
                     for seed in of_kind(runs, kind, scale.small, scale.ratio)] for kind in FIGURE}
     try:
+        import numpy as np
         from matplotlib.figure import Figure
     except ImportError:
         return False
     if not any(drawn.values()):
         return False
-    import numpy as np
     canvas = Figure(figsize=(8, 8), layout="constrained")
     loss, rate, size = canvas.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
     lowest = []
@@ -375,19 +389,17 @@ def picture(runs, scale, path):
         lowest += [losses.min(), *losses[:, 2:].mean(0)]
         loss.plot(flops, losses.mean(0), color=f"C{color}", label=f"{kind} ({len(found)} seeds)")
         loss.fill_between(flops, losses.min(0), losses.max(0), color=f"C{color}", alpha=.2)
-        run = Run(kind, scale.small, scale.ratio, found[0]["config"][0]["seed"])
-        c, target, start, t = claims.timeline(claims.settings(run, scale, runs)[0])
+        c, target, start, t = claims.timeline(found[0]["config"][0])
         steps = np.arange(c.steps)
         at = np.interp(steps, [0, *(e["step"] for e in evals[0])], [0, *flops])
         rate.plot(at, [schedule.lr_at(s, t, c.lr, c.min_lr, c.warmup_share, c.shape) for s in steps], color=f"C{color}")
         params = {kept: claims.live(start, target, kept).num_params()["total"] for _, kept in ((0, 1.0), *t.events)}
         size.step(at, [params[schedule.size_at(s, t)] / 1e3 for s in steps], color=f"C{color}", where="post")
-    loss.set_ylim(min(lowest) - .02, max(lowest) + .02)
-    loss.set_ylabel("hold-out loss (nats per token)")
+    loss.set(ylim=(min(lowest) - .02, max(lowest) + .02), ylabel="hold-out loss (nats per token)")
     loss.legend()
-    rate.set_ylabel("learning rate")
-    size.set_ylabel("live parameters (k)")
-    size.set_xlabel("training FLOPs executed, those of the enlarged phase, teacher and scoring included")
+    rate.set(ylabel="learning rate")
+    size.set(ylabel="live parameters (k)", xlabel="training FLOPs executed, those of the enlarged phase, the teacher's "
+             "forward passes and scoring included")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(path, dpi=110)
     return True

@@ -5,13 +5,14 @@
     python reproduce.py report                     # the README's part, from the committed records
     python reproduce.py power                      # how many seeds would see how small an effect
 
-`--preset gpu` does the same with tens of millions of parameters, several runs side by side on one card. A run that has
-its records in --results is not made again, one that was killed goes on; whatever the claims need of one another, the
-learning rates tuned once for each plan first, is made before them. Not here: what is compared (claims.py), what it says
-(evidence.py).
+`--preset gpu` does the same with a target of ten million parameters, several runs side by side on one card. A run that
+has its records in --results is not made again, one that was killed goes on; whatever the claims need of one another,
+the learning rates tuned once for each family of kinds first, is made before them. Not here: what is compared
+(claims.py), what it says (evidence.py).
 """
 import dataclasses
 import json
+import math
 import os
 import shutil
 import sys
@@ -19,14 +20,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import checkpoint
 import claims
 import evidence
 import folder
 import report
 import sweep
+import train
 from claims import CLAIMS, SCALES
-from common import UserError, parse, run, write_atomic
+from common import UserError, parse, read_records, run, write_atomic
+from eval import evaluate
 
 BEGIN, END = "<!-- reproduce.py report -->", "<!-- end -->"          # around the part of the README that report writes
 MOST_EVALS = 15                                                      # that are kept of a run
@@ -41,21 +43,14 @@ class Reproduce:
     minutes: float | None = None      # stop then, and save; the same command goes on
     jobs: int | None = None           # runs side by side; default: one a core, 3 on a GPU
     device: str | None = None         # cpu, cuda, mps; default: the preset's
-    small: str | None = None          # the size (model.PRESETS) of all claims; default: the preset's, as all below
-    middle: str | None = None         # the size of claim 5 besides, and of the tuning
-    ratio: float | None = None        # tokens per parameter of the target, at the small size
-    long: float | None = None         # the same for claim 9
-    ratios: tuple[float, ...] = ()    # the same for claim 5 at the middle size
-    tuning: float | None = None       # the same for the runs that choose a learning rate
-    rates: tuple[float, ...] = ()     # the learning rates that are tried
-    batch_tokens: int | None = None   # per step
-    micro_batch: int | None = None    # sequences per forward pass
-    eval_windows: int | None = None   # of the hold-out
+    tokens: float = 1.0               # of every run, times the preset's; a fraction shows that it works
     data: str | None = None           # the text, as in data.py; no run reads it more than 4 times
-    again: bool = False               # make runs of another code anew: their records and folders are deleted
+    again: bool = False               # make runs of another code, and what requires them, anew: the old are deleted
     results: str | None = None        # records, a file each run; default results/claims, -gpu, runs/quick/records
     runs: str | None = None           # where the run folders go; default runs/claims, -gpu, runs/quick
-    readme: str = "README.md"         # report writes into it, between its markers (preset cpu)
+
+
+READ = "preset", "quick", "tokens", "results"                        # the flags that report and power read
 
 
 def resolve(c):
@@ -72,17 +67,17 @@ def resolve(c):
     if not {*numbers} <= {*scale.claims}:
         raise UserError(f"--claims {c.claims!r} must be numbers of {', '.join(map(str, sorted(scale.claims)))}, "
                         "separated by commas")
-    given = {f.name: getattr(c, f.name) for f in dataclasses.fields(scale) if f.name not in ("claims", "only")}
-    scale = dataclasses.replace(scale, claims=numbers, **{k: v for k, v in given.items() if v not in (None, ())})
+    scale = dataclasses.replace(
+        scale, claims=numbers, data=c.data or scale.data, seeds=scale.seeds if c.seeds is None else c.seeds,
+        ratios=tuple(ratio * c.tokens for ratio in scale.ratios),
+        **{name: getattr(scale, name) * c.tokens for name in ("ratio", "long", "tuning")})
     place = "claims-gpu" if on_gpu else "claims"
     c = dataclasses.replace(
         c, jobs=(3 if on_gpu else os.cpu_count() or 1) if c.jobs is None else c.jobs,
         device=c.device or ("cuda" if on_gpu else "cpu"), runs=c.runs or ("runs/quick" if c.quick else f"runs/{place}"),
         results=c.results or ("runs/quick/records" if c.quick else f"results/{place}"))
-    for name, value in (("jobs", c.jobs), ("seeds", scale.seeds), ("minutes", c.minutes), ("ratio", scale.ratio),
-                        ("long", scale.long), ("tuning", scale.tuning), ("ratios", min(scale.ratios)),
-                        ("rates", min(scale.rates, default=1)), ("batch-tokens", scale.batch_tokens)):
-        if value is not None and not value > 0:
+    for name, value in (("jobs", c.jobs), ("seeds", scale.seeds), ("minutes", c.minutes), ("tokens", c.tokens)):
+        if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name} {value} must be positive")
     if scale.seeds > claims.TUNING_SEED:
         raise UserError(f"--seeds {scale.seeds} must be at most {claims.TUNING_SEED}, the seed of the tuning")
@@ -91,41 +86,52 @@ def resolve(c):
 
 # -- one run
 
-def keep(c, name):
-    """Write what the report needs of a finished run, about 3 kB: its config, MOST_EVALS evaluations, when its teacher
-    was dropped, its summary; one that ends with a stage gets its summary here. Paths are relative to the runs."""
-    path = f"{c.runs}/{name}"
-    r = report.records(path)
+def keep(c, name, **about):
+    """Write what the report needs of a run, about 3 kB: its config, MOST_EVALS evaluations, when its teacher was
+    dropped, its summary with what is known `about` it. Paths are relative to the runs."""
+    r = report.records(f"{c.runs}/{name}")
     config, last = r["config"][0], r["eval"][-1]
-    if "summary" not in r:
-        state = checkpoint.load(path, "meta")[1]
-        r["summary"] = [{k: last[k] for k in ("step", "tokens", "val_loss", "bits_per_byte", "params")} | dict(
-            tag="summary", flops_executed=state["flops"][0], flops_credited=state["flops"][1],
-            epochs=last["tokens"] / config["corpus_tokens"][0], seconds=state["seconds"])]
     every = -(-len(r["eval"]) // MOST_EVALS)
     evals = [e for i, e in enumerate(r["eval"]) if i % every == 0 and e is not last] + [last]
     kept = [{k: v for k, v in config.items() if v is not None},
             *({k: e[k] for k in ("tag", "step", "tokens", "val_loss", "params", "flops_executed")} for e in evals),
-            *({k: v for k, v in t.items() if k != "file"} for t in r.get("teacher", ())), *r["summary"]]
+            *({k: v for k, v in t.items() if k != "file"} for t in r.get("teacher", ())),
+            r.get("summary", [last])[0] | about | {
+                "tag": "summary", "epochs": last["tokens"] / config["corpus_tokens"][0]}]
     text = "".join(json.dumps(record) + "\n" for record in kept).replace(f'"{c.runs}/', '"')
     write_atomic(f"{c.results}/{name}.jsonl", lambda file: file.write(text.encode()))
 
 
-def job(c, name, settings, cut):
-    sweep.one(f"{c.runs}/{name}", settings, c.device, cut)
-    keep(c, name)
+def job(c, one, settings, cut, windows):
+    """Make a run; keep its records, with the loss on so many windows of the hold-out at its end. A try that is no
+    longer finite is kept as infinitely bad, what requires it can go on."""
+    try:
+        r = sweep.one(f"{c.runs}/{one.name}", settings, c.device, cut)
+    except train.NotFinite:
+        if one.lr is None:
+            raise
+        return keep(c, one.name, val_loss=math.inf, final_loss=math.inf, flops_executed=0, flops_credited=0, seconds={})
+    found = evaluate(r.state.model, r.corpus.val, r.byte_lengths, windows, batch=settings["micro_batch"])
+    keep(c, one.name, final_loss=found["loss"], final_windows=found["tokens"] // r.T, seconds=r.state.seconds,
+         flops_executed=r.state.flops[0] + claims.calibration_flops(one, cut), flops_credited=r.state.flops[1])
 
 
-def is_there(c, run, settings):
+def is_there(c, one, settings, cut):
     """Whether the records of a run are. UserError: they are of another one."""
-    told = {k: v.removeprefix(f"{c.runs}/") if isinstance(v, str) else v for k, v in settings.items()
-            if k not in folder.NOT_IDENTITY}
-    return sweep.finished(f"{c.results}/{run.name}.jsonl", told, "--results")
+    told = [{k: v.removeprefix(f"{c.runs}/") if isinstance(v, str) else v for k, v in some.items()
+             if k not in folder.NOT_IDENTITY} for some in (settings, cut or {})]
+    return sweep.finished(f"{c.results}/{one.name}.jsonl", told[0], "--results", told[1])
+
+
+def gone(c, one, runs):
+    """Whether a run has records, but its folder not its last checkpoint (any more, or not yet again)."""
+    step = runs[one.name]["summary"][0]["step"] if one.name in runs else None
+    return step is not None and not Path(c.runs, one.name, f"ckpt_{step:08d}.pt").exists()
 
 
 def ready(c, scale, wanted, runs):
-    """Of the runs that are wanted, and of all they require, those that are not there and can be made now -> [(c, name,
-    settings, cut)], the longest first. A teacher, or a model to cut, whose folder is gone is made again."""
+    """Of the runs that are wanted, and of all they require, those that are not there and can be made now -> [arguments
+    of job], the longest first. A teacher, or a model to cut, that is gone is made again, or gone on with."""
     found, seen = {}, set()
 
     def visit(run, again=False):
@@ -137,12 +143,12 @@ def ready(c, scale, wanted, runs):
         if not all([visit(other) for other in records]):
             return False
         settings, cut = claims.settings(run, scale, runs, c.runs)
-        if is_there(c, run, settings) and not again:
+        if is_there(c, run, settings, cut) and not again:
             return True
-        gone = [not checkpoint.checkpoints(f"{c.runs}/{other.name}") for other in run.needs()]
-        there = [visit(other, again=none) for other, none in zip(run.needs(), gone)]
-        if all(there) and not any(gone):
-            found[run] = c, run.name, settings, cut
+        lost = [gone(c, other, runs) for other in run.needs()]
+        there = [visit(other, again=none) for other, none in zip(run.needs(), lost)]
+        if all(there) and not any(lost):
+            found[run] = c, run, settings, cut, scale.final_windows
         return run.name in runs
 
     for one in wanted:
@@ -161,27 +167,31 @@ class Clock:
 
     def told(self, arguments):
         """After the run with these arguments."""
-        self.left.pop(arguments[1], None)
-        self.here += report.records(f"{self.c.results}/{arguments[1]}.jsonl")["summary"]
+        self.left.pop(arguments[1].name, None)
+        self.here += report.records(f"{self.c.results}/{arguments[1].name}.jsonl")["summary"]
         return str(self)
 
     def __str__(self):
         known, left = self.here or self.before, sum(self.left.values())
-        if not known:
-            return f"{left:.3g} FLOPs left"
-        speed = sum(s["flops_executed"] for s in known) / sum(sum(s["seconds"].values()) for s in known)
-        return f"{left:.3g} FLOPs left, about {left / speed / self.jobs / 60:.0f} min"
+        flops, seconds = sum(s["flops_executed"] for s in known), sum(sum(s["seconds"].values()) for s in known)
+        time_left = f", about {left * seconds / flops / self.jobs / 60:.0f} min" if flops else ""
+        return f"{left:.3g} FLOPs left{time_left}"
 
 
-def forget_another_code(c, names):
-    """--again: delete records and folders of those of these runs that another code made."""
-    runs = evidence.read(c.results)
-    old = [name for name in names if name in runs and runs[name]["config"][0].get("code") != folder.code()]
-    for name in old:
-        Path(c.results, f"{name}.jsonl").unlink()
-        for path in (Path(c.runs, name), Path(c.runs, f"from-{name}")):
-            shutil.rmtree(path, ignore_errors=True)
-    print(f"{len(old)} runs of another code are made again")
+def forget_another_code(c, everything, scale):
+    """--again: delete what is there, records and folders, of those of these runs that another code made or began, and
+    of all that require one of them. everything: what is required first."""
+    old, deleted, here = set(), 0, folder.code()
+    for one in everything:
+        kept, own = Path(c.results, f"{one.name}.jsonl"), Path(c.runs, one.name)
+        paths = [path for path in (kept, own, Path(c.runs, f"from-{one.name}")) if path.exists()]
+        record = next(iter(read_records(kept) or read_records(own / "metrics.jsonl")), {})
+        if paths and record.get("code") != here or not old.isdisjoint(claims.requires(one, scale)):
+            old.add(one)
+            deleted += bool(paths)
+            for path in paths:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    print(f"{deleted} runs are of another code, or require one that is, and are made again")
 
 
 def run_all(c):
@@ -190,10 +200,13 @@ def run_all(c):
     until = None if c.minutes is None else time.time() + 60 * c.minutes
     wanted = {n: claims.runs_of(CLAIMS[n], scale, scale.seeds) for n in scale.claims}
     everything = claims.everything([run for runs in wanted.values() for run in runs], scale)
-    claims.refuse_too_many_epochs(everything, scale)
+    fingerprint = claims.corpus_of(everything, scale)
     if c.again:
-        forget_another_code(c, [run.name for run in everything])
+        forget_another_code(c, everything, scale)
     runs = evidence.read(c.results)
+    for theirs in {r["config"][0]["fingerprint"] for r in runs.values()} - {fingerprint}:
+        raise UserError(f"{c.results} holds runs of another text (fingerprint {theirs}) than {scale.data} is here "
+                        f"({fingerprint}); give another --results and --runs")
     missing = {run.name: claims.expected(run, scale)[1]["flops_executed"] for run in everything if run.name not in runs}
     clock = Clock(c, missing, runs)
     print(f"{len(missing)} of {len(everything)} runs are missing: {clock}")
@@ -229,13 +242,15 @@ def replaced(page, text):
 
 
 def main_report(c):
+    """Print it; of preset cpu, with all of its tokens, write it into the README here, between its markers."""
     c, scale = resolve(c)
     runs = evidence.read(c.results)
-    text, page = print_report(c, scale, runs), Path(c.readme)
-    old = sum(r["config"][0].get("code") != folder.code() for r in runs.values())
+    text, page = print_report(c, scale, runs), Path("README.md")
+    here = folder.code()
+    old = sum(r["config"][0].get("code") != here for r in runs.values())
     if old:
         print(f"{old} of {len(runs)} records are of another code than this; --again makes them anew", file=sys.stderr)
-    if c.quick or c.preset != "cpu" or not page.exists():
+    if c.quick or c.preset != "cpu" or c.tokens != 1 or not page.exists():
         return
     new = replaced(page.read_text(), text)
     if new is None:
@@ -254,7 +269,11 @@ COMMANDS = {"run": run_all, "report": main_report, "power": main_power}
 
 def main(argv):
     name, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("run", argv)
-    COMMANDS[name](parse(Reproduce, rest))
+    c = parse(Reproduce, rest)
+    for f in dataclasses.fields(c):
+        if name != "run" and f.name not in READ and getattr(c, f.name) != f.default:
+            raise UserError(f"--{f.name} has no effect in {name}; leave it out")
+    COMMANDS[name](c)
 
 
 if __name__ == "__main__":

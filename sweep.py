@@ -6,6 +6,7 @@ One thread, so that a run's sums do not depend on the machine's cores. For repro
 to run. Not here: what a run is (train.py), several GPUs.
 """
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -25,17 +26,38 @@ from common import UserError, read_records, run, write_atomic
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)      # exit codes of a run that saved and ended on a signal
 
 
+@contextlib.contextmanager
+def locked(folder):
+    """Make the folder and hold it. UserError: another process does (which would write the same files)."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"another process is at work in {folder}; wait for it, or give another --runs") from None
+    finally:
+        os.close(handle)
+
+
 def one(folder, settings, device="cpu", cut=None):
-    """Run one plan to its end, quietly; before it, with the settings `cut` of prune.py, make the model it begins
-    with."""
+    """Run one plan to its end, quietly -> train.Run; before it, with the settings `cut` of prune.py, make the model it
+    begins with. A model there of another cut, and what began with that, is deleted."""
     import checkpoint
     import prune
     import train
-    if cut and not checkpoint.checkpoints(settings["init"]):
-        shutil.rmtree(settings["init"], ignore_errors=True)          # of a cut that was killed while it was saved
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            prune.main(prune.Prune(out=settings["init"], device=device, **cut))
-    train.main(train.Train(out=str(folder), device=device, **settings), quiet=True)
+    with locked(folder):
+        made = cut and checkpoint.checkpoints(settings["init"])
+        there = checkpoint.load(settings["init"], "meta")[1]["run"]["recipe"] if made else {}
+        if made and any(there.get(k) != v for k, v in cut.items() if k != "init"):       # where it lay may be different
+            for file in Path(folder).iterdir():
+                file.unlink()
+            made = []
+        if cut and not made:
+            shutil.rmtree(settings["init"], ignore_errors=True)      # or of one that was killed while it was saved
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                prune.main(prune.Prune(out=settings["init"], device=device, **cut))
+        return train.main(train.Train(out=str(folder), device=device, **settings), quiet=True)
 
 
 def child(function, arguments, until, parent):
@@ -89,12 +111,14 @@ def side_by_side(function, arguments, jobs, until=None, told=None):
     return done
 
 
-def finished(file, settings, flag):
-    """Whether the records of a run with these settings of train.py (None: any) are in `file`. UserError, naming the
-    flag of its folder: they are of another run."""
+def finished(file, settings, flag, cut=None):
+    """Whether the records of a run with these settings of train.py (None: any), and of prune.py's `cut` before it, are
+    in `file`. UserError, naming the flag of its folder: they are of another run."""
     found = next(iter(read_records(file)), {})
-    differ = [f"{k} is {found.get(k)!r} there and {v!r} here" for k, v in settings.items()
-              if v is not None and found.get(k) != v]
+    recipe = (found.get("cut") or {}).get("recipe", {})
+    differ = [f"{whose}{k} is {there.get(k)!r} there and {v!r} here"
+              for whose, there, here in (("", found, settings), ("the cut's ", recipe, cut or {}))
+              for k, v in here.items() if v is not None and there.get(k) != v]
     if found and differ:
         raise UserError(f"{file} holds another run ({'; '.join(differ)}); give another {flag}, and another --runs")
     return bool(found)

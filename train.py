@@ -68,6 +68,10 @@ LOG_EVERY = 10                               # steps per "step" record, which ho
 INIT_LR = 2e-5                               # peak learning rate for pretrained models (Adapt-Pruner's scripts)
 
 
+class NotFinite(UserError):
+    """A step's loss or gradient is not a number, or infinite."""
+
+
 @dataclass(frozen=True)
 class Train:
     plan: str = "idea"                       # scratch, naive, oneshot, idea, idea-kd, journey, adapt, kd (schedule.py)
@@ -570,7 +574,7 @@ def loop(r, stop, progress):
         with r.timed("train"):
             means, norm = r.backward(teacher)
         if not all(map(math.isfinite, (*means, norm))):
-            raise UserError(f"step {s.step}: loss {means[0]:.4g}, gradient norm {norm:.4g}: not applied; lower --lr, "
+            raise NotFinite(f"step {s.step}: loss {means[0]:.4g}, gradient norm {norm:.4g}: not applied; lower --lr, "
                             f"now {lr:.2g}, or check the data; last checkpoint: {checkpoint.newest(r.folder.path)}")
 
         # score while the gradients are there, clip, update

@@ -47,7 +47,7 @@ def shrunk(command, runs):
     if words[1:3] == ["scaling.py", "run"]:
         words += ["--preset", "toy", "--minutes", ".05", "--out", str(runs / "grid"), "--runs", str(runs / "of-grid")]
     if words[1] == "reproduce.py":
-        words += shlex.split("--ratio 4 --ratios 4 --batch-tokens 512 --micro-batch 8 --eval-windows 4 --jobs 1")
+        words += shlex.split("--tokens .14 --jobs 1")
         words += ["--runs", str(runs / "again"), "--results", str(runs / "again" / "records")]
     return words
 

@@ -23,12 +23,13 @@ import reproduce
 import train
 from claims import CLAIMS, KINDS, SCALES, Run
 from common import UserError, read_records
+from eval import evaluate
 from prune import Prune, check
 from reproduce import Reproduce
 
 ROOT = Path(__file__).parent.parent
 SHRUNK = dict(small="toy", middle="toy", ratio=1., long=2., ratios=(1., 2.), tuning=1., rates=(5e-3, 1e-2), seeds=2,
-              batch_tokens=256, micro_batch=4, eval_windows=2, jobs=1)                # 105 steps
+              batch_tokens=256, micro_batch=4, eval_windows=2, final_windows=9)       # 105 steps
 TEXT = str(ROOT / "*.py")
 
 
@@ -51,7 +52,7 @@ def test_the_interval_holds_the_planted_difference_as_often_as_it_says():
 def test_the_effect_that_is_seen_is_seen_as_often_as_it_says():
     dice, sd, n = random.Random(2), .02, 5
     least = evidence.least_seen(sd, n)
-    verdicts = [evidence.effect([dice.gauss(-least, sd) for _ in range(n)]).verdict for _ in range(2000)]
+    verdicts = [evidence.effect([dice.gauss(-least, sd) for _ in range(n)]).verdict() for _ in range(2000)]
     assert .77 <= verdicts.count("reproduced") / 2000 <= .86                   # the approximation is a little careful
     needed = evidence.seeds_for(sd, .01)
     assert evidence.least_seen(sd, needed) <= .01 < evidence.least_seen(sd, needed - 1) and 30 < needed < 40
@@ -61,7 +62,14 @@ def test_the_effect_that_is_seen_is_seen_as_often_as_it_says():
     ([-.03, -.031, -.029], "reproduced"), ([.03, .031, .029], "contradicted"), ([.01, -.01, .02], "not at this scale"),
     ([-.5], "not measured"), ([], "not measured"), ({0: -.03, 3: -.031, 4: -.029}, "reproduced")])
 def test_verdicts(differences, verdict):
-    assert evidence.effect(differences).verdict == verdict
+    assert evidence.effect(differences).verdict() == verdict
+
+
+@pytest.mark.parametrize("shift, verdict", [(-.02, "reproduced"), (.005, "reproduced"), (.01, "not at this scale"),
+                                            (.02, "contradicted")])
+def test_near_optimal_is_within_a_margin(shift, verdict):
+    assert evidence.effect([shift - .001, shift + .001, shift]).verdict(.01) == verdict
+    assert {n for n, claim in CLAIMS.items() if claim.margin} == {6, 8}
 
 
 def test_bootstrap_resamples_seeds_and_one_seed_has_no_interval():
@@ -76,7 +84,7 @@ def test_bootstrap_resamples_seeds_and_one_seed_has_no_interval():
 def records_of(scale, wanted, best):
     """Records of all runs that `wanted` require, as far as settings read them: the try of rate `best` ended lowest."""
     return {run.name: {"config": [{"seed": run.seed}], "summary": [
-        {"val_loss": 1 + abs((run.lr or 0) - best), **claims.expected(run, scale)[1]}]}
+        {"val_loss": 1 + abs((run.lr or 0) - best), "step": 1, **claims.expected(run, scale)[1]}]}
         for run in claims.everything(wanted, scale)}
 
 
@@ -105,10 +113,23 @@ def test_what_the_scales_promise():
     cpu = SCALES["cpu"]
     assert cpu.ratios == (25, 100, 400) and cpu.seeds == 5
     wanted = claims.everything(claims.runs_of(CLAIMS[5], cpu, 1), cpu)
-    claims.refuse_too_many_epochs(wanted, cpu)
+    assert re.fullmatch("[0-9a-f]{16}", claims.corpus_of(wanted, cpu))
     longer = dataclasses.replace(cpu, ratios=(2000,))
     with pytest.raises(UserError, match=r"scratch.*epochs of stdlib and more than 4; give more text by --data"):
-        claims.refuse_too_many_epochs([Run("scratch", "4x32", 2000, 0)], longer)
+        claims.corpus_of([Run("scratch", "4x32", 2000, 0)], longer)
+
+
+def test_the_longest_run_of_a_gpu_reads_its_80_megabytes_at_most_4_times(monkeypatch):
+    gpu, text = SCALES["gpu"], claims.data.Corpus([0], [0], None, "print", (1, 1), None)
+    monkeypatch.setattr(claims.data, "load", lambda *_: dataclasses.replace(text, train=range(80_000_000)))
+
+    def printed(scale):
+        wanted = [r for n in gpu.claims for r in claims.runs_of(CLAIMS[n], scale, 1)]
+        return claims.corpus_of(claims.everything(wanted, scale), scale)
+
+    assert printed(gpu) == "print"
+    with pytest.raises(UserError, match="scratch-kd-flops.* epochs of packages and more than 4"):
+        printed(dataclasses.replace(gpu, ratio=16))
 
 
 def test_rates_are_read_from_the_records_of_the_tries_and_tries_come_first():
@@ -128,6 +149,37 @@ def test_rates_are_read_from_the_records_of_the_tries_and_tries_come_first():
     assert order == [*tries, run]
 
 
+def test_rates_of_recoveries_are_chosen_by_both_kinds_and_both_seeds_of_pruning_share_one():
+    """Claim 2 compares two models to cut: neither is tuned and the other not."""
+    scale = SCALES["cpu"]
+    assert [claims.family(kind) for kind in ("annealed", "halfway", "captured", "idea-wsd", "scratch-wsd")] == [
+        "naive", "naive", "idea-kd", "idea-wsd", "scratch-wsd"]
+    run = Run("large-cut-1/4", "4x16", 400, 0)
+    tries = claims.tries(run, scale)
+    assert {t.kind for t in tries} == {"cut-annealed", "cut-halfway"} and len(tries) == 2 * len(scale.rates)
+    losses = {(kind, lr): 2. for kind in ("cut-annealed", "cut-halfway") for lr in scale.rates}
+    losses |= {("cut-annealed", 3e-3): 1., ("cut-halfway", 3e-3): 4., ("cut-annealed", 1e-2): 1.9}
+    records = {t.name: {"summary": [{"val_loss": losses[t.kind, t.lr]}]} for t in tries}
+    assert claims.chosen_rate(run, scale, records) == (1e-2, False)
+    for one in tries[:4]:                                              # both kinds at 3e-3 and 6e-3 ended non-finite
+        records[one.name]["summary"][0]["val_loss"] = math.inf
+    assert claims.chosen_rate(run, scale, records)[0] == 1e-2
+    for one in tries:
+        records[one.name]["summary"][0]["val_loss"] = math.nan
+    with pytest.raises(UserError, match="no try of recover ended finite"):
+        claims.chosen_rate(run, scale, records)
+
+
+def test_what_follows_a_cut_reads_the_text_in_another_order():
+    scale, run = dataclasses.replace(SCALES["cpu"], rates=()), Run("cut-annealed", "4x16", 100, 3)
+    settings, cut = claims.settings(run, scale, {})
+    assert settings["seed"] == cut["seed"] == 103 and cut["init"].endswith("annealed-4x16-100-s3")
+    assert claims.settings(run.of("annealed"), scale, {})[0]["seed"] == 3
+    large = claims.models.preset("4x16", claims.vocabulary(), 2.6)[1]
+    assert claims.calibration_flops(run, cut) == 64 * 128 * large.flops_per_token(128)          # with gradients
+    assert claims.calibration_flops(run, None) == 0
+
+
 def test_equal_tokens_and_equal_flops():
     scale = SCALES["cpu"]
     at = {kind: Run(kind, "4x16", 100, 0) for kind in KINDS}
@@ -137,17 +189,28 @@ def test_equal_tokens_and_equal_flops():
     assert steps["scratch"] == round(100 * 16528 / 4096) == steps["idea"] == steps["naive"] == steps["kd"]
     assert abs(steps["large"] - 2 * steps["scratch"]) <= 1                         # it stops half way
     assert [steps[f"large-cut-1/{k}"] for k in (64, 16, 4, 1)] == [6, 25, 101, 404]
-    spent = {kind: claims.predicted(found[kind]) for kind in ("scratch-flops", "kd-flops", "idea", "journey-5-25%")}
-    for kind, (other, which) in {k: KINDS[k].like for k in ("scratch-flops", "kd-flops", "journey-5-25%")}.items():
+    equal = "scratch-flops", "scratch-kd-flops", "kd-flops", "journey-5-25%"
+    spent = {kind: claims.predicted(found[kind]) for kind in equal}
+    for kind, (other, which) in {k: KINDS[k].like for k in equal}.items():
         wanted = records[at[other].name]["summary"][0][which]
         assert abs(spent[kind][which] / wanted - 1) < 1 / steps[kind], kind
-    assert steps["scratch-flops"] > 1.2 * steps["scratch"] and steps["journey-5-25%"] > steps["journey"]
+    assert steps["scratch-kd-flops"] > steps["scratch-flops"] > 1.2 * steps["scratch"]
+    assert steps["journey-5-25%"] > steps["journey"]
+    kd, wanted = (records[at[kind].name]["summary"][0] for kind in ("kd", "idea-kd-annealed"))
+    kd["flops_executed"] *= .8                                                     # it dropped its teacher on the way
+    assert claims.settings(at["kd-flops"], scale, records)[0]["steps"] == round(
+        steps["kd"] * wanted["flops_executed"] / kd["flops_executed"]) > 1.2 * steps["kd-flops"]
 
 
 @pytest.fixture
 def fast(tmp_path, monkeypatch):
-    """No picture of each run; tokens are cached in a folder that goes."""
+    """No picture of each run and cut, the code and its commit told once; tokens are cached in a folder that goes."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("prune.picture", lambda *_: None)
+    here, about = folder.code(), folder.provenance()
+    monkeypatch.setattr(folder, "provenance", lambda: about)
+    for module in (folder, train):
+        monkeypatch.setattr(module, "code", lambda: here)
     monkeypatch.setattr(report, "picture", lambda path: "")
 
 
@@ -170,16 +233,19 @@ PLACE = ("4x16", 100)
 
 
 def plant(results, losses, scale=SCALES["cpu"], **config):
-    """Records of runs: {kind: (tokens, FLOPs, {seed: loss})} or {(kind, size, ratio): ...}."""
+    """Records of runs: {kind: (tokens, FLOPs, {seed: loss})} or {(kind, size, ratio): ...}, or with a rate that is
+    tried."""
     results.mkdir(exist_ok=True)
     for kind, (tokens, flops, by_seed) in losses.items():
-        kind, size, ratio = kind if isinstance(kind, tuple) else (kind, *PLACE)
+        kind, size, ratio, lr = (*kind, None)[:4] if isinstance(kind, tuple) else (kind, *PLACE, None)
         for seed, loss in by_seed.items():
-            run = Run(kind, size, ratio, seed)
-            about = dict(tag="config", step=0, tokens=0, seed=seed, lr=1e-2, code="abc", corpus_tokens=[10, 1]) | config
+            run = Run(kind, size, ratio, seed, lr)
+            about = dict(tag="config", step=0, tokens=0, seed=seed, lr=1e-2, code="abc", corpus_tokens=[10, 1],
+                         plan=KINDS[kind].plan, preset=size, steps=400, data="stdlib", eval_windows=4) | config
             evals = [dict(tag="eval", step=int(400 * x), tokens=tokens * x, val_loss=loss + 1 - x, params=7,
                           flops_executed=flops * x) for x in (0, .25, .5, .75, 1)]
-            summary = dict(evals[-1], tag="summary", epochs=.5, flops_credited=flops, seconds={"train": 2.0})
+            summary = dict(evals[-1], tag="summary", epochs=.5, flops_credited=flops, seconds={"train": 2.0},
+                           val_loss=9. if lr is None else loss, final_loss=loss, final_windows=8)           # which claims compare
             (results / f"{run.name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (about, *evals, summary)))
 
 
@@ -197,6 +263,13 @@ def test_totals_count_what_a_run_needs(tmp_path):
     assert math.isnan(evidence.cost(runs, Run("cut-halfway", *PLACE, 0))[0])
 
 
+def test_pairs_are_by_the_seed_of_the_place_where_a_cut_adds_to_it(tmp_path):
+    plant(tmp_path, {"cut-annealed": (50, 800., spread(1.))}, seed=100)
+    plant(tmp_path, {"cut-halfway": (50, 800., spread(.9))}, seed=101)
+    found = evidence.differences(evidence.read(tmp_path), "cut-halfway", "cut-annealed", *PLACE)
+    assert found == pytest.approx({0: -.1, 1: -.1, 2: -.1})
+
+
 def test_pairs_are_by_seed_and_a_table_says_what_was_planted(tmp_path):
     plant(tmp_path, {"idea": (100, 9., spread(1.)), "naive": (100, 8., {**spread(1.05), 7: 3.}),
                      "oneshot": (100, 8., {0: .9})})
@@ -207,8 +280,27 @@ def test_pairs_are_by_seed_and_a_table_says_what_was_planted(tmp_path):
             if row.startswith("|")}
     assert rows["`idea` below `naive`"][:4] == ["3", "-0.0500 (-0.0500 to -0.0500)", "reproduced", "1.00, 1.12"]
     assert rows["`idea` below `oneshot`"][:3] == ["1", "+0.0990", "not measured"]
+    assert "0.5 times; losses of 8 windows of the hold-out at the end, of 4 while training" in text
     assert "not measured" in re.search(r"\| 10\. .*", text)[0] and "abc (8)" in text and "0.5 times" in text
-    assert "| one cosine, not two cycles | `idea` minus `naive` | 3 | -0.0500" in text
+    assert "| one cosine, not two cycles | `oneshot` minus `naive` | 1 | -0.1490" in text
+    assert "tokens to" not in text and "Times fewer tokens, cut from a larger trained model: not measured" in text
+    plant(tmp_path, {"journey": (100, 9., spread(1.)), "journey-5-25%": (100, 9., spread(1.002)),
+                     "journey-5-75%": (100, 9., spread(.992)), "journey-50-75%": (100, 9., spread(.9))})
+    text = evidence.text(evidence.read(tmp_path), scale)
+    assert [re.search(rf"`journey` within 0.01 of `journey-{other}%` \|.*", text)[0].split("|")[4].strip()
+            for other in ("5-25", "5-75", "50-75")] == ["reproduced", "reproduced", "contradicted"]
+    missed = text.partition("What did not work")[2]
+    assert "`journey` minus `journey-50-75%`" in missed and "journey-5-" not in missed
+
+
+def test_the_report_says_which_kinds_inherit_a_rate(tmp_path):
+    scale = SCALES["cpu"]
+    plant(tmp_path, {"naive": (9, 9., {0: 1.}), "naive-cold": (9, 9., {0: 1.}), "halfway": (9, 9., {0: 1.})})
+    for lr in scale.rates:
+        plant(tmp_path, {("naive", scale.middle, scale.tuning, lr): (9, 9., {1000: lr})})
+    text = evidence.text(evidence.read(tmp_path), scale)
+    assert "with one seed: naive 0.003 (at the edge). Untuned, at the rate of naive: `naive-cold`, `halfway`." in text
+    assert "Intervals leave out this choice." in text
 
 
 def test_equal_loss_and_the_headline_return_what_was_planted(tmp_path):
@@ -217,13 +309,21 @@ def test_equal_loss_and_the_headline_return_what_was_planted(tmp_path):
     loss = lambda tokens: 2 - .1 * math.log(tokens / 1000, 4)
     tokens = {25: 1000, 100: 4000, 400: 16000}
     plant(tmp_path, {("scratch", size, r): (t, 6. * t, spread(loss(t))) for r, t in tokens.items()}
-          | {("scratch-flops", size, 400): (32000, 192000., spread(loss(32000)))}
+          | {("scratch-kd-flops", size, 400): (32000, 192000., spread(loss(32000)))}
           | {("idea", size, r): (t, 9. * t, spread(loss(2 * t))) for r, t in tokens.items()})
     runs = evidence.read(tmp_path)
     for ratio in tokens:
-        (x, low, high), own, whole = evidence.equal_loss(runs, "idea", size, ratio, scale)
-        assert (x, low, high) == pytest.approx((2, 2, 2), abs=.05) and own == whole == pytest.approx(1.5)
+        (x, low, high), more, own, whole = evidence.equal_loss(runs, "idea", size, ratio, scale)
+        assert (x, low, high) == pytest.approx((2, 2, 2), abs=.05) and own == whole == pytest.approx(1.5) and more == 1
     assert evidence.equal_loss(runs, "idea-kd", size, 100, scale) is None
+    plant(tmp_path, {("annealed", size, r): (t / 2, 5. * t, spread(1.)) for r, t in tokens.items()}
+          | {("idea-kd-annealed", size, r): (t, 9. * t, spread(loss(3 * t))) for r, t in tokens.items() if r < 400})
+    lines = "\n".join(evidence.sentences(evidence.read(tmp_path), scale))
+    assert re.search(r"`idea-kd-annealed` at 4x32, 100 per parameter, as a multiple of its own: (3\.0|2\.9).* and of "
+                     r"its tokens with its teacher's (2\.0|1\.9).* at equal own tokens: 1.50, with its teacher's "
+                     r"training 2.33", lines)
+    assert "`idea-kd-annealed` against `scratch` at equal own tokens (1.5 times with its teacher's): ahead at" in lines
+    assert "`idea` against `scratch` at equal own tokens: ahead at" in lines
     plant(tmp_path, {("idea", size, 25): (1000, 1., spread(2.1)), ("idea", size, 400): (16000, 1., spread(1.))})
     runs = evidence.read(tmp_path)
     assert [evidence.factor(*evidence.equal_loss(runs, "idea", size, r, scale)[0]) for r in (25, 400)] == [
@@ -231,32 +331,49 @@ def test_equal_loss_and_the_headline_return_what_was_planted(tmp_path):
     at = scale.small, scale.long
     plant(tmp_path, {("scratch", *at): (6400, 6400., spread(1.7)), ("large", *at): (6400, 20000., spread(1.5))} | {
         (f"large-cut-1/{k}", *at): (6400 / k, 6400. / k, spread(1.5 + .1 * math.log(k, 4))) for k in (64, 16, 4, 1)})
-    only, whole, flops = evidence.headline(evidence.read(tmp_path), scale).values()
+    found, least = evidence.headline(evidence.read(tmp_path), scale)
+    only, whole, flops = found.values()
+    assert not least
     assert only == pytest.approx((16, 16, 16), rel=.05) and whole[0] == pytest.approx(6400 / 6800, rel=.01)
     assert flops[0] == pytest.approx(6400 / 20400, rel=.01)
     text = evidence.text(evidence.read(tmp_path), scale)
-    assert re.search(r"recovery only, to the loss of `scratch`: 1\d\.\d\d.*: reproduced", text)
-    assert re.search(r"tokens, with the larger model's training, .*: contradicted", text)
+    assert re.search(r'recovery only, to the loss of `scratch`: 1\d\.\d\d.*: reproduced \("far fewer" is more than 2 ',
+                     text)
+    assert re.search(r"tokens, with the larger model's training, to the loss of `scratch`: 0\.94[^:]*\.$", text, re.M)
     assert "| `large-cut-1/64` below `scratch` |" in text and "large-cut" not in text.partition("What did not work")[2]
+    plant(tmp_path, {("scratch", *at): (6400, 6400., spread(1.9))})
+    lines = "\n".join(evidence.sentences(evidence.read(tmp_path), scale))
+    assert "recovery only, to the loss of `scratch`: at least 64.00: reproduced" in lines
+    plant(tmp_path, {("scratch", *at): (6400, 6400., spread(1.2))})
+    lines = "\n".join(evidence.sentences(evidence.read(tmp_path), scale))
+    assert "recovery only, to the loss of `scratch`: below what was run: contradicted" in lines
+
+
+@pytest.mark.parametrize("low, high, verdict", [(2.1, 9, "reproduced"), (1.5, 9, "not at this scale"),
+                                                (.1, .9, "contradicted"), (math.nan, math.nan, "not measured")])
+def test_far_fewer_is_more_than_twice(low, high, verdict):
+    assert evidence.verdict_of_factor(5, low, high) == verdict
 
 
 def test_report_writes_the_readme_between_its_markers_and_nothing_else(tmp_path, capsys, monkeypatch):
     scale = SCALES["cpu"]
     page = tmp_path / "README.md"
     page.write_text(f"before\n{reproduce.BEGIN}\nold\n{reproduce.END}\nafter\n")
-    c = Reproduce(results=str(tmp_path / "records"), readme=str(page))
+    c = Reproduce(results=str(tmp_path / "records"))
+    monkeypatch.chdir(tmp_path)
     reproduce.main_report(c)
     empty = page.read_text()
     assert empty.startswith(f"before\n{reproduce.BEGIN}\nNot measured yet")
     assert empty.endswith(f"{reproduce.END}\nafter\n")
     assert empty.count("not measured") == len(CLAIMS)
     plant(tmp_path / "records", {kind: (100, 9., spread(1. + i / 50)) for i, kind in enumerate(evidence.FIGURE)})
-    monkeypatch.setattr(claims, "chosen_rate", lambda *_: (1e-2, False))
     reproduce.main_report(c)
     text = evidence.text(evidence.read(c.results), scale, f"{c.results}/figure.png")
     assert page.read_text() == f"before\n{reproduce.BEGIN}\n{text}\n{reproduce.END}\nafter\n"
     assert (tmp_path / "records" / "figure.png").stat().st_size > 10_000 and "![" in text
     assert "12 of 12 records are of another code than this" in capsys.readouterr().err
+    reproduce.main_report(dataclasses.replace(c, tokens=.5))                          # not what the README is about
+    assert text in page.read_text()
     page.write_text("no markers\n")
     reproduce.main_report(c)
     assert page.read_text() == "no markers\n" and "it has no <!-- reproduce" in capsys.readouterr().err
@@ -265,10 +382,11 @@ def test_report_writes_the_readme_between_its_markers_and_nothing_else(tmp_path,
 def test_power_says_what_is_needed_from_the_spread_that_is_there(tmp_path, capsys):
     with pytest.raises(UserError, match="no pair has two seeds yet"):
         reproduce.main_power(Reproduce(results=str(tmp_path)))
-    plant(tmp_path / "mixed", {"idea": (1, 1., {0: 1.})}, fingerprint="a")
-    plant(tmp_path / "mixed", {"naive": (1, 1., {0: 1.})}, fingerprint="b")
-    with pytest.raises(UserError, match="do not compare: fingerprint is one of"):
-        reproduce.main_power(Reproduce(results=str(tmp_path / "mixed")))
+    for key in ("fingerprint", "tokenizer", "block_size", "batch_tokens", "micro_batch", "eval_windows", "dtype"):
+        plant(tmp_path / key, {"idea": (1, 1., {0: 1.})}, **{key: "a"})
+        plant(tmp_path / key, {"naive": (1, 1., {0: 1.})}, **{key: "b"})
+        with pytest.raises(UserError, match=f"do not compare: {key} is one of"):
+            reproduce.main_power(Reproduce(results=str(tmp_path / key)))
     plant(tmp_path, {"idea": (1, 1., {s: 1. + .01 * (-1) ** s for s in range(4)}),
                      "naive": (1, 1., dict.fromkeys(range(4), 1.))})
     reproduce.main_power(Reproduce(results=str(tmp_path)))
@@ -282,7 +400,8 @@ def test_power_says_what_is_needed_from_the_spread_that_is_there(tmp_path, capsy
     (dict(preset="tpu"), "'tpu' is not one of cpu, gpu"), (dict(preset="gpu", quick=True), "no effect with --quick"),
     (dict(claims="1,99"), "'1,99' must be numbers of 1, 2, 3"), (dict(claims="one"), "'one' must be numbers"),
     (dict(seeds=0), "--seeds 0 must be positive"), (dict(minutes=0.), "--minutes 0.0 must be positive"),
-    (dict(seeds=2000), "at most 1000"), (dict(quick=True, ratio=.5), "idea.*more steps come by a higher --ratio"),
+    (dict(seeds=2000), "at most 1000"), (dict(quick=True, tokens=.01), "idea.*more steps come by a larger --tokens"),
+    (dict(tokens=0.), "--tokens 0.0 must be positive"),
     (dict(quick=True, data="nowhere"), "no file matches 'nowhere'")])
 def test_refusals_are_one_sentence(tmp_path, settings, words):
     with pytest.raises(UserError, match=words) as refusal:
@@ -290,7 +409,21 @@ def test_refusals_are_one_sentence(tmp_path, settings, words):
     assert "\n" not in str(refusal.value) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("words", ["report --jobs 2", "report --data packages", "power --again"])
+def test_a_flag_that_a_command_does_not_read_is_refused(words):
+    with pytest.raises(UserError, match=rf"{words.split()[1]} has no effect in {words.split()[0]}; leave it out"):
+        reproduce.main(words.split())
+
+
 # -- end to end
+
+@pytest.fixture
+def shrunk(monkeypatch):
+    """Both presets at toy size -> a function that changes more of preset cpu."""
+    for name in ("cpu", "gpu"):
+        monkeypatch.setitem(SCALES, name, dataclasses.replace(SCALES[name], **SHRUNK))
+    return lambda **more: monkeypatch.setitem(SCALES, "cpu", dataclasses.replace(SCALES["cpu"], **more))
+
 
 def here(function, arguments, jobs, until=None, told=None):
     """sweep.side_by_side, but in this process, which spares the start of one for each run."""
@@ -300,16 +433,16 @@ def here(function, arguments, jobs, until=None, told=None):
     return len(arguments)
 
 
-def test_a_grid_is_made_once_in_order_with_all_that_it_needs(tmp_path, fast, monkeypatch, capsys):
+def test_a_grid_is_made_once_in_order_with_all_that_it_needs(tmp_path, fast, shrunk, monkeypatch, capsys):
     """Parts of claims 2 and 4 at toy size: tries first, then teachers and models to cut, then what needs them. Nothing
-    is made twice; what is needed and gone is made again; records of other settings are refused; another code is told.
-    """
+    is made twice; what is needed and gone, or half made again, is made whole; records of other settings, another cut or
+    another text are refused; another code is told, and what came of it deleted."""
     made, real = [], reproduce.job
     for number, pair in ((2, ("cut-halfway", "cut-annealed")), (4, ("idea-kd", "kd-flops"))):
         monkeypatch.setitem(CLAIMS, number, dataclasses.replace(CLAIMS[number], pairs=(pair,)))
-    c = Reproduce(claims="2,4", data=TEXT, runs=f"{tmp_path}/runs", results=f"{tmp_path}/results", **SHRUNK)
+    c = Reproduce(claims="2,4", data=TEXT, runs=f"{tmp_path}/runs", results=f"{tmp_path}/results", jobs=1)
     monkeypatch.setattr(reproduce.sweep, "side_by_side", here)
-    monkeypatch.setattr(reproduce, "job", lambda *given: made.append(given[1]) or real(*given))
+    monkeypatch.setattr(reproduce, "job", lambda *given: made.append(given[1].name) or real(*given))
     reproduce.run_all(c)
     scale = reproduce.resolve(c)[1]
     wanted = claims.everything([r for n in (2, 4) for r in claims.runs_of(CLAIMS[n], scale, 2)], scale)
@@ -318,17 +451,21 @@ def test_a_grid_is_made_once_in_order_with_all_that_it_needs(tmp_path, fast, mon
     for run in wanted:
         assert all(place[other.name] < place[run.name] for other in claims.requires(run, scale)), run.name
     runs = evidence.read(c.results)
-    best = claims.chosen_rate(Run("annealed", "toy", 1., 0), scale, runs)[0]
+    best = claims.chosen_rate(Run("halfway", "toy", 1., 0), scale, runs)[0]
     tried = {lr: runs[f"naive-toy-1-lr{lr:g}-s1000"]["summary"][0]["val_loss"] for lr in scale.rates}
     assert tried[best] == min(tried.values()) and runs["annealed-toy-1-s1"]["config"][0]["lr"] == best
     halfway, whole, cut = (checkpoint.load(f"{c.runs}/{kind}-toy-1-s0", "meta")[0].config
                            for kind in ("halfway", "idea-kd", "from-cut-halfway"))
     assert halfway.d_ff > whole.d_ff == cut.d_ff
-    taught = runs["idea-kd-annealed-toy-1-s0"]["config"][0]
-    assert taught["teacher"] == "annealed-toy-1-s0" and taught["code"] == folder.code()
-    stopped = runs["annealed-toy-1-s0"]["summary"][0]
+    stopped, own = runs["annealed-toy-1-s0"]["summary"][0], runs["cut-halfway-toy-1-s0"]["summary"][0]
     assert 1 <= stopped["flops_executed"] / stopped["flops_credited"] < 1.01 and 0 < stopped["epochs"] < 1
-    assert same_weights(f"{c.runs}/idea-kd-toy-1-s0/teacher.pt", f"{c.runs}/halfway-toy-1-s0")     # one run up to there
+    assert own["flops_executed"] - own["flops_credited"] == 64 * 64 * halfway.flops_per_token(64)      # of the cut
+    assert runs["cut-halfway-toy-1-s0"]["config"][0]["seed"] == 100
+    model = checkpoint.load(f"{c.runs}/idea-kd-toy-1-s0")[0]
+    corpus = data.load(TEXT, claims.open_tokenizer("bytes"))
+    found = evaluate(model, corpus.val, corpus.tokenizer.byte_lengths(), 9, batch=4)["loss"]
+    ended = runs["idea-kd-toy-1-s0"]["summary"][0]
+    assert (ended["final_loss"], ended["final_windows"]) == (found, 9) and found != ended["val_loss"]
     assert str(tmp_path) not in "".join(p.read_text() for p in Path(c.results).glob("*.jsonl"))
     assert max(p.stat().st_size for p in Path(c.results).glob("*.jsonl")) < 5000
 
@@ -338,33 +475,73 @@ def test_a_grid_is_made_once_in_order_with_all_that_it_needs(tmp_path, fast, mon
     lost = [Path(c.results, "kd-flops-toy-1-s1.jsonl"), Path(c.runs, "annealed-toy-1-s1")]
     kept = Path(c.results, "annealed-toy-1-s1.jsonl").read_text()
     lost[0].unlink()
-    reproduce.shutil.rmtree(lost[1])
+    max(lost[1].glob("ckpt_*.pt")).unlink()                       # as if it were being made again, and killed
+    assert checkpoint.checkpoints(lost[1])
     reproduce.run_all(c)
     assert made == ["annealed-toy-1-s1", "kd-flops-toy-1-s1"]          # finished, but for its records
     again = read_records(Path(c.results, "annealed-toy-1-s1.jsonl"))[-1]
-    assert again["val_loss"] == json.loads(kept.splitlines()[-1])["val_loss"] and lost[0].exists()
-    with pytest.raises(UserError, match="micro_batch is 4 there and 2 here.*another --results"):
-        reproduce.run_all(dataclasses.replace(c, micro_batch=2))
+    assert again["final_loss"] == json.loads(kept.splitlines()[-1])["final_loss"] and lost[0].exists()
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="the cut's score is .* another --results"):
+        patch.setitem(KINDS, "cut-halfway", claims.cut("halfway", score="taylor"))
+        reproduce.run_all(c)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="micro_batch is 4 there and 2.* another --res"):
+        patch.setitem(SCALES, "cpu", dataclasses.replace(SCALES["cpu"], micro_batch=2))
+        reproduce.run_all(c)
+    with pytest.raises(UserError, match="runs of another text .* give another --results"):
+        reproduce.run_all(dataclasses.replace(c, data=str(ROOT / "t*.py")))
 
-    monkeypatch.setattr(folder, "code", lambda: "another")
-    for name in ("halfway-toy-1-s0", "idea-kd-toy-1-s0"):
-        text = Path(c.results, f"{name}.jsonl").read_text()
-        Path(c.results, f"{name}.jsonl").write_text(text.replace(runs[name]["config"][0]["code"], "another"))
-    reproduce.main_report(dataclasses.replace(c, readme=str(tmp_path / "none")))
-    assert f"{len(wanted) - 2} of {len(wanted)} records are of another code" in capsys.readouterr().err
-    reproduce.forget_another_code(c, [run.name for run in wanted])
-    assert {p.stem for p in Path(c.results).glob("*.jsonl")} == {"halfway-toy-1-s0", "idea-kd-toy-1-s0"}
-    assert {p.name for p in Path(c.runs).iterdir()} == {"halfway-toy-1-s0", "idea-kd-toy-1-s0"}
+    made.clear()
+    reproduce.main_report(c)
+    assert "of another code" not in capsys.readouterr().err
+    old = Path(c.results, "idea-kd-toy-1-s0.jsonl")
+    old.write_text(old.read_text().replace(folder.code(), "another"))
+    begun = Path(c.runs, "kd-toy-1-s1", "metrics.jsonl")               # has no records, and is of another code
+    begun.write_text(begun.read_text().replace(folder.code(), "another"))
+    Path(c.results, "kd-toy-1-s1.jsonl").unlink()
+    reproduce.main_report(c)
+    assert f"1 of {len(wanted) - 1} records are of another code" in capsys.readouterr().err
+    reproduce.forget_another_code(c, wanted, scale)
+    assert "3 runs are of another code, or require one that is" in capsys.readouterr().out
+    forgotten = {"idea-kd-toy-1-s0", "kd-toy-1-s1", "kd-flops-toy-1-s1"}          # the last is as long as kd says
+    assert {p.stem for p in Path(c.results).glob("*.jsonl")} == {run.name for run in wanted} - forgotten
+    assert not forgotten & {p.name for p in Path(c.runs).iterdir()}
+    tuned = Path(c.results, "naive-toy-1-lr0.01-s1000.jsonl")
+    tuned.write_text(tuned.read_text().replace(folder.code(), "another"))
+    reproduce.forget_another_code(c, wanted, scale)
+    assert {p.name.split("-toy")[0] for p in Path(c.results).glob("*.jsonl")} == {"idea-kd", "naive"}
+    assert not list(Path(c.runs).glob("from-*"))
 
 
-def same_weights(a, b):
-    a, b = (checkpoint.load(path)[0].state_dict() for path in (a, b))
-    return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
+def test_a_teacher_is_the_captured_one_and_a_try_that_diverges_is_kept(tmp_path, fast, shrunk, monkeypatch):
+    """Claim 4's "same teacher"; a rate with which losses stop being finite stops no other run, unless it is used."""
+    real, bad = train.Run.backward, {5e-3}
+
+    def backward(r, teacher):
+        means, norm = real(r, teacher)
+        return [math.nan] * 4 if r.config.lr in bad and r.state.step == 7 else means, norm
+
+    monkeypatch.setattr(train.Run, "backward", backward)
+    monkeypatch.setattr(reproduce.sweep, "side_by_side", here)
+    monkeypatch.setitem(CLAIMS, 4, dataclasses.replace(CLAIMS[4], pairs=(("idea-kd", "captured"),)))
+    shrunk(seeds=1)
+    c = Reproduce(claims="4", data=TEXT, runs=f"{tmp_path}/runs", results=f"{tmp_path}/results", jobs=1)
+    reproduce.run_all(c)
+    runs, scale = evidence.read(c.results), reproduce.resolve(c)[1]
+    tried = runs["idea-kd-toy-1-lr0.005-s1000"]["summary"][0]
+    assert tried["val_loss"] == math.inf
+    assert claims.chosen_rate(Run("captured", "toy", 1., 0), scale, runs) == (1e-2, True)
+    a, b = (checkpoint.load(f"{c.runs}/{name}")[0].state_dict()
+            for name in ("idea-kd-toy-1-s0/teacher.pt", "captured-toy-1-s0"))
+    assert a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
+    bad.add(1e-2)
+    shrunk(rates=())                                               # then it is the preset's
+    with pytest.raises(train.NotFinite, match="not applied; lower --lr"):
+        reproduce.run_all(dataclasses.replace(c, runs=f"{tmp_path}/b", results=f"{tmp_path}/b/records"))
 
 
 def test_a_stopped_command_goes_on_and_reports_one_seed_as_no_proof(tmp_path):
     """As a user runs it: --quick, ended by a signal while it trains, gone on with, reported."""
-    flags = "--quick --claims 3 --ratio 4 --ratios 4 --batch-tokens 512 --micro-batch 8 --eval-windows 4 --jobs 2"
+    flags = f"--quick --claims 3 --tokens .14 --jobs 2 --data {TEXT}"
     words = [sys.executable, str(ROOT / "reproduce.py"), *flags.split(), "--runs", "runs", "--results", "records"]
     process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list(tmp_path.glob("runs/*/metrics.jsonl")) and process.poll() is None:
@@ -376,11 +553,11 @@ def test_a_stopped_command_goes_on_and_reports_one_seed_as_no_proof(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "One seed proves nothing" in done.stdout and done.stdout.count("not measured") == 1
     assert len(list(tmp_path.glob("records/*.jsonl"))) == 2 and (tmp_path / "records" / "figure.png").exists()
-    scale = reproduce.resolve(Reproduce(quick=True, claims="3", ratio=4., ratios=(4.,), eval_windows=4))[1]
+    scale = reproduce.resolve(Reproduce(quick=True, claims="3", tokens=.14))[1]
     assert evidence.text(evidence.read(tmp_path / "records"), scale, "records/figure.png") in done.stdout
 
 
-def test_claims_of_a_gpu_run_on_a_cpu_when_shrunk(tmp_path, fast, monkeypatch):
+def test_claims_of_a_gpu_run_on_a_cpu_when_shrunk(tmp_path, fast, shrunk, monkeypatch):
     """Preset gpu, its text and kinds; only the sizes are toys'."""
     for i in range(60):
         (tmp_path / "text").mkdir(exist_ok=True)
@@ -388,7 +565,7 @@ def test_claims_of_a_gpu_run_on_a_cpu_when_shrunk(tmp_path, fast, monkeypatch):
     real = data.sysconfig.get_paths()
     monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {**real, "purelib": str(tmp_path / "text")})
     monkeypatch.setattr(reproduce.sweep, "side_by_side", here)
-    c = Reproduce(preset="gpu", claims="3", device="cpu", runs="runs", results="records", **{**SHRUNK, "seeds": 1})
+    c = Reproduce(preset="gpu", claims="3", device="cpu", runs="runs", results="records", jobs=1, seeds=1)
     reproduce.run_all(c)
     config = report.records("records/idea-toy-1-s0.jsonl")["config"][0]
     assert config["data"] == "packages" and config["corpus_tokens"][0] > 100_000 and config["dtype"] == "float32"

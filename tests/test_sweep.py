@@ -131,6 +131,30 @@ def test_a_run_of_code_without_a_newer_flag_goes_on(tmp_path):
         sweep.one(tmp_path / "a", dict(TOY, steps=6, eval_growth=1.5))
 
 
+def test_two_processes_do_not_write_into_one_folder(tmp_path):
+    with sweep.locked(tmp_path / "a"), pytest.raises(UserError, match="another process is at work in .*; wait for it"):
+        sweep.one(tmp_path / "a", dict(TOY, steps=6))
+    assert not list((tmp_path / "a").iterdir())
+    sweep.one(tmp_path / "a", dict(TOY, steps=6))                      # it was let go
+    assert "summary" in report.records(tmp_path / "a")
+
+
+def test_a_model_of_another_cut_is_made_again_and_what_began_with_it(tmp_path):
+    """Its name says only whose it is; the same cut is not made twice."""
+    cut = dict(init=str(tmp_path / "a"), structure="ffn", score="magnitude", keep=.7, windows=4, block_size=64)
+    sweep.one(tmp_path / "a", dict(TOY, steps=3))
+    after = dict(TOY, steps=3, init=str(tmp_path / "from-b"), preset="laptop", lr=1e-2)
+    sweep.one(tmp_path / "b", after, cut=cut)
+    made = tmp_path / "from-b" / "ckpt_00000000.pt"
+    was, d_ff = made.stat().st_mtime_ns, report.records(tmp_path / "b")["summary"][0]["d_ff"]
+    sweep.one(tmp_path / "b", after, cut=dict(cut, init="moved"))
+    assert made.stat().st_mtime_ns == was
+    sweep.one(tmp_path / "b", after, cut=dict(cut, keep=.6))
+    records = report.records(tmp_path / "b")
+    assert made.stat().st_mtime_ns > was and records["config"][0]["cut"]["recipe"]["keep"] == .6
+    assert sum(records["summary"][0]["d_ff"]) < sum(d_ff)
+
+
 def test_records_are_kept_without_training_steps(tmp_path):
     sweep.one(tmp_path / "a", dict(TOY, steps=12))
     sweep.keep_records(tmp_path / "a", tmp_path / "kept" / "a.jsonl")
