@@ -50,7 +50,8 @@ def bytes_per_token(config, context, size):
     """Bytes that decoding one token reads, at `size` bytes a number: every matrix and norm once (of an untied embedding
     one row: none) and the KV cache of `context` tokens."""
     n = config.num_params()
-    return (n["total"] - n["embedding"] * (not config.tie_embeddings)) * size + context * config.kv_bytes_per_token(size)
+    read = n["total"] - n["embedding"] * (not config.tie_embeddings)
+    return read * size + context * config.kv_bytes_per_token(size)
 
 
 def generate(model, prompt, tokens):

@@ -245,7 +245,7 @@ def plant(results, losses, scale=SCALES["cpu"], **config):
             evals = [dict(tag="eval", step=int(400 * x), tokens=tokens * x, val_loss=loss + 1 - x, params=7,
                           flops_executed=flops * x) for x in (0, .25, .5, .75, 1)]
             summary = dict(evals[-1], tag="summary", epochs=.5, flops_credited=flops, seconds={"train": 2.0},
-                           val_loss=9. if lr is None else loss, final_loss=loss, final_windows=8)           # which claims compare
+                           val_loss=9. if lr is None else loss, final_loss=loss, final_windows=8)
             (results / f"{run.name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (about, *evals, summary)))
 
 
