@@ -50,13 +50,6 @@ def constants(kind, fit, points, samples):
             *(f"{judged[key]:.2g}" for key in ("nats", "huber", "asd"))]
 
 
-def bootstrapped(fit, records, samples):
-    """laws.bootstrap with the curves of one model as one: they share its L₀ and its order of the data."""
-    models = sorted({r["model"] for r in records})
-    points = laws.Points.of([dict(r, curve=models.index(r["model"])) for r in records])
-    return laws.bootstrap(fit, points, n=samples)
-
-
 P2 = ("gamma", "delta", "alpha", "beta", "N_C", "D_C", "E")
 RIVALS = ("p2, outside", "p2, rate only", "chinchilla", "power")
 
@@ -97,13 +90,14 @@ def fit_report(c, runs):
             said.append(f"- {kind}: two seeds differ by {noise:.4f} nats in what the same cut costs")
         if law:
             fit = laws.fit(law, points, c.loss, c.starts)
-            samples = bootstrapped(fit, records, c.samples)
+            samples = laws.bootstrap(fit, points, n=c.samples)
             rows.append(constants(kind, fit, points, samples))
             said += [] if fit.converged else [f"- {kind}: the fit did not converge, its constants are some of many"]
-            said += [f"- {kind}: {text}" for text in laws.unpinned(fit, points, samples)]
+            said += dict.fromkeys(f"- {kind}: {text}" for text in laws.unpinned(fit, points, samples))
     if not kinds:
         return "\n\n".join([*parts, *average_law(whole, c)])
-    parts += [f"P² law, {c.loss} loss, in brackets 90 % of the bootstrap over runs:",
+    parts += [f"P² law, {c.loss} loss, in brackets 90 % of the bootstrap over curves (those of one "
+              "model share its L₀, so that these are rather too narrow):",
               markdown(["cut", "points", *P2, "R² of loss - L₀", "mean error (nats)", "Huber", "ASD"], rows),
               "\n".join(said),
               "Mean error in nats, where the law was fitted and where it was not (the laws against the control are "
@@ -172,6 +166,7 @@ def picture(c, runs):
                 axis.plot(points.tokens[i & late], points.loss[i & late], "o", ms=4, mfc="white", color=color)
             axis.set_visible(any(r["model"] == model for r in records))
             axis.set_xscale("log")
+            axis.tick_params(which="minor", labelbottom=False)
             axis.set_title(f"{kind}, N₀ {n0:,}, seed {model[1] - grid.RECOVERY_SEED}", fontsize=8)
             axis.get_lines() and axis.legend(fontsize=7)
         row[0].set_ylabel("loss (nats per token)")
@@ -232,7 +227,7 @@ def main_plan(c):
     between("--n0", c.n0, points.n0, c.extrapolate)
     between("--rho", rho, points.rho, c.extrapolate, laws.NEAR)
     fit, n = laws.fit(form_of_p2(points) or "p2", points), c.n0 * (1 - rho)
-    samples = bootstrapped(fit, found[c.kind], c.samples)
+    samples = laws.bootstrap(fit, points, n=c.samples)
     if allows("chinchilla", ends):
         scratch = laws.fit("chinchilla", ends)
         alone = scratch, laws.bootstrap(scratch, ends, n=c.samples), ends
