@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 import compare
+import curves
 import eval as evaluation
 import evidence
 import huggingface
+import laws
 import report
 import reproduce
 import train
@@ -103,6 +105,20 @@ def test_comparison_is_what_the_committed_records_say():
     for part in (compare.overview(records, .8), compare.grid_table(records, .8), compare.claims(records, .8)):
         assert part in README, part
     assert (ROOT / "results" / "smollm2" / "report.md").read_text() == compare.report(records, .8) + "\n"
+
+
+def test_scaling_tables_are_the_report_s_and_the_report_is_the_records():
+    """The tables literally; the trends anew; of the fits, which take a minute, one, to within what optimisers differ."""
+    told, records = (ROOT / "results" / "scaling" / "report.md").read_text(), curves.read(ROOT / "results" / "scaling")
+    tables = [part for part in told.split("\n\n") if part.startswith(("| cut | points", "| cut | law"))]
+    assert len(tables) == 2 and all(table in README for table in tables)
+    recoveries = curves.recoveries(records, .05)
+    for found in recoveries.values():
+        assert "\n".join(curves.trends(found)) in told
+    assert f"width: two seeds differ by {curves.noise(recoveries['width']):.4f} nats" in told
+    points = laws.Points.of(recoveries["width"])
+    nats = laws.judge(laws.fit("p2", points, starts=4), points)["nats"]
+    assert nats == pytest.approx(float(re.search(r"\| width \| p2 \| ([\d.]+)", told)[1]), rel=.05)
 
 
 def test_ci_runs_the_readme_test_command():
