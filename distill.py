@@ -16,7 +16,7 @@ CHUNK_VALUES = {"cpu": 2**22, "gpu": 2**24}     # logits per chunk; on a CPU 16 
 
 def chunk_tokens(weight):
     """Tokens of a chunk for the output projection `weight` (V, C). Small on a CPU, where the C library takes arrays of
-    32 MB and more from the system anew each time, zeros and all: 64 MB instead of 16 cost 1.1 to 2.3 times the time. A
+    32 MB and more from the system anew each time, zeros and all: 64 MB instead of 16 cost 1.0 to 2.4 times the time. A
     multiple of 64 on a GPU, whose matrix units work in such tiles, where that many fit."""
     tokens = max(1, CHUNK_VALUES["cpu" if weight.is_cpu else "gpu"] // weight.size(0))
     return tokens if weight.is_cpu or tokens < 64 else tokens // 64 * 64

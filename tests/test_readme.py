@@ -108,7 +108,7 @@ def test_comparison_is_what_the_committed_records_say():
 
 
 def test_scaling_tables_are_the_report_s_and_the_report_is_the_records():
-    """The tables literally; the trends anew; of the fits, which take a minute, one, to within what optimisers differ."""
+    """The tables literally; the trends anew; of the fits, which take a minute, one, as near as optimisers agree."""
     told, records = (ROOT / "results" / "scaling" / "report.md").read_text(), curves.read(ROOT / "results" / "scaling")
     tables = [part for part in told.split("\n\n") if part.startswith(("| cut | points", "| cut | law"))]
     assert len(tables) == 2 and all(table in README for table in tables)
