@@ -23,14 +23,15 @@ from bench_train import shapes
 from common import UserError
 from distill import CHUNK_VALUES
 from schedule import PLANS
+from steps import make_optimizer
 from timing import interleave, median_ratio, own_process, peak
 
 ROOT = Path(__file__).parent
 TOKENS, GPUS = 2e12, (1, 8, 512)              # `scale`: the paper's tokens; numbers of GPUs
 PEAK_FLOPS, UTILISATION = 1e15, 0.4           # per second, of a GPU in bfloat16; reached of it: round, no card's
 WEIGHT_BYTES, ACTIVATION_BYTES = 4, 2         # of a weight, its gradient, each moment; of a value kept for backward
-FIRST_STEP = """import json, os, time, train
-train.Run.account = lambda r, *_: print(json.dumps([time.time(), r.state.seconds]), flush=True) or os._exit(0)
+FIRST_STEP = """import json, os, steps, time, train
+steps.Run.account = lambda r, *_: print(json.dumps([time.time(), r.state.seconds]), flush=True) or os._exit(0)
 train.run(lambda: train.main(train.parse(train.Train), quiet=True))"""       # account is called right behind the update
 median = statistics.median
 
@@ -82,7 +83,7 @@ def disk_rounds(c, config):
     """In turns: checkpoint.save, a plain file of the same size written; checkpoint.load, that file read. -> bytes,
     {name: [seconds]}, {"save" | "load": peak memory}"""
     model = models.GPT(config)
-    optimizer = train.make_optimizer(model, train.Train(lr=1e-4))
+    optimizer = make_optimizer(model, train.Train(lr=1e-4))
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()                                                   # now it has its moments

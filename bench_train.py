@@ -2,7 +2,7 @@
 
     python bench.py train --presets laptop --rounds 5 --steps 15
 
-`Bare` is train.Run without corpus, folder, evaluation and records, so that backward, cut, slice, accounting and the
+`Bare` is steps.Run without corpus, folder, evaluation and records, so that backward, cut, slice, accounting and the
 order of them are the loop's own and cannot drift from it. A stage is a Timeline that stays in it. FLOPs are the loop's
 less half of attention's T x T square, which causal kernels leave out. Each function here measures one cell (timing.py):
 settings, a shape's name, a vocabulary -> {"rows": …}.
@@ -34,8 +34,10 @@ import model as models
 import prune
 import schedule
 import train
+from flags import resolve
 from folder import State
 from huggingface import write_config
+from steps import Run, make_optimizer
 from timing import interleave, matmul, median_ratio, own_process, peak, seconds_of, stopwatch
 
 SHAPES = {  # besides model.PRESETS; the enlarged model's, its target follows from --enlarge-ff
@@ -71,12 +73,12 @@ def fitted(c, preset, vocab_size):
                                steps=c.steps or (CUT_EVERY if small else 3)), target, enlarged
 
 
-class Bare(train.Run):
-    """train.Run around a model that is given: random tokens, no folder, nothing evaluated, logged or saved."""
+class Bare(Run):
+    """steps.Run around a model that is given: random tokens, no folder, nothing evaluated, logged or saved."""
     def __init__(self, c, model, timeline, target=None, teacher=None, rank=0, world=1):
         self.rank, self.world, self.device = rank, world, c.device
         config, on_gpu = model.config, c.device.startswith("cuda")
-        self.config = train.resolve(train.Train(
+        self.config = resolve(train.Train(
             steps=timeline.steps, micro_batch=c.micro_batch, lr=1e-4, device=c.device, dtype=c.dtype, compile=c.compile,
             batch_tokens=c.micro_batch * c.micro_steps * config.block_size, drop_teacher=False), on_gpu)
         self.start, self.target, self.timeline, self.T = config, target or config, timeline, config.block_size
@@ -87,7 +89,7 @@ class Bare(train.Run):
         self.signal, self.interrupted = 0, False
         self.folder = SimpleNamespace(save=lambda state: None, path=os.devnull)
         keep = prune.everything(config) if isinstance(model, models.GPT) else {}
-        self.state = State(model, train.make_optimizer(model, self.config), keep, teacher=teacher)
+        self.state = State(model, make_optimizer(model, self.config), keep, teacher=teacher)
         if teacher:
             self.wrap_teacher()
         self.wrap()
@@ -157,7 +159,7 @@ class Bare(train.Run):
 
 
 class Peer(nn.Module):
-    """Another model, at the parameter count of `target`, with its own loss in the place of train.Objective:
+    """Another model, at the parameter count of `target`, with its own loss in the place of Objective:
     cross-entropy on whole float32 logits, as nanoGPT and transformers form it."""
     def __init__(self, name, target):
         super().__init__()

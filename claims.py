@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, fields, replace
 
 import allocate
 import data
+import flags
 import model as models
 import prune
-import train
 from common import UserError
 from tokenizer import open_tokenizer
 
@@ -33,7 +33,7 @@ class Scale:
     middle: str                        # of claim 5 besides, and where learning rates are tuned
     ratio: float                       # of all claims but 9, at the small size
     long: float                        # of claim 9
-    ratios: tuple[float, ...]          # of claim 5 at the middle size
+    ratios: tuple[float, ...]          # of claim 5 at the small size; at the middle one `tuning` and `ratio`
     tuning: float                      # of the runs that choose a learning rate
     rates: tuple[float, ...]           # which are tried; none: the preset's rate for all
     batch_tokens: int                  # per step
@@ -49,7 +49,7 @@ class Scale:
 RATES = (3e-3, 6e-3, 1e-2, 2e-2, 3e-2)
 PLAIN = ("scratch", "naive", "oneshot", "idea", "idea-kd")
 SCALES = {  # the shortest whole training has 350 steps; recoveries are half of one, claim 9's down to 1/64
-    "cpu": Scale("4x16", "4x32", 100, 400, (25, 100, 400), 25, RATES, 2**12, 32, 5),
+    "cpu": Scale("4x16", "4x32", 100, 400, (100, 400, 1600), 25, RATES, 2**12, 32, 5),
     "gpu": Scale("10m", "10m", 14, 14, (3.5, 7, 14), 3.5, (5e-4, 1e-3, 2e-3), 2**16, 64, 3, data="packages"),
     "quick": Scale("toy", "toy", 60, 60, (60,), 60, (), 2**11, 32, 1, final_windows=256, claims=(1, 3, 4, 5),
                    only=PLAIN),
@@ -141,7 +141,7 @@ class Claim:
     pairs: tuple[tuple[str, str], ...]    # of kinds
     by_factor: bool = False            # its verdict is of tokens to equal loss; pairs are shown without one
     margin: float = 0                  # nats per token: "near-optimal" is at most so much above the other (ours)
-    place: str = "small"               # or "both", there and at all of `ratios`; or "long"
+    place: str = "small"               # or "both", at all of `ratios` and at the middle size; or "long"
 
 
 CLAIMS = {claim.number: claim for claim in (
@@ -203,7 +203,8 @@ def places(claim, scale):
     """[(size, ratio)] of a claim's pairs."""
     small = [(scale.small, scale.ratio)]
     return {"small": small, "long": [(scale.small, scale.long)],
-            "both": list(dict.fromkeys(small + [(scale.middle, ratio) for ratio in scale.ratios]))}[claim.place]
+            "both": list(dict.fromkeys([(scale.small, ratio) for ratio in scale.ratios]
+                                       + [(scale.middle, scale.tuning), (scale.middle, scale.ratio)]))}[claim.place]
 
 
 def pairs(claim, scale):
@@ -216,6 +217,17 @@ def runs_of(claim, scale, seeds):
     """The runs that a claim compares, without what they need."""
     return list(dict.fromkeys(Run(kind, size, ratio, seed) for a, b, size, ratio in pairs(claim, scale)
                               for seed in range(seeds) for kind in (a, b)))
+
+
+def in_order(scale, seeds):
+    """[(claim's number, the runs that it compares at one place)]: what is cheap first, the scale's claims in their
+    order, so that a day's work that is stopped after an hour has said something of most of them."""
+    found = {}
+    for number in scale.claims:
+        for run in runs_of(CLAIMS[number], scale, seeds):
+            found.setdefault((number, run.size, run.ratio), []).append(run)
+    ordered = sorted(found, key=lambda key: expected(Run("scratch", *key[1:], 0), scale)[1]["flops_executed"])
+    return [(key[0], found[key]) for key in ordered]
 
 
 def family(kind):
@@ -285,7 +297,7 @@ def settings(run, scale, records, folder="runs/claims"):
 
 def uncut(run):
     """The config of the model that is cut before this run."""
-    factor = KINDS[KINDS[run.kind].init].settings.get("enlarge_ff", train.Train.enlarge_ff)
+    factor = KINDS[KINDS[run.kind].init].settings.get("enlarge_ff", flags.Train.enlarge_ff)
     return models.preset(run.size, vocabulary(), factor)[1]
 
 
@@ -306,10 +318,10 @@ def vocabulary():
 def timeline(found, size=None):
     """Settings of train.py, or a record of them -> (they resolved, target's GPTConfig, the one at the start,
     schedule.Timeline). `size`: the preset whose target an --init is."""
-    known = {f.name for f in fields(train.Train)} - {"init", "teacher"} - ({"cuts"} if not found.get("cuts") else set())
+    known = {f.name for f in fields(flags.Train)} - {"init", "teacher"} - ({"cuts"} if not found.get("cuts") else set())
     shown = {k: v for k, v in found.items() if k in known}
-    c = train.resolve(train.Train(**shown, **({"preset": size} if size else {})), on_gpu=False)
-    return c, *train.plan(c, vocabulary())
+    c = flags.resolve(flags.Train(**shown, **({"preset": size} if size else {})), on_gpu=False)
+    return c, *flags.plan(c, vocabulary())
 
 
 def live(start, target, kept):

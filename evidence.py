@@ -234,10 +234,12 @@ def multiples(runs, a, b, size, ratio):
     return f"{t:.2f}, {f:.2f}" + (f"; {tt:.2f}, {ff:.2f}" if (tt, ff) != (t, f) else "")
 
 
-def claims_table(runs, scale):
-    """A row for every pair; one for a claim without runs."""
+def claims_table(runs, scale, short=False):
+    """A row for every pair; one for a claim without runs. short: of a claim at several places only the first."""
     rows, seen, every = [], set(), claim_rows(runs, scale)
     for claim, a, b, size, ratio, found in every:
+        if short and (size, ratio) != claims.places(claim, scale)[0]:
+            continue
         measured = any(e.seeds for other, *_, e in every if other == claim)
         if not measured and claim in seen:
             continue
@@ -287,14 +289,14 @@ def sentences(runs, scale):
     for kind in ("idea", "idea-kd", "idea-kd-annealed") if 5 in scale.claims and len(scale.ratios) > 1 else ():
         more = 1.0
         for ratio in scale.ratios:
-            if found := equal_loss(runs, kind, scale.middle, ratio, scale):
+            if found := equal_loss(runs, kind, scale.small, ratio, scale):
                 x, more, own, whole = found
                 of_total = f" and of its tokens with its teacher's {factor(*(v / more for v in x))}" if more > 1 else ""
                 also = f", with its teacher's training {whole:.2f}" if more > 1 else ""
-                lines.append(f"- Tokens that `scratch` takes to the loss of `{kind}` at {scale.middle}, {ratio:g} per "
+                lines.append(f"- Tokens that `scratch` takes to the loss of `{kind}` at {scale.small}, {ratio:g} per "
                              f"parameter, as a multiple of its own: {factor(*x)}{of_total}; FLOPs of `{kind}` as a "
                              f"multiple of `scratch` at equal own tokens: {own:.2f}{also}.")
-        signs = {ratio: effect(differences(runs, kind, "scratch", scale.middle, ratio)) for ratio in scale.ratios}
+        signs = {ratio: effect(differences(runs, kind, "scratch", scale.small, ratio)) for ratio in scale.ratios}
         told = ", ".join(f"{'ahead' if e.high < 0 else 'behind' if e.low > 0 else 'neither'} at {ratio:g}"
                          for ratio, e in signs.items() if e.seeds > 1)
         equal = "at equal own tokens" + (f" ({more:.2g} times with its teacher's)" if more > 1 else "")
@@ -340,27 +342,31 @@ def text(runs, scale, figure=None):
     """The README's part, from the records alone. figure: the link to the picture."""
     if not runs:
         return "Not measured yet: `python reproduce.py` runs what is missing, `python reproduce.py report` writes " \
-               "this.\n\n" + claims_table(runs, scale)
+               "this.\n\n" + claims_table(runs, scale, short=True)
     missed = [(f"- *{claim.text}*: `{a}` minus `{b}` at {size}, {ratio:g} tokens per parameter {shown(found)}, "
                f"{verdict}.") for claim, a, b, size, ratio, found in claim_rows(runs, scale)
               for verdict in [found.verdict(claim.margin)] if not claim.by_factor
-              and verdict in ("contradicted", "" if claim.margin else "not at this scale")]
+              and verdict == "contradicted"]
     caption = f"*While training, mean over seeds and their range, at {scale.small}, {scale.ratio:g} per parameter.*"
     blocks = ["\n".join(state(runs, scale)),
               figure and f"![loss, learning rate and size against FLOPs]({figure})\n\n{caption}",
-              claims_table(runs, scale), "\n".join(sentences(runs, scale)), ingredients_table(runs, scale),
-              kinds_table(runs, scale), "What did not work at this scale:\n\n" + "\n".join(missed) if missed else ""]
+              claims_table(runs, scale, short=True), "\n".join(sentences(runs, scale)), ingredients_table(runs, scale),
+              "What did not work at this scale, at any size and length:\n\n" + "\n".join(missed) if missed else ""]
     return "\n\n".join(block for block in blocks if block)
 
 
+def details(runs, scale):
+    """What the README has no room for: every claim at every place, every kind, the spread of the differences."""
+    return "\n\n".join(filter(None, (claims_table(runs, scale), kinds_table(runs, scale), power(runs, scale))))
+
+
 def power(runs, scale):
-    """The spread of the paired differences that are there, and the seeds that small effects need, as Markdown."""
+    """The spread of the paired differences that are there, and the seeds that small effects need, as Markdown; nothing
+    where no pair has two seeds."""
     rows = [(claim.number, f"`{a}` minus `{b}`", f"{size}, {ratio:g}", found.seeds, f"{found.sd:.4f}",
              f"{least_seen(found.sd, found.seeds):.4f}", *(seeds_for(found.sd, d) for d in (.01, .005)))
             for claim, a, b, size, ratio, found in claim_rows(runs, scale) if found.seeds > 1]
-    if not rows:
-        raise UserError("no pair has two seeds yet; python reproduce.py --claims 1 --seeds 3 makes some")
-    return "Nats per token; two-sided 5 %, power 80 %, Student's t.\n\n" + report.markdown(
+    return rows and "Nats per token; two-sided 5 %, power 80 %, Student's t.\n\n" + report.markdown(
         ("claim", "pair", "size, tokens per parameter", "seeds", "sd of differences", "smallest effect seen",
          "seeds for 0.01", "seeds for 0.005"), rows)
 

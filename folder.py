@@ -42,7 +42,7 @@ class State:
     teacher_file: dict | None = None         # {"file", "sha256" of its weights}; stays when the teacher is dropped
     dropped: bool = False                    # the teacher, for good
     judged: dict = field(default_factory=lambda: {"student": None, "teacher": None, "steps": 0})   # smoothed losses
-    window: dict = field(default_factory=dict)                      # sums since the last "step" record (train.loop)
+    window: dict = field(default_factory=dict)                      # sums since the last "step" record (Run.tally)
     flops: list = field(default_factory=lambda: [0.0, 0.0])         # executed, credited
     seconds: dict = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
 
@@ -147,8 +147,8 @@ def fingerprint(model):
     return digest.hexdigest()
 
 
-CODE = ("allocate", "checkpoint", "data", "distill", "eval", "folder", "model", "prune", "schedule", "score",
-        "tokenizer", "train", "two_four")        # what decides a run's numbers
+CODE = ("allocate", "checkpoint", "data", "distill", "eval", "flags", "folder", "model", "prune", "schedule", "score",
+        "steps", "tokenizer", "train", "two_four")        # what decides a run's numbers
 
 
 def code(sources=None):

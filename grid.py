@@ -20,9 +20,9 @@ import checkpoint
 import data
 import sweep
 from common import UserError, write_atomic
+from flags import INIT_LR
 from model import PRESETS
 from tokenizer import open_tokenizer
-from train import INIT_LR
 
 
 @dataclass(frozen=True)

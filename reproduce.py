@@ -26,7 +26,7 @@ import folder
 import report
 import sweep
 import train
-from claims import CLAIMS, SCALES
+from claims import SCALES
 from common import UserError, parse, read_records, run, write_atomic
 from eval import evaluate
 
@@ -195,11 +195,11 @@ def forget_another_code(c, everything, scale):
 
 
 def run_all(c):
-    """Make what is missing, claim by claim."""
+    """Make what is missing, claim by claim and place by place."""
     c, scale = resolve(c)
     until = None if c.minutes is None else time.time() + 60 * c.minutes
-    wanted = {n: claims.runs_of(CLAIMS[n], scale, scale.seeds) for n in scale.claims}
-    everything = claims.everything([run for runs in wanted.values() for run in runs], scale)
+    wanted = claims.in_order(scale, scale.seeds)
+    everything = claims.everything([run for _, runs in wanted for run in runs], scale)
     fingerprint = claims.corpus_of(everything, scale)
     if c.again:
         forget_another_code(c, everything, scale)
@@ -210,7 +210,7 @@ def run_all(c):
     missing = {run.name: claims.expected(run, scale)[1]["flops_executed"] for run in everything if run.name not in runs}
     clock = Clock(c, missing, runs)
     print(f"{len(missing)} of {len(everything)} runs are missing: {clock}")
-    for number, compared in wanted.items():
+    for number, compared in wanted:
         while todo := ready(c, scale, compared, runs):
             print(f"claim {number}: {len(todo)} runs", flush=True)
             done = sweep.side_by_side(job, todo, c.jobs, until, clock.told)
@@ -242,10 +242,13 @@ def replaced(page, text):
 
 
 def main_report(c):
-    """Print it; of preset cpu, with all of its tokens, write it into the README here, between its markers."""
+    """Print it, write the details beside the records; of preset cpu, with all of its tokens, write it into the README
+    here, between its markers."""
     c, scale = resolve(c)
     runs = evidence.read(c.results)
     text, page = print_report(c, scale, runs), Path("README.md")
+    if runs:
+        write_atomic(f"{c.results}/report.md", lambda file: file.write(f"{evidence.details(runs, scale)}\n".encode()))
     here = folder.code()
     old = sum(r["config"][0].get("code") != here for r in runs.values())
     if old:
@@ -261,7 +264,10 @@ def main_report(c):
 
 def main_power(c):
     c, scale = resolve(c)
-    print(evidence.power(evidence.read(c.results), scale))
+    found = evidence.power(evidence.read(c.results), scale)
+    if not found:
+        raise UserError("no pair has two seeds yet; python reproduce.py --claims 1 --seeds 3 makes some")
+    print(found)
 
 
 COMMANDS = {"run": run_all, "report": main_report, "power": main_power}

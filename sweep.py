@@ -41,7 +41,7 @@ def locked(folder):
 
 
 def one(folder, settings, device="cpu", cut=None):
-    """Run one plan to its end, quietly -> train.Run; before it, with the settings `cut` of prune.py, make the model it
+    """Run one plan to its end, quietly -> steps.Run; before it, with the settings `cut` of prune.py, make the model it
     begins with. A model there of another cut, and what began with that, is deleted."""
     import checkpoint
     import prune

@@ -29,6 +29,7 @@ import timing
 import train
 from common import UserError, parse, read_records
 from model import GPT, GPTConfig
+from steps import make_optimizer
 
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
 UNEVEN = GPTConfig(256, 64, 96, 16, (6, 4, 0), (2, 4, 0), (128, 200, 60))
@@ -257,7 +258,7 @@ def test_the_plain_loop_trains_the_same_model(monkeypatch):
     model, before = copy.deepcopy(r.state.model), r.state.step
     starts = iter([torch.tensor([5, 70]), torch.tensor([9, 64 * 64])])
     monkeypatch.setattr(bench_train.torch, "randint", lambda high, size: next(starts))
-    plain = train.make_optimizer(model, r.config)
+    plain = make_optimizer(model, r.config)
     for at in ((5, 70), (9, 64 * 64)):
         x = torch.stack([torch.tensor(r.corpus.train[i:i + 65].astype("int64")) for i in at])
         F.cross_entropy(model.inner(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten()).backward()

@@ -33,7 +33,7 @@ every_kind = pytest.mark.parametrize("kind", ["ffn", "kv"])
 
 
 def new(config, dtype=torch.float64, seed=0, device="cpu"):
-    """A model and its AdamW, built as train.make_optimizer does. Weights far from 0 and gains far from 1."""
+    """A model and its AdamW, built as steps.make_optimizer does. Weights far from 0 and gains far from 1."""
     torch.manual_seed(seed)
     model = GPT(config).to(device, dtype)
     with torch.no_grad():

@@ -24,8 +24,10 @@ import train
 from claims import CLAIMS, KINDS, SCALES, Run
 from common import UserError, read_records
 from eval import evaluate
+from flags import refuse_idle_flags
 from prune import Prune, check
 from reproduce import Reproduce
+from steps import Run as TrainRun
 
 ROOT = Path(__file__).parent.parent
 SHRUNK = dict(small="toy", middle="toy", ratio=1., long=2., ratios=(1., 2.), tuning=1., rates=(5e-3, 1e-2), seeds=2,
@@ -99,7 +101,7 @@ def test_every_run_is_one_that_train_takes_and_a_claim_has_one_batch(preset, mon
     for run in (r for r in runs if r.seed in (0, claims.TUNING_SEED)):
         settings, cut = claims.settings(run, scale, records)
         c, _, _, timeline = claims.timeline(settings, run.size if cut else None)
-        train.refuse_idle_flags(dataclasses.replace(c, preset=train.Train.preset, init=settings.get("init"),
+        refuse_idle_flags(dataclasses.replace(c, preset=train.Train.preset, init=settings.get("init"),
                                                     teacher=settings.get("teacher")))
         assert c.batch_tokens == scale.batch_tokens
         assert timeline.steps >= (6 if run.kind.startswith("large-cut") else 170 if cut else 300), run.name
@@ -111,7 +113,7 @@ def test_every_run_is_one_that_train_takes_and_a_claim_has_one_batch(preset, mon
 def test_what_the_scales_promise():
     """Three ratios a factor of 4 apart, several seeds; no text is read more than 4 times, a longer one is refused."""
     cpu = SCALES["cpu"]
-    assert cpu.ratios == (25, 100, 400) and cpu.seeds == 5
+    assert cpu.ratios == (100, 400, 1600) and cpu.seeds == 5
     wanted = claims.everything(claims.runs_of(CLAIMS[5], cpu, 1), cpu)
     assert re.fullmatch("[0-9a-f]{16}", claims.corpus_of(wanted, cpu))
     longer = dataclasses.replace(cpu, ratios=(2000,))
@@ -305,28 +307,28 @@ def test_the_report_says_which_kinds_inherit_a_rate(tmp_path):
 
 def test_equal_loss_and_the_headline_return_what_was_planted(tmp_path):
     """A curve of scratch that falls by .1 for every factor of 4 in tokens; idea at D is worth a factor of 2."""
-    scale, size = SCALES["cpu"], "4x32"
+    scale, size = SCALES["cpu"], "4x16"
     loss = lambda tokens: 2 - .1 * math.log(tokens / 1000, 4)
-    tokens = {25: 1000, 100: 4000, 400: 16000}
+    tokens = {100: 1000, 400: 4000, 1600: 16000}
     plant(tmp_path, {("scratch", size, r): (t, 6. * t, spread(loss(t))) for r, t in tokens.items()}
-          | {("scratch-kd-flops", size, 400): (32000, 192000., spread(loss(32000)))}
+          | {("scratch-kd-flops", size, 1600): (32000, 192000., spread(loss(32000)))}
           | {("idea", size, r): (t, 9. * t, spread(loss(2 * t))) for r, t in tokens.items()})
     runs = evidence.read(tmp_path)
     for ratio in tokens:
         (x, low, high), more, own, whole = evidence.equal_loss(runs, "idea", size, ratio, scale)
         assert (x, low, high) == pytest.approx((2, 2, 2), abs=.05) and own == whole == pytest.approx(1.5) and more == 1
-    assert evidence.equal_loss(runs, "idea-kd", size, 100, scale) is None
+    assert evidence.equal_loss(runs, "idea-kd", size, 400, scale) is None
     plant(tmp_path, {("annealed", size, r): (t / 2, 5. * t, spread(1.)) for r, t in tokens.items()}
-          | {("idea-kd-annealed", size, r): (t, 9. * t, spread(loss(3 * t))) for r, t in tokens.items() if r < 400})
+          | {("idea-kd-annealed", size, r): (t, 9. * t, spread(loss(3 * t))) for r, t in tokens.items() if r < 1600})
     lines = "\n".join(evidence.sentences(evidence.read(tmp_path), scale))
-    assert re.search(r"`idea-kd-annealed` at 4x32, 100 per parameter, as a multiple of its own: (3\.0|2\.9).* and of "
+    assert re.search(r"`idea-kd-annealed` at 4x16, 400 per parameter, as a multiple of its own: (3\.0|2\.9).* and of "
                      r"its tokens with its teacher's (2\.0|1\.9).* at equal own tokens: 1.50, with its teacher's "
                      r"training 2.33", lines)
     assert "`idea-kd-annealed` against `scratch` at equal own tokens (1.5 times with its teacher's): ahead at" in lines
     assert "`idea` against `scratch` at equal own tokens: ahead at" in lines
-    plant(tmp_path, {("idea", size, 25): (1000, 1., spread(2.1)), ("idea", size, 400): (16000, 1., spread(1.))})
+    plant(tmp_path, {("idea", size, 100): (1000, 1., spread(2.1)), ("idea", size, 1600): (16000, 1., spread(1.))})
     runs = evidence.read(tmp_path)
-    assert [evidence.factor(*evidence.equal_loss(runs, "idea", size, r, scale)[0]) for r in (25, 400)] == [
+    assert [evidence.factor(*evidence.equal_loss(runs, "idea", size, r, scale)[0]) for r in (100, 1600)] == [
         "below what was run", "beyond what was run"]
     at = scale.small, scale.long
     plant(tmp_path, {("scratch", *at): (6400, 6400., spread(1.7)), ("large", *at): (6400, 20000., spread(1.5))} | {
@@ -514,13 +516,13 @@ def test_a_grid_is_made_once_in_order_with_all_that_it_needs(tmp_path, fast, shr
 
 def test_a_teacher_is_the_captured_one_and_a_try_that_diverges_is_kept(tmp_path, fast, shrunk, monkeypatch):
     """Claim 4's "same teacher"; a rate with which losses stop being finite stops no other run, unless it is used."""
-    real, bad = train.Run.backward, {5e-3}
+    real, bad = TrainRun.backward, {5e-3}
 
     def backward(r, teacher):
         means, norm = real(r, teacher)
         return [math.nan] * 4 if r.config.lr in bad and r.state.step == 7 else means, norm
 
-    monkeypatch.setattr(train.Run, "backward", backward)
+    monkeypatch.setattr(TrainRun, "backward", backward)
     monkeypatch.setattr(reproduce.sweep, "side_by_side", here)
     monkeypatch.setitem(CLAIMS, 4, dataclasses.replace(CLAIMS[4], pairs=(("idea-kd", "captured"),)))
     shrunk(seeds=1)

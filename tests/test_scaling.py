@@ -8,11 +8,11 @@ import pytest
 
 import checkpoint
 import curves
+import flags
 import grid as grid_
 import laws
 import scaling
 import sweep
-import train
 from common import UserError, read_records
 from grid import Grid
 from model import preset
@@ -88,7 +88,7 @@ def test_the_grid_is_as_large_as_it_says():
                      "2-4"]
     assert sum(name.endswith("8x64-1") for name, *_ in recoveries) == 4                  # controls and width: two seeds
     for _, settings, cut in wholes + after:
-        train.resolve(train.Train(**settings), on_gpu=False)
+        flags.resolve(flags.Train(**settings), on_gpu=False)
         cut and Prune(**cut)
 
 

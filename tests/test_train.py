@@ -23,6 +23,7 @@ import huggingface
 import model as models
 import report
 import schedule
+import steps
 import train
 from common import UserError, read_records
 from tokenizer import open_tokenizer
@@ -109,7 +110,7 @@ def test_killed_at_the_awkward_steps_is_never_killed(tmp_path, monkeypatch, plan
         train_toy(tmp_path / "teacher", plan="scratch", steps=1)
         settings = dict(settings, teacher=str(tmp_path / "teacher"))
     train_toy(tmp_path / "whole", plan=plan, save_every=1, **settings)
-    update = train.Run.account
+    update = steps.Run.account
 
     def kill(run, *args):
         if run.state.step == step:
@@ -117,7 +118,7 @@ def test_killed_at_the_awkward_steps_is_never_killed(tmp_path, monkeypatch, plan
         update(run, *args)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train.Run, "account", kill)
+        patch.setattr(steps.Run, "account", kill)
         train_toy(tmp_path / "run", plan=plan, save_every=1, **settings)
     train_toy(tmp_path / "run", plan=plan, save_every=1, **settings)
     assert same(result(tmp_path / "run"), result(tmp_path / "whole"))
@@ -166,7 +167,8 @@ def test_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-EVERY_STEP = "import common, train\ntrain.LOG_EVERY = 1\ncommon.run(lambda: train.main(common.parse(train.Train)))\n"
+EVERY_STEP = ("import common, steps, train\nsteps.LOG_EVERY = 1\n"
+              "common.run(lambda: train.main(common.parse(train.Train)))\n")
 
 
 @pytest.mark.parametrize("plan, dtype, tolerance", [("idea", "float64", 1e-9), ("idea-kd", "float32", 1e-3),
@@ -177,7 +179,7 @@ def test_two_processes_are_one_through_cuts_and_slice(tmp_path, monkeypatch, pla
     process = start(*TORCHRUN, tmp_path / "every_step.py", plan=plan, dtype=dtype, out=tmp_path / "two")
     _, errors = process.communicate()
     assert process.returncode == 0, errors
-    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    monkeypatch.setattr(steps, "LOG_EVERY", 1)
     train_toy(tmp_path / "one", plan=plan, dtype=dtype)
     (one, state_one, records_one), (two, state_two, records_two) = result(tmp_path / "one"), result(tmp_path / "two")
     assert state_one["run"] == state_two["run"] and len(records_one) == len(records_two) > 60
@@ -243,14 +245,14 @@ def test_a_teacher_in_bfloat16_says_what_autocast_says(monkeypatch):
         teacher = copy.deepcopy(given)
         r = SimpleNamespace(device="cuda:0", config=train.Train(dtype="bfloat16", compile=False),
                             state=SimpleNamespace(teacher=teacher))
-        train.Run.wrap_teacher(r)
+        steps.Run.wrap_teacher(r)
         assert teacher.embed.weight.dtype == teacher.norm.weight.dtype == torch.float32
         assert teacher.blocks[0].attn.q.weight.dtype == torch.bfloat16
         x = torch.randint(300, (2, 64))
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(teacher(x), given(x))
         r.device, r.state.teacher = "cpu", copy.deepcopy(given)
-        train.Run.wrap_teacher(r)
+        steps.Run.wrap_teacher(r)
         assert {p.dtype for p in r.state.teacher.parameters()} == {torch.float32}
 
 
@@ -264,7 +266,7 @@ def test_every_plan_ends_at_the_target(tmp_path, plan):
 
 
 def test_journey_prunes_between_a_quarter_and_three_quarters_of_the_credited_flops(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    monkeypatch.setattr(steps, "LOG_EVERY", 1)
     r = train_toy(tmp_path / "run", plan="journey", steps=200, cuts=10, batch_tokens=64)
     records = report.records(tmp_path / "run")
     total = records["summary"][0]["flops_credited"]
@@ -284,13 +286,13 @@ def test_executed_flops_exceed_credited_ones_by_dead_units_teacher_and_scoring(t
     assert taught[0] - early[0] == pytest.approx(30 * r.start.flops_per_token(64, backward=False) * 256)
     scored = sum(schedule.score_at(step, r.timeline, 5, 10) for step in range(60))
     sizes = [schedule.size_at(step, r.timeline) for step in range(60)]
-    live_at = [r.start.resized(train.allocate.towards(r.start, r.target, size, r.start.widths())) for size in sizes]
+    live_at = [r.start.resized(steps.allocate.towards(r.start, r.target, size, r.start.widths())) for size in sizes]
     assert early[1] == pytest.approx(sum(256 * config.flops_per_token(64) for config in live_at))
     assert early[0] == pytest.approx(41 * full + 19 * live + 3 * scored * r.start.removable_params())
 
 
 def test_teacher_is_dropped_when_overtaken_and_both_losses_are_recorded(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    monkeypatch.setattr(steps, "LOG_EVERY", 1)
     train_toy(tmp_path / "run", plan="idea-kd", steps=200, prune_share=.1)
     records = report.records(tmp_path / "run")
     captured, dropped = records["teacher"]
@@ -396,8 +398,8 @@ def test_adapt_meets_the_budget_at_every_cut_with_uneven_layers(tmp_path):
 
 
 def test_adapt_measures_other_windows_at_every_cut_and_for_every_seed(tmp_path, monkeypatch):
-    seen, batches = [], train.score.batches
-    monkeypatch.setattr(train.score, "batches", lambda *args: seen.append(batches(*args)) or seen[-1])
+    seen, batches = [], steps.score.batches
+    monkeypatch.setattr(steps.score, "batches", lambda *args: seen.append(batches(*args)) or seen[-1])
     for seed in (0, 1):
         train_toy(tmp_path / str(seed), plan="adapt", seed=seed, stage="prune")
     at_cuts = [torch.cat([x for x, _ in found]) for found in seen[1:5] + seen[6:]]          # [0] and [5]: the check
@@ -438,7 +440,7 @@ def test_adapt_refuses_a_calibration_text_that_is_too_short(tmp_path):
 @pytest.mark.parametrize("name", ["activation", "flap", "random"])
 def test_a_named_score_is_measured_at_every_cut_and_cuts_what_it_says(tmp_path, monkeypatch, name):
     """Computed again here from the model as it was; of units that are dead already none comes back. Its FLOPs."""
-    before, zero_ = [], train.prune.zero_
+    before, zero_ = [], steps.prune.zero_
 
     def spy(model, optimizer, keep):
         before.append((copy.deepcopy(model), r.state.step, {key: i.clone() for key, i in r.state.keep.items()}, keep))
@@ -446,16 +448,16 @@ def test_a_named_score_is_measured_at_every_cut_and_cuts_what_it_says(tmp_path, 
 
     settings = dict(score=name, score_window=100, slice_at=45, **(dict(calibration_windows=4) if name != "random"
                                                                   else {}))
-    r = train.Run(train.Train(**toy(**settings), out=str(tmp_path / "run")))
+    r = steps.Run(train.Train(**toy(**settings), out=str(tmp_path / "run")))
     with monkeypatch.context() as patch:
         patch.setattr(train, "Run", lambda _: r)
-        patch.setattr(train.prune, "zero_", spy)
+        patch.setattr(steps.prune, "zero_", spy)
         train.main(r.config, quiet=True)
-    function, needs = train.score.SCORES[name]
+    function, needs = steps.score.SCORES[name]
     assert len(before) == 4
     for model, step, was, keep in before:
-        batches = train.score.batches(r.corpus.train, 64, 4, 1, (0, step))
-        stats = train.score.collect(model, batches, needs)
+        batches = steps.score.batches(r.corpus.train, 64, 4, 1, (0, step))
+        stats = steps.score.collect(model, batches, needs)
         stats.seed = step
         for key, worth in function(model, stats).items():
             worth = [worth[i].item() if i in was[key] else -math.inf for i in range(len(worth))]

@@ -15,6 +15,7 @@ import train
 import two_four
 from common import UserError
 from model import GPT, GPTConfig, preset
+from steps import Run
 
 ROOT = Path(__file__).parent.parent
 CONFIG = GPTConfig(vocab_size=13, block_size=8, d_model=12, head_dim=4, n_head=(2, 0, 3), n_kv_head=(1, 0, 3),
@@ -228,7 +229,7 @@ def test_a_2_4_model_trains_on_as_2_4_killed_or_not_and_so_does_a_run_from_that_
     first, last = (checkpoint.load(path)[0] for path in (given[1], tmp_path / "whole"))
     assert all((last.get_parameter(name) != first.get_parameter(name))[mask].float().mean() > .99
                for name, mask in given[2].items())
-    account = train.Run.account
+    account = Run.account
 
     def kill(run, *args):
         if run.state.step == 10:
@@ -236,7 +237,7 @@ def test_a_2_4_model_trains_on_as_2_4_killed_or_not_and_so_does_a_run_from_that_
         account(run, *args)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train.Run, "account", kill)
+        patch.setattr(Run, "account", kill)
         train_toy(tmp_path / "run", **init)
     train_toy(tmp_path / "run", **init)
     assert same(state_of(tmp_path / "run"), state_of(tmp_path / "whole"))
