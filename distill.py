@@ -22,27 +22,34 @@ def chunk_tokens(weight):
     return tokens if weight.is_cpu or tokens < 64 else tokens // 64 * 64
 
 
-def kl(student_logits, teacher_logits, temperature=1.0, needs_grad=True):
-    """Forward KL(teacher ‖ student) per token, times temperature² (Hinton et al., arXiv 1503.02531, so that the
-    gradient's scale does not depend on it), and its gradient in the student's logits, None unless needed. Both (N, V)
-    -> (N,), (N, V); nats per token."""
-    log_p = (student_logits / temperature).log_softmax(-1)
-    log_q = (teacher_logits / temperature).log_softmax(-1)
-    q = log_q.exp()
-    divergence = (q * (log_q - log_p)).sum(-1) * temperature**2
-    return divergence, (log_p.exp() - q) * temperature if needs_grad else None
+def soften(log_p, temperature):
+    """Log-probabilities at a temperature, from those at 1: the same array there."""
+    return log_p if temperature == 1 else (log_p / temperature).log_softmax(-1)
 
 
-def cross_entropy(logits, targets, needs_grad=True):
-    """-log p(target) per token and its gradient in the logits, None unless needed. (N, V), (N,) -> (N,), (N, V); nats
-    per token."""
+def token_losses(logits, targets, teacher_logits=None, kd_weight=0.5, temperature=1.0, needs_grad=True):
+    """(N, V), (N,), (N, V) or None -> cross-entropy, KL(teacher ‖ student) times temperature² (Hinton et al., arXiv
+    1503.02531, so that the gradient's scale does not depend on it), the teacher's cross-entropy, each (N,) in nats per
+    token; and the gradient (N, V) of (1 - kd_weight) · cross-entropy + kd_weight · KL in the logits, None unless
+    needed. Both gradients are the student's softmax minus a target, formed in place where the log-softmax was."""
+    y, w = targets[:, None], 0.0 if teacher_logits is None else kd_weight
     log_p = logits.log_softmax(-1)
-    ce = -log_p.gather(1, targets[:, None]).squeeze(1)
+    ce = -log_p.gather(1, y).squeeze(1)
+    divergence = teacher_ce = torch.zeros_like(ce)
+    if teacher_logits is not None:
+        log_q = teacher_logits.log_softmax(-1)
+        teacher_ce = -log_q.gather(1, y).squeeze(1)
+        soft_p, soft_q = soften(log_p, temperature), soften(log_q, temperature)
+        q = soft_q.exp()
+        divergence = soft_q.sub_(soft_p).mul_(q).sum(-1) * temperature**2
     if not needs_grad:
-        return ce, None
-    gradient = log_p.exp()
-    gradient.scatter_add_(1, targets[:, None], -torch.ones_like(gradient[:, :1]))
-    return ce, gradient
+        return ce, divergence, teacher_ce, None
+    gradient = log_p.exp_()
+    if teacher_logits is not None and temperature == 1:
+        gradient.sub_(q, alpha=w)
+    elif teacher_logits is not None:
+        gradient.mul_(1 - w).add_(soft_p.exp_().sub_(q), alpha=w * temperature)
+    return ce, divergence, teacher_ce, gradient.scatter_add_(1, y, torch.full_like(gradient[:, :1], w - 1))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -51,25 +58,20 @@ class _ChunkedLoss(torch.autograd.Function):
         N, chunk, autocast = h.size(0), chunk_tokens(w), torch.is_autocast_enabled(h.device.type)
         wide = torch.promote_types(h.dtype, torch.float32)                      # float32, or float64 for tests
         dh, dw = torch.empty_like(h) if needs_grad else None, torch.zeros_like(w) if needs_dw else None
-        ce_sum, kl_sum, teacher_sum = h.new_zeros(3, dtype=wide).unbind()
+        sums = h.new_zeros(3, dtype=wide)
         for a in range(0, N, chunk):
-            x, y = h[a:a + chunk], targets[a:a + chunk]
-            logits = (x @ w.T).to(wide)                                         # (chunk, V)
-            ce, g = cross_entropy(logits, y, needs_grad)
-            ce_sum = ce_sum + ce.sum()
+            x, taught = h[a:a + chunk], None
             if teacher_h is not None:
-                teacher_logits = (teacher_h[a:a + chunk] @ teacher_w.T).to(wide)
-                divergence, kd_g = kl(logits, teacher_logits, temperature, needs_grad)
-                kl_sum = kl_sum + divergence.sum()
-                teacher_ce = teacher_logits.logsumexp(-1) - teacher_logits.gather(1, y[:, None]).squeeze(1)
-                teacher_sum = teacher_sum + teacher_ce.sum()
-                g = (1 - kd_weight) * g + kd_weight * kd_g if needs_grad else None
+                taught = (teacher_h[a:a + chunk] @ teacher_w.T).to(wide)        # (chunk, V)
+            *found, g = token_losses((x @ w.T).to(wide), targets[a:a + chunk], taught, kd_weight, temperature,
+                                     needs_grad)
+            sums += torch.stack([values.sum() for values in found])
             if needs_grad:
-                g = (g / N).to(h.dtype)
-                dh[a:a + chunk] = g @ w
+                g = g.to(h.dtype)
+                dh[a:a + chunk] = (g @ w) / N
                 if needs_dw:                                                    # addmm_ makes no (V, C) in between,
-                    dw.add_(g.T @ x) if autocast else dw.addmm_(g.T, x)         # and is not cast
-        stats = torch.stack((ce_sum, kl_sum, teacher_sum)) / N
+                    dw.add_(g.T @ x, alpha=1 / N) if autocast else dw.addmm_(g.T, x, alpha=1 / N)    # and is not cast
+        stats = sums / N
         loss = stats[0] if teacher_h is None else (1 - kd_weight) * stats[0] + kd_weight * stats[1]
         ctx.mark_non_differentiable(stats)
         if needs_grad:

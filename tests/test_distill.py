@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.distributions import Categorical, kl_divergence
 
 import distill
-from distill import chunked_loss, cross_entropy, freeze, kl, overtaken, smooth
+from distill import chunked_loss, freeze, overtaken, smooth, token_losses
 
 B, T, C, V = 3, 7, 5, 13                                 # 21 tokens
 
@@ -38,6 +38,13 @@ def plain(hidden, weight, targets, teacher_hidden=None, teacher_weight=None, kd_
     return (1 - kd_weight) * ce + kd_weight * divergence, torch.stack((ce, divergence, F.cross_entropy(t, y)))
 
 
+def kl(student, teacher, temperature=1.0):
+    """Per token, and its gradient in the student's logits."""
+    _, divergence, _, gradient = token_losses(student, torch.zeros(len(student), dtype=torch.int64), teacher, 1.0,
+                                              temperature)
+    return divergence, gradient
+
+
 def near(found, expected, relative=1e-10):
     """Relative to the largest entry, and the shapes are the same."""
     assert found.shape == expected.shape
@@ -59,7 +66,8 @@ def test_kl_is_that_of_torch_distributions_and_so_is_its_gradient(temperature):
 def test_cross_entropy_is_that_of_torch_and_so_is_its_gradient():
     s, y = draw(6, V).requires_grad_(), torch.tensor([0, 12, 3, 3, 7, 1])
     expected = F.cross_entropy(s, y, reduction="none")
-    value, gradient = cross_entropy(s.detach(), y)
+    value, *none, gradient = token_losses(s.detach(), y)
+    assert not torch.stack(none).any()
     near(value, expected.detach())
     near(gradient, torch.autograd.grad(expected.sum(), s)[0])
 
