@@ -56,7 +56,7 @@ def rope_factors(config):
     frequency."""
     plain, scaled = (torch.atan2(*reversed(rotary(c, 1, 1, torch.device("cpu"), torch.float64)))
                      for c in (dataclasses.replace(config, rope_scaling=()), config))
-    return (plain / scaled)[0]
+    return (plain / scaled)[0, :config.head_dim // 2]
 
 
 @torch.no_grad()

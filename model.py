@@ -128,9 +128,9 @@ def by_unit(tensor, dim, units):
 
 
 def rotary(config, start, T, device, dtype):
-    """cos, sin (T, D/2) of positions start … start+T-1 (RoFormer, arXiv 2104.09864), formed in float64 and rounded
-    once; Llama 3's frequency scaling where config.rope_scaling is set (as in Meta's release, smooth between the two
-    factors)."""
+    """cos, sin (T, D) of positions start … start+T-1 (RoFormer, arXiv 2104.09864), each angle twice, for both halves of
+    a head, and sin negative in the first; formed in float64 and rounded once; Llama 3's frequency scaling where
+    config.rope_scaling is set (as in Meta's release, smooth between the two factors)."""
     D = config.head_dim
     wide = torch.float32 if device.type == "mps" else torch.float64       # Apple's GPUs have no float64
     freq = config.rope_theta ** (-torch.arange(0, D, 2, device=device, dtype=wide) / D)
@@ -140,13 +140,14 @@ def rotary(config, start, T, device, dtype):
         smooth = ((turns - low) / (high - low)).clamp(0, 1)          # 0: slow, divide by factor; 1: fast, leave
         freq = freq * (smooth + (1 - smooth) / factor)
     angle = torch.outer(torch.arange(start, start + T, device=device, dtype=wide), freq)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (i, i + D/2) of every head by its position's angle. x (B, H, T, D), cos and sin (T, D/2)."""
-    a, b = x.chunk(2, dim=-1)                                            # x.roll would do on one core what takes 1.4
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)      # times a training step's time
+    """Turn the pairs (i, i + D/2) of every head by its position's angle. x (B, H, T, D), cos and sin (T, D)."""
+    a, b = x.chunk(2, -1)
+    return (x * cos + torch.cat((b, a), -1) * sin).to(x.dtype)           # x.roll is as fast, but not where compiled
 
 
 class RMSNorm(nn.Module):
@@ -254,7 +255,7 @@ class GPT(nn.Module):
         x = self.embed(idx)
         cos, sin = rotary(self.config, start, idx.size(1), idx.device, x.dtype)
         if positions is not None:
-            cos, sin = cos[positions][:, None], sin[positions][:, None]             # (B, 1, T, D/2)
+            cos, sin = cos[positions][:, None], sin[positions][:, None]             # (B, 1, T, D)
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, None if cache is None else cache[layer], mask)
         return self.norm(x)
