@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import bench_train
 import compare
 import curves
 import eval as evaluation
@@ -48,6 +49,9 @@ def shrunk(command, runs):
         words += ["--samples", "2"]
     if words[1:3] == ["scaling.py", "run"]:
         words += ["--preset", "toy", "--minutes", ".05", "--out", str(runs / "grid"), "--runs", str(runs / "of-grid")]
+    if words[1] == "bench.py" and words[2] != "report":
+        words = [*words[:3], *shlex.split("--presets toy --vocab 300 --rounds 1 --steps 2 --micro-batch 2 --device cpu")]
+        words += ["--out", str(runs / "bench")]
     if words[1] == "reproduce.py":
         words += shlex.split("--tokens .14 --jobs 1")
         words += ["--runs", str(runs / "again"), "--results", str(runs / "again" / "records")]
@@ -119,6 +123,37 @@ def test_scaling_tables_are_the_report_s_and_the_report_is_the_records():
     points = laws.Points.of(recoveries["width"])
     nats = laws.judge(laws.fit("p2", points, starts=4), points)["nats"]
     assert nats == pytest.approx(float(re.search(r"\| width \| p2 \| ([\d.]+)", told)[1]), rel=.05)
+
+
+def test_speed_figures_are_those_of_the_committed_records():
+    section = README.partition("## How fast")[2].partition("\n## ")[0]
+    rows = [(r["suite"], row) for r in read_records(ROOT / "results" / "bench" / "records.jsonl") for row in r["rows"]]
+
+    def told(suite, key, digits=2, **where):
+        found = [row[key] for of, row in rows if of == suite and key in row
+                 and all(row.get(k) == v for k, v in where.items())]
+        assert found, (suite, key, where)
+        return [f"{value:.{digits}f}" for value in found]
+
+    for V, compiled in ((256, False), (256, True), (50257, False)):
+        peers = [told("train", "tokens/s: recover's ÷ this", V=V, compiled=compiled, variant=name)[0]
+                 for name in (bench_train.GPT2, bench_train.PLAIN, bench_train.LLAMA)]
+        assert f"{', '.join(peers)} times" in section
+    for V in (256, 50257):
+        reached = [told("train", "of matmul's FLOP/s, causal", V=V, compiled=False, variant=stage)[0]
+                   for stage in ("enlarge", "prune", "recover")]
+        assert ", ".join(reached) in section
+    over = [told("train", "time over the roofline", V=V, compiled=False, variant="recover, KD")[0]
+            for V in (256, 50257)]
+    assert "; ".join(over) in section
+    peak = told("kd", "(peak − teacher) ÷ CE's peak", variant="recover, KD")[0]
+    assert f"| {peak} |" in section
+    assert "; ".join(told("cuts", "prune stage ÷ none (a cut per 15 steps, a score per 5)", 3)) in section
+    late = told("cuts", "÷ at the last cut")
+    assert f"{', '.join(late[1:3])}; {', '.join(late[4:])}" in section
+    assert ", ".join(told("disk", "share of it")) in section and f"| {told('ddp', 'efficiency')[0]} of" in section
+    ours, theirs = (told("infer", "of the bytes", runtime=name) for name in ("ours", "llama.cpp"))
+    assert f"{', '.join(ours[1:])}; {', '.join(theirs[1:])}" in section
 
 
 def test_ci_runs_the_readme_test_command():
