@@ -50,8 +50,8 @@ def shrunk(command, runs):
     if words[1:3] == ["scaling.py", "run"]:
         words += ["--preset", "toy", "--minutes", ".05", "--out", str(runs / "grid"), "--runs", str(runs / "of-grid")]
     if words[1] == "bench.py" and words[2] != "report":
-        words = [*words[:3], *shlex.split("--presets toy --vocab 300 --rounds 1 --steps 2 --micro-batch 2 --device cpu")]
-        words += ["--out", str(runs / "bench")]
+        words = [*words[:3], "--out", str(runs / "bench")]
+        words += shlex.split("--presets toy --vocab 300 --rounds 1 --steps 2 --micro-batch 2 --device cpu")
     if words[1] == "reproduce.py":
         words += shlex.split("--tokens .14 --jobs 1")
         words += ["--runs", str(runs / "again"), "--results", str(runs / "again" / "records")]
@@ -92,8 +92,13 @@ def test_flags_of_commands_that_need_more_than_a_laptop_exist():
             parse(evaluation.Eval, shlex.split(command.split("eval.py")[1]))
 
 
-def test_table_is_what_the_committed_records_say():
-    assert report.table(sorted((ROOT / "results" / "laptop").glob("*.jsonl"))) in README
+def test_losses_at_the_default_size_are_what_the_committed_records_say():
+    table = report.table(sorted((ROOT / "results" / "laptop").glob("*.jsonl")))
+    said = re.search(r"mean loss .*? FLOPs of `scratch`", README, re.S)[0]
+    losses = re.findall(r"(\d\.\d{4}) ±", table)
+    assert len(losses) == 7 and set(losses) == set(re.findall(r"\d\.\d{4}", said))
+    summary = report.records(ROOT / "results" / "laptop" / "idea-0.jsonl")["summary"][0]
+    assert f"to {summary['val_loss']:.2f} nats per byte" in README
 
 
 def test_claims_are_what_the_committed_records_say():
