@@ -172,7 +172,7 @@ EVERY_STEP = ("import common, steps, train\nsteps.LOG_EVERY = 1\n"
 
 
 @pytest.mark.parametrize("plan, dtype, tolerance", [("idea", "float64", 1e-9), ("idea-kd", "float32", 1e-3),
-                                                    ("adapt", "float64", 1e-9)])
+                                                    ("adapt", "float64", 1e-6)])        # rounding grows by cuts
 def test_two_processes_are_one_through_cuts_and_slice(tmp_path, monkeypatch, plan, dtype, tolerance):
     """The loss of every step, the units that were cut; and in float64 all weights."""
     (tmp_path / "every_step.py").write_text(EVERY_STEP)
