@@ -42,7 +42,7 @@ class Scale:
     eval_windows: int = 64             # of the hold-out, while a run trains; rates are chosen by these
     final_windows: int = 2048          # of the hold-out at its end, which claims compare
     data: str = "stdlib"
-    claims: tuple[int, ...] = (1, 3, 4, 5, 2, 11, 10, 6, 7, 8, 9, 12)             # in this order
+    claims: tuple[int, ...] = (1, 3, 4, 5, 2, 11, 10, 6, 7, 8, 9, 12)             # in this order at each place
     only: tuple[str, ...] = ()         # kinds; none: all that the claims compare
 
 

@@ -1,6 +1,6 @@
 """The runs that a scaling law of recovery is fitted to: trainings, cuts and recoveries, gone on with any time.
 
-    python scaling.py run             # 3 hours on 2 cores; scaling.py is the command
+    python scaling.py run             # 4 hours on 2 cores; scaling.py is the command
     python -c "import grid; print(*[name for wave in grid.jobs(grid.Grid()) for name, *_ in wave])"
 
 Models of several sizes N₀ (parameters of attention and FFNs) are trained on more than 20 tokens per parameter, cut by

@@ -38,7 +38,7 @@ MOST_EVALS = 15                                                      # that are 
 class Reproduce:
     preset: str = "cpu"               # sizes, tokens, seeds (claims.SCALES): cpu, gpu
     quick: bool = False               # instead: toy size, one seed, a few minutes; it proves nothing
-    claims: str | None = None         # 1,3,4 for example, in this order; default: the preset's order of all
+    claims: str | None = None         # 1,3,4 for example, in this order at each place; default: all
     seeds: int | None = None          # 0, 1, ... of every claim; default: the preset's
     minutes: float | None = None      # stop then, and save; the same command goes on
     jobs: int | None = None           # runs side by side; default: one a core, 3 on a GPU

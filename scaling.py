@@ -1,6 +1,6 @@
 """How many tokens a pruned model needs to recover: the P² law (arXiv 2411.10272) and its rivals, fitted, tested, used.
 
-    python scaling.py run                                     # the grid, 3 hours on 2 cores; goes on where killed
+    python scaling.py run                                     # the grid, 4 hours on 2 cores; goes on where killed
     python scaling.py run --minutes 20                        # a piece of it
     python scaling.py fit results/scaling                     # constants, held-out errors and figures, in seconds
     python scaling.py plan --n0 4e5 --rho 0.25 --before 1.14 --target-loss 1.19      # tokens for this loss

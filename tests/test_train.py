@@ -172,9 +172,10 @@ EVERY_STEP = ("import common, steps, train\nsteps.LOG_EVERY = 1\n"
 
 
 @pytest.mark.parametrize("plan, dtype, tolerance", [("idea", "float64", 1e-9), ("idea-kd", "float32", 1e-3),
-                                                    ("adapt", "float64", 1e-6)])        # rounding grows by cuts
+                                                    ("adapt", "float64", 1e-6)])
 def test_two_processes_are_one_through_cuts_and_slice(tmp_path, monkeypatch, plan, dtype, tolerance):
-    """The loss of every step, the units that were cut; and in float64 all weights."""
+    """The loss of every step, the units that were cut; and in float64 all weights. Rounding grows from step to step, in
+    plan adapt and torch 2.6 from 1e-12 at the first cut, step 30, to 1e-8 at the last step."""
     (tmp_path / "every_step.py").write_text(EVERY_STEP)
     process = start(*TORCHRUN, tmp_path / "every_step.py", plan=plan, dtype=dtype, out=tmp_path / "two")
     _, errors = process.communicate()
@@ -186,7 +187,8 @@ def test_two_processes_are_one_through_cuts_and_slice(tmp_path, monkeypatch, pla
     for a, b in zip(records_one, records_two):
         assert a["tag"] == b["tag"] and a.get("d_ff") == b.get("d_ff") and a.get("n_kv_head") == b.get("n_kv_head")
         for key in ("loss", "kl", "val_loss", "grad_norm"):
-            assert (a.get(key) or 0) == pytest.approx(b.get(key) or 0, rel=tolerance, abs=tolerance)
+            near = 1e-9 if dtype == "float64" and a["step"] <= 33 else tolerance
+            assert (a.get(key) or 0) == pytest.approx(b.get(key) or 0, rel=near, abs=near)
     for name in one:                       # another unit kept would be another row: as far off as weights are large
         assert (one[name] - two[name]).abs().max() < (1e-6 if dtype == "float64" else 0.1 * one[name].abs().max()), name
 
