@@ -11,12 +11,12 @@ inner layers, cached teachers.
 """
 import torch
 
-CHUNK_VALUES = {"cpu": 2**22, "gpu": 2**24}     # logits per chunk; on a CPU 16 MB in float32: 85 tokens at V = 49,152
+CHUNK_VALUES = {"cpu": 2**21, "gpu": 2**24}     # logits per chunk; on a CPU 8 MB in float32: 42 tokens at V = 49,152
 
 
 def chunk_tokens(weight):
-    """Tokens of a chunk for the output projection `weight` (V, C). Small on a CPU, where the C library takes arrays of
-    32 MB and more from the system anew each time, zeros and all: 64 MB instead of 16 cost 1.0 to 2.4 times the time. A
+    """Tokens of a chunk for the output projection `weight` (V, C). Small on a CPU, where a chunk's arrays should stay
+    in its cache, and the C library takes those of 32 MB and more from the system anew each time, zeros and all. A
     multiple of 64 on a GPU, whose matrix units work in such tiles, where that many fit."""
     tokens = max(1, CHUNK_VALUES["cpu" if weight.is_cpu else "gpu"] // weight.size(0))
     return tokens if weight.is_cpu or tokens < 64 else tokens // 64 * 64

@@ -177,7 +177,7 @@ def test_torch_compile_takes_the_loss_as_one_graph_and_gives_the_same_gradients(
 
 def test_a_gpu_s_chunks_are_whole_tiles_of_64_tokens():
     tokens = [distill.chunk_tokens(torch.empty(vocabulary, 1, device="meta")) for vocabulary in (50257, 2**19, 2**26)]
-    assert tokens == [320, 32, 1] and distill.chunk_tokens(torch.empty(49152, 1)) == 85
+    assert tokens == [320, 32, 1] and distill.chunk_tokens(torch.empty(49152, 1)) == 42
 
 
 def test_smoothing_starts_at_the_first_value_and_a_teacher_no_longer_better_is_dropped():
@@ -214,7 +214,7 @@ def measure_memory(kind, tokens, vocabulary=49152, width=64):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_the_peak_is_at_most_a_third_of_the_plain_formula_s(tokens=2048):
-    """The plain one's grows with the tokens: at 8,192 of them it was 12,290 MB and ours 605 MB, a ratio of 0.05."""
+    """The plain one's grows with the tokens: at 8,192 of them it was 12,291 MB and ours 118 MB, a ratio of 0.01."""
     peak = {}
     for kind in ("plain", "ours"):
         command = [sys.executable, __file__, kind, str(tokens)]
@@ -223,7 +223,7 @@ def test_the_peak_is_at_most_a_third_of_the_plain_formula_s(tokens=2048):
         peak[kind] = int(done.stdout)
     ratio = peak["ours"] / peak["plain"]
     print(f"{tokens} tokens: plain {peak['plain'] >> 20} MB, ours {peak['ours'] >> 20} MB, ratio {ratio:.3f}")
-    assert peak["ours"] > 2**26 and ratio <= 0.35           # above 64 MB: the measurement sees one chunk at least
+    assert peak["ours"] > 2**25 and ratio <= 0.35           # above 32 MB: the measurement sees one chunk at least
 
 
 if __name__ == "__main__":
