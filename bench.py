@@ -65,7 +65,7 @@ SUITES = {  # suite: the flags it reads, and their defaults there
     "cuts": dict(presets=("1m", "135m"), vocab=(), enlarge_ff=2.6, **RUN | dict(rounds=3)),
     "infer": dict(presets=("135m",), vocab=(), rounds=5, **INFER, dtype="auto", device="auto"),
     "start": dict(presets=("laptop",), rounds=3, device="auto"),
-    "disk": dict(presets=("124m",), vocab=(50257,), rounds=3, disk=""),
+    "disk": dict(presets=("124m",), vocab=(50257,), rounds=5, disk=""),
     "ddp": dict(presets=("laptop",), vocab=(256,), rounds=5, steps=15, micro_batch=0),
     "scale": dict(presets=("1.3b",), vocab=(50257,), enlarge_ff=2.6, micro_batch=1),
     "gpu": dict(presets=("124m", "1.3b"), vocab=(50304,), enlarge_ff=2.6, minutes=8.0, **INFER,

@@ -20,7 +20,7 @@ import checkpoint
 import model as models
 import train
 from bench_train import shapes
-from common import UserError
+from common import UserError, write_atomic
 from distill import CHUNK_VALUES
 from schedule import PLANS
 from steps import make_optimizer
@@ -94,11 +94,8 @@ def disk_rounds(c, config):
         def save():
             checkpoint.save(ours, model, optimizer=optimizer.state_dict())
 
-        def write():
-            with open(plain, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+        def write():                                                   # a new file too: an old one's memory is warm
+            write_atomic(plain, lambda file: file.write(content))
 
         def read():
             with open(plain, "rb", buffering=0) as file:
@@ -118,8 +115,8 @@ def disk_rounds(c, config):
 
 
 def disk(c, preset, vocab_size):
-    """Checkpoints with the optimizer's moments against a plain file of the same size on the same disk (written and
-    fsynced; read, from the disk where the system can be asked to forget it). Random weights."""
+    """Checkpoints with the optimizer's moments against a plain file of the same size on the same disk (a new one
+    written, fsynced and renamed; read, from the disk where the system can be asked to forget it). Random weights."""
     c = dataclasses.replace(c, disk=c.disk or c.out)
     Path(c.disk).mkdir(parents=True, exist_ok=True)
     size, seconds, memory = own_process(disk_rounds, c, shapes(preset, vocab_size)[0])

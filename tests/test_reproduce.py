@@ -111,9 +111,9 @@ def test_every_run_is_one_that_train_takes_and_a_claim_has_one_batch(preset, mon
 
 
 def test_what_the_scales_promise():
-    """Three ratios a factor of 4 apart, several seeds; no text is read more than 4 times, a longer one is refused."""
+    """Four ratios a factor of 4 apart, several seeds; no text is read more than 4 times, a longer one is refused."""
     cpu = SCALES["cpu"]
-    assert cpu.ratios == (100, 400, 1600) and cpu.seeds == 5
+    assert cpu.ratios == (25, 100, 400, 1600) and cpu.seeds == 5
     wanted = claims.everything(claims.runs_of(CLAIMS[5], cpu, 1), cpu)
     assert re.fullmatch("[0-9a-f]{16}", claims.corpus_of(wanted, cpu))
     longer = dataclasses.replace(cpu, ratios=(2000,))
