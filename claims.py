@@ -18,11 +18,13 @@ import data
 import flags
 import model as models
 import prune
+import schedule
 from common import UserError
 from tokenizer import open_tokenizer
 
 TUNING_SEED = 1000                     # of the runs that only choose a learning rate; no claim uses it
 RECOVERY_SEED = 100                    # is added after a cut: not the order of data of before it (as in grid.py)
+WARM = 70                              # steps, of a first warm-up, at least
 MOST_EPOCHS = 4                        # repeated text is nearly as good as new text up to here (arXiv 2305.16264)
 
 
@@ -39,8 +41,8 @@ class Scale:
     batch_tokens: int                  # per step
     micro_batch: int                   # sequences per forward pass
     seeds: int                         # python reproduce.py power says how small an effect so many see
-    eval_windows: int = 64             # of the hold-out, while a run trains; rates are chosen by these
-    final_windows: int = 2048          # of the hold-out at its end, which claims compare
+    eval_windows: int = 64             # of the hold-out, while a run trains
+    final_windows: int = 2048          # of the hold-out at its end: rates are chosen and claims compared by these
     data: str = "stdlib"
     claims: tuple[int, ...] = (1, 3, 4, 5, 2, 11, 10, 6, 7, 8, 9, 12)             # in this order at each place
     only: tuple[str, ...] = ()         # kinds; none: all that the claims compare
@@ -261,7 +263,7 @@ def chosen_rate(run, scale, records):
     none of the rates ended finite."""
     if run.lr is not None or not scale.rates:
         return run.lr, False
-    losses = {lr: statistics.mean(records[t.name]["summary"][0]["val_loss"] for t in tries(run, scale) if t.lr == lr)
+    losses = {lr: statistics.mean(records[t.name]["summary"][0]["final_loss"] for t in tries(run, scale) if t.lr == lr)
               for lr in scale.rates}
     finite = [lr for lr in losses if math.isfinite(losses[lr])]
     if not finite:
@@ -288,6 +290,8 @@ def settings(run, scale, records, folder="runs/claims"):
         for _ in range(1 if kind.teacher else 4):                  # steps and FLOPs are nearly proportional
             spent = of[kind.plan] if kind.teacher else predicted(dict(found, preset=run.size))
             found["steps"] = max(1, round(found["steps"] * of[kind.like[0]][kind.like[1]] / spent[kind.like[1]]))
+    if not kind.init:
+        found |= first_warmup(kind, found["steps"], run.ratio * target.num_params()["total"] / scale.batch_tokens)
     found["eval_every"] = max(1, found["steps"] // 10)
     if kind.teacher:
         found["teacher"] = f"{folder}/{run.of(kind.teacher).name}"
@@ -296,6 +300,17 @@ def settings(run, scale, records, folder="runs/claims"):
     recipe = dict(kind.cut, init=f"{folder}/{run.of(kind.init).name}", data=scale.data, seed=seed, windows=64,
                   keep=target.removable_params() / uncut(run).removable_params(), micro_batch=scale.micro_batch)
     return dict(found, init=f"{folder}/from-{run.name}"), recipe
+
+
+def first_warmup(kind, steps, whole):
+    """The setting that makes a run's first warm-up no shorter than those of runs it is compared with: a share of
+    `whole`, the steps of a plan of this place with one cycle, WARM steps at least, .4 of its cycle at most. Without it
+    plan naive, whose first cycle is half as long, would warm up half as long, too, and lose by that alone."""
+    rows = schedule.PLANS[kind.plan]
+    first = next((i for i, row in enumerate(rows) if row.restart), None)
+    cycle = steps if first is None else steps * sum(row.share for row in rows[:first])
+    share = min(.4, max(WARM, flags.Train.warmup_share * whole) / cycle)
+    return {"warmup_share": round(share, 4)} if share > 1.01 * flags.Train.warmup_share else {}
 
 
 def uncut(run):

@@ -103,4 +103,6 @@ def pick_device(name):
     if not available.get(kind) or not number.isdigit() or kind == "cuda" and int(number) >= torch.cuda.device_count():
         raise UserError(f"device {name!r} is not available here; give auto or one of "
                         f"{', '.join(k for k in available if available[k])}")
+    if kind == "cuda" and ":" in name:
+        torch.cuda.set_device(int(number))                   # memory and time are asked of the current device
     return kind if name == "auto" else name

@@ -52,10 +52,17 @@ def token_losses(logits, targets, teacher_logits=None, kd_weight=0.5, temperatur
     return ce, divergence, teacher_ce, gradient.scatter_add_(1, y, torch.full_like(gradient[:, :1], w - 1))
 
 
+@torch.library.custom_op("nanoprune::add_product_", mutates_args={"out"})
+def add_product_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: float) -> None:
+    """out (V, C) += alpha · aᵀ b for a (N, V), b (N, C) of one dtype. An operator of its own, as a compiler that sees
+    into it adds all chunks' products in one kernel at the end and so keeps each until then."""
+    out.addmm_(a.T, b, alpha=alpha) if a.dtype == out.dtype else out.add_(a.T @ b, alpha=alpha)
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, w, targets, teacher_h, teacher_w, kd_weight, temperature, needs_grad, needs_dw):
-        N, chunk, autocast = h.size(0), chunk_tokens(w), torch.is_autocast_enabled(h.device.type)
+        N, chunk = h.size(0), chunk_tokens(w)
         wide = torch.promote_types(h.dtype, torch.float32)                      # float32, or float64 for tests
         dh, dw = torch.empty_like(h) if needs_grad else None, torch.zeros_like(w) if needs_dw else None
         sums = h.new_zeros(3, dtype=wide)
@@ -63,14 +70,14 @@ class _ChunkedLoss(torch.autograd.Function):
             x, taught = h[a:a + chunk], None
             if teacher_h is not None:
                 taught = (teacher_h[a:a + chunk] @ teacher_w.T).to(wide)        # (chunk, V)
-            *found, g = token_losses((x @ w.T).to(wide), targets[a:a + chunk], taught, kd_weight, temperature,
-                                     needs_grad)
+            logits = x @ w.T                                                    # in bfloat16 under autocast
+            *found, g = token_losses(logits.to(wide), targets[a:a + chunk], taught, kd_weight, temperature, needs_grad)
             sums += torch.stack([values.sum() for values in found])
             if needs_grad:
-                g = g.to(h.dtype)
+                g = g.to(logits.dtype)
                 dh[a:a + chunk] = (g @ w) / N
-                if needs_dw:                                                    # addmm_ makes no (V, C) in between,
-                    dw.add_(g.T @ x, alpha=1 / N) if autocast else dw.addmm_(g.T, x, alpha=1 / N)    # and is not cast
+                if needs_dw:
+                    add_product_(dw, g, x.to(g.dtype), 1 / N)
         stats = sums / N
         loss = stats[0] if teacher_h is None else (1 - kd_weight) * stats[0] + kd_weight * stats[1]
         ctx.mark_non_differentiable(stats)

@@ -127,13 +127,17 @@ def differences(runs, a, b, size, ratio):
     return {seed: a[seed]["final_loss"] - b[seed]["final_loss"] for seed in a if seed in b}
 
 
-def cost(runs, run, total=True):
-    """(tokens, FLOPs executed) of a run, if `total` with those of the runs it needs; nan where one has no records."""
-    if run.name not in runs:
-        return math.nan, math.nan
-    summary = runs[run.name]["summary"][0]
-    parts = [(summary["tokens"], summary["flops_executed"]), *(cost(runs, need) for need in run.needs() if total)]
-    return tuple(map(sum, zip(*parts)))
+def cost(runs, kind, size, ratio, seeds, total=True):
+    """(tokens, FLOPs executed) of a kind, means over these seeds (a teacher is dropped sooner with one than with
+    another), if `total` with those of the runs it needs; nan where one has no records."""
+    def one(run):
+        if run.name not in runs:
+            return math.nan, math.nan
+        summary = runs[run.name]["summary"][0]
+        parts = [(summary["tokens"], summary["flops_executed"]), *(one(need) for need in run.needs() if total)]
+        return tuple(map(sum, zip(*parts)))
+
+    return tuple(map(statistics.mean, zip(*(one(Run(kind, size, ratio, seed)) for seed in seeds))))
 
 
 def mean(found, key, seeds):
@@ -151,20 +155,22 @@ def curve(runs, kinds, size, ratios, seeds, spent="tokens"):
 def equal_loss(runs, kind, size, ratio, scale):
     """Claim 5: D tokens of this kind are worth x · D of training from scratch -> ((x, low, high), total tokens as a
     multiple of D, own FLOPs, total FLOPs as multiples of scratch's at D), or None where runs are missing. Scratch is
-    measured at every length of this size, straight lines over the logarithm of the tokens between; x is 0 below the
-    shortest and inf beyond the longest."""
+    measured at every length of this size, straight lines over the logarithm of the tokens between, which lie above a
+    convex curve, so that x is rather too large; it is 0 below the shortest and inf beyond the longest."""
     ours, theirs = of_kind(runs, kind, size, ratio), of_kind(runs, "scratch", size, ratio)
     seeds = [s for s in ours if s in theirs]
     if not seeds:
         return None
 
+    lengths = [(k, r) for k in ("scratch", "scratch-flops", "scratch-kd-flops")
+               for r in {*scale.ratios, scale.ratio, scale.long} if {*seeds} <= {*of_kind(runs, k, size, r)}]
+
     def worth(seeds):
-        points = curve(runs, ("scratch", "scratch-flops", "scratch-kd-flops"), size,
-                       {*scale.ratios, scale.ratio, scale.long}, seeds)
+        points = sorted(point for k, r in lengths for point in curve(runs, (k,), size, (r,), seeds))
         loss = mean(ours, "final_loss", seeds)
         return reach(points, loss) / ours[seeds[0]]["tokens"] if loss <= points[0][1] else 0
 
-    own, whole, base = (cost(runs, Run(k, size, ratio, seeds[0]), total)
+    own, whole, base = (cost(runs, k, size, ratio, seeds, total)
                         for k, total in ((kind, False), (kind, True), ("scratch", True)))
     return bootstrapped(worth, seeds), whole[0] / own[0], own[1] / base[1], whole[1] / base[1]
 
@@ -224,12 +230,11 @@ def claim_rows(runs, scale):
 
 
 def multiples(runs, a, b, size, ratio):
-    """Tokens and FLOPs of a as multiples of b's, their own and with what they need, of one seed that both have."""
+    """Tokens and FLOPs of a as multiples of b's, their own and with what they need, over the seeds that both have."""
     seeds = differences(runs, a, b, size, ratio)
     if not seeds:
         return "-"
-    first, second = Run(a, size, ratio, min(seeds)), Run(b, size, ratio, min(seeds))
-    (t, f), (tt, ff) = (tuple(x / y for x, y in zip(cost(runs, first, total), cost(runs, second, total)))
+    (t, f), (tt, ff) = (tuple(x / y for x, y in zip(*(cost(runs, kind, size, ratio, seeds, total) for kind in (a, b))))
                         for total in (False, True))
     return f"{t:.2f}, {f:.2f}" + (f"; {tt:.2f}, {ff:.2f}" if (tt, ff) != (t, f) else "")
 
@@ -262,8 +267,15 @@ def ingredients_table(runs, scale):
     return rows and report.markdown(("ingredient", "measured as", "seeds", "nats per token (95 %)"), rows)
 
 
+def taught(r):
+    """The share of a run's steps that had a teacher; of a plan without one 0."""
+    c, _, _, t = claims.timeline(r["config"][0])
+    dropped = min((record["step"] for record in r.get("teacher", ()) if record.get("dropped")), default=c.steps)
+    return sum(max(0, min(end, dropped) - begin) for stage, begin, end in t.stages if stage.kd) / c.steps
+
+
 def kinds_table(runs, scale):
-    """Every kind at every place: its learning rate, tokens, FLOPs and loss."""
+    """Every kind at every place: its learning rate, tokens, FLOPs, steps with a teacher and loss."""
     rows = []
     for size, ratio in places(scale):
         for kind in claims.KINDS:
@@ -273,14 +285,18 @@ def kinds_table(runs, scale):
             run = Run(kind, size, ratio, min(found))
             losses = [s["final_loss"] for s in found.values()]
             spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
-            (t, f), (tt, ff) = cost(runs, run, False), cost(runs, run)
+            (t, f), (tt, ff) = (cost(runs, kind, size, ratio, found, total) for total in (False, True))
             more = (f" ({tt / 1e6:.2f})", f" ({ff:.3g})") if tt != t else ("", "")
             rate = runs[run.name]["config"][0]["lr"]
+            steps = [taught(runs[Run(kind, size, ratio, seed).name]) for seed in found] \
+                if any(row.kd for row in schedule.PLANS[claims.KINDS[kind].plan]) else []
             rows.append((f"`{kind}`", f"{size}, {ratio:g}", f"{rate:g}", len(found), f"{found[run.seed]['params']:,}",
-                         f"{t / 1e6:.2f}{more[0]}", f"{f:.3g}{more[1]}", f"{statistics.mean(losses):.4f}{spread}"))
+                         f"{t / 1e6:.2f}{more[0]}", f"{f:.3g}{more[1]}",
+                         f"{100 * statistics.mean(steps):.0f} %" if steps else "",
+                         f"{statistics.mean(losses):.4f}{spread}"))
     return report.markdown(("kind", "size, tokens per parameter", "peak lr", "seeds", "parameters",
                             "tokens (M), with what it needs", "FLOPs executed, with what it needs",
-                            "val loss (nats/token) ± between seeds"), rows)
+                            "steps with a teacher", "val loss (nats/token) ± between seeds"), rows)
 
 
 def sentences(runs, scale):
@@ -347,6 +363,9 @@ def text(runs, scale, figure=None):
                f"{verdict}.") for claim, a, b, size, ratio, found in claim_rows(runs, scale)
               for verdict in [found.verdict(claim.margin)] if not claim.by_factor
               and verdict == "contradicted"]
+    if 9 in scale.claims and (times := (headline(runs, scale)[0] or {}).get("tokens, recovery only")):
+        missed += [f"- *{CLAIMS[9].text}*: {factor(*times)} times fewer, contradicted."] * (
+            verdict_of_factor(*times) == "contradicted")
     caption = f"*While training, mean over seeds and their range, at {scale.small}, {scale.ratio:g} per parameter.*"
     blocks = ["\n".join(state(runs, scale)),
               figure and f"![loss, learning rate and size against FLOPs]({figure})\n\n{caption}",

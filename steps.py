@@ -61,6 +61,8 @@ class Run:
     def __init__(self, config):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # from torchrun
         self.device = pick_device(config.device)
+        if ":" in self.device and self.world > 1:
+            raise UserError(f"--device {self.device} puts all {self.world} processes on one GPU; give --device cuda")
         if self.device == "cuda" and self.world > 1:
             self.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(self.device)
@@ -115,7 +117,9 @@ class Run:
         if self.config.compile:
             torch.compiler.reset()                                    # or after 8 graphs, as many sizes, it gives up
             objective = torch.compile(objective, dynamic=False)
-        self.objective = DistributedDataParallel(objective) if self.world > 1 else objective
+        if self.world > 1:
+            objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)     # no second copy of them
+        self.objective = objective
 
     def wrap_teacher(self):
         """The teacher as steps read it: compiled too; on a GPU its matrices are held in bfloat16 where autocast would
@@ -234,9 +238,11 @@ class Run:
         c, s = self.config, self.state
         sums = torch.zeros(5, device=self.device, dtype=torch.float32 if "mps" in self.device else torch.float64)
         for micro in range(self.micro_steps):
-            x, y = (t.to(self.device, non_blocking=True) for t in data.batch(
-                self.corpus.train, self.T, c.seed, s.step, micro, self.rank, world=self.world,
-                micro_batch=c.micro_batch, micro_steps=self.micro_steps))
+            x, y = data.batch(self.corpus.train, self.T, c.seed, s.step, micro, self.rank, world=self.world,
+                              micro_batch=c.micro_batch, micro_steps=self.micro_steps)
+            if self.device.startswith("cuda"):                        # from pinned memory the copy waits for nothing
+                x, y = x.pin_memory(), y.pin_memory()
+            x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
             waits = self.world > 1 and micro < self.micro_steps - 1        # processes exchange gradients once a step
             with self.objective.no_sync() if waits else contextlib.nullcontext():
                 with self.autocast():

@@ -4,7 +4,7 @@
     python train.py --plan naive --seed 1             # any other row of schedule.PLANS through the same loop
     python train.py --plan adapt                      # Adapt-Pruner: cut a little, train, cut again (arXiv 2502.03460)
     python train.py --init FOLDER --enlarge-ff 1.25 --block-size 512 --micro-batch 2       # the large one is given
-    torchrun --nproc-per-node 8 train.py --preset 124m --tokenizer gpt2 --data hf:HuggingFaceFW/fineweb-edu:sample-10BT
+    torchrun --nproc-per-node 8 train.py --preset 124m --tokenizer gpt2 --batch-tokens 524288
 
 A larger model than wanted is trained, loses units while it trains (prune.py) and recovers at the target size, taught,
 if the plan says so, by itself as it stood before the first cut (distill.py): IDEA Prune, arXiv 2503.05920. A run is a
