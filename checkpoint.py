@@ -96,14 +96,15 @@ def tokenizer_of(about, path):
 
 
 def load_ours(path, device):
-    """A checkpoint, or a run folder's newest -> (GPT, dict of everything else that `save` was given)."""
+    """A checkpoint, or a run folder's newest -> (GPT on the device, dict of everything else that `save` was given, in
+    main memory: who needs only the model has no optimizer on a GPU)."""
     file = newest(path) if path.is_dir() else path
     if file is None or not file.exists():
         raise UserError(f"no checkpoint at {path}; give a ckpt_*.pt file, the folder of a run, a Hugging Face folder "
                         "or a hub id such as HuggingFaceTB/SmolLM2-135M")
     open(file, "rb").close()                 # what the system refuses passes through, and is not called truncated
     try:
-        state = torch.load(file, map_location=device, weights_only=True)
+        state = torch.load(file, map_location="meta" if device == "meta" else "cpu", weights_only=True)
     except pickle.UnpicklingError as problem:
         code = re.search(r"GLOBAL ([\w.]+)", str(problem))
         raise UserError(f"{file} is not a checkpoint of plain tensors and numbers"
@@ -122,4 +123,4 @@ def load_ours(path, device):
     except (RuntimeError, KeyError, TypeError) as problem:
         raise UserError(f"{file}: config and weights disagree or are missing: "
                         f"{' '.join(str(problem).split())[:200]}") from None
-    return model, state
+    return model.to(device), state

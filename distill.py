@@ -10,16 +10,33 @@ temperature 1, mixed with cross-entropy, is our choice (and Minitron's best, arX
 inner layers, cached teachers.
 """
 import torch
+import torch.nn.functional as F
 
 CHUNK_VALUES = {"cpu": 2**21, "gpu": 2**24}     # logits per chunk; on a CPU 8 MB in float32: 42 tokens at V = 49,152
+TILE = {"cpu": 1, "gpu": 64}                    # matrix units read rows whose length is a multiple of it
+
+
+def kind_of(weight):
+    """The key of the two tables above."""
+    return "cpu" if weight.is_cpu else "gpu"
 
 
 def chunk_tokens(weight):
     """Tokens of a chunk for the output projection `weight` (V, C). Small on a CPU, where a chunk's arrays should stay
     in its cache, and the C library takes those of 32 MB and more from the system anew each time, zeros and all. A
     multiple of 64 on a GPU, whose matrix units work in such tiles, where that many fit."""
-    tokens = max(1, CHUNK_VALUES["cpu" if weight.is_cpu else "gpu"] // weight.size(0))
-    return tokens if weight.is_cpu or tokens < 64 else tokens // 64 * 64
+    tokens, tile = max(1, CHUNK_VALUES[kind_of(weight)] // weight.size(0)), TILE[kind_of(weight)]
+    return tokens if tokens < tile else tokens // tile * tile
+
+
+def factor(weight):
+    """The output projection (V, C) as every chunk is multiplied by it: cast once where autocast would cast it for each,
+    and with rows of zeros up to a multiple of TILE, as logits (tokens, 50,257) of GPT-2's vocabulary would keep a GPU's
+    matrix units from being used."""
+    device, rows = weight.device.type, -weight.size(0) % TILE[kind_of(weight)]
+    if torch.is_autocast_enabled(device) and weight.dtype == torch.float32:
+        weight = weight.to(torch.get_autocast_dtype(device))
+    return F.pad(weight, (0, 0, 0, rows)) if rows else weight
 
 
 def soften(log_p, temperature):
@@ -62,27 +79,29 @@ def add_product_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: flo
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, w, targets, teacher_h, teacher_w, kd_weight, temperature, needs_grad, needs_dw):
-        N, chunk = h.size(0), chunk_tokens(w)
+        N, V, chunk, full = h.size(0), w.size(0), chunk_tokens(w), factor(w)
         wide = torch.promote_types(h.dtype, torch.float32)                      # float32, or float64 for tests
-        dh, dw = torch.empty_like(h) if needs_grad else None, torch.zeros_like(w) if needs_dw else None
+        dh = torch.empty_like(h) if needs_grad else None
+        dw = torch.zeros_like(full, dtype=w.dtype) if needs_dw else None
+        taught_by = None if teacher_h is None else factor(teacher_w)
         sums = h.new_zeros(3, dtype=wide)
         for a in range(0, N, chunk):
             x, taught = h[a:a + chunk], None
             if teacher_h is not None:
-                taught = (teacher_h[a:a + chunk] @ teacher_w.T).to(wide)        # (chunk, V)
-            logits = x @ w.T                                                    # in bfloat16 under autocast
+                taught = (teacher_h[a:a + chunk] @ taught_by.T)[:, :V].to(wide)                  # (chunk, V)
+            logits = (x @ full.T)[:, :V]                                        # in bfloat16 under autocast
             *found, g = token_losses(logits.to(wide), targets[a:a + chunk], taught, kd_weight, temperature, needs_grad)
             sums += torch.stack([values.sum() for values in found])
             if needs_grad:
-                g = g.to(logits.dtype)
-                dh[a:a + chunk] = (g @ w) / N
+                g = F.pad(g.to(logits.dtype), (0, len(full) - V)) if len(full) > V else g.to(logits.dtype)
+                dh[a:a + chunk] = (g @ full) / N
                 if needs_dw:
                     add_product_(dw, g, x.to(g.dtype), 1 / N)
         stats = sums / N
         loss = stats[0] if teacher_h is None else (1 - kd_weight) * stats[0] + kd_weight * stats[1]
         ctx.mark_non_differentiable(stats)
         if needs_grad:
-            ctx.save_for_backward(dh, dw)
+            ctx.save_for_backward(dh, None if dw is None else dw[:V])
         return loss.clone(), stats
 
     @staticmethod

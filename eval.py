@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import data
 import tasks
@@ -50,9 +51,10 @@ class Eval:
 
 
 @torch.no_grad()
-def evaluate(model, tokens, byte_lengths, windows=256, stride=0, batch=32):
+def evaluate(model, tokens, byte_lengths, windows=256, stride=0, batch=32, rank=0, world=1):
     """Mean loss of `model` over windows of `tokens` (N,), see the protocol above -> {"loss" (nats per token),
-    "perplexity", "bits_per_byte", "tokens" (counted)}. Raises UserError where the text is shorter than one window."""
+    "perplexity", "bits_per_byte", "tokens" (counted)}. Of `world` processes that all call this each runs every world-th
+    batch, and all get the result. Raises UserError where the text is shorter than one window."""
     T, device = model.config.block_size, model.embed.weight.device
     if windows < 0 or batch < 1:
         raise UserError(f"--windows {windows} must be 0 (all) or more, --batch {batch} at least 1")
@@ -68,7 +70,7 @@ def evaluate(model, tokens, byte_lengths, windows=256, stride=0, batch=32):
         count = min(windows or available, available)
         starts = np.arange(count) * available // count * T
     nats, counted, in_bytes = 0.0, 0, 0
-    for a in range(0, len(starts), batch):
+    for a in range(rank * batch, len(starts), world * batch):
         rows = np.stack([tokens[s:s + T + 1] for s in starts[a:a + batch].tolist()])
         rows = torch.from_numpy(rows.astype(np.int64)).to(device)               # (batch, T + 1)
         hidden, y = model.hidden(rows[:, :-1]), rows[:, 1:]
@@ -81,6 +83,10 @@ def evaluate(model, tokens, byte_lengths, windows=256, stride=0, batch=32):
                 nats += chunked_loss(h, model.head_weight, t)[0].item() * t.numel()
                 counted += t.numel()
                 in_bytes += int(byte_lengths[t.cpu().numpy()].sum())
+    if world > 1:
+        sums = torch.tensor((nats, counted, in_bytes), dtype=torch.float64, device=device)
+        dist.all_reduce(sums)
+        nats, counted, in_bytes = sums[0].item(), *map(int, sums[1:].tolist())
     loss = nats / counted
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": counted,
             "bits_per_byte": nats / math.log(2) / max(1, in_bytes)}

@@ -82,8 +82,8 @@ class Folder:
         model, saved = checkpoint.load(self.path, device)
         self.refuse_others(saved["run"])
         state = State(model, make_optimizer(model), {(l, kind): i for l, kind, i in saved["keep"]},
-                      saved["averages"] and {(l, kind): v for l, kind, v in saved["averages"]},
-                      two_four.unpack(saved.get("masks")))
+                      saved["averages"] and {(l, kind): v.to(device) for l, kind, v in saved["averages"]},
+                      two_four.unpack(saved.get("masks"), device))
         state.optimizer.load_state_dict(saved["optimizer"])
         for name in PLAIN:
             setattr(state, name, saved[name])

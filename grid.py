@@ -13,7 +13,7 @@ Not here: what the records say (curves.py, scaling.py), the runs (train.py), the
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import checkpoint
@@ -40,8 +40,8 @@ class Grid:
     lr: float | None = None           # of the recovery; default: a tenth of the size's peak, 2e-5 for --init
     seeds: int = 2                    # of whole trainings, controls and width cuts; depth and 2:4 have one
     minutes: float | None = None      # stop then, and save; the same command goes on
-    jobs: int = os.cpu_count() or 1   # runs side by side
-    device: str = "cpu"               # cpu, cuda, mps
+    jobs: int | None = None           # runs side by side; default: one a core, 3 with preset gpu
+    device: str | None = None         # cpu, cuda, mps; default: the preset's
     out: str = "results/scaling"      # a file of records for each finished run
     runs: str = "runs/scaling"        # where the run folders go
 
@@ -133,6 +133,9 @@ def refuse_another_grid(c, waves):
 
 
 def run_grid(c):
+    on_gpu = c.preset == "gpu"
+    c = replace(c, device=c.device or ("cuda" if on_gpu else "cpu"),
+                jobs=(3 if on_gpu else os.cpu_count() or 1) if c.jobs is None else c.jobs)
     if c.seeds < 1 or c.jobs < 1 or c.minutes is not None and c.minutes <= 0:
         raise UserError(f"--seeds {c.seeds} and --jobs {c.jobs} must be at least 1, --minutes {c.minutes} above 0")
     until = None if c.minutes is None else time.time() + 60 * c.minutes

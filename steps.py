@@ -67,7 +67,7 @@ class Run:
             self.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(self.device)
         on_gpu = self.device.startswith("cuda")
-        if self.world > 1 and not dist.is_initialized():              # others wait while one prepares data or evaluates
+        if self.world > 1 and not dist.is_initialized():              # others wait while one prepares data or scores
             dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=1))
         self.config = c = resolve(config, on_gpu)
         refuse_idle_flags(c)
@@ -109,7 +109,7 @@ class Run:
         else:
             model, about = models.GPT(self.start).to(self.device, dtype), {}
         return State(model, make_optimizer(model, self.config), prune.everything(self.start),
-                     masks=two_four.unpack(about.get("masks")))
+                     masks=two_four.unpack(about.get("masks"), self.device))
 
     def wrap(self):
         """The training step's module around the model as it is now; anew after a slice."""
@@ -155,12 +155,11 @@ class Run:
 
     def evaluate(self, tag, **about):
         """Record the hold-out's loss."""
-        if self.rank == 0:
-            with self.timed("eval"):
-                found = evaluate(self.state.model, self.corpus.val, self.byte_lengths, self.config.eval_windows,
-                                 batch=self.config.micro_batch)
-            self.log(tag, val_loss=found["loss"], bits_per_byte=found["bits_per_byte"], **self.shape(),
-                     flops_executed=self.state.flops[0], **about)
+        with self.timed("eval"):
+            found = evaluate(self.state.model, self.corpus.val, self.byte_lengths, self.config.eval_windows,
+                             batch=self.config.micro_batch, rank=self.rank, world=self.world)
+        self.log(tag, val_loss=found["loss"], bits_per_byte=found["bits_per_byte"], **self.shape(),
+                 flops_executed=self.state.flops[0], **about)
 
     def sample(self, when):
         """Record how the model continues the hold-out's first half window."""

@@ -73,7 +73,7 @@ def pack(masks):
             for name, mask in masks.items()}
 
 
-def unpack(packed):
-    """The masks that `pack` was given, on the device where their bits are now; {} for None (a model without)."""
-    return {name: torch.from_numpy(np.unpackbits(bits.cpu().numpy(), axis=1, count=n)).bool().to(bits.device)
+def unpack(packed, device="cpu"):
+    """The masks that `pack` was given; {} for None (a model without)."""
+    return {name: torch.from_numpy(np.unpackbits(bits.numpy(), axis=1, count=n)).bool().to(device)
             for name, (n, bits) in (packed or {}).items()}

@@ -88,10 +88,13 @@ def test_kl_and_its_gradient_vanish_at_student_equals_teacher_and_only_there(dty
     near(stats[2], stats[0], 1e-6)
 
 
-@pytest.mark.parametrize("chunk_values", [V * 21, V * 7, V * 8 + 5, 1])            # one, three, ragged; never 0 tokens
+@pytest.mark.parametrize("tile, chunk_values", [(1, V * 21), (1, V * 7), (4, V * 7),          # one chunk, three
+                                                (1, V * 8 + 5), (8, V * 8 + 5), (1, 1)])      # ragged; never 0 tokens
 @pytest.mark.parametrize("kd_weight, temperature", [(0.0, 1.0), (0.5, 1.0), (0.5, 2.5), (1.0, 2.5), (None, 1.0)])
-def test_chunked_loss_is_the_plain_one_in_value_and_gradients(monkeypatch, chunk_values, kd_weight, temperature):
+def test_chunked_loss_is_the_plain_one_in_value_and_gradients(monkeypatch, tile, chunk_values, kd_weight, temperature):
     monkeypatch.setattr(distill, "CHUNK_VALUES", {"cpu": chunk_values})
+    monkeypatch.setattr(distill, "TILE", {"cpu": tile})
+    assert distill.factor(torch.zeros(V, C)).shape == (-(-V // tile) * tile, C)
     inputs = batch() if kd_weight is not None else batch()[:3]
     options = dict(kd_weight=kd_weight, temperature=temperature) if kd_weight is not None else {}
     expected, parts = plain(*inputs, **options)
@@ -106,9 +109,11 @@ def test_chunked_loss_is_the_plain_one_in_value_and_gradients(monkeypatch, chunk
     assert not same.requires_grad and same == loss and torch.equal(same_stats, stats)
 
 
+@pytest.mark.parametrize("tile", [1, 8])
 @pytest.mark.parametrize("autocast, tolerance", [(False, 3e-6), (True, 0.03)])
-def test_chunked_loss_in_float32_and_under_bfloat16_autocast(monkeypatch, autocast, tolerance):
+def test_chunked_loss_in_float32_and_under_bfloat16_autocast(monkeypatch, autocast, tolerance, tile):
     monkeypatch.setattr(distill, "CHUNK_VALUES", {"cpu": V * 8})
+    monkeypatch.setattr(distill, "TILE", {"cpu": tile})
     inputs = [x.detach().float().requires_grad_(i < 2) if x.is_floating_point() else x for i, x in enumerate(batch())]
     wide = [x.detach().double().requires_grad_(i < 2) if x.is_floating_point() else x for i, x in enumerate(inputs)]
     expected, parts = plain(*wide)
