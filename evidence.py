@@ -239,12 +239,10 @@ def multiples(runs, a, b, size, ratio):
     return f"{t:.2f}, {f:.2f}" + (f"; {tt:.2f}, {ff:.2f}" if (tt, ff) != (t, f) else "")
 
 
-def claims_table(runs, scale, short=False):
-    """A row for every pair; one for a claim without runs. short: of claim 5 only the place of the others."""
+def claims_table(runs, scale):
+    """A row for every pair at every place; one for a claim without runs."""
     rows, seen, every = [], set(), claim_rows(runs, scale)
     for claim, a, b, size, ratio, found in every:
-        if short and claim.place == "both" and (size, ratio) != (scale.small, scale.ratio):
-            continue
         measured = any(e.seeds for other, *_, e in every if other == claim)
         if not measured and claim in seen:
             continue
@@ -258,6 +256,51 @@ def claims_table(runs, scale, short=False):
         seen.add(claim)
     return report.markdown(("claim", "compared", "size, tokens per parameter", "seeds", "difference (95 %)", "verdict",
                             "tokens, FLOPs as multiples: own; with what it needs"), rows)
+
+
+def main_place(claim, scale):
+    """Of a claim's places the one that short_table shows."""
+    return (scale.small, scale.ratio) if claim.place == "both" else claims.places(claim, scale)[0]
+
+
+def short_table(runs, scale):
+    """A row for every claim, its pairs at one place in one cell. Of claim 5 the other places are lengths_table's."""
+    rows = []
+    for claim in (CLAIMS[number] for number in sorted(scale.claims)):
+        place = main_place(claim, scale)
+        pairs = [(a, b, effect(differences(runs, a, b, *place))) for a, b, *at in claims.pairs(claim, scale)
+                 if tuple(at) == place]
+        verdicts = Counter(e.verdict(claim.margin) for *_, e in pairs)
+        if claim.by_factor and any(e.seeds for *_, e in pairs):
+            times = (headline(runs, scale)[0] or {}).get("tokens, recovery only", (math.nan,) * 3)
+            verdicts = Counter([verdict_of_factor(*times)])
+        lines = [f"`{a}` minus `{b}` {shown(e)}"
+                 + (f", {e.seeds} seed{'s' * (e.seeds > 1)}" if 0 < e.seeds != scale.seeds else "")
+                 + (f": {e.verdict(claim.margin)}" if len(verdicts) > 1 else "") for a, b, e in pairs if e.seeds]
+        elsewhere = f" ({place[1]:g} tokens per parameter)" if place != (scale.small, scale.ratio) and lines else ""
+        near = f" (up to {claim.margin:g} above)" if claim.margin else ""
+        rows.append((f"{claim.number}. {claim.text}{near}{elsewhere}", "<br>".join(lines),
+                     ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items()) if len(verdicts) > 1
+                     else next(iter(verdicts))))
+    return report.markdown(("claim", "nats per token (95 %)", "verdict"), rows)
+
+
+def lengths_table(runs, scale):
+    """Claim 5 at every length of the small size: a row for every kind that has seeds there."""
+    rows = []
+    for kind in ("idea", "idea-kd", "idea-kd-annealed") if 5 in scale.claims and len(scale.ratios) > 1 else ():
+        for ratio in scale.ratios:
+            found = equal_loss(runs, kind, scale.small, ratio, scale)
+            if not found:
+                continue
+            x, more, own, whole = found
+            e = effect(differences(runs, kind, "scratch", scale.small, ratio))
+            rows.append((f"`{kind}`", f"{ratio:g}", e.seeds, shown(e), factor(*x),
+                         f"{own:.2f}" + (f" ({whole:.2f} on {more:.2g} times the tokens)" if more > 1 else "")))
+    return rows and report.markdown((
+        "plan", "tokens per parameter", "seeds", "minus `scratch` at equal own tokens",
+        "tokens that `scratch` takes to its loss, as a multiple of its own",
+        "FLOPs as a multiple of those of `scratch` at equal own tokens (with the teacher's training)"), rows)
 
 
 def ingredients_table(runs, scale):
@@ -300,23 +343,8 @@ def kinds_table(runs, scale):
 
 
 def sentences(runs, scale):
-    """Claims 5 and 9 in tokens to equal loss, as Markdown lines."""
+    """Claim 9 in tokens to equal loss, as Markdown lines."""
     lines = []
-    for kind in ("idea", "idea-kd", "idea-kd-annealed") if 5 in scale.claims and len(scale.ratios) > 1 else ():
-        more = 1.0
-        for ratio in scale.ratios:
-            if found := equal_loss(runs, kind, scale.small, ratio, scale):
-                x, more, own, whole = found
-                of_total = f" and of its tokens with its teacher's {factor(*(v / more for v in x))}" if more > 1 else ""
-                also = f", with its teacher's training {whole:.2f}" if more > 1 else ""
-                lines.append(f"- Tokens that `scratch` takes to the loss of `{kind}` at {scale.small}, {ratio:g} per "
-                             f"parameter, as a multiple of its own: {factor(*x)}{of_total}; FLOPs of `{kind}` as a "
-                             f"multiple of `scratch` at equal own tokens: {own:.2f}{also}.")
-        signs = {ratio: effect(differences(runs, kind, "scratch", scale.small, ratio)) for ratio in scale.ratios}
-        told = ", ".join(f"{'ahead' if e.high < 0 else 'behind' if e.low > 0 else 'neither'} at {ratio:g}"
-                         for ratio, e in signs.items() if e.seeds > 1)
-        equal = "at equal own tokens" + (f" ({more:.2g} times with its teacher's)" if more > 1 else "")
-        lines += [f"- `{kind}` against `scratch` {equal}: {told}."] if told else []
     if 9 in scale.claims:
         found, least = headline(runs, scale)
         for what, times in (found or {}).items():
@@ -324,7 +352,6 @@ def sentences(runs, scale):
                 if what == "tokens, recovery only" else ""
             lines.append(f"- Cut from a larger trained model, times fewer {what}, to the loss of `scratch`: "
                          f"{'at least ' * least}{factor(*times)}{verdict}.")
-        lines += [] if found else ["- Times fewer tokens, cut from a larger trained model: not measured."]
     return lines
 
 
@@ -358,19 +385,18 @@ def text(runs, scale, figure=None):
     """The README's part, from the records alone. figure: the link to the picture."""
     if not runs:
         return "Not measured yet: `python reproduce.py` runs what is missing, `python reproduce.py report` writes " \
-               "this.\n\n" + claims_table(runs, scale, short=True)
-    missed = [(f"- *{claim.text}*: `{a}` minus `{b}` at {size}, {ratio:g} tokens per parameter {shown(found)}, "
-               f"{verdict}.") for claim, a, b, size, ratio, found in claim_rows(runs, scale)
-              for verdict in [found.verdict(claim.margin)] if not claim.by_factor
-              and verdict == "contradicted"]
-    if 9 in scale.claims and (times := (headline(runs, scale)[0] or {}).get("tokens, recovery only")):
-        missed += [f"- *{CLAIMS[9].text}*: {factor(*times)} times fewer, contradicted."] * (
-            verdict_of_factor(*times) == "contradicted")
+               "this.\n\n" + short_table(runs, scale)
+    missed = [f"`{a}` minus `{b}` at {size}, {ratio:g} tokens per parameter {shown(found)} (claim {claim.number})"
+              for claim, a, b, size, ratio, found in claim_rows(runs, scale)
+              if (size, ratio) != main_place(claim, scale) and found.verdict(claim.margin) == "contradicted"]
     caption = f"*While training, mean over seeds and their range, at {scale.small}, {scale.ratio:g} per parameter.*"
+    about = f"Differences at {scale.small} and {scale.ratio:g} tokens per parameter over {scale.seeds} seeds, where " \
+            "nothing else is said; negative: the first is better."
     blocks = ["\n".join(state(runs, scale)),
-              figure and f"![loss, learning rate and size against FLOPs]({figure})\n\n{caption}",
-              claims_table(runs, scale, short=True), "\n".join(sentences(runs, scale)), ingredients_table(runs, scale),
-              "What did not work at this scale, at any size and length:\n\n" + "\n".join(missed) if missed else ""]
+              figure and f"![loss, learning rate and size against FLOPs]({figure})\n\n{caption}", about,
+              short_table(runs, scale), "\n".join(sentences(runs, scale)), lengths_table(runs, scale),
+              ingredients_table(runs, scale),
+              f"Contradicted elsewhere: {'; '.join(missed)}." if missed else ""]
     return "\n\n".join(block for block in blocks if block)
 
 

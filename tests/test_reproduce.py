@@ -299,22 +299,25 @@ def test_pairs_are_by_seed_and_a_table_says_what_was_planted(tmp_path):
                      "oneshot": (100, 8., {0: .9})})
     runs, scale = evidence.read(tmp_path), SCALES["cpu"]
     assert evidence.differences(runs, "idea", "naive", *PLACE) == pytest.approx({0: -.05, 1: -.05, 2: -.05})
-    text = evidence.text(runs, scale)
-    rows = {row.split("|")[2].strip(): [cell.strip() for cell in row.split("|")[4:]] for row in text.splitlines()
+    text, table = evidence.text(runs, scale), evidence.details(runs, scale)
+    rows = {row.split("|")[2].strip(): [cell.strip() for cell in row.split("|")[4:]] for row in table.splitlines()
             if row.startswith("|")}
     assert rows["`idea` below `naive`"][:4] == ["3", "-0.0500 (-0.0500 to -0.0500)", "reproduced", "1.00, 1.12"]
     assert rows["`idea` below `oneshot`"][:3] == ["1", "+0.0990", "not measured"]
     assert "0.5 times; losses of 8 windows of the hold-out at the end, of 4 while training" in text
     assert "not measured" in re.search(r"\| 10\. .*", text)[0] and "abc (8)" in text and "0.5 times" in text
     assert "| one cosine, not two cycles | `oneshot` minus `naive` | 1 | -0.1490" in text
-    assert "tokens to" not in text and "Times fewer tokens, cut from a larger trained model: not measured" in text
+    assert re.search(r"\| 1\. .* \| `idea` minus `naive` -0.0500 \(-0.0500 to -0.0500\), 3 seeds: reproduced<br>|"
+                     r"\| 1\. .* \|.*<br>`idea` minus `naive` -0.0500 \(-0.0500 to -0.0500\), 3 seeds: reproduced \| "
+                     r"1 not measured, 1 reproduced \|", text)
+    assert "| tokens that" not in text and "times fewer" not in text and "Contradicted" not in text
     plant(tmp_path, {"journey": (100, 9., spread(1.)), "journey-5-25%": (100, 9., spread(1.002)),
                      "journey-5-75%": (100, 9., spread(.992)), "journey-50-75%": (100, 9., spread(.9))})
-    text = evidence.text(evidence.read(tmp_path), scale)
-    assert [re.search(rf"`journey` within 0.01 of `journey-{other}%` \|.*", text)[0].split("|")[4].strip()
+    text, table = evidence.text(evidence.read(tmp_path), scale), evidence.details(evidence.read(tmp_path), scale)
+    assert [re.search(rf"`journey` within 0.01 of `journey-{other}%` \|.*", table)[0].split("|")[4].strip()
             for other in ("5-25", "5-75", "50-75")] == ["reproduced", "reproduced", "contradicted"]
-    missed = text.partition("What did not work")[2]
-    assert "`journey` minus `journey-50-75%`" in missed and "journey-5-" not in missed
+    assert "`journey` minus `journey-50-75%` +0.1000 (+0.1000 to +0.1000), 3 seeds: contradicted" in text
+    assert "(up to 0.01 above) |" in text and "| 2 reproduced, 1 not measured, 1 contradicted |" in text
 
 
 def test_the_report_says_which_kinds_inherit_a_rate(tmp_path):
@@ -342,12 +345,11 @@ def test_equal_loss_and_the_headline_return_what_was_planted(tmp_path):
     assert evidence.equal_loss(runs, "idea-kd", size, 400, scale) is None
     plant(tmp_path, {("annealed", size, r): (t / 2, 5. * t, spread(1.)) for r, t in tokens.items()}
           | {("idea-kd-annealed", size, r): (t, 9. * t, spread(loss(3 * t))) for r, t in tokens.items() if r < 1600})
-    lines = "\n".join(evidence.sentences(evidence.read(tmp_path), scale))
-    assert re.search(r"`idea-kd-annealed` at 4x16, 400 per parameter, as a multiple of its own: (3\.0|2\.9).* and of "
-                     r"its tokens with its teacher's (2\.0|1\.9).* at equal own tokens: 1.50, with its teacher's "
-                     r"training 2.33", lines)
-    assert "`idea-kd-annealed` against `scratch` at equal own tokens (1.5 times with its teacher's): ahead at" in lines
-    assert "`idea` against `scratch` at equal own tokens: ahead at" in lines
+    lines = evidence.lengths_table(evidence.read(tmp_path), scale)
+    assert re.search(r"\| `idea-kd-annealed` \| 400 \| 3 \| -0\.\d+ \(.* \| (3\.0|2\.9).* "
+                     r"\| 1.50 \(2.33 on 1.5 times the tokens\) \|", lines)
+    assert re.search(r"\| `idea` \| 100 \| 3 \| -0.0500 .* \| 1.50 \|", lines) and lines in evidence.text(
+        evidence.read(tmp_path), scale)
     plant(tmp_path, {("idea", size, 100): (1000, 1., spread(2.1)), ("idea", size, 1600): (16000, 1., spread(1.))})
     runs = evidence.read(tmp_path)
     assert [evidence.factor(*evidence.equal_loss(runs, "idea", size, r, scale)[0]) for r in (100, 1600)] == [
@@ -364,7 +366,8 @@ def test_equal_loss_and_the_headline_return_what_was_planted(tmp_path):
     assert re.search(r'recovery only, to the loss of `scratch`: 1\d\.\d\d.*: reproduced \("far fewer" is more than 2 ',
                      text)
     assert re.search(r"tokens, with the larger model's training, to the loss of `scratch`: 0\.94[^:]*\.$", text, re.M)
-    assert "| `large-cut-1/64` below `scratch` |" in text and "large-cut" not in text.partition("What did not work")[2]
+    assert "`large-cut-1/64` minus `scratch`" in text and "large-cut" not in text.partition("Contradicted elsewhere")[2]
+    assert "Contradicted elsewhere: `idea` minus `scratch` at 4x16, 400 tokens per parameter +0.1500" in text
     plant(tmp_path, {("scratch", *at): (6400, 6400., spread(1.9))})
     lines = "\n".join(evidence.sentences(evidence.read(tmp_path), scale))
     assert "recovery only, to the loss of `scratch`: at least 64.00: reproduced" in lines
