@@ -1,6 +1,6 @@
 """Every criterion, every allocation and the published methods on one pretrained model, under one budget and protocol.
 
-    python compare.py smollm2 --out runs/compare                # about half a day on 2 cores; goes on where it stopped
+    python compare.py smollm2 --out runs/compare                # 9 core-hours at --tokens 8192; it can go on
     python compare.py smollm2 --out results/smollm2 --part report          # the tables from the committed records
 
 Two texts (the standard library's Python source; English prose, the language reference in `pydoc_data.topics`), each in
@@ -377,6 +377,13 @@ def grid_table(records, keep):
             + markdown(["score", *(f"`{a}`" for a in ways)], rows))
 
 
+def label(name):
+    """A method in a table: ours bold; what stands for a library said."""
+    if name == "torch-pruning":
+        return "torch-pruning's LLM example (weight norms, no data)"
+    return name if name in (*PUBLISHED, *HALF, "dense") else f"**{name}**"
+
+
 def row_tables(records):
     """One table for each kept fraction: the reported rows on the test parts, best first."""
     found = cells(records, "test")
@@ -389,7 +396,7 @@ def row_tables(records):
                 continue
             column = lambda pick: [pick(r) for r in seeds.values()]
             rows.append((mean(column(lambda r: r["perplexity"])), [
-                name if name in (*PUBLISHED, *HALF, "dense") else f"**{name}**", len(seeds),
+                label(name), len(seeds),
                 f"{mean(column(lambda r: r['kept'])):.3f}", f"{mean(column(lambda r: r['params'])) / 1e6:.1f}",
                 *(short([math.exp(mean(column(lambda r: r["losses"][text])))]) for text in ("python", "prose")),
                 short(column(lambda r: r["perplexity"])),
@@ -411,11 +418,12 @@ def overview(records, keep):
     keeps = sorted({k for _, k in found if k < 1}, reverse=True)
     value = lambda name, k: mean([r["perplexity"] for r in found[name, k].values()]) if (name, k) in found else math.inf
     names = sorted({name for name, _ in found}, key=lambda name: (name != "dense", value(name, keep), value(name, .5)))
-    rows = [[name if name in (*PUBLISHED, *HALF, "dense") else f"**{name}**",
+    rows = [[label(name),
              *(short([r["perplexity"] for r in found[at].values()]) if (at := (name, 1.0 if name == "dense" else k))
                in found else "" for k in keeps), *([asked.get(name, "")] if asked else [])] for name in names]
     questions = [f"questions at {keep:g}"] if asked else []
-    files = f", and mean accuracy on {', '.join(f'{n} of {file}' for file, n in sorted(all_files))}" if asked else ""
+    files = ", ".join(f"{n} of {file}" for file, n in sorted(all_files))
+    files = f", and mean accuracy (acc_norm) on {files}" if asked else ""
     return (f"Test perplexity by kept fraction{files} (bold: ours; ±: half the range of calibration seeds):\n\n"
             + markdown(["method", *(f"keep {k:g}" for k in keeps), *questions], rows))
 

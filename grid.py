@@ -132,10 +132,15 @@ def refuse_another_grid(c, waves):
     write_atomic(file, lambda out: out.write(json.dumps(told, indent=1).encode()))
 
 
-def run_grid(c):
+def filled(c):
+    """With the device and the number of jobs that a preset has by default."""
     on_gpu = c.preset == "gpu"
-    c = replace(c, device=c.device or ("cuda" if on_gpu else "cpu"),
-                jobs=(3 if on_gpu else os.cpu_count() or 1) if c.jobs is None else c.jobs)
+    return replace(c, device=c.device or ("cuda" if on_gpu else "cpu"),
+                   jobs=(3 if on_gpu else os.cpu_count() or 1) if c.jobs is None else c.jobs)
+
+
+def run_grid(c):
+    c = filled(c)
     if c.seeds < 1 or c.jobs < 1 or c.minutes is not None and c.minutes <= 0:
         raise UserError(f"--seeds {c.seeds} and --jobs {c.jobs} must be at least 1, --minutes {c.minutes} above 0")
     until = None if c.minutes is None else time.time() + 60 * c.minutes

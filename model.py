@@ -292,7 +292,7 @@ class GPT(nn.Module):
 #    more KV groups.
 PRESETS = {  # name: layers, d_model, query heads, KV heads, head_dim, target d_ff, context, peak learning rate
     "toy":    (2, 32, 4, 2, 8, 64, 64, 1e-2),
-    "laptop": (4, 64, 4, 2, 16, 192, 128, 1e-2),      # the rate: best for plan scratch, see the README
+    "laptop": (4, 64, 4, 2, 16, 192, 128, 1e-2),      # the rate: best for plan scratch when it was tried
     "10m":    (6, 384, 6, 6, 64, 1024, 512, 1e-3),
     "124m":   (12, 768, 12, 12, 64, 2048, 1024, 6e-4),      # this rate and the next: GPT-3's (arXiv 2005.14165)
     **{f"4x{C}": (4, C, C // 8, C // 16, 8, 3 * C, 128, 1e-2) for C in (16, 32)},                     # reproduce.py's

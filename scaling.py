@@ -2,7 +2,7 @@
 
     python scaling.py run                                     # the grid, 4 hours on 2 cores; goes on where killed
     python scaling.py run --minutes 20                        # a piece of it
-    python scaling.py fit results/scaling                     # constants, held-out errors and figures, in seconds
+    python scaling.py fit results/scaling                     # constants, held-out errors and figures; 90 s
     python scaling.py plan --n0 4e5 --rho 0.25 --before 1.14 --target-loss 1.19      # tokens for this loss
 
 Not here: the runs (grid.py), what they say without a law (curves.py), the laws and their fit (laws.py).

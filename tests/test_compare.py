@@ -133,7 +133,7 @@ def test_overview_has_every_method_once_the_dense_model_first_and_then_the_best(
     records += [{"tag": "questions", "name": name, "keep": keep, "seed": 0, "file": file, "limit": 500, "acc_norm": x}
                 for name, keep, file, x in asked]
     text = compare.overview(records, .8)
-    assert "and mean accuracy on 500 of a, 500 of b" in text
+    assert "and mean accuracy (acc_norm) on 500 of a, 500 of b" in text
     assert text.splitlines()[2:] == [
         "| method | keep 0.8 | keep 0.6 | keep 0.5 | questions at 0.8 |", "| --- | --- | --- | --- | --- |",
         "| dense | 10.00 | 10.00 | 10.00 | 0.375 |", "| **taylor / global** | 15.00 |  |  |  |",

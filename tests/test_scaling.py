@@ -1,6 +1,7 @@
 """The grid is what it says; records of planted laws come back as those laws; a plan inverts the law it fits."""
 import dataclasses
 import json
+import os
 import re
 
 import numpy as np
@@ -98,10 +99,15 @@ def test_models_that_are_there_are_recovered_only():
     assert {s["init"] for _, s, _ in after} == {"some/model"} and after[0][1]["lr"] == 2e-5
 
 
+def test_the_gpu_preset_runs_on_one_unless_told():
+    told = Grid(preset="gpu"), Grid(preset="gpu", device="cpu", jobs=1), Grid()
+    assert [(c.device, c.jobs) for c in map(grid_.filled, told)] == [("cuda", 3), ("cpu", 1), ("cpu", os.cpu_count())]
+
+
 def test_a_job_cuts_trains_and_keeps_records_that_say_what_was_cut(tmp_path):
     """With a run that is finished, and refused where the records are of another one."""
-    c = Grid(preset="toy", out=f"{tmp_path}/out", runs=f"{tmp_path}/runs", tokens=400 * 256, recover_tokens=8 * 256,
-             batch_tokens=256, micro_batch=2, eval_windows=2)
+    c = Grid(preset="toy", device="cpu", out=f"{tmp_path}/out", runs=f"{tmp_path}/runs", tokens=400 * 256,
+             recover_tokens=8 * 256, batch_tokens=256, micro_batch=2, eval_windows=2)
     wholes, after = grid_.jobs(c)
     todo = {name: (settings, cut) for name, settings, cut in wholes + after}
     grid_.job(c, "8x16-0", dict(todo["8x16-0"][0], steps=4, eval_every=4), None)
