@@ -6,7 +6,7 @@ A run is a *kind* (how it is trained: a row of KINDS) at a *place* (a size and h
 target: `Scale`) with a seed. What a run needs, the teacher or the model that is cut for it, is another run of the same
 place and seed, so that all of it is counted. A claim is a list of pairs: the loss of the first kind is said to be below
 the second's, or at most `margin` above it. Claims 1 to 6, 11: IDEA Prune (arXiv 2503.05920); 7, 9: Adapt-Pruner
-(2502.03460); 8: The Journey Matters (2501.12486); 10: score.py's sources; 12 is ours.
+(2502.03460); 8: The Journey Matters (2501.12486); 10: score.py's sources; 12 and 13 are ours.
 Not here: running (reproduce.py), statistics (evidence.py).
 """
 import math
@@ -44,7 +44,7 @@ class Scale:
     eval_windows: int = 64             # of the hold-out, while a run trains
     final_windows: int = 2048          # of the hold-out at its end: rates are chosen and claims compared by these
     data: str = "stdlib"
-    claims: tuple[int, ...] = (1, 3, 4, 5, 2, 11, 10, 6, 7, 8, 9, 12)             # in this order at each place
+    claims: tuple[int, ...] = (1, 3, 4, 5, 2, 11, 13, 10, 6, 7, 8, 9, 12)             # in this order at each place
     only: tuple[str, ...] = ()         # kinds; none: all that the claims compare
 
 
@@ -71,6 +71,7 @@ class Kind:
     #                                        or "flops_credited"), both without what they need; with a teacher: so many
     #                                        times the steps of kind `plan` as its FLOPs go into that
     family: str | None = None          # whose learning rate, of FAMILIES; default: the plan's
+    rate: float = 1                    # times that
     floor: float = .1                  # the last learning rate, as a share of the peak
 
 
@@ -131,6 +132,9 @@ KINDS = {
     "kd-annealed-longer": replace(kd(), teacher="annealed-longer"),
     "kd-floor-1%": replace(kd(), floor=.01),
     "scratch-floor-1%": Kind("scratch", floor=.01),
+    **{f"{plan}-lr-{times:g}x": Kind(plan, rate=times) for plan in ("scratch", "naive", "idea") for times in (.5, 2)},
+    **{f"{plan}-wsd-lr-2x": Kind(plan, dict(shape="wsd"), family=f"{plan}-wsd", rate=2)
+       for plan in ("scratch", "idea")},
 }
 FAMILIES = {  # the kinds whose tries choose a family's learning rate, by the mean of their losses
     **{name: (name,) for name in (*PLAIN, "kd", "journey", "adapt", "idea-wsd", "scratch-wsd")},
@@ -160,8 +164,8 @@ CLAIMS = {claim.number: claim for claim in (
           (("idea", "scratch"), ("idea-kd", "scratch"), ("idea-kd-annealed", "scratch"), ("idea", "scratch-flops"),
            ("idea-kd", "scratch-kd-flops")), place="both"),
     Claim(6, "enlarging 2.6 times for half of the tokens is near-optimal, and so is a cosine",
-          tuple(("idea", f"idea-{other}") for other in ("1.3x", "5.3x", "25%", "75%", "wsd"))
-          + (("scratch", "scratch-wsd"),), margin=.01),
+          tuple(("idea", f"idea-{other}") for other in ("1.3x", "5.3x", "25%", "75%", "wsd", "wsd-lr-2x"))
+          + (("scratch", "scratch-wsd"), ("scratch", "scratch-wsd-lr-2x")), margin=.01),
     Claim(7, "adaptive shares beat uniform ones, and incremental cuts one, through a whole recovery",
           (("cut-adaptive", "cut-uniform"), ("adapt", "adapt-1cut"))),
     Claim(8, "pruning from 25 % to 75 % of the compute is near-optimal, at equal credited FLOPs",
@@ -177,6 +181,9 @@ CLAIMS = {claim.number: claim for claim in (
                                                      "kd-linear-40%", "kd-floor-1%", "kd-annealed-longer")),
            ("kd-annealed-longer", "idea"),
            ("kd-floor-1%", "scratch-floor-1%"))),
+    Claim(13, "the learning rates, tuned at another size, are near-optimal here (ours; the other claims rest on it)",
+          (*((plan, f"{plan}-lr-{times:g}x") for plan in ("scratch", "naive", "idea") for times in (.5, 2)),
+           ("scratch-wsd", "scratch-wsd-lr-2x"), ("idea-wsd", "idea-wsd-lr-2x")), margin=.01),
 )}
 
 
@@ -278,7 +285,7 @@ def settings(run, scale, records, folder="runs/claims"):
     learning rate or the number of steps, is read from their records."""
     kind = KINDS[run.kind]
     lr = chosen_rate(run, scale, records)[0]
-    lr = models.PRESETS[run.size][-1] if lr is None else lr
+    lr = (models.PRESETS[run.size][-1] if lr is None else lr) * (1 if run.lr else kind.rate)
     target = models.preset(run.size, vocabulary(), 1)[0]
     steps = max(1, round(run.ratio * kind.share * target.num_params()["total"] / scale.batch_tokens))
     seed = run.seed + RECOVERY_SEED * bool(kind.init)

@@ -372,6 +372,7 @@ def state(runs, scale):
             continue
         rates += [f"{family} {rate:g}{' (at the edge)' if edge else ''}"] if rate else []        # None: the preset's
         others = [f"`{kind}`" for kind in claims.KINDS if claims.family(kind) == family and kind not in tuned
+                  and claims.KINDS[kind].rate == 1
                   and any(of_kind(runs, kind, *place) for place in places(scale))]
         taken += [f"of {family}: {', '.join(others)}"] if others else []
     if rates:

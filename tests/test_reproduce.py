@@ -71,7 +71,7 @@ def test_verdicts(differences, verdict):
                                             (.02, "contradicted")])
 def test_near_optimal_is_within_a_margin(shift, verdict):
     assert evidence.effect([shift - .001, shift + .001, shift]).verdict(.01) == verdict
-    assert {n for n, claim in CLAIMS.items() if claim.margin} == {6, 8}
+    assert {n for n, claim in CLAIMS.items() if claim.margin} == {6, 8, 13}
 
 
 def test_bootstrap_resamples_seeds_and_one_seed_has_no_interval():
@@ -144,6 +144,8 @@ def test_rates_are_read_from_the_records_of_the_tries_and_tries_come_first():
         assert claims.chosen_rate(run, scale, records) == (best, edge)
         settings, _ = claims.settings(run, scale, records)
         assert (settings["lr"], settings["min_lr"], settings["score"]) == (best, best * .1, "flap")
+        settings, _ = claims.settings(dataclasses.replace(run, kind="idea-lr-2x"), scale, records)
+        assert (settings["lr"], settings["min_lr"]) == (2 * best, 2 * best * .1)
     with pytest.raises(KeyError):
         claims.settings(run, scale, {})
     assert claims.tries(tries[0], scale) == [] and claims.settings(tries[0], scale, {})[0]["lr"] == 5e-3
