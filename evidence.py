@@ -205,10 +205,10 @@ def shown(found):
     return f"{found.mean:+.4f}" + (f" ({found.low:+.4f} to {found.high:+.4f})" if found.seeds > 1 else "")
 
 
-def factor(value, low, high):
+def factor(value, low, high, below="below what was run"):
     """A bootstrapped factor; 0 and inf: outside of the lengths that were run."""
     def one(x):
-        return "beyond what was run" if x == math.inf else "below what was run" if x == 0 else f"{x:.2f}"
+        return "beyond what was run" if x == math.inf else below if x == 0 else f"{x:.2f}"
     return one(value) + ("" if math.isnan(low) or low == high == value else f" ({one(low)} to {one(high)})")
 
 
@@ -351,7 +351,7 @@ def sentences(runs, scale):
             verdict = f": {verdict_of_factor(*times)} (\"far fewer\" is more than {FAR} times, which is ours to say)" \
                 if what == "tokens, recovery only" else ""
             lines.append(f"- Cut from a larger trained model, times fewer {what}, to the loss of `scratch`: "
-                         f"{'at least ' * least}{factor(*times)}{verdict}.")
+                         f"{'at least ' * least}{factor(*times, below='not even by the longest')}{verdict}.")
     return lines
 
 

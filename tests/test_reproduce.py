@@ -375,7 +375,7 @@ def test_equal_loss_and_the_headline_return_what_was_planted(tmp_path):
     assert "recovery only, to the loss of `scratch`: at least 64.00: reproduced" in lines
     plant(tmp_path, {("scratch", *at): (6400, 6400., spread(1.2))})
     lines = "\n".join(evidence.sentences(evidence.read(tmp_path), scale))
-    assert "recovery only, to the loss of `scratch`: below what was run: contradicted" in lines
+    assert "recovery only, to the loss of `scratch`: not even by the longest: contradicted" in lines
 
 
 @pytest.mark.parametrize("low, high, verdict", [(2.1, 9, "reproduced"), (1.5, 9, "not at this scale"),
