@@ -29,7 +29,7 @@ def chunk_tokens(weight):
     return tokens if tokens < tile else tokens // tile * tile
 
 
-def factor(weight):
+def operand(weight):
     """The output projection (V, C) as every chunk is multiplied by it: cast once where autocast would cast it for each,
     and with rows of zeros up to a multiple of TILE, as logits (tokens, 50,257) of GPT-2's vocabulary would keep a GPU's
     matrix units from being used."""
@@ -79,16 +79,16 @@ def add_product_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: flo
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, w, targets, teacher_h, teacher_w, kd_weight, temperature, needs_grad, needs_dw):
-        N, V, chunk, full = h.size(0), w.size(0), chunk_tokens(w), factor(w)
+        N, V, chunk, full = h.size(0), w.size(0), chunk_tokens(w), operand(w)
         wide = torch.promote_types(h.dtype, torch.float32)                      # float32, or float64 for tests
         dh = torch.empty_like(h) if needs_grad else None
         dw = torch.zeros_like(full, dtype=w.dtype) if needs_dw else None
-        taught_by = None if teacher_h is None else factor(teacher_w)
+        teacher_full = None if teacher_h is None else operand(teacher_w)
         sums = h.new_zeros(3, dtype=wide)
         for a in range(0, N, chunk):
             x, taught = h[a:a + chunk], None
             if teacher_h is not None:
-                taught = (teacher_h[a:a + chunk] @ taught_by.T)[:, :V].to(wide)                  # (chunk, V)
+                taught = (teacher_h[a:a + chunk] @ teacher_full.T)[:, :V].to(wide)               # (chunk, V)
             logits = (x @ full.T)[:, :V]                                        # in bfloat16 under autocast
             *found, g = token_losses(logits.to(wide), targets[a:a + chunk], taught, kd_weight, temperature, needs_grad)
             sums += torch.stack([values.sum() for values in found])

@@ -94,7 +94,7 @@ def test_kl_and_its_gradient_vanish_at_student_equals_teacher_and_only_there(dty
 def test_chunked_loss_is_the_plain_one_in_value_and_gradients(monkeypatch, tile, chunk_values, kd_weight, temperature):
     monkeypatch.setattr(distill, "CHUNK_VALUES", {"cpu": chunk_values})
     monkeypatch.setattr(distill, "TILE", {"cpu": tile})
-    assert distill.factor(torch.zeros(V, C)).shape == (-(-V // tile) * tile, C)
+    assert distill.operand(torch.zeros(V, C)).shape == (-(-V // tile) * tile, C)
     inputs = batch() if kd_weight is not None else batch()[:3]
     options = dict(kd_weight=kd_weight, temperature=temperature) if kd_weight is not None else {}
     expected, parts = plain(*inputs, **options)
