@@ -9,8 +9,6 @@ the second's, or at most `margin` above it. Claims 1 to 6, 11: IDEA Prune (arXiv
 (2502.03460); 8: The Journey Matters (2501.12486); 10: score.py's sources; 12 and 13 are ours.
 Not here: running (reproduce.py), statistics (evidence.py).
 """
-import math
-import statistics
 from dataclasses import dataclass, field, fields, replace
 
 import allocate
@@ -22,7 +20,6 @@ import schedule
 from common import UserError
 from tokenizer import open_tokenizer
 
-TUNING_SEED = 1000                     # of the runs that only choose a learning rate; no claim uses it
 RECOVERY_SEED = 100                    # is added after a cut: not the order of data of before it (as in grid.py)
 WARM = 70                              # steps, of a first warm-up, at least
 MOST_EPOCHS = 4                        # repeated text is nearly as good as new text up to here (arXiv 2305.16264)
@@ -30,14 +27,11 @@ MOST_EPOCHS = 4                        # repeated text is nearly as good as new 
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes (model.PRESETS), tokens and seeds. Ratios are tokens per parameter of the target, all of them counted."""
-    small: str                         # of all claims
-    middle: str                        # of claim 5 besides, and where learning rates are tuned
-    ratio: float                       # of all claims but 9, at the small size
+    """A size (model.PRESETS), tokens and seeds. Ratios are tokens per parameter of the target, all of them counted."""
+    size: str
+    ratio: float                       # of all claims but 9
     long: float                        # of claim 9
-    ratios: tuple[float, ...]          # of claim 5 at the small size; at the middle one `tuning` and `ratio`
-    tuning: float                      # of the runs that choose a learning rate
-    rates: tuple[float, ...]           # which are tried; none: the preset's rate for all
+    ratios: tuple[float, ...]          # of claim 5
     batch_tokens: int                  # per step
     micro_batch: int                   # sequences per forward pass
     seeds: int                         # python reproduce.py power says how small an effect so many see
@@ -48,13 +42,12 @@ class Scale:
     only: tuple[str, ...] = ()         # kinds; none: all that the claims compare
 
 
-RATES = (5e-3, 1e-2, 2e-2, 4e-2)
 PLAIN = ("scratch", "naive", "oneshot", "idea", "idea-kd")
+RATED = "scratch", "kd", "naive", "idea", "adapt", "cut-annealed", "scratch-wsd", "idea-wsd"    # at other rates, too
 SCALES = {  # batches of 4,096 tokens, 404 steps at 4x16 and 100, ended 0.26 to 0.40 nats higher
-    "cpu": Scale("4x16", "4x32", 100, 400, (25, 100, 400, 1600), 25, RATES, 2**10, 8, 5),
-    "gpu": Scale("10m", "10m", 14, 14, (3.5, 7, 14), 3.5, (5e-4, 1e-3, 2e-3), 2**16, 64, 3, data="packages"),
-    "quick": Scale("toy", "toy", 60, 60, (60,), 60, (), 2**11, 32, 1, final_windows=256, claims=(1, 3, 4, 5),
-                   only=PLAIN),
+    "cpu": Scale("4x16", 100, 400, (25, 100, 400), 2**10, 8, 5),
+    "gpu": Scale("10m", 14, 14, (3.5, 7, 14), 2**16, 64, 3, data="packages"),
+    "quick": Scale("toy", 60, 60, (60,), 2**11, 32, 1, final_windows=256, claims=(1, 3, 4, 5), only=PLAIN),
 }
 
 
@@ -70,8 +63,7 @@ class Kind:
     like: tuple[str, str] | None = None    # instead: as many as spend what this kind spent: (kind, "flops_executed"
     #                                        or "flops_credited"), both without what they need; with a teacher: so many
     #                                        times the steps of kind `plan` as its FLOPs go into that
-    family: str | None = None          # whose learning rate, of FAMILIES; default: the plan's
-    rate: float = 1                    # times that
+    rate: float = 1                    # times the preset's peak learning rate
     floor: float = .1                  # the last learning rate, as a share of the peak
 
 
@@ -82,8 +74,7 @@ def kd(**settings):
 
 def cut(init, share=.5, allocation="uniform-strict", score="sensitivity"):
     """A model that is there, cut once and trained on."""
-    return Kind("scratch", init=init, share=share, family="recover",
-                cut=dict(structure="ffn", allocate=allocation, score=score))
+    return Kind("scratch", init=init, share=share, cut=dict(structure="ffn", allocate=allocation, score=score))
 
 
 def window(enlarge_share, prune_share):
@@ -98,7 +89,7 @@ KINDS = {
     # the enlarged model after half of the tokens: at the end of a cosine of its own, half way along the whole one at
     # the same rate, and as it stands in kind idea-kd before the first cut
     "annealed": Kind("naive", dict(stage="enlarge")),
-    "halfway": Kind("idea", dict(stage="enlarge"), family="naive"),
+    "halfway": Kind("idea", dict(stage="enlarge")),
     "captured": Kind("idea-kd", dict(stage="enlarge")),
     "cut-annealed": cut("annealed"),
     "cut-halfway": cut("halfway"),
@@ -112,8 +103,8 @@ KINDS = {
     "idea-5.3x": Kind("idea", dict(enlarge_ff=5.3)),
     "idea-25%": Kind("idea", dict(enlarge_share=.25, prune_share=.3)),              # prune : recover stay 2 : 3
     "idea-75%": Kind("idea", dict(enlarge_share=.75, prune_share=.1)),
-    "idea-wsd": Kind("idea", dict(shape="wsd"), family="idea-wsd"),
-    "scratch-wsd": Kind("scratch", dict(shape="wsd"), family="scratch-wsd"),
+    "idea-wsd": Kind("idea", dict(shape="wsd"), rate=.5),
+    "scratch-wsd": Kind("scratch", dict(shape="wsd"), rate=.5),
     "cut-uniform": cut("annealed", allocation="uniform", score="taylor"),
     "cut-adaptive": cut("annealed", allocation="adaptive", score="taylor"),
     "adapt-1cut": Kind("adapt", dict(cuts=1)),
@@ -132,14 +123,9 @@ KINDS = {
     "kd-annealed-longer": replace(kd(), teacher="annealed-longer"),
     "kd-floor-1%": replace(kd(), floor=.01),
     "scratch-floor-1%": Kind("scratch", floor=.01),
-    **{f"{plan}-lr-{times:g}x": Kind(plan, rate=times) for plan in ("scratch", "naive", "idea") for times in (.5, 2)},
-    **{f"{plan}-wsd-lr-2x": Kind(plan, dict(shape="wsd"), family=f"{plan}-wsd", rate=2)
-       for plan in ("scratch", "idea")},
 }
-FAMILIES = {  # the kinds whose tries choose a family's learning rate, by the mean of their losses
-    **{name: (name,) for name in (*PLAIN, "kd", "journey", "adapt", "idea-wsd", "scratch-wsd")},
-    "recover": ("cut-annealed", "cut-halfway"),
-}
+KINDS |= {f"{name}-lr-{times:g}x": replace(KINDS[name], rate=times * KINDS[name].rate)
+          for name in RATED for times in (.5, 2)}
 
 
 @dataclass(frozen=True)
@@ -149,12 +135,12 @@ class Claim:
     pairs: tuple[tuple[str, str], ...]    # of kinds
     by_factor: bool = False            # its verdict is of tokens to equal loss; pairs are shown without one
     margin: float = 0                  # nats per token: "near-optimal" is at most so much above the other (ours)
-    place: str = "small"               # or "both", at all of `ratios` and at the middle size; or "long"
+    place: str = "ratio"               # which of Scale's: ratio, long, ratios
 
 
 CLAIMS = {claim.number: claim for claim in (
     Claim(1, "one integrated cosine beats two cycles, at equal tokens",
-          tuple((one, two) for two in ("naive", "naive-lr-2x") for one in ("oneshot", "idea"))),
+          (("oneshot", "naive"), ("idea", "naive"))),
     Claim(2, "an intermediate checkpoint is a better seed for pruning than the converged one",
           (("cut-halfway", "cut-annealed"),)),
     Claim(3, "iterative removal beats one-shot", (("idea", "oneshot"),)),
@@ -163,10 +149,10 @@ CLAIMS = {claim.number: claim for claim in (
            ("idea-kd-annealed", "kd-flops"))),
     Claim(5, "IDEA with distillation beats training from scratch, at equal own tokens and at equal FLOPs",
           (("idea", "scratch"), ("idea-kd", "scratch"), ("idea-kd-annealed", "scratch"), ("idea", "scratch-flops"),
-           ("idea-kd", "scratch-kd-flops")), place="both"),
+           ("idea-kd", "scratch-kd-flops")), place="ratios"),
     Claim(6, "enlarging 2.6 times for half of the tokens is near-optimal, and so is a cosine",
-          tuple(("idea", f"idea-{other}") for other in ("1.3x", "5.3x", "25%", "75%", "wsd", "wsd-lr-2x"))
-          + (("scratch", "scratch-wsd"), ("scratch", "scratch-wsd-lr-2x")), margin=.01),
+          tuple(("idea", f"idea-{other}") for other in ("1.3x", "5.3x", "25%", "75%", "wsd"))
+          + (("scratch", "scratch-wsd"),), margin=.01),
     Claim(7, "adaptive shares beat uniform ones, and incremental cuts one, through a whole recovery",
           (("cut-adaptive", "cut-uniform"), ("adapt", "adapt-1cut"))),
     Claim(8, "pruning from 25 % to 75 % of the compute is near-optimal, at equal credited FLOPs",
@@ -182,29 +168,26 @@ CLAIMS = {claim.number: claim for claim in (
                                                      "kd-linear-40%", "kd-floor-1%", "kd-annealed-longer")),
            ("kd-annealed-longer", "idea"),
            ("kd-floor-1%", "scratch-floor-1%"))),
-    Claim(13, "the learning rates, tuned at another size, are near-optimal here (ours; the other claims rest on it)",
-          (*((plan, f"{plan}-lr-{times:g}x") for plan in ("scratch", "naive", "idea") for times in (.5, 2)),
-           ("scratch-wsd", "scratch-wsd-lr-2x"), ("idea-wsd", "idea-wsd-lr-2x")), margin=.01),
+    Claim(13, "the peak learning rates are near-optimal, against half and twice of them (ours; these runs chose them)",
+          tuple((name, f"{name}-lr-{times:g}x") for name in RATED for times in (.5, 2)), margin=.01),
 )}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A kind at a place, with a seed; `lr` only where it is one of the rates that are tried."""
+    """A kind at a place, with a seed."""
     kind: str
     size: str
     ratio: float
     seed: int
-    lr: float | None = None
 
     @property
     def name(self):
-        tried = "" if self.lr is None else f"-lr{self.lr:g}"
-        return f"{self.kind}-{self.size}-{self.ratio:g}{tried}-s{self.seed}".replace("/", "of").replace("%", "")
+        return f"{self.kind}-{self.size}-{self.ratio:g}-s{self.seed}".replace("/", "of").replace("%", "")
 
     def of(self, kind):
-        """What this one needs of the same place and seed; never a try."""
-        return replace(self, kind=kind, lr=None)
+        """Another kind at the same place with the same seed."""
+        return replace(self, kind=kind)
 
     def needs(self):
         """The runs whose folders this one begins with or learns from."""
@@ -214,10 +197,8 @@ class Run:
 
 def places(claim, scale):
     """[(size, ratio)] of a claim's pairs."""
-    small = [(scale.small, scale.ratio)]
-    return {"small": small, "long": [(scale.small, scale.long)],
-            "both": list(dict.fromkeys([(scale.small, ratio) for ratio in scale.ratios]
-                                       + [(scale.middle, scale.tuning), (scale.middle, scale.ratio)]))}[claim.place]
+    found = getattr(scale, claim.place)
+    return [(scale.size, ratio) for ratio in (found if isinstance(found, tuple) else (found,))]
 
 
 def pairs(claim, scale):
@@ -243,50 +224,26 @@ def in_order(scale, seeds):
     return [(key[0], found[key]) for key in ordered]
 
 
-def family(kind):
-    """The family whose learning rate a kind has."""
-    return KINDS[kind].family or KINDS[kind].plan
-
-
-def tries(run, scale):
-    """The runs that choose this run's learning rate, none for a try."""
-    return [] if run.lr is not None else [Run(kind, scale.middle, scale.tuning, TUNING_SEED, lr)
-                                          for lr in scale.rates for kind in FAMILIES[family(run.kind)]]
-
-
 def measures(run):
     """The runs whose records say how long this one is."""
     kind = KINDS[run.kind]
     return [run.of(name) for name in (kind.like[0], kind.teacher and kind.plan) if name] if kind.like else []
 
 
-def requires(run, scale):
+def requires(run):
     """All runs whose records must be there before this one's settings are known."""
-    return [*tries(run, scale), *run.needs(), *measures(run)]
+    return [*run.needs(), *measures(run)]
 
 
-def chosen_rate(run, scale, records):
-    """The learning rate whose tries ended lowest -> (rate, whether it is at the edge of those tried); (None, False):
-    the preset's. records: {name of the run: {"summary": [...], ...}}. A try that is missing is a KeyError. UserError:
-    none of the rates ended finite."""
-    if run.lr is not None or not scale.rates:
-        return run.lr, False
-    losses = {lr: statistics.mean(records[t.name]["summary"][0]["final_loss"] for t in tries(run, scale) if t.lr == lr)
-              for lr in scale.rates}
-    finite = [lr for lr in losses if math.isfinite(losses[lr])]
-    if not finite:
-        raise UserError(f"no try of {family(run.kind)} ended finite; try lower rates than {min(scale.rates):g} "
-                        "(claims.SCALES)")
-    best = min(finite, key=losses.get)
-    return best, best in (min(scale.rates), max(scale.rates))
+def rate(run):
+    """The peak learning rate."""
+    return models.PRESETS[run.size][-1] * KINDS[run.kind].rate
 
 
 def settings(run, scale, records, folder="runs/claims"):
-    """-> (settings of train.py, settings of prune.py's cut before it or None). Whatever depends on other runs, the
-    learning rate or the number of steps, is read from their records."""
-    kind = KINDS[run.kind]
-    lr = chosen_rate(run, scale, records)[0]
-    lr = (models.PRESETS[run.size][-1] if lr is None else lr) * (1 if run.lr else kind.rate)
+    """-> (settings of train.py, settings of prune.py's cut before it or None). A number of steps that depends on other
+    runs is read from their records."""
+    kind, lr = KINDS[run.kind], rate(run)
     target = models.preset(run.size, vocabulary(), 1)[0]
     steps = max(1, round(run.ratio * kind.share * target.num_params()["total"] / scale.batch_tokens))
     seed = run.seed + RECOVERY_SEED * bool(kind.init)
@@ -298,8 +255,8 @@ def settings(run, scale, records, folder="runs/claims"):
         for _ in range(1 if kind.teacher else 4):                  # steps and FLOPs are nearly proportional
             spent = of[kind.plan] if kind.teacher else predicted(dict(found, preset=run.size))
             found["steps"] = max(1, round(found["steps"] * of[kind.like[0]][kind.like[1]] / spent[kind.like[1]]))
-    if not kind.init:
-        found |= first_warmup(kind, found["steps"], run.ratio * target.num_params()["total"] / scale.batch_tokens)
+    found |= first_warmup(kind, found["steps"], found["steps"] if kind.init else
+                          run.ratio * target.num_params()["total"] / scale.batch_tokens)
     found["eval_every"] = max(1, found["steps"] // 10)
     if kind.teacher:
         found["teacher"] = f"{folder}/{run.of(kind.teacher).name}"
@@ -312,8 +269,9 @@ def settings(run, scale, records, folder="runs/claims"):
 
 def first_warmup(kind, steps, whole):
     """The setting that makes a run's first warm-up no shorter than those of runs it is compared with: a share of
-    `whole`, the steps of a plan of this place with one cycle, WARM steps at least, .4 of its cycle at most. Without it
-    plan naive, whose first cycle is half as long, would warm up half as long, too, and lose by that alone."""
+    `whole`, the steps of a plan of this place with one cycle, or of what follows a cut, WARM steps at least, .4 of its
+    cycle at most. Without it plan naive, whose first cycle is half as long, would warm up half as long, too, and lose
+    by that alone."""
     rows = schedule.PLANS[kind.plan]
     first = next((i for i, row in enumerate(rows) if row.restart), None)
     cycle = steps if first is None else steps * sum(row.share for row in rows[:first])
@@ -374,20 +332,19 @@ def predicted(found, size=None):
 
 
 def expected(run, scale):
-    """-> (settings of train.py, FLOPs as `predicted`) of a run before any other has been made. The learning rate is the
-    preset's, not the one to be chosen."""
+    """-> (settings of train.py, FLOPs as `predicted`) of a run before any other has been made."""
     records = {other.name: {"summary": [expected(other, scale)[1]]} for other in measures(run)}
-    found, _ = settings(run, replace(scale, rates=()), records)
+    found, _ = settings(run, scale, records)
     return found, predicted(found, run.size if KINDS[run.kind].init else None)
 
 
-def everything(wanted, scale):
+def everything(wanted):
     """These runs and all that they require, each once, what is required first."""
     found = {}
 
     def visit(run):
         if run not in found:
-            for other in requires(run, scale):
+            for other in requires(run):
                 visit(other)
             found[run] = None
 

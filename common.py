@@ -83,9 +83,13 @@ def read_records(path):
 
 
 def append_record(path, **record):
-    """One JSON object as one line, flushed, so that a killed run leaves whole lines."""
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
+    """One JSON object as one line, flushed, so that a killed run leaves whole lines; what a crash left behind the last
+    of them is cut off first."""
+    with open(path, "ab+") as file:
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(record).encode() + b"\n")
 
 
 def peak_rss():

@@ -80,8 +80,8 @@ PUBLISHED = {  # score and allocation are the method's own
     "ShortGPT": R(score="influence", structure="layer"),
     "Shortened LLaMA, PPL": R(score="perplexity", structure="layer", measured_windows=16),
     "Shortened LLaMA, Taylor+": R(score="taylor", structure="layer", allocate="middle"),
-    "SliceGPT": R(),
-    "torch-pruning": R(),
+    "SliceGPT": None,                 # no recipe of prune.py's
+    "torch-pruning": None,
 }
 HALF = {"2:4, magnitude": R(score="magnitude", structure="2:4"), "2:4, Wanda": R(score="wanda", structure="2:4")}
 DEPTH = ("ShortGPT", "Shortened LLaMA, PPL", "Shortened LLaMA, Taylor+")
@@ -94,6 +94,11 @@ ADAPT_STEP = 0.02                 # Adapt-Pruner's scripts
 
 def name_of(recipe):
     return f"{recipe.score} / {recipe.allocate}" + (" / mended" if recipe.mend == "least-squares" else "")
+
+
+def can_run(name):
+    """Whether what a row needs is installed."""
+    return name != "torch-pruning" or find_spec("torch_pruning") is not None
 
 
 def families(documents, words=20):
@@ -259,7 +264,7 @@ class Bench:
         """The share of a file's questions that a cut model answers, unless the records have it."""
         about = dict(tag="questions", name=name, keep=keep, seed=seed, file=Path(file).stem, limit=self.c.limit)
         row = self.found(tag="cell", part="test", name=name, keep=keep, seed=seed)
-        if self.found(**about) or not row or "refused" in row[0]:
+        if self.found(**about) or not row or "refused" in row[0] or not can_run(name):
             return
         model = self.cut(name, recipe, keep, seed) if keep < 1 else self.model
         with contextlib.nullcontext() if name == "SliceGPT" else torch.autocast("cpu", torch.bfloat16):
@@ -271,8 +276,7 @@ class Bench:
         """The grid's best cells so far that are no published method: {name: recipe}."""
         cells = {r["name"]: r["perplexity"] for r in self.records if "perplexity" in r and r["part"] == "validation"
                  and (r["keep"], r["seed"]) == (self.c.grid_keep, 0)}
-        theirs = {(p.score, p.allocate) for p in PUBLISHED.values()}
-        ours = [g for g in GRID if name_of(g) in cells and ((g.score, g.allocate) not in theirs or g.mend != "none")]
+        ours = [g for g in GRID if name_of(g) in cells and g not in PUBLISHED.values()]
         return {name_of(g): g for g in sorted(ours, key=lambda g: cells[name_of(g)])[:self.c.best]}
 
 
@@ -301,7 +305,7 @@ def main(c):
         bench.cell("test", "dense", None, 1.0, 0)
         cuts = itertools.product(range(c.seeds), sorted(c.keeps, reverse=True), rows.items())
         for seed, keep, (name, recipe) in cuts:
-            if name != "torch-pruning" or seed == 0 and find_spec("torch_pruning"):      # it looks at no data
+            if can_run(name) and (name != "torch-pruning" or seed == 0):                 # it looks at no data
                 bench.cell("test", name, recipe, keep, seed)
         for seed, (name, recipe) in itertools.product(range(c.seeds), HALF.items()):
             bench.cell("test", name, recipe, 0.5, seed)                         # of the weights, none of the widths

@@ -6,7 +6,7 @@
 All comparisons are paired by seed: same data in the same order (but where only one of two begins with a cut), same
 hold-out. Losses are those at the end, on Scale.final_windows of it. An interval is Student's, 95 %, of the mean
 difference over seeds, and one seed has none, so it proves nothing. Of tokens to equal loss it is a percentile bootstrap
-over seeds, which is too narrow where there are few. Neither knows that the rates were chosen by one seed's tries.
+over seeds, which is too narrow where there are few. Neither knows that the learning rates were chosen with these seeds.
 Nothing is corrected for the number of comparisons: of 20 rows without any effect one is expected to look like one. Not
 here: what is compared (claims.py), the runs (reproduce.py).
 """
@@ -26,6 +26,7 @@ from common import UserError
 from curves import reach
 
 LEVEL, POWER = .95, .8
+UNDECIDED = "not at this scale"
 FIGURE = ("scratch", "naive", "idea", "idea-kd")
 FAR = 2                                # times fewer tokens are "far fewer" (claim 9): the number is ours
 INGREDIENTS = (("one cosine, not two cycles", "oneshot", "naive"), ("iterative cuts, not one", "idea", "oneshot"),
@@ -67,7 +68,7 @@ class Effect:
         """Of the claim that the difference is below the margin."""
         if self.seeds < 2:
             return "not measured"
-        return "reproduced" if self.high < margin else "contradicted" if self.low > margin else "not at this scale"
+        return "reproduced" if self.high < margin else "contradicted" if self.low > margin else UNDECIDED
 
 
 def effect(differences):
@@ -75,7 +76,10 @@ def effect(differences):
     values = list(differences.values()) if isinstance(differences, dict) else list(differences)
     if len(values) < 2:
         return Effect(len(values), *values)
-    mean, sd = statistics.mean(values), statistics.stdev(values)
+    mean = statistics.mean(values)
+    if not math.isfinite(mean):                                      # a run of one of both ended so
+        return Effect(len(values), mean, math.nan, mean, mean)
+    sd = statistics.stdev(values)
     half = t_quantile((1 + LEVEL) / 2, len(values) - 1) * sd / math.sqrt(len(values))
     return Effect(len(values), mean, sd, mean - half, mean + half)
 
@@ -117,7 +121,7 @@ def read(folder):
 
 def of_kind(runs, kind, size, ratio):
     """{seed: summary} of the finished runs of a kind at a place."""
-    seeds = sorted({int(name.rpartition("-s")[2]) for name in runs} - {claims.TUNING_SEED})
+    seeds = sorted({int(name.rpartition("-s")[2]) for name in runs})
     return {seed: runs[name]["summary"][0] for seed in seeds if (name := Run(kind, size, ratio, seed).name) in runs}
 
 
@@ -155,7 +159,7 @@ def curve(runs, kinds, size, ratios, seeds, spent="tokens"):
 def equal_loss(runs, kind, size, ratio, scale):
     """Claim 5: D tokens of this kind are worth x · D of training from scratch -> ((x, low, high), total tokens as a
     multiple of D, own FLOPs, total FLOPs as multiples of scratch's at D), or None where runs are missing. Scratch is
-    measured at every length of this size, straight lines over the logarithm of the tokens between, which lie above a
+    measured at every length, straight lines over the logarithm of the tokens between, which lie above a
     convex curve, so that x is rather too large; it is 0 below the shortest and inf beyond the longest."""
     ours, theirs = of_kind(runs, kind, size, ratio), of_kind(runs, "scratch", size, ratio)
     seeds = [s for s in ours if s in theirs]
@@ -179,7 +183,7 @@ def headline(runs, scale):
     """Claim 9: how many times fewer tokens a cut model takes to the loss of training from scratch, and with the larger
     model's training fewer tokens and FLOPs -> {what: (times, low, high)} (0: the longest recovery is not enough), and
     whether the shortest is enough already, so that it is at least so many times; or (None, False)."""
-    place, kinds = (scale.small, scale.long), [a for a, _ in CLAIMS[9].pairs]
+    place, kinds = (scale.size, scale.long), [a for a, _ in CLAIMS[9].pairs]
     base, large, *others = (of_kind(runs, kind, *place) for kind in ("scratch", "large", *kinds))
     seeds = [s for s in base if all(s in found for found in (large, *others))]
     if not seeds:
@@ -205,6 +209,13 @@ def shown(found):
     return f"{found.mean:+.4f}" + (f" ({found.low:+.4f} to {found.high:+.4f})" if found.seeds > 1 else "")
 
 
+def brief(found):
+    """The same in little space: half of Student's interval, which is symmetric."""
+    if not found.seeds:
+        return "-"
+    return f"{found.mean:+.3f}" + (f" ± {(found.high - found.low) / 2:.3f}" if found.seeds > 1 else "")
+
+
 def factor(value, low, high, below="below what was run"):
     """A bootstrapped factor; 0 and inf: outside of the lengths that were run."""
     def one(x):
@@ -215,7 +226,7 @@ def factor(value, low, high, below="below what was run"):
 def verdict_of_factor(value, low, high):
     """Of the claim that a factor is well above 1, FAR."""
     return "not measured" if math.isnan(low) else "reproduced" if low > FAR else "contradicted" if high < 1 \
-        else "not at this scale"
+        else UNDECIDED
 
 
 def places(scale):
@@ -247,7 +258,7 @@ def claims_table(runs, scale):
         if not measured and claim in seen:
             continue
         verdict = "see below" if claim.by_factor and found.seeds else found.verdict(claim.margin)
-        if verdict == "not at this scale":
+        if verdict == UNDECIDED:
             verdict += f" ({found.seeds} seeds see {least_seen(found.sd, found.seeds):.4f})"
         how = f"within {claim.margin:g} of" if claim.margin else "below"
         rows.append((f"{claim.number}. {claim.text}" if claim not in seen else "",
@@ -260,7 +271,7 @@ def claims_table(runs, scale):
 
 def main_place(claim, scale):
     """Of a claim's places the one that short_table shows."""
-    return (scale.small, scale.ratio) if claim.place == "both" else claims.places(claim, scale)[0]
+    return (scale.size, scale.ratio) if claim.place == "ratios" else claims.places(claim, scale)[0]
 
 
 def short_table(runs, scale):
@@ -274,10 +285,11 @@ def short_table(runs, scale):
         if claim.by_factor and any(e.seeds for *_, e in pairs):
             times = (headline(runs, scale)[0] or {}).get("tokens, recovery only", (math.nan,) * 3)
             verdicts = Counter([verdict_of_factor(*times)])
-        lines = [f"`{a}` minus `{b}` {shown(e)}"
+        lines = [f"`{a}` minus `{b}` {brief(e)}"
                  + (f", {e.seeds} seed{'s' * (e.seeds > 1)}" if 0 < e.seeds != scale.seeds else "")
-                 + (f": {e.verdict(claim.margin)}" if len(verdicts) > 1 else "") for a, b, e in pairs if e.seeds]
-        elsewhere = f" ({place[1]:g} tokens per parameter)" if place != (scale.small, scale.ratio) and lines else ""
+                 + (f": {v}" if len(verdicts) > 1 and (v := e.verdict(claim.margin)) != UNDECIDED else "")
+                 for a, b, e in pairs if e.seeds]
+        elsewhere = f" ({place[1]:g} tokens per parameter)" if place != (scale.size, scale.ratio) and lines else ""
         near = f" (up to {claim.margin:g} above)" if claim.margin else ""
         rows.append((f"{claim.number}. {claim.text}{near}{elsewhere}", "<br>".join(lines),
                      ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items()) if len(verdicts) > 1
@@ -286,16 +298,16 @@ def short_table(runs, scale):
 
 
 def lengths_table(runs, scale):
-    """Claim 5 at every length of the small size: a row for every kind that has seeds there."""
+    """Claim 5 at every length: a row for every kind that has seeds there."""
     rows = []
     for kind in ("idea", "idea-kd", "idea-kd-annealed") if 5 in scale.claims and len(scale.ratios) > 1 else ():
         for ratio in scale.ratios:
-            found = equal_loss(runs, kind, scale.small, ratio, scale)
+            found = equal_loss(runs, kind, scale.size, ratio, scale)
             if not found:
                 continue
             x, more, own, whole = found
-            e = effect(differences(runs, kind, "scratch", scale.small, ratio))
-            rows.append((f"`{kind}`", f"{ratio:g}", e.seeds, shown(e), factor(*x),
+            e = effect(differences(runs, kind, "scratch", scale.size, ratio))
+            rows.append((f"`{kind}`", f"{ratio:g}", e.seeds, brief(e), factor(*x),
                          f"{own:.2f}" + (f" ({whole:.2f} on {more:.2g} times the tokens)" if more > 1 else "")))
     return rows and report.markdown((
         "plan", "tokens per parameter", "seeds", "minus `scratch` at equal own tokens",
@@ -305,8 +317,8 @@ def lengths_table(runs, scale):
 
 def ingredients_table(runs, scale):
     """What each thing is worth: a kind with it minus one without."""
-    found = [(what, a, b, effect(differences(runs, a, b, scale.small, scale.ratio))) for what, a, b in INGREDIENTS]
-    rows = [(what, f"`{a}` minus `{b}`", e.seeds, shown(e)) for what, a, b, e in found if e.seeds]
+    found = [(what, a, b, effect(differences(runs, a, b, scale.size, scale.ratio))) for what, a, b in INGREDIENTS]
+    rows = [(what, f"`{a}` minus `{b}`", e.seeds, brief(e)) for what, a, b, e in found if e.seeds]
     return rows and report.markdown(("ingredient", "measured as", "seeds", "nats per token (95 %)"), rows)
 
 
@@ -327,7 +339,7 @@ def kinds_table(runs, scale):
                 continue
             run = Run(kind, size, ratio, min(found))
             losses = [s["final_loss"] for s in found.values()]
-            spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+            spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 and max(losses) < math.inf else ""
             (t, f), (tt, ff) = (cost(runs, kind, size, ratio, found, total) for total in (False, True))
             more = (f" ({tt / 1e6:.2f})", f" ({ff:.3g})") if tt != t else ("", "")
             rate = runs[run.name]["config"][0]["lr"]
@@ -356,30 +368,17 @@ def sentences(runs, scale):
 
 
 def state(runs, scale):
-    """How much has been run, on what it was judged, with which rates, how often the text was read, by which code."""
+    """How much has been run, on what it was judged, how often the text was read, by which code, at which rates."""
     first, summaries = next(iter(runs.values()))["config"][0], [r["summary"][0] for r in runs.values()]
     code = Counter(r["config"][0].get("code", "unknown") for r in runs.values())
     windows = ", ".join(map(str, sorted({s["final_windows"] for s in summaries if "final_windows" in s})))
     epochs, trains = max(s["epochs"] for s in summaries), first["eval_windows"]
-    lines = [f"{len(runs)} runs of {first['data']}, read at most {epochs:.1f} times; losses of {windows} windows of "
-             f"the hold-out at the end, of {trains} while training; code "
-             f"{', '.join(f'{name} ({count})' for name, count in sorted(code.items()))}."]
-    rates, taken = [], []
-    for family, tuned in claims.FAMILIES.items():
-        try:
-            rate, edge = claims.chosen_rate(Run(tuned[0], scale.middle, scale.tuning, 0), scale, runs)
-        except (KeyError, UserError):                                # not all are there; none is finite
-            continue
-        rates += [f"{family} {rate:g}{' (at the edge)' if edge else ''}"] if rate else []        # None: the preset's
-        others = [f"`{kind}`" for kind in claims.KINDS if claims.family(kind) == family and kind not in tuned
-                  and claims.KINDS[kind].rate == 1
-                  and any(of_kind(runs, kind, *place) for place in places(scale))]
-        taken += [f"of {family}: {', '.join(others)}"] if others else []
-    if rates:
-        lines.append(f"Peak learning rates, each the best of {', '.join(f'{rate:g}' for rate in scale.rates)} at "
-                     f"{scale.middle} and {scale.tuning:g} tokens per parameter with one seed: {', '.join(rates)}. "
-                     f"Untuned, at the rate {'; '.join(taken) or 'of another: none'}. Intervals leave out this choice.")
-    return lines
+    cosine, wsd = (claims.rate(Run(kind, scale.size, scale.ratio, 0)) for kind in ("idea", "idea-wsd"))
+    return (f"{len(runs)} runs of {first['data']}, read at most {epochs:.1f} times; losses of {windows} windows of "
+            f"the hold-out at the end, of {trains} while training; code "
+            f"{', '.join(f'{name} ({count})' for name, count in sorted(code.items()))}.\n"
+            f"Peak learning rate {cosine:g}, with WSD instead of a cosine {wsd:g}; claim 13 is about them, intervals "
+            "leave out that they were chosen.")
 
 
 def text(runs, scale, figure=None):
@@ -390,10 +389,10 @@ def text(runs, scale, figure=None):
     missed = [f"`{a}` minus `{b}` at {size}, {ratio:g} tokens per parameter {shown(found)} (claim {claim.number})"
               for claim, a, b, size, ratio, found in claim_rows(runs, scale)
               if (size, ratio) != main_place(claim, scale) and found.verdict(claim.margin) == "contradicted"]
-    caption = f"*While training, mean over seeds and their range, at {scale.small}, {scale.ratio:g} per parameter.*"
-    about = f"Differences at {scale.small} and {scale.ratio:g} tokens per parameter over {scale.seeds} seeds, where " \
-            "nothing else is said; negative: the first is better."
-    blocks = ["\n".join(state(runs, scale)),
+    caption = f"*While training, mean over seeds and their range, at {scale.size}, {scale.ratio:g} per parameter.*"
+    about = f"Differences at {scale.size} and {scale.ratio:g} tokens per parameter over {scale.seeds} seeds, where " \
+            f"nothing else is said; negative: the first is better. Pairs that no word follows: {UNDECIDED}."
+    blocks = [state(runs, scale),
               figure and f"![loss, learning rate and size against FLOPs]({figure})\n\n{caption}", about,
               short_table(runs, scale), "\n".join(sentences(runs, scale)), lengths_table(runs, scale),
               ingredients_table(runs, scale),
@@ -422,8 +421,8 @@ def power(runs, scale):
 def picture(runs, scale, path):
     """Loss, learning rate and live parameters against executed FLOPs -> whether it was drawn: there are runs and a
     matplotlib."""
-    drawn = {kind: [runs[Run(kind, scale.small, scale.ratio, seed).name]
-                    for seed in of_kind(runs, kind, scale.small, scale.ratio)] for kind in FIGURE}
+    drawn = {kind: [runs[Run(kind, scale.size, scale.ratio, seed).name]
+                    for seed in of_kind(runs, kind, scale.size, scale.ratio)] for kind in FIGURE}
     try:
         import numpy as np
         from matplotlib.figure import Figure

@@ -65,6 +65,8 @@ def jobs(c):
     train.py, settings of the cut before it or None)."""
     if c.preset not in GRIDS:
         raise UserError(f"--preset {c.preset!r} is not one of {', '.join(GRIDS)}")
+    if c.init and c.tokens is not None:
+        raise UserError(f"--tokens {c.tokens} has no effect with --init, whose models are trained; leave it out")
     if len({Path(path).name for path in c.init}) < len(c.init):
         raise UserError(f"--init {' '.join(c.init)}: their folders have the same name; rename one")
     chosen = c.tokens, c.recover_tokens, c.batch_tokens, c.micro_batch, c.eval_windows

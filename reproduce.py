@@ -1,4 +1,4 @@
-"""The papers' claims at small scale, by one command: paired runs, tuned rates, counted FLOPs, intervals over seeds.
+"""The papers' claims at small scale, by one command: paired runs, counted FLOPs, intervals over seeds.
 
     python reproduce.py --quick                    # a few minutes: everything once at toy size; proves nothing
     python reproduce.py                            # all claims on a CPU, hours; --minutes 20 is a piece of it
@@ -6,9 +6,8 @@
     python reproduce.py power                      # how many seeds would see how small an effect
 
 `--preset gpu` does the same with a target of ten million parameters, several runs side by side on one card. A run that
-has its records in --results is not made again, one that was killed goes on; whatever the claims need of one another,
-the learning rates tuned once for each family of kinds first, is made before them. Not here: what is compared
-(claims.py), what it says (evidence.py).
+has its records in --results is not made again, one that was killed goes on; what the runs of a claim need, teachers and
+models to cut, is made before them. Not here: what is compared (claims.py), what it says (evidence.py).
 """
 import dataclasses
 import json
@@ -70,7 +69,7 @@ def resolve(c):
     scale = dataclasses.replace(
         scale, claims=numbers, data=c.data or scale.data, seeds=scale.seeds if c.seeds is None else c.seeds,
         ratios=tuple(ratio * c.tokens for ratio in scale.ratios),
-        **{name: getattr(scale, name) * c.tokens for name in ("ratio", "long", "tuning")})
+        ratio=scale.ratio * c.tokens, long=scale.long * c.tokens)
     place = "claims-gpu" if on_gpu else "claims"
     c = dataclasses.replace(
         c, jobs=(3 if on_gpu else os.cpu_count() or 1) if c.jobs is None else c.jobs,
@@ -79,8 +78,8 @@ def resolve(c):
     for name, value in (("jobs", c.jobs), ("seeds", scale.seeds), ("minutes", c.minutes), ("tokens", c.tokens)):
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name} {value} must be positive")
-    if scale.seeds > claims.TUNING_SEED:
-        raise UserError(f"--seeds {scale.seeds} must be at most {claims.TUNING_SEED}, the seed of the tuning")
+    if scale.seeds > claims.RECOVERY_SEED:
+        raise UserError(f"--seeds {scale.seeds} must be at most {claims.RECOVERY_SEED}, the first seed behind a cut")
     return c, scale
 
 
@@ -103,12 +102,12 @@ def keep(c, name, **about):
 
 
 def job(c, one, settings, cut, windows):
-    """Make a run; keep its records, with the loss on so many windows of the hold-out at its end. A try that is no
-    longer finite is kept as infinitely bad, what requires it can go on."""
+    """Make a run; keep its records, with the loss on so many windows of the hold-out at its end. One of claim 13's
+    rates that is no longer finite is kept as infinitely bad, and stops no other."""
     try:
         r = sweep.one(f"{c.runs}/{one.name}", settings, c.device, cut)
     except train.NotFinite:
-        if one.lr is None:
+        if "-lr-" not in one.kind:
             raise
         return keep(c, one.name, val_loss=math.inf, final_loss=math.inf, flops_executed=0, flops_credited=0, seconds={})
     found = evaluate(r.state.model, r.corpus.val, r.byte_lengths, windows, batch=settings["micro_batch"])
@@ -139,11 +138,14 @@ def ready(c, scale, wanted, runs):
         if (run, again) in seen:
             return run.name in runs
         seen.add((run, again))
-        records = [other for other in claims.requires(run, scale) if other not in run.needs()]
-        if not all([visit(other) for other in records]):
+        if not all([visit(other) for other in claims.measures(run)]):
             return False
         settings, cut = claims.settings(run, scale, runs, c.runs)
-        if is_there(c, run, settings, cut) and not again:
+        kept = is_there(c, run, settings, cut)
+        for other in run.needs():
+            if kept and other.name not in runs:
+                raise UserError(f"{c.results} holds {run.name}, but not {other.name}, from which it came; remove both")
+        if kept and not again:
             return True
         lost = [gone(c, other, runs) for other in run.needs()]
         there = [visit(other, again=none) for other, none in zip(run.needs(), lost)]
@@ -178,7 +180,7 @@ class Clock:
         return f"{left:.3g} FLOPs left{time_left}"
 
 
-def forget_another_code(c, everything, scale):
+def forget_another_code(c, everything):
     """--again: delete what is there, records and folders, of those of these runs that another code made or began, and
     of all that require one of them. everything: what is required first."""
     old, deleted, here = set(), 0, folder.code()
@@ -186,7 +188,7 @@ def forget_another_code(c, everything, scale):
         kept, own = Path(c.results, f"{one.name}.jsonl"), Path(c.runs, one.name)
         paths = [path for path in (kept, own, Path(c.runs, f"from-{one.name}")) if path.exists()]
         record = next(iter(read_records(kept) or read_records(own / "metrics.jsonl")), {})
-        if paths and record.get("code") != here or not old.isdisjoint(claims.requires(one, scale)):
+        if paths and record.get("code") != here or not old.isdisjoint(claims.requires(one)):
             old.add(one)
             deleted += bool(paths)
             for path in paths:
@@ -199,10 +201,10 @@ def run_all(c):
     c, scale = resolve(c)
     until = None if c.minutes is None else time.time() + 60 * c.minutes
     wanted = claims.in_order(scale, scale.seeds)
-    everything = claims.everything([run for _, runs in wanted for run in runs], scale)
+    everything = claims.everything([run for _, runs in wanted for run in runs])
     fingerprint = claims.corpus_of(everything, scale)
     if c.again:
-        forget_another_code(c, everything, scale)
+        forget_another_code(c, everything)
     runs = evidence.read(c.results)
     for theirs in {r["config"][0]["fingerprint"] for r in runs.values()} - {fingerprint}:
         raise UserError(f"{c.results} holds runs of another text (fingerprint {theirs}) than {scale.data} is here "
@@ -241,13 +243,29 @@ def replaced(page, text):
     return f"{before}{BEGIN}\n{text}\n{END}{after}" if found and closed else None
 
 
+def refuse_strangers(c, scale, runs):
+    """UserError where a record is of no run of the plan, or has another learning rate than the plan: a table would show
+    it beside the others as if it had not."""
+    seeds = 1 + max((int(name.rpartition("-s")[2]) for name in runs), default=0)
+    planned = claims.everything([run for _, compared in claims.in_order(scale, seeds) for run in compared])
+    wanted = {run.name: run for run in planned}
+    for name, r in runs.items():
+        if name not in wanted:
+            raise UserError(f"{c.results}/{name}.jsonl is of no run of this plan; move it elsewhere")
+        there, here = r["config"][0]["lr"], claims.rate(wanted[name])
+        if there != here:
+            raise UserError(f"{c.results}/{name}.jsonl has a learning rate of {there:g}, the plan one of {here:g}; "
+                            "remove it")
+
+
 def main_report(c):
     """Print it, write the details beside the records; of preset cpu, with all of its tokens, write it into the README
     here, between its markers."""
     c, scale = resolve(c)
     runs = evidence.read(c.results)
+    refuse_strangers(c, scale, runs)
     text, page = print_report(c, scale, runs), Path("README.md")
-    if runs:
+    if runs and c.tokens == 1:
         write_atomic(f"{c.results}/report.md", lambda file: file.write(f"{evidence.details(runs, scale)}\n".encode()))
     here = folder.code()
     old = sum(r["config"][0].get("code") != here for r in runs.values())

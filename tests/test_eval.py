@@ -150,10 +150,15 @@ def test_without_matplotlib_a_sentence_replaces_the_picture(toy_runs, monkeypatc
     assert "pip install matplotlib" in report.summary(toy_runs / "idea-1")
 
 
-def test_records_cut_short_by_a_crash_are_read_up_to_there(tmp_path):
-    from common import read_records
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"tag": "config"}) + "\n" + '{"tag": "st')
-    assert read_records(tmp_path / "metrics.jsonl") == [{"tag": "config"}]
+def test_records_cut_short_by_a_crash_are_read_and_gone_on_with_from_there(tmp_path):
+    from common import append_record, read_records
+    path = tmp_path / "metrics.jsonl"
+    append_record(path, tag="config")
+    path.write_text(path.read_text() + '{"tag": "st')
+    assert read_records(path) == [{"tag": "config"}]
+    append_record(path, tag="step")
+    append_record(path, tag="eval")
+    assert [r["tag"] for r in read_records(path)] == ["config", "step", "eval"]
 
 
 def test_questions_of_the_command_are_those_of_tasks_and_idle_flags_are_refused(tmp_path, model, capsys):

@@ -107,7 +107,7 @@ def test_claims_are_what_the_committed_records_say():
     text = evidence.text(runs, scale, figure if (ROOT / figure).exists() else None)
     assert f"{reproduce.BEGIN}\n{text}\n{reproduce.END}" in README
     assert not runs or (ROOT / c.results / "report.md").read_text() == evidence.details(runs, scale) + "\n"
-    assert (ROOT / figure).exists() or not evidence.of_kind(runs, "idea", scale.small, scale.ratio)
+    assert (ROOT / figure).exists() or not evidence.of_kind(runs, "idea", scale.size, scale.ratio)
 
 
 def test_comparison_is_what_the_committed_records_say():
