@@ -10,6 +10,7 @@ over seeds, which is too narrow where there are few. Neither knows that the lear
 Nothing is corrected for the number of comparisons: of 20 rows without any effect one is expected to look like one. Not
 here: what is compared (claims.py), the runs (reproduce.py).
 """
+import bisect
 import functools
 import math
 import random
@@ -92,7 +93,7 @@ def least_seen(sd, seeds):
 
 def seeds_for(sd, difference, most=1000):
     """How many seeds see it (least_seen)."""
-    return next((n for n in range(2, most) if least_seen(sd, n) <= difference), most)
+    return 2 + bisect.bisect_left(range(2, most), True, key=lambda n: least_seen(sd, n) <= difference)
 
 
 def bootstrapped(statistic, seeds, samples=1000):
@@ -146,14 +147,12 @@ def cost(runs, kind, size, ratio, seeds, total=True):
 
 def mean(found, key, seeds):
     """Over these seeds of {seed: summary}."""
-    return statistics.mean(found[seed][key] for seed in seeds)
+    return statistics.fmean(found[seed][key] for seed in seeds)
 
 
-def curve(runs, kinds, size, ratios, seeds, spent="tokens"):
-    """[(tokens or "flops_executed", loss)], means over these seeds, of the kinds at these places, ascending, as far as
-    all seeds are there."""
-    found = [of_kind(runs, kind, size, ratio) for kind in kinds for ratio in ratios]
-    return sorted((mean(f, spent, seeds), mean(f, "final_loss", seeds)) for f in found if {*seeds} <= {*f})
+def curve(kinds, seeds, spent="tokens"):
+    """[(tokens or "flops_executed", loss)], means over these seeds of each {seed: summary}, ascending."""
+    return sorted((mean(found, spent, seeds), mean(found, "final_loss", seeds)) for found in kinds)
 
 
 def equal_loss(runs, kind, size, ratio, scale):
@@ -166,12 +165,12 @@ def equal_loss(runs, kind, size, ratio, scale):
     if not seeds:
         return None
 
-    lengths = [(k, r) for k in ("scratch", "scratch-flops", "scratch-kd-flops")
-               for r in {*scale.ratios, scale.ratio, scale.long} if {*seeds} <= {*of_kind(runs, k, size, r)}]
+    lengths = [of_kind(runs, k, size, r) for k in ("scratch", "scratch-flops", "scratch-kd-flops")
+               for r in {*scale.ratios, scale.ratio, scale.long}]
+    lengths = [found for found in lengths if {*seeds} <= {*found}]
 
     def worth(seeds):
-        points = sorted(point for k, r in lengths for point in curve(runs, (k,), size, (r,), seeds))
-        loss = mean(ours, "final_loss", seeds)
+        points, loss = curve(lengths, seeds), mean(ours, "final_loss", seeds)
         return reach(points, loss) / ours[seeds[0]]["tokens"] if loss <= points[0][1] else 0
 
     own, whole, base = (cost(runs, k, size, ratio, seeds, total)
@@ -191,9 +190,9 @@ def headline(runs, scale):
 
     def times(spent, before=0):
         return bootstrapped(lambda seeds: base[seeds[0]][spent] / (before + reach(
-            curve(runs, kinds, place[0], place[1:], seeds, spent), mean(base, "final_loss", seeds))), seeds)
+            curve(others, seeds, spent), mean(base, "final_loss", seeds))), seeds)
 
-    shortest = curve(runs, kinds, place[0], place[1:], seeds)[0]
+    shortest = curve(others, seeds)[0]
     return {"tokens, recovery only": times("tokens"),
             "tokens, with the larger model's training": times("tokens", large[seeds[0]]["tokens"]),
             "FLOPs, with the larger model's training": times("flops_executed", large[seeds[0]]["flops_executed"]),
@@ -391,7 +390,8 @@ def text(runs, scale, figure=None):
               if (size, ratio) != main_place(claim, scale) and found.verdict(claim.margin) == "contradicted"]
     caption = f"*While training, mean over seeds and their range, at {scale.size}, {scale.ratio:g} per parameter.*"
     about = f"Differences at {scale.size} and {scale.ratio:g} tokens per parameter over {scale.seeds} seeds, where " \
-            f"nothing else is said; negative: the first is better. Pairs that no word follows: {UNDECIDED}."
+            "nothing else is said; negative: the first is better. In a row of several verdicts a pair without a word " \
+            f"is {UNDECIDED}."
     blocks = [state(runs, scale),
               figure and f"![loss, learning rate and size against FLOPs]({figure})\n\n{caption}", about,
               short_table(runs, scale), "\n".join(sentences(runs, scale)), lengths_table(runs, scale),

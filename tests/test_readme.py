@@ -110,6 +110,16 @@ def test_claims_are_what_the_committed_records_say():
     assert (ROOT / figure).exists() or not evidence.of_kind(runs, "idea", scale.size, scale.ratio)
 
 
+def test_effects_in_the_findings_are_those_of_the_records():
+    """Every "0.019 ± 0.008" of the text before the tables, as the size of some pair's effect at some place."""
+    c, scale = reproduce.resolve(reproduce.Reproduce())
+    rows = evidence.claim_rows(evidence.read(ROOT / c.results), scale)
+    found = [evidence.brief(effect).lstrip("+-") for *_, effect in rows]
+    said = README.partition("## The papers' claims")[2].partition(reproduce.BEGIN)[0]
+    told = re.findall(r"\d\.\d{3}\s+± \d\.\d{3}", said)
+    assert len(told) >= 8 and not {" ".join(one.split()) for one in told} - set(found)
+
+
 def test_comparison_is_what_the_committed_records_say():
     records = read_records(ROOT / "results" / "smollm2" / "records.jsonl")
     assert compare.overview(records, .8) in README
