@@ -2,19 +2,15 @@
 
 Three steps from a command line to a run, each a function: `resolve` fills the defaults that depend on others,
 `refuse_idle_flags` refuses a flag that would have no effect, `plan` turns them into two model configs, the target's and
-the one at the start, and a Timeline (schedule.py). Not here: what a run holds (steps.py), the loop (train.py).
+the one at the start, and a Timeline (schedule.py). They import what needs torch themselves, so that --help and a
+misspelled flag do not wait for it. Not here: what a run holds (steps.py), the loop (train.py).
 """
 import dataclasses
 import math
 from dataclasses import dataclass
 
-import allocate
-import checkpoint
-import model as models
 import schedule
-import score
 from common import UserError
-from tokenizer import open_tokenizer
 
 INIT_LR = 2e-5                               # peak learning rate for pretrained models (Adapt-Pruner's scripts)
 
@@ -68,6 +64,8 @@ class Train:
 
 def resolve(config, on_gpu):
     """Fill the defaults that depend on the machine or on other settings; refuse what no later check would name."""
+    import model as models
+    import score
     for name, allowed in (("plan", tuple(schedule.PLANS)), ("stage", ("all", "enlarge", "prune", "recover")),
                           ("preset", tuple(models.PRESETS)), ("shape", ("cosine", "wsd")),
                           ("score", tuple(score.SCORES)),
@@ -104,6 +102,7 @@ def measured(config):
 
 def calibrates(config):
     """What cuts need of score.collect; nothing: no calibration text is run."""
+    import score
     importance = {"cosine"} if schedule.adaptive(config.plan) else set()
     return importance | (score.SCORES[measured(config)][1] if measured(config) else set())
 
@@ -136,6 +135,8 @@ def refuse_idle_flags(config):
 
 def plan(config, vocab_size, given=None):
     """-> the target's GPTConfig, the one that the run starts with, the Timeline. `given`: the config of --init."""
+    import allocate
+    import model as models
     if given:
         target, enlarged = models.shrunk(given, config.enlarge_ff, config.enlarge_kv), given
     else:
@@ -167,6 +168,8 @@ def plan(config, vocab_size, given=None):
 def open_init(config):
     """-> the run's Tokenizer, the GPTConfig of --init and what prune.py wrote of the cut that made it (None without).
     UserError: model and tokenizer do not fit, or 2:4 and the plan do not."""
+    import checkpoint
+    from tokenizer import open_tokenizer
     if not config.init:
         return open_tokenizer(config.tokenizer or "bytes"), None, None
     model, about = checkpoint.load(config.init, "meta", block_size=config.block_size)

@@ -37,6 +37,12 @@ import sys
 import threading
 from dataclasses import asdict
 
+from common import UserError, parse, run
+from flags import Train, measured
+
+if __name__ == "__main__":
+    CONFIG = parse(Train)                    # before torch, which takes seconds to import
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -47,8 +53,6 @@ import report
 import schedule
 import score
 import two_four
-from common import UserError, parse, run
-from flags import Train, measured
 from folder import code
 from steps import Run, make_optimizer
 
@@ -171,4 +175,4 @@ def stop_on_signals(r):
 
 
 if __name__ == "__main__":
-    run(lambda: main(parse(Train)))
+    run(main, CONFIG)

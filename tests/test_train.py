@@ -614,6 +614,13 @@ def test_command_line_says_one_sentence_and_exits_with_2(tmp_path):
         assert process.returncode == 2 and words in errors and "Traceback" not in errors
 
 
+def test_help_and_a_misspelled_flag_do_not_wait_for_torch():
+    for words, code, said in ((["--help"], 0, b"--kd-temperature"), (["--stpes", "9"], 2, b"--stpes")):
+        done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "train.py", *words], capture_output=True)
+        assert done.returncode == code and said in done.stdout + done.stderr
+        assert b"common" in done.stderr and b"torch" not in done.stderr
+
+
 def test_keeps_the_last_two_checkpoints_and_the_teacher(tmp_path):
     train_toy(tmp_path / "run", plan="idea-kd")
     names = sorted(p.name for p in (tmp_path / "run").iterdir())
