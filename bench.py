@@ -32,7 +32,7 @@ import bench_system
 import bench_train
 import folder
 import model as models
-from common import UserError, parse, pick_device, run
+from common import UserError, parse, pick_device, refuse_idle, run
 from timing import Records, machine, tables
 
 
@@ -87,9 +87,7 @@ def resolve(c):
     if c.suite not in SUITES:
         raise UserError(f"{c.suite!r} is not one of {', '.join(SUITES)}")
     uses, names = SUITES[c.suite], [f.name for f in dataclasses.fields(c) if f.name not in ("suite", "out")]
-    for name in names:
-        if name not in uses and getattr(c, name) != getattr(Bench, name):
-            raise UserError(f"--{name.replace('_', '-')} has no effect in {c.suite}; leave it out")
+    refuse_idle(c, [name for name in names if name not in uses], f"in {c.suite}")
     c = dataclasses.replace(c, **{name: default if getattr(c, name) in (None, ()) else getattr(c, name)
                                   for name, default in uses.items()})
     for name in uses:

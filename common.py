@@ -42,6 +42,14 @@ def parse(cls, argv=None):
     return cls(**vars(parser.parse_args(argv)))
 
 
+def refuse_idle(config, names, why):
+    """UserError for the first flag of `names` that is not at its default: it would be believed to have had an effect.
+    `why` it has none goes on "has no effect"."""
+    for name in names:
+        if getattr(config, name) != type(config).__dataclass_fields__[name].default:
+            raise UserError(f"--{name.replace('_', '-')} has no effect {why}; leave it out")
+
+
 def run(main, *args):
     """Call `main`; a UserError, or a file the system will not give or take, ends the program as one sentence with
     exit code 2."""

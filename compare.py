@@ -35,7 +35,7 @@ import score
 import tasks
 import torch_pruning_peer
 import two_four
-from common import UserError, append_record, parse, read_records, run
+from common import UserError, append_record, parse, read_records, refuse_idle, run
 from distill import chunked_loss
 from eval import evaluate
 from folder import fingerprint
@@ -285,6 +285,8 @@ def main(c):
     if c.part not in parts:
         raise UserError(f"--part {c.part!r} is not one of {', '.join(parts)}")
     if c.part == "report":
+        used = ("init", "out", "part", "grid_keep")
+        refuse_idle(c, [f.name for f in dataclasses.fields(c) if f.name not in used], "on a report")
         return print(report(read_records(Path(c.out) / "records.jsonl"), c.grid_keep))
     if not all(0 < k < 1 for k in (*c.keeps, c.grid_keep)) or min(c.seeds, c.limit, c.tokens // c.block_size) < 1:
         raise UserError(f"--keeps {c.keeps} and --grid-keep {c.grid_keep} must be between 0 and 1, --seeds {c.seeds} "

@@ -23,7 +23,7 @@ import torch.distributed as dist
 import data
 import tasks
 from checkpoint import load, tokenizer_of
-from common import UserError, parse, pick_device, run
+from common import UserError, parse, pick_device, refuse_idle, run
 from distill import chunked_loss
 
 
@@ -162,11 +162,14 @@ def main(config):
         if getattr(config, name) is not None and getattr(config, name) < (name != "num_fewshot"):
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must not be that small")
     questions = config.tasks or config.multiple_choice
-    for name, needs, given in (("include_path", "--tasks", config.tasks), ("num_fewshot", "--tasks", config.tasks),
-                               ("limit", "--tasks or --multiple-choice", questions),
-                               ("batch_tokens", "--tasks or --multiple-choice", questions)):
-        if getattr(config, name) is not None and not given:
-            raise UserError(f"--{name.replace('_', '-')} has no effect without {needs}; leave it out")
+    for names, used, why in ((("include_path", "num_fewshot"), config.tasks, "without --tasks"),
+                             (("limit", "batch_tokens"), questions, "without --tasks or --multiple-choice"),
+                             (("stride", "batch"), config.data or not questions, "on questions without --data"),
+                             (("windows",), not (config.data or config.stride or questions),
+                              "with --data or --stride, where the whole text counts, nor on questions"),
+                             (("tokens", "temperature", "top_k", "seed"), config.sample is not None,
+                              "without --sample")):
+        refuse_idle(config, () if used else names, why)
     model, about = open_model(config)
     tokenizer = tokenizer_of(about, config.checkpoint)
     if config.multiple_choice:

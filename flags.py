@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 import schedule
-from common import UserError
+from common import UserError, refuse_idle
 
 INIT_LR = 2e-5                               # peak learning rate for pretrained models (Adapt-Pruner's scripts)
 
@@ -108,7 +108,7 @@ def calibrates(config):
 
 
 def refuse_idle_flags(config):
-    """A setting that the plan has no use for is a mistake: it would be believed to have had an effect."""
+    """A setting that the plan has no use for is a mistake."""
     rows = schedule.PLANS[config.plan]
     prunes, taught = any(row.name == "prune" for row in rows), any(row.kd for row in rows)
     once = prunes and "oneshot" in (config.law or next(row.law for row in rows if row.name == "prune"))
@@ -122,10 +122,9 @@ def refuse_idle_flags(config):
     if config.init and config.preset != Train.preset:
         raise UserError(f"--preset {config.preset} has no effect with --init {config.init}; leave one of them out")
     for name in idle:
-        if getattr(config, name) != Train.__dataclass_fields__[name].default:
-            because = " with one cut" if name == "cuts" and once else \
-                f" with --score {config.score}" if config.score and name.startswith(("score_", "unc", "cal")) else ""
-            raise UserError(f"--{name.replace('_', '-')} has no effect in plan {config.plan!r}{because}; leave it out")
+        because = " with one cut" if name == "cuts" and once else \
+            f" with --score {config.score}" if config.score and name.startswith(("score_", "unc", "cal")) else ""
+        refuse_idle(config, [name], f"in plan {config.plan!r}{because}")
     if config.uncertainty and config.score_window <= config.score_every:
         raise UserError(f"--uncertainty needs two scores before the first cut: --score-window {config.score_window} "
                         f"must be above --score-every {config.score_every}")

@@ -29,7 +29,7 @@ import checkpoint
 import data
 import score
 import two_four
-from common import UserError, parse, peak_rss, pick_device, run
+from common import UserError, parse, peak_rss, pick_device, refuse_idle, run
 from eval import evaluate
 from model import GPT, by_unit, coupled
 
@@ -234,9 +234,8 @@ def check(c):
     for name, used in (("amplitude", c.allocate == "adaptive"), ("multiple_of", not depth and alone != "2:4"),
                        ("keep", alone != "2:4"), ("iterations", alone != "2:4"),
                        ("measured_windows", again)):
-        if not used and getattr(c, name) != getattr(Prune, name):
-            raise UserError(f"--{name.replace('_', '-')} has no effect with --structure {c.structure} --score "
-                            f"{c.score} --allocate {c.allocate}; leave it out")
+        refuse_idle(c, [] if used else [name],
+                    f"with --structure {c.structure} --score {c.score} --allocate {c.allocate}")
 
 
 def needs(c):

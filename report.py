@@ -9,7 +9,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import UserError, parse, read_records, run
+from common import UserError, parse, read_records, refuse_idle, run
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,8 @@ def table(paths, against="scratch"):
 
     ranked = sorted(rows, key=lambda row: statistics.mean(losses(row)))
     base = next((row for row in ranked if row[0] == against), None)
+    if not base and against != Report.against:
+        raise UserError(f"--against {against!r} is none of these plans: {', '.join(sorted({row[0] for row in rows}))}")
     lines = ["| plan | peak lr | seeds | parameters | tokens | FLOPs executed | FLOPs credited | val loss "
              f"(nats/token) | minus `{against}`, by seed |", "|---|---|---|---|---|---|---|---|---|"]
     for row in ranked:
@@ -147,6 +149,7 @@ def table(paths, against="scratch"):
 
 
 def main(config):
+    refuse_idle(config, ["against"] * (len(config.runs) == 1), "on one run")
     print(summary(config.runs[0]) if len(config.runs) == 1 else table(config.runs, config.against))
 
 

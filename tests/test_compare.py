@@ -94,6 +94,8 @@ def test_another_comparison_is_refused_and_its_records_stay(folder, tmp_path, fe
         compare.main(compare.Compare(str(folder), out=str(tmp_path), part="grid", **{**SMALL, "tokens": 512}))
     with pytest.raises(UserError, match="'nothing' is not one of grid, rows"):
         compare.main(compare.Compare(str(folder), out=str(tmp_path), part="nothing", **SMALL))
+    with pytest.raises(UserError, match="--seeds has no effect on a report"):
+        compare.main(compare.Compare(str(folder), out=str(tmp_path), part="report", seeds=7))
     assert (tmp_path / "records.jsonl").read_bytes() == before
 
 

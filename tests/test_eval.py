@@ -143,6 +143,10 @@ def test_report_pairs_runs_by_seed_and_draws(toy_runs):
     assert (toy_runs / "idea-0" / "run.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(UserError, match="no records of a run"):
         report.table([toy_runs])
+    with pytest.raises(UserError, match="--against 'nieve' is none of these plans: idea, "):
+        report.table(sorted(toy_runs.iterdir()), "nieve")
+    with pytest.raises(UserError, match="--against has no effect on one run"):
+        report.main(report.Report((str(toy_runs / "idea-0"),), "idea"))
 
 
 def test_without_matplotlib_a_sentence_replaces_the_picture(toy_runs, monkeypatch):
@@ -175,6 +179,9 @@ def test_questions_of_the_command_are_those_of_tasks_and_idle_flags_are_refused(
     for flags, sentence in ((dict(limit=3), "--limit has no effect without --tasks or"),
                             (dict(include_path="x"), "--include-path has no effect without --tasks"),
                             (dict(multiple_choice=["x"], num_fewshot=1), "--num-fewshot has no effect without --tasks"),
+                            (dict(multiple_choice=["x"], stride=2), "--stride has no effect on questions without"),
+                            (dict(data="x", windows=3), "--windows has no effect with --data or --stride"),
+                            (dict(seed=3), "--seed has no effect without --sample"),
                             (dict(multiple_choice=["x"], limit=0), "--limit 0")):
         with pytest.raises(UserError, match=sentence):
             ask(**flags)
