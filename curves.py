@@ -17,15 +17,10 @@ from model import GPTConfig
 
 
 def read(folder):
-    """{name: {tag: records}} of the finished runs there. UserError: none, or runs that do not compare."""
-    runs = {p.stem: report.records(p) for p in sorted(Path(folder).glob("*.jsonl"))}
-    runs = {name: r for name, r in runs.items() if "summary" in r}
+    """report.finished: {name: {tag: [records]}}. UserError: none, too."""
+    runs = report.finished(folder)
     if not runs:
         raise UserError(f"no finished runs in {folder}; python scaling.py run --out {folder} makes them")
-    for key in ("fingerprint", "tokenizer", "block_size", "batch_tokens", "eval_windows"):
-        values = {r["config"][0].get(key) for r in runs.values()}
-        if len(values) > 1:
-            raise UserError(f"the runs in {folder} do not compare: {key} is one of {', '.join(map(str, values))}")
     return runs
 
 

@@ -23,7 +23,6 @@ import claims
 import report
 import schedule
 from claims import CLAIMS, Run
-from common import UserError
 from curves import reach
 
 LEVEL, POWER = .95, .8
@@ -109,15 +108,8 @@ def bootstrapped(statistic, seeds, samples=1000):
 # -- records
 
 def read(folder):
-    """{name of the run: {tag: [records]}} of the finished runs there. UserError: they do not compare, as they read
-    another text, or differ in a setting that all of them share."""
-    runs = {path.stem: report.records(path) for path in sorted(Path(folder).glob("*.jsonl"))}
-    for key in ("fingerprint", "tokenizer", "block_size", "batch_tokens", "micro_batch", "eval_windows", "dtype"):
-        values = {r["config"][0].get(key) for r in runs.values()}
-        if len(values) > 1:
-            raise UserError(f"the runs in {folder} do not compare: {key} is one of {', '.join(map(str, values))}; give "
-                            "each its own --results and --runs")
-    return {name: r for name, r in runs.items() if "summary" in r}
+    """report.finished: {name of the run: {tag: [records]}}."""
+    return report.finished(folder, "; give each its own --results and --runs")
 
 
 def of_kind(runs, kind, size, ratio):

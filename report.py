@@ -33,6 +33,18 @@ def records(path):
     return by_tag
 
 
+def finished(folder, remedy=""):
+    """Every *.jsonl there -> {its name: {tag: [records]}} of the finished runs. UserError: they do not compare, as they
+    read another text, or differ in a setting that all of them share."""
+    runs = {path.stem: records(path) for path in sorted(Path(folder).glob("*.jsonl"))}
+    for key in ("fingerprint", "tokenizer", "block_size", "batch_tokens", "micro_batch", "eval_windows", "dtype"):
+        values = {r["config"][0].get(key) for r in runs.values()}
+        if len(values) > 1:
+            raise UserError(f"the runs in {folder} do not compare: {key} is one of {', '.join(map(str, values))}"
+                            f"{remedy}")
+    return {name: r for name, r in runs.items() if "summary" in r}
+
+
 def summary(path):
     """One finished run in a few lines; draws run.png. -> text"""
     r = records(path)
