@@ -266,9 +266,10 @@ def main_place(claim, scale):
 
 
 def short_table(runs, scale):
-    """A row for every claim, its pairs at one place in one cell. Of claim 5 the other places are lengths_table's."""
+    """A row for every paper's claim, its pairs at one place in one cell. Of claim 5 the other places are
+    lengths_table's."""
     rows = []
-    for claim in (CLAIMS[number] for number in sorted(scale.claims)):
+    for claim in (CLAIMS[number] for number in sorted(scale.claims) if not CLAIMS[number].ours):
         place = main_place(claim, scale)
         pairs = [(a, b, effect(differences(runs, a, b, *place))) for a, b, *at in claims.pairs(claim, scale)
                  if tuple(at) == place]
@@ -290,18 +291,20 @@ def short_table(runs, scale):
 
 def lengths_table(runs, scale):
     """Claim 5 at every length: a row for every kind that has seeds there."""
-    rows = []
+    rows, equal_flops = [], {a: b for a, b in CLAIMS[5].pairs if b != "scratch"}
     for kind in ("idea", "idea-kd", "idea-kd-annealed") if 5 in scale.claims and len(scale.ratios) > 1 else ():
         for ratio in scale.ratios:
             found = equal_loss(runs, kind, scale.size, ratio, scale)
             if not found:
                 continue
             x, more, own, whole = found
-            e = effect(differences(runs, kind, "scratch", scale.size, ratio))
-            rows.append((f"`{kind}`", f"{ratio:g}", e.seeds, brief(e), factor(*x),
+            e, other = effect(differences(runs, kind, "scratch", scale.size, ratio)), equal_flops.get(kind)
+            f = effect(differences(runs, kind, other, scale.size, ratio)) if other else None
+            rows.append((f"`{kind}`", f"{ratio:g}", e.seeds, brief(e), f"{brief(f)} (`{other}`"
+                         + f", {f.seeds} seeds" * (f.seeds != e.seeds) + ")" if f and f.seeds else "", factor(*x),
                          f"{own:.2f}" + (f" ({whole:.2f} on {more:.2g} times the tokens)" if more > 1 else "")))
     return rows and report.markdown((
-        "plan", "tokens per parameter", "seeds", "minus `scratch` at equal own tokens",
+        "plan", "tokens per parameter", "seeds", "minus `scratch` at equal own tokens", "at equal FLOPs, minus",
         "tokens that `scratch` takes to its loss, as a multiple of its own",
         "FLOPs as a multiple of those of `scratch` at equal own tokens (with the teacher's training)"), rows)
 
@@ -377,18 +380,15 @@ def text(runs, scale, figure=None):
     if not runs:
         return "Not measured yet: `python reproduce.py` runs what is missing, `python reproduce.py report` writes " \
                "this.\n\n" + short_table(runs, scale)
-    missed = [f"`{a}` minus `{b}` at {size}, {ratio:g} tokens per parameter {shown(found)} (claim {claim.number})"
-              for claim, a, b, size, ratio, found in claim_rows(runs, scale)
-              if (size, ratio) != main_place(claim, scale) and found.verdict(claim.margin) == "contradicted"]
     caption = f"*While training, mean over seeds and their range, at {scale.size}, {scale.ratio:g} per parameter.*"
+    ours = [str(number) for number in sorted(scale.claims) if CLAIMS[number].ours]
     about = f"Differences at {scale.size} and {scale.ratio:g} tokens per parameter over {scale.seeds} seeds, where " \
             "nothing else is said; negative: the first is better. In a row of several verdicts a pair without a word " \
-            f"is {UNDECIDED}."
+            f"is {UNDECIDED}." + f" Claims {' and '.join(ours)} are no paper's: report.md." * bool(ours)
     blocks = [state(runs, scale),
               figure and f"![loss, learning rate and size against FLOPs]({figure})\n\n{caption}", about,
               short_table(runs, scale), "\n".join(sentences(runs, scale)), lengths_table(runs, scale),
-              ingredients_table(runs, scale),
-              f"Contradicted elsewhere: {'; '.join(missed)}." if missed else ""]
+              ingredients_table(runs, scale)]
     return "\n\n".join(block for block in blocks if block)
 
 
