@@ -394,7 +394,9 @@ def text(runs, scale, figure=None):
 
 def details(runs, scale):
     """What the README has no room for: every claim at every place, every kind, the spread of the differences."""
-    return "\n\n".join(filter(None, (claims_table(runs, scale), kinds_table(runs, scale), power(runs, scale))))
+    return "\n\n".join(filter(None, (
+        claims_table(runs, scale), "Seeds differ by more than kinds do: compare means of the same seeds only.",
+        kinds_table(runs, scale), power(runs, scale))))
 
 
 def power(runs, scale):
@@ -411,10 +413,12 @@ def power(runs, scale):
 # -- the figure
 
 def picture(runs, scale, path):
-    """Loss, learning rate and live parameters against executed FLOPs -> whether it was drawn: there are runs and a
-    matplotlib."""
-    drawn = {kind: [runs[Run(kind, scale.size, scale.ratio, seed).name]
-                    for seed in of_kind(runs, kind, scale.size, scale.ratio)] for kind in FIGURE}
+    """Loss, learning rate and live parameters against executed FLOPs, over the seeds that all drawn kinds have ->
+    whether it was drawn: there are such runs and a matplotlib."""
+    seeds = {kind: set(of_kind(runs, kind, scale.size, scale.ratio)) for kind in FIGURE}
+    common = set.intersection(*filter(None, seeds.values())) if any(seeds.values()) else set()
+    drawn = {kind: [runs[Run(kind, scale.size, scale.ratio, seed).name] for seed in sorted(common & found)]
+             for kind, found in seeds.items()}
     try:
         import numpy as np
         from matplotlib.figure import Figure
@@ -441,8 +445,8 @@ def picture(runs, scale, path):
     loss.set(ylim=(min(lowest) - .02, max(lowest) + .02), ylabel="hold-out loss (nats per token)")
     loss.legend()
     rate.set(ylabel="learning rate")
-    size.set(ylabel="live parameters (k)", xlabel="training FLOPs executed, those of the enlarged phase, the teacher's "
-             "forward passes and scoring included")
+    size.set(ylabel="live parameters (k)", xlabel="training FLOPs executed, those of the enlarged phase,\n"
+             "the teacher's forward passes and scoring included")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(path, dpi=110)
     return True
