@@ -167,6 +167,9 @@ def test_speed_figures_are_those_of_the_committed_records():
     late = told("cuts", "÷ at the last cut")
     assert f"{', '.join(late[1:3])}; {', '.join(late[4:])}" in section
     assert ", ".join(told("disk", "share of it")) in section and f"| {told('ddp', 'efficiency')[0]} of" in section
+    helps = told("start", "s", what="python train.py --help")[0]
+    first = told("start", "s", 1, what="python train.py --preset laptop, to the end of step 1")[0]
+    assert f"| {helps} s (" in section and f"; {first} s | < 1.5, < 15" in section
     ours, theirs = (told("infer", "of the bytes", runtime=name) for name in ("ours", "llama.cpp"))
     assert f"{', '.join(ours[1:])}; {', '.join(theirs[1:])}" in section
 
