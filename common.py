@@ -18,13 +18,13 @@ class UserError(Exception):
     """Something the user can mend: one sentence with the numbers and the remedy. Scripts print it and exit with 2."""
 
 
-def parse(cls, argv=None):
+def parse(cls, argv=None, about=None):
     """Command line -> instance of the frozen dataclass `cls`. Fields without a default are positional (a tuple takes
     all there are); a bool field `x` becomes --x / --no-x; `T | None` takes T, a tuple one or more; the comment behind
-    each field is its help."""
+    each field is its help. about: what --help begins with; default: the docstring of the class's file."""
     help_text = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
-    parser = argparse.ArgumentParser(description=inspect.getmodule(cls).__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=about or inspect.getmodule(cls).__doc__,
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     types = get_type_hints(cls)
     for f in dataclasses.fields(cls):
         kind = next((t for t in get_args(types[f.name]) if t is not type(None)), types[f.name])

@@ -41,7 +41,7 @@ from common import UserError, parse, run
 from flags import Train, measured
 
 if __name__ == "__main__":
-    CONFIG = parse(Train)                    # before torch, which takes seconds to import
+    CONFIG = parse(Train, about=__doc__)     # before torch, which takes seconds to import
 
 import torch
 import torch.distributed as dist
