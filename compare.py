@@ -288,6 +288,8 @@ def main(c):
         used = ("init", "out", "part", "grid_keep")
         refuse_idle(c, [f.name for f in dataclasses.fields(c) if f.name not in used], "on a report")
         return print(report(read_records(Path(c.out) / "records.jsonl"), c.grid_keep))
+    if c.block_size < 1:
+        raise UserError(f"--block-size {c.block_size} must be at least 1")
     if not all(0 < k < 1 for k in (*c.keeps, c.grid_keep)) or min(c.seeds, c.limit, c.tokens // c.block_size) < 1:
         raise UserError(f"--keeps {c.keeps} and --grid-keep {c.grid_keep} must be between 0 and 1, --seeds {c.seeds} "
                         f"and --limit {c.limit} at least 1, --tokens {c.tokens} at least --block-size {c.block_size}")

@@ -352,6 +352,8 @@ class Prepare:
 
 
 def main(settings):
+    if settings.workers < 0:
+        raise UserError(f"--workers {settings.workers} must be 0 (one per core) or more")
     corpus = load(settings.source, settings.tokenizer, settings.cache, settings.workers, field=settings.field,
                   split=settings.split, stream=settings.stream)
     lengths = corpus.tokenizer.byte_lengths()

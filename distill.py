@@ -6,8 +6,8 @@ drop it.
 The loss takes *hidden states* and the output projection. Logits exist for one chunk of tokens at a time, widened to
 float32; each chunk's gradient is formed at once, in the forward pass, so that nothing of size V is kept for the
 backward pass. IDEA Prune (arXiv 2503.05920) does not publish its distillation loss: forward KL on logits at
-temperature 1, mixed with cross-entropy, is our choice (and Minitron's best, arXiv 2407.14679). Not here: losses on
-inner layers, cached teachers.
+temperature 1 (Minitron's best, arXiv 2407.14679), mixed with cross-entropy, is our choice. Not here: losses on inner
+layers, cached teachers.
 """
 import torch
 import torch.nn.functional as F

@@ -8,9 +8,10 @@
 Protocol. The hold-out is cut into windows of block_size + 1 tokens. Without --stride: `windows` of them, evenly
 spaced, not overlapping, always the same ones; no context from before a window; its first token is only context, the
 others all count. With --stride s: windows start every s tokens over the whole text and, but for the first, count
-their last s tokens, so that every counted token has at least block_size - s tokens of context. Losses are means over
-counted tokens, formed in the weights' dtype with float32 logits (float64 for float64 weights); bits per byte divides
-by the UTF-8 bytes those tokens stand for. Questions with choices and lm_eval's tasks are scored by tasks.py.
+their last s tokens, so that every counted token has at least block_size - s tokens of context. What is
+left behind the last window counts in neither. Losses are means over counted tokens, formed in the weights' dtype with
+float32 logits (float64 for float64 weights); bits per byte divides by the UTF-8 bytes those tokens stand for.
+Questions with choices and lm_eval's tasks are scored by tasks.py.
 """
 import math
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from distill import chunked_loss
 @dataclass(frozen=True)
 class Eval:
     checkpoint: str               # ckpt_*.pt, the folder of a run, a Hugging Face folder or a hub id
-    data: str | None = None       # a text file to evaluate whole; default: training's hold-out, unless questions are
+    data: str | None = None       # a text file, all windows of it; default: training's hold-out, unless questions are
     block_size: int | None = None    # tokens of context; default: what the model was trained with
     windows: int = 256            # windows of the hold-out, evenly spaced (0 = all; a text file always: all)
     stride: int = 0               # move windows by so many tokens over the whole text (0 = windows as above)
@@ -150,9 +151,11 @@ def print_sample(config, model, tokenizer):
     ids = tokenizer.encode(config.sample)
     if len(ids) == 0:
         raise UserError("--sample needs a prompt of at least one token, for example --sample 'def '")
-    if config.temperature < 0 or config.top_k < 0 or config.tokens < 1:
-        raise UserError(f"--temperature {config.temperature} and --top-k {config.top_k} must not be negative, "
-                        f"--tokens {config.tokens} at least 1")
+    if not 0 <= config.temperature < math.inf or config.top_k < 0 or config.tokens < 1:
+        raise UserError(f"--temperature {config.temperature} and --top-k {config.top_k} must be finite and not "
+                        f"negative, --tokens {config.tokens} at least 1")
+    if not 0 <= config.seed < 2**63:
+        raise UserError(f"--seed {config.seed} must be between 0 and {2**63 - 1}")
     text = sample(model, tokenizer, ids, config.tokens, config.temperature, config.top_k, config.seed)
     print(f"\n{config.sample}{text}")
 
@@ -166,7 +169,7 @@ def main(config):
                              (("limit", "batch_tokens"), questions, "without --tasks or --multiple-choice"),
                              (("stride", "batch"), config.data or not questions, "on questions without --data"),
                              (("windows",), not (config.data or config.stride or questions),
-                              "with --data or --stride, where the whole text counts, nor on questions"),
+                              "with --data or --stride, where all windows count, nor on questions"),
                              (("tokens", "temperature", "top_k", "seed"), config.sample is not None,
                               "without --sample")):
         refuse_idle(config, () if used else names, why)

@@ -72,6 +72,9 @@ def resolve(config, on_gpu):
                           ("dtype", ("auto", "float32", "bfloat16", "float64"))):
         if getattr(config, name) not in (*allowed, None):             # None: the plan's own
             raise UserError(f"--{name} {getattr(config, name)!r} is not one of {', '.join(allowed)}")
+    for name in ("init", "teacher", "tokenizer", "out"):
+        if getattr(config, name) == "":                               # --init "$UNSET" would train from scratch
+            raise UserError(f"--{name} is empty; give a value or leave it out")
     usual = INIT_LR if config.init else models.PRESETS[config.preset][-1]
     lr, adaptive = usual if config.lr is None else config.lr, schedule.adaptive(config.plan)
     given = adaptive and config.init and config.enlarge_share is None  # a pretrained model is the enlarged one
@@ -83,8 +86,8 @@ def resolve(config, on_gpu):
         compile=on_gpu if config.compile is None else config.compile)
     for name in ("steps", "batch_tokens", "micro_batch", "lr", "clip", "cuts", "score_every", "score_window",
                  "calibration_windows", "kd_temperature", "eval_every", "eval_windows", "save_every"):
-        if getattr(config, name) is not None and not getattr(config, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be positive")
+        if getattr(config, name) is not None and not 0 < getattr(config, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be positive and finite")
     for name, most in (("seed", 2**63 - 1), ("kd_weight", 1), ("warmup_share", 1), ("min_lr", config.lr),
                        ("weight_decay", 1 / config.lr)):
         if not 0 <= getattr(config, name) <= most:
@@ -125,9 +128,6 @@ def refuse_idle_flags(config):
         because = " with one cut" if name == "cuts" and once else \
             f" with --score {config.score}" if config.score and name.startswith(("score_", "unc", "cal")) else ""
         refuse_idle(config, [name], f"in plan {config.plan!r}{because}")
-    if config.uncertainty and config.score_window <= config.score_every:
-        raise UserError(f"--uncertainty needs two scores before the first cut: --score-window {config.score_window} "
-                        f"must be above --score-every {config.score_every}")
     if taught and not prunes and not config.teacher:
         raise UserError(f"plan {config.plan!r} needs --teacher CHECKPOINT, a trained model with the same tokenizer")
 
@@ -159,6 +159,11 @@ def plan(config, vocab_size, given=None):
             slice_at=config.slice_at, flops_at_size=flops_at_size)
     except ValueError as problem:
         raise UserError(str(problem)) from None
+    scores = sum(schedule.score_at(s, timeline, config.score_every, config.score_window)
+                 for s in range(timeline.events[0][0] if config.uncertainty else 0))
+    if config.uncertainty and scores < 2:                             # of one score there is no variation: all are 0
+        raise UserError(f"--uncertainty needs two scores before the first cut, at step {timeline.events[0][0]}, and "
+                        f"there are {scores}; give a smaller --score-every or a larger --score-window")
     if config.stage not in ("all", *(stage.name for stage, _, _ in timeline.stages)):
         raise UserError(f"plan {config.plan!r} has no stage {config.stage!r}; leave --stage out")
     return target, start, timeline

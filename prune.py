@@ -227,11 +227,13 @@ def check(c):
     for name in ("windows", "measured_windows", "eval_windows", "micro_batch", "multiple_of", "iterations"):
         if getattr(c, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)} must be at least 1")
+    if not 0 <= c.seed < 2**63:
+        raise UserError(f"--seed {c.seed} must be between 0 and {2**63 - 1}")
     again = c.allocate == "measured" or c.score == "perplexity"
     if again and (c.measured_windows % c.micro_batch or c.measured_windows > c.windows):
         raise UserError(f"--measured-windows {c.measured_windows} must be a multiple of --micro-batch {c.micro_batch} "
                         f"and at most --windows {c.windows}")
-    for name, used in (("amplitude", c.allocate == "adaptive"), ("multiple_of", not depth and alone != "2:4"),
+    for name, used in (("amplitude", c.allocate == "adaptive"), ("multiple_of", "ffn" in kinds or alone == "channel"),
                        ("keep", alone != "2:4"), ("iterations", alone != "2:4"),
                        ("measured_windows", again)):
         refuse_idle(c, [] if used else [name],

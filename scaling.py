@@ -219,6 +219,10 @@ def main_plan(c):
         raise UserError("plan needs --n0, --rho (but not with --kind 2:4) and one of --target-loss, --budget-tokens")
     if not 0 <= c.first < 1 or c.samples < 1:
         raise UserError(f"--first {c.first} must be at least 0 and below 1, --samples {c.samples} at least 1")
+    for name in ("n0", "rho", "before", "target_loss", "budget_tokens"):
+        value, most = getattr(c, name), 1 if name == "rho" else math.inf
+        if value is not None and not 0 < value < most:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be above 0 and below {most}")
     runs = curves.read(c.records)
     found, ends = curves.recoveries(runs, c.first), laws.Points.of(curves.wholes(runs).get("scratch", []))
     if c.kind not in found:

@@ -403,7 +403,8 @@ def average(averages, fresh, beta=0.85, beta_uncertainty=0.95):
 
 
 def ranking(averages, uncertainty=False):
-    """What `choose` ranks by: Ī (LoSparse), or Ī · U with `uncertainty` (PLATON)."""
+    """What `choose` ranks by: Ī (LoSparse), or Ī · U with `uncertainty` (PLATON; there by weight, here by unit, our
+    choice: changes that cancel within a unit are none)."""
     return {key: mean * change if uncertainty else mean for key, (mean, change) in averages.items()}
 
 

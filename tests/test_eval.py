@@ -127,6 +127,7 @@ def test_command_on_raw_text_and_its_refusals(toy_runs, tmp_path):
                             ((tmp_path / "text.txt",), "is not a checkpoint"),
                             ((toy_runs / "idea-0", "--data", tmp_path / "binary"), "not UTF-8"),
                             ((toy_runs / "idea-0", "--data", tmp_path / "gone"), "No such file"),
+                            ((toy_runs / "idea-0", "--sample", "x", "--temperature", "nan"), "must be finite"),
                             ((toy_runs / "idea-0", "--sample", ""), "at least one token")):
         done = command("eval.py", *words)
         assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr

@@ -231,6 +231,8 @@ def test_it_refuses_in_a_sentence_and_overwrites_nothing(trained, tmp_path):
              "inputs to 1 windows x 8 = 8 tokens; give --windows"),
             (init | dict(multiple_of=0), "--multiple-of 0 must be at least 1"),
             (init | dict(windows=0), "--windows 0 must be at least 1"),
+            (init | dict(structure="kv", multiple_of=8), "--multiple-of has no effect"),
+            (init | dict(seed=2**64), "--seed .* must be between 0 and"),
             (init | dict(amplitude=.5), "--amplitude has no effect .* leave it out"),
             (init | dict(measured_windows=8), "--measured-windows has no effect .* leave it out"),
             (init | dict(structure="layer", multiple_of=8), "--multiple-of has no effect"),

@@ -295,6 +295,9 @@ def test_a_plan_does_not_extrapolate_unless_told(grid, capsys):
                             (dict(target_loss=far), "tokens needed, .* is"),
                             (dict(kind="depth", budget_tokens=1e6), "not measured.*there are width"),
                             (dict(budget_tokens=1e6, before=9.), "loss before the cut, 9 is outside"),
+                            (dict(rho=1., budget_tokens=1e6, extrapolate=True), "--rho 1.0 must be above 0 and below"),
+                            (dict(budget_tokens=-5., extrapolate=True), "--budget-tokens -5.0 must be above 0"),
+                            (dict(target_loss=float("nan"), extrapolate=True), "--target-loss nan must be above 0"),
                             (dict(), "one of --target-loss, --budget-tokens"),
                             (dict(target_loss=2., budget_tokens=1e6), "one of --target-loss, --budget-tokens")):
         with pytest.raises(UserError, match=match):
