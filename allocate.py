@@ -1,7 +1,7 @@
 """Who pays: how many units each layer keeps under one budget.
 
     python prune.py --init runs/scratch-laptop-0 --keep 0.5 --allocate adaptive       # any name in ALLOCATIONS
-    python -m pytest tests/test_allocate.py tests/test_knapsack.py   # and nothing better by exhaustive search
+    python -m pytest tests/test_allocate.py tests/methods/test_knapsack.py   # and nothing better by exhaustive search
 
 Nearly every way of sharing a budget is an *order* in which blocks of units may stay, taken from the best until the
 budget is spent (`fill`). **A new one is one function and one row of ALLOCATIONS.** The exception is `knapsack`, which

@@ -3,7 +3,7 @@
     python -c "import checkpoint; print(checkpoint.load('runs/idea-laptop-0')[0].config)"
 
 Ours is one self-describing file, written whole or not at all and read without running code from it; Hugging Face's is
-huggingface.py's. Not here: what a run keeps in its folder besides (folder.py).
+formats/huggingface.py's. Not here: what a run keeps in its folder besides (folder.py).
 """
 import dataclasses
 import pickle
@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-import huggingface
 from common import UserError, write_atomic
+from formats import huggingface
+from formats.tokenizer import open_tokenizer
 from model import GPT, GPTConfig
-from tokenizer import open_tokenizer
 
 FORMAT = "nanoprune checkpoint 1"
 
@@ -37,7 +37,7 @@ def save(path, model, **state):
 
 
 def refuse_evaluation_only(model):
-    """UserError for a baseline that is more than its GPTConfig (slicegpt.py, prune.cut with mend "bias")."""
+    """UserError for a baseline that is more than its GPTConfig (methods/slicegpt.py, prune.cut with mend "bias")."""
     if hasattr(model, "evaluation_only"):
         raise UserError(f"this model is for evaluation only, as {model.evaluation_only}, which no GPTConfig and no "
                         "runtime has; cut another way to save or export it")

@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
@@ -98,6 +99,17 @@ def append_record(path, **record):
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
         file.write(json.dumps(record).encode() + b"\n")
+
+
+def commit():
+    """The git commit of this code, followed by "-modified" where files differ from it; "unknown" outside of a
+    checkout."""
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=-modified"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
 
 
 def peak_rss():

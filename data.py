@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from common import UserError, parse, run, write_atomic
-from tokenizer import Tokenizer, open_tokenizer
+from formats.tokenizer import Tokenizer, open_tokenizer
 
 HOLD_OUT = 20  # one document in so many is held out (our choice)
 SHARD_TOKENS = 2**25  # a shard is written when this many are waiting: 134 MB as uint32. Bounds our memory

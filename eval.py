@@ -11,7 +11,7 @@ others all count. With --stride s: windows start every s tokens over the whole t
 their last s tokens, so that every counted token has at least block_size - s tokens of context. What is
 left behind the last window counts in neither. Losses are means over counted tokens, formed in the weights' dtype with
 float32 logits (float64 for float64 weights); bits per byte divides by the UTF-8 bytes those tokens stand for.
-Questions with choices and lm_eval's tasks are scored by tasks.py.
+Questions with choices and lm_eval's tasks are scored by tasks/questions.py.
 """
 import math
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ import torch
 import torch.distributed as dist
 
 import data
-import tasks
 from checkpoint import load, tokenizer_of
 from common import UserError, parse, pick_device, refuse_idle, run
 from distill import chunked_loss
+from tasks import questions
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Eval:
     windows: int = 256            # windows of the hold-out, evenly spaced (0 = all; a text file always: all)
     stride: int = 0               # move windows by so many tokens over the whole text (0 = windows as above)
     batch: int = 32               # windows per forward pass
-    multiple_choice: tuple[str, ...] = ()    # files of questions: JSON lines, or BIG-bench's task.json (tasks.py)
+    multiple_choice: tuple[str, ...] = ()    # files of questions: JSON lines, or BIG-bench's task.json (tasks/questions.py)
     tasks: str | None = None      # lm_eval's tasks, for example arc_easy,hellaswag (pip install lm_eval)
     include_path: str | None = None    # a folder with YAML files of more lm_eval tasks
     num_fewshot: int | None = None     # examples before each question of --tasks; default: the task's
@@ -139,10 +139,10 @@ def print_loss(config, model, tokenizer, about):
 
 
 def print_choices(config, model, tokenizer):
-    asked = [(file, tasks.read_questions(file)[:config.limit]) for file in config.multiple_choice]
+    asked = [(file, questions.read_questions(file)[:config.limit]) for file in config.multiple_choice]
     print(f"{'file':40} questions  acc              acc_norm         acc_bytes        tokens/s")
-    for file, questions in asked:
-        r = tasks.multiple_choice(model, tokenizer, questions, config.batch_tokens)
+    for file, asked_here in asked:
+        r = questions.multiple_choice(model, tokenizer, asked_here, config.batch_tokens)
         metrics = "  ".join(f"{r[m]:.4f} ± {r[m + '_stderr']:.4f}" for m in ("acc", "acc_norm", "acc_bytes"))
         print(f"{file:40} {r['questions']:9,}  {metrics}  {r['tokens'] / r['seconds']:8,.0f}")
 
@@ -178,7 +178,7 @@ def main(config):
     if config.multiple_choice:
         print_choices(config, model, tokenizer)
     if config.tasks:
-        print(tasks.run_tasks(model, tokenizer, config.tasks.split(","), config.include_path, config.batch_tokens,
+        print(questions.run_tasks(model, tokenizer, config.tasks.split(","), config.include_path, config.batch_tokens,
                               limit=config.limit, num_fewshot=config.num_fewshot)[1])
     if config.data is not None or not questions:
         print_loss(config, model, tokenizer, about)

@@ -5,7 +5,7 @@
     python export.py runs/idea-laptop-0 --to deci folder              # vLLM's DeciLM: per-layer KV heads and neurons
 
 hf: equal widths in all layers become a stock LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM; other widths
-bring their class along (modeling_nanoprune.py, trust_remote_code=True). Every output is written beside its place,
+bring their class along (formats/modeling_nanoprune.py, trust_remote_code=True). Every output is written beside its place,
 loaded by the runtime it is for, its logits compared with ours in float32, and then renamed: what stands there is whole
 and checked (deci is checked in transformers, through the same code file; vLLM itself is not run). Not here:
 quantization (llama.cpp's own llama-quantize does it).
@@ -21,9 +21,8 @@ from pathlib import Path
 import torch
 
 import checkpoint
-import huggingface
-import llamacpp
 from common import UserError, parse, run
+from formats import huggingface, llamacpp
 
 RUNTIME = {"hf": "transformers", "deci": "transformers", "gguf": "xllamacpp"}
 TOLERANCE = 1e-4                       # of the largest logit, in float32: the two add up in another order

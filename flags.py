@@ -173,7 +173,7 @@ def open_init(config):
     """-> the run's Tokenizer, the GPTConfig of --init and what prune.py wrote of the cut that made it (None without).
     UserError: model and tokenizer do not fit, or 2:4 and the plan do not."""
     import checkpoint
-    from tokenizer import open_tokenizer
+    from formats.tokenizer import open_tokenizer
     if not config.init:
         return open_tokenizer(config.tokenizer or "bytes"), None, None
     model, about = checkpoint.load(config.init, "meta", block_size=config.block_size)

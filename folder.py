@@ -7,10 +7,8 @@
 No random-number state is kept: after the initial weights nothing draws from one, batches are a function of the step.
 Not here: the loop (train.py), the checkpoint's format (checkpoint.py).
 """
-import ast
 import hashlib
 import json
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -18,9 +16,9 @@ from pathlib import Path
 import torch
 
 import checkpoint
-import two_four
-from common import UserError, append_record, read_records, write_atomic
+from common import UserError, append_record, commit, read_records, write_atomic
 from distill import freeze
+from methods import two_four
 from model import GPT
 
 NOT_IDENTITY = ("stage", "device", "out", "compile")     # two calls of the same run may differ in these
@@ -147,28 +145,6 @@ def fingerprint(model):
     return digest.hexdigest()
 
 
-CODE = ("allocate", "checkpoint", "data", "distill", "eval", "flags", "folder", "model", "prune", "schedule", "score",
-        "steps", "tokenizer", "train", "two_four")        # what decides a run's numbers
-
-
-def code(sources=None):
-    """12 hex digits of sha256 over the sources that a run goes through, without comments, docstrings and layout: a
-    change of these only is no other code. (Pythons that print a syntax tree differently disagree.)"""
-    digest = hashlib.sha256()
-    for text in sources or [(Path(__file__).parent / f"{name}.py").read_text() for name in CODE]:
-        tree = ast.parse(text)
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-                node.body = node.body[1:] or [ast.Pass()]
-        digest.update(ast.unparse(tree).encode())
-    return digest.hexdigest()[:12]
-
-
 def provenance():
-    """Which code wrote a checkpoint: versions and the commit, "unknown" outside of a git checkout."""
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True,
-                                cwd=Path(__file__).parent).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return {"torch": str(torch.__version__), "python": sys.version.split()[0], "commit": commit}
+    """Which code wrote a checkpoint."""
+    return {"torch": str(torch.__version__), "python": sys.version.split()[0], "commit": commit()}

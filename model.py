@@ -250,7 +250,7 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None, positions=None, mask=None):
         """Token ids (B, T) -> normed hidden states (B, T, C). The losses form logits from these in chunks (distill.py).
         `cache`: one list per layer, filled in place; positions go on where it ends. Instead of the text's order,
-        `positions` (B, T), each below T, and `mask` (B, 1, T, T), true where row t sees column s (tasks.py)."""
+        `positions` (B, T), each below T, and `mask` (B, 1, T, T), true where row t sees column s (tasks/questions.py)."""
         start = 0 if cache is None else max((layer[0].size(2) for layer in cache if layer), default=0)
         x = self.embed(idx)
         cos, sin = rotary(self.config, start, idx.size(1), idx.device, x.dtype)
@@ -295,8 +295,8 @@ PRESETS = {  # name: layers, d_model, query heads, KV heads, head_dim, target d_
     "laptop": (4, 64, 4, 2, 16, 192, 128, 1e-2),      # the rate: best for plan scratch when it was tried
     "10m":    (6, 384, 6, 6, 64, 1024, 512, 1e-3),
     "124m":   (12, 768, 12, 12, 64, 2048, 1024, 6e-4),      # this rate and the next: GPT-3's (arXiv 2005.14165)
-    "4x16":   (4, 16, 2, 1, 8, 48, 128, 2e-2),        # reproduce.py's; claim 13 is about the rate
-    **{f"8x{C}": (8, C, C // 16, C // 16, 16, 4 * C, 128, 1e-2) for C in (16, 32, 48, 64)},           # scaling.py's,
+    "4x16":   (4, 16, 2, 1, 8, 48, 128, 2e-2),        # experiments/claims.py's; claim 13 is about the rate
+    **{f"8x{C}": (8, C, C // 16, C // 16, 16, 4 * C, 128, 1e-2) for C in (16, 32, 48, 64)},           # experiments/scaling.py's,
     **{f"12x{C}": (12, C, C // 64, C // 64, 64, 4 * C, 512, 1e-3) for C in (128, 192, 320, 512)},     # layers x width
     "1.3b":   (24, 2048, 16, 8, 128, 6272, 4096, 2e-4),     # the paper's scale: 2.8B -> 1.3B with gpt2's vocabulary
 }

@@ -10,7 +10,7 @@ k, v and q rows and biases, o columns). Two facts make pruning inside a training
      only writes zeros: no masks, no new optimizer, nothing for torch.compile or DDP to notice.
   2. So slicing is exact, whenever it comes: the smaller model has the same logits and takes the same next step.
 The command cuts a model once, or in --iterations, and saves it. What a unit is worth: score.py;
-who pays: allocate.py. Not here: training (train.py), SliceGPT (slicegpt.py), the baselines side by side (compare.py).
+who pays: allocate.py. Not here: training (train.py), SliceGPT (methods/slicegpt.py), the baselines side by side (experiments/compare.py).
 """
 import contextlib
 import dataclasses
@@ -28,9 +28,9 @@ import allocate
 import checkpoint
 import data
 import score
-import two_four
 from common import UserError, parse, peak_rss, pick_device, refuse_idle, run
 from eval import evaluate
+from methods import two_four
 from model import GPT, by_unit, coupled
 
 

@@ -27,11 +27,11 @@ import model as models
 import prune
 import report
 import score
-import two_four
 from common import UserError, peak_rss, pick_device
 from eval import evaluate, sample
 from flags import calibrates, measured, open_init, plan, refuse_idle_flags, resolve
 from folder import Folder, State
+from methods import two_four
 
 LOG_EVERY = 10                               # steps per "step" record, which holds means over them
 

@@ -13,7 +13,7 @@ folder (folder.py); the same command goes on where a killed one stopped, bit for
 metrics.jsonl, one JSON object a line with `tag`, `step` (updates done before it) and `tokens` (trained on by then):
   config   the resolved settings, `target` and `start` model configs, corpus `fingerprint`, `documents` and
            `corpus_tokens` (train, hold-out), `cut`: the `recipe` and `cut_from` of an --init that prune.py wrote,
-           `code`: a hash of the sources that a run goes through (folder.code; joined by + if they changed on the way)
+           `code`: the git commit (common.commit; joined by + if it changed on the way)
            (adapt: of `target` only the number of removable parameters counts, the last cut ends at most there)
   step     `loss` `ce` `grad_norm`, means since the last such record, and `kl` (times temperature²) `teacher_ce`, means
            of the steps with a teacher, null without; losses in nats per token; `lr` `stage` `params` (live)
@@ -26,7 +26,7 @@ metrics.jsonl, one JSON object a line with `tag`, `step` (updates done before it
   summary  final loss and sizes, `epochs`, FLOPs, `seconds` by part, `pruning_share` of them, `peak_bytes`, `device`
 FLOPs are model.flops_per_token times tokens. `executed` counts what the hardware did: units that are dead and not yet
 sliced off, the teacher's forward passes, scoring, calibration; `credited` counts live units only. Neither counts
-evaluation, nor the training of a teacher that was given. The zeros of a 2:4 model (two_four.py), which a run keeps if
+evaluation, nor the training of a teacher that was given. The zeros of a 2:4 model (methods/two_four.py), which a run keeps if
 its --init has them, count in `params` and as executed and credited: no sparse kernels run here.
 Not here: sharding of one model over several devices.
 """
@@ -37,7 +37,7 @@ import sys
 import threading
 from dataclasses import asdict
 
-from common import UserError, parse, run
+from common import UserError, commit, parse, run
 from flags import Train, measured
 
 if __name__ == "__main__":
@@ -52,8 +52,7 @@ import checkpoint
 import report
 import schedule
 import score
-import two_four
-from folder import code
+from methods import two_four
 from steps import Run, make_optimizer
 
 
@@ -137,7 +136,7 @@ def main(config, quiet=False):
         print(f"{r.folder.path} is finished up to step {s.step} of {c.steps}; records: {r.folder.metrics}")
         return r
     r.folder.rewind(s.step, target=asdict(r.target), start=asdict(r.start), documents=r.corpus.documents,
-                    corpus_tokens=[len(r.corpus.train), len(r.corpus.val)], cut=r.cut_before, code=code())
+                    corpus_tokens=[len(r.corpus.train), len(r.corpus.val)], cut=r.cut_before, code=commit())
     try:
         with stop_on_signals(r), tqdm(total=stop, initial=s.step, disable=quiet or r.rank > 0,
                                       mininterval=.5 if sys.stderr.isatty() else 20) as progress:

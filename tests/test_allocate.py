@@ -9,37 +9,12 @@ import random
 
 import pytest
 import torch
-from test_prune import CONFIGS, SHAPE
+from helpers import CONFIGS, EQUAL, SHAPE, STRUCTURES, price, random_config, random_scores
 
 import allocate
 import prune
 from common import UserError
 from model import GPTConfig
-
-STRUCTURES = [("ffn",), ("kv",), ("ffn", "kv"), ("sublayer",), ("layer",)]
-
-
-def price(config, budget):
-    """What all units cost, from the model's totals."""
-    none = config.resized(dict.fromkeys(config.widths(), 0))
-    return {"params": lambda c: sum(c.num_params()[group] for group in ("attention", "ffn")),
-            "flops": lambda c: c.flops_per_token(c.block_size, False) - none.flops_per_token(c.block_size, False),
-            "kv_bytes": GPTConfig.kv_bytes_per_token}[budget](config)
-
-
-def random_config(rng, equal=False):
-    """Uneven layers, some without attention or FFN; or all of the same shape."""
-    L, g = rng.randint(1, 6), rng.randint(1, 3)
-    kv, d_ff = ([rng.randint(0, 6) for _ in range(L)], [rng.randint(0, 30) for _ in range(L)])
-    kv, d_ff = ([rng.randint(1, 6)] * L, [rng.randint(1, 30)] * L) if equal else (kv, [max(1, d_ff[0]), *d_ff[1:]])
-    return GPTConfig(**SHAPE, n_head=[g * k for k in kv], n_kv_head=kv, d_ff=d_ff, qkv_bias=rng.random() < .5)
-
-
-def random_scores(config, seed, ties=False):
-    g = torch.Generator().manual_seed(seed)
-    scores = {key: torch.rand(n, generator=g, dtype=torch.float64) for key, n in config.widths().items()}
-    scores = {key: (s * 8).round() for key, s in scores.items()} if ties else scores
-    return scores | {(layer, "layer"): float(layer * 7 % 5) for layer in range(config.n_layer)}
 
 
 def worth(config, seed, ties, structure):
@@ -112,7 +87,6 @@ def test_global_keeps_the_best_of_all_layers_and_kinds(seed):
 
 # -- what each order promises
 
-EQUAL = GPTConfig(**SHAPE, n_head=(8,) * 8, n_kv_head=(4,) * 8, d_ff=(40,) * 8)
 
 
 def shared(how, keep, config=EQUAL, structure=("ffn", "kv"), scores=None, **more):

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 import data
 import eval as evaluation
 import report
-import tasks
 import train
 from checkpoint import load, save
 from common import UserError
+from formats.tokenizer import open_tokenizer
 from model import GPT, GPTConfig
-from tokenizer import open_tokenizer
+from tasks import questions
 
 ROOT = Path(__file__).parent.parent
 CONFIG = GPTConfig(vocab_size=256, block_size=16, d_model=16, head_dim=8, n_head=(2,), n_kv_head=(1,), d_ff=(8,))
@@ -173,7 +173,7 @@ def test_questions_of_the_command_are_those_of_tasks_and_idle_flags_are_refused(
     ask = lambda **flags: evaluation.main(evaluation.Eval(str(tmp_path / "m.pt"), device="cpu", **flags))
     ask(multiple_choice=[str(tmp_path / "q.jsonl")], limit=7)
     said = capsys.readouterr().out
-    found = tasks.multiple_choice(model, open_tokenizer("bytes"), tasks.read_questions(tmp_path / "q.jsonl")[:7])
+    found = questions.multiple_choice(model, open_tokenizer("bytes"), questions.read_questions(tmp_path / "q.jsonl")[:7])
     for metric in ("acc", "acc_norm", "acc_bytes"):
         assert f"{found[metric]:.4f} ± {found[metric + '_stderr']:.4f}" in said
     assert "nats per token" not in said and f"{7:9,}" in said

@@ -12,45 +12,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-import torch.nn.functional as F
+from helpers import CONFIGS, batch, entries, loss_of, new, without
 from torch.nn.parallel import DistributedDataParallel
 
 import prune
 import score
-from model import GPT, GPTConfig
+from model import GPT
 
-SHAPE = dict(vocab_size=13, block_size=8, d_model=12, head_dim=4)
-CONFIGS = {
-    "plain": GPTConfig(**SHAPE, n_head=(2, 3), n_kv_head=(2, 3), d_ff=(5, 7)),
-    "gqa": GPTConfig(**SHAPE, n_head=(4, 9), n_kv_head=(2, 3), d_ff=(5, 7)),
-    "gqa+bias": GPTConfig(**SHAPE, n_head=(4, 9), n_kv_head=(2, 3), d_ff=(5, 7), qkv_bias=True),
-    "qk norm": GPTConfig(**SHAPE, n_head=(2, 3), n_kv_head=(2, 3), d_ff=(5, 7), qk_norm=True),
-    "all": GPTConfig(**SHAPE, n_head=(6, 3, 4), n_kv_head=(3, 3, 2), d_ff=(6, 3, 8), qkv_bias=True, qk_norm=True,
-                     tie_embeddings=False)}
 CLIP = 0.1
 every_config = pytest.mark.parametrize("name", CONFIGS)
 every_kind = pytest.mark.parametrize("kind", ["ffn", "kv"])
-
-
-def new(config, dtype=torch.float64, seed=0, device="cpu"):
-    """A model and its AdamW, built as steps.make_optimizer does. Weights far from 0 and gains far from 1."""
-    torch.manual_seed(seed)
-    model = GPT(config).to(device, dtype)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(5 * p if p.dim() == 2 else p + 0.2 * torch.randn_like(p))
-    matrices, vectors = ([p for p in model.parameters() if (p.dim() == 2) == is_matrix] for is_matrix in (True, False))
-    return model, torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0}],
-                                    lr=5e-3, betas=(0.9, 0.95), eps=1e-8, fused=True)
-
-
-def batch(config, step, rank=0):
-    tokens = torch.randint(config.vocab_size, (4, 9), generator=torch.Generator().manual_seed(1000 * rank + step))
-    return tokens[:, :-1], tokens[:, 1:]
-
-
-def loss_of(model, x, y):
-    return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
 
 
 def train(model, optimizer, steps, first=0, loss=loss_of, rank=0, autocast=False):
@@ -76,20 +47,6 @@ def some(config, *kinds):
     return keep
 
 
-def entries(config, layer, kind, unit):
-    """[(parameter name, index of the unit's entries in it)]"""
-    if kind == "ffn":
-        ffn = f"blocks.{layer}.ffn."
-        return [(ffn + "gate.weight", [unit]), (ffn + "up.weight", [unit]),
-                (ffn + "down.weight", (slice(None), [unit]))]
-    D, H, K, attn = config.head_dim, config.n_head[layer], config.n_kv_head[layer], f"blocks.{layer}.attn."
-    own = [unit * D + d for d in range(D)]
-    served = [h * D + d for h in range(H) if h // (H // K) == unit for d in range(D)]      # Hugging Face's convention
-    rows = (("q", served), ("k", own), ("v", own))
-    return [(attn + "o.weight", (slice(None), served))] + [
-        (f"{attn}{x}.{part}", index) for x, index in rows for part in ("weight", "bias")[:1 + config.qkv_bias]]
-
-
 def dead_entries(model, keep):
     """{parameter name: bool tensor, true at the entries of units that are not kept}"""
     dead = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
@@ -104,12 +61,6 @@ def split(model, keep):
     """All weights in two vectors: those of dead units, the others."""
     dead, parameters = dead_entries(model, keep), dict(model.named_parameters())
     return [torch.cat([parameters[name].detach()[d == side] for name, d in dead.items()]) for side in (True, False)]
-
-
-def without(config, layer, kind, *units):
-    """The keep that drops exactly these units."""
-    return prune.everything(config) | {(layer, kind): torch.tensor(
-        [i for i in range(config.widths()[layer, kind]) if i not in units], dtype=torch.long)}
 
 
 def assert_same_where_alive(model, optimizer, small, small_optimizer, keep, tolerance):

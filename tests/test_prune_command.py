@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_allocate import price
+from helpers import price
 
 import allocate
 import checkpoint
@@ -19,8 +19,8 @@ import eval as evaluation
 import prune
 import score
 import train
-import two_four
 from common import UserError, parse
+from methods import two_four
 
 SMALL = dict(windows=8, eval_windows=16, block_size=32, device="cpu")
 

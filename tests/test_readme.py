@@ -9,26 +9,22 @@ from pathlib import Path
 
 import pytest
 
-import bench_train
-import compare
-import curves
 import eval as evaluation
-import evidence
-import huggingface
-import laws
 import report
-import reproduce
 import train
+from bench import training
 from common import parse, read_records
+from experiments import claims, claims_report, compare, scaling_curves, scaling_laws
+from formats import huggingface
+from formats.tokenizer import open_tokenizer
 from model import GPT, GPTConfig
-from tokenizer import open_tokenizer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
 COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 SMALL = "--steps 120 --batch-tokens 256 --eval-windows 4 --device cpu"
-NOT_HERE = ("hf:", "--tasks", "smollm2.py check")          # a network; .ci/run checks the real model
+NOT_HERE = ("hf:", "--tasks", "experiments/smollm2.py check")          # a network; .ci/run checks the real model
 RUNS = [c for c in COMMANDS if c.startswith("python ") and not any(word in c for word in NOT_HERE)]
 REAL = [c for c in RUNS if "smollm2" in c or "cut" in c]   # these use one another's files, and so do the others
 
@@ -41,18 +37,18 @@ def shrunk(command, runs):
         if "--out" not in words:
             c = parse(train.Train, words[2:])
             words += ["--out", f"{runs}/{c.plan}-{Path(c.init).name if c.init else 'laptop'}-{c.seed}"]
-    if words[1] == "compare.py" and "report" not in words:
+    if words[1] == "experiments/compare.py" and "report" not in words:
         words += shlex.split("--part grid --tokens 64 --windows 8 --block-size 32")
-    if words[1:3] == ["scaling.py", "fit"]:
+    if words[1:3] == ["experiments/scaling.py", "fit"]:
         words += ["--starts", "2", "--samples", "2"]
-    if words[1:3] == ["scaling.py", "plan"]:
+    if words[1:3] == ["experiments/scaling.py", "plan"]:
         words += ["--samples", "2"]
-    if words[1:3] == ["scaling.py", "run"]:
+    if words[1:3] == ["experiments/scaling.py", "run"]:
         words += ["--preset", "toy", "--minutes", ".05", "--out", str(runs / "grid"), "--runs", str(runs / "of-grid")]
-    if words[1] == "bench.py" and words[2] != "report":
+    if words[1] == "bench/__main__.py" and words[2] != "report":
         words = [*words[:3], "--out", str(runs / "bench")]
         words += shlex.split("--presets toy --vocab 300 --rounds 1 --steps 2 --micro-batch 2 --device cpu")
-    if words[1] == "reproduce.py":
+    if words[1] == "experiments/claims.py":
         words += shlex.split("--claims 4 --tokens .14 --jobs 1")                        # .ci/run runs all claims
         words += ["--runs", str(runs / "again"), "--results", str(runs / "again" / "records")]
     return words
@@ -102,20 +98,20 @@ def test_losses_at_the_default_size_are_what_the_committed_records_say():
 
 
 def test_claims_are_what_the_committed_records_say():
-    c, scale = reproduce.resolve(reproduce.Reproduce())
-    runs, figure = evidence.read(ROOT / c.results), f"{c.results}/figure.png"
-    text = evidence.text(runs, scale, figure if (ROOT / figure).exists() else None)
-    assert f"{reproduce.BEGIN}\n{text}\n{reproduce.END}" in README
-    assert not runs or (ROOT / c.results / "report.md").read_text() == evidence.details(runs, scale) + "\n"
-    assert (ROOT / figure).exists() or not evidence.of_kind(runs, "idea", scale.size, scale.ratio)
+    c, scale = claims.resolve(claims.Reproduce())
+    runs, figure = claims_report.read(ROOT / c.results), f"{c.results}/figure.png"
+    text = claims_report.text(runs, scale, figure if (ROOT / figure).exists() else None)
+    assert f"{claims.BEGIN}\n{text}\n{claims.END}" in README
+    assert not runs or (ROOT / c.results / "report.md").read_text() == claims_report.details(runs, scale) + "\n"
+    assert (ROOT / figure).exists() or not claims_report.of_kind(runs, "idea", scale.size, scale.ratio)
 
 
 def test_effects_in_the_findings_are_those_of_the_records():
     """Every "0.019 ± 0.008" of the text before the tables, as the size of some pair's effect at some place."""
-    c, scale = reproduce.resolve(reproduce.Reproduce())
-    rows = evidence.claim_rows(evidence.read(ROOT / c.results), scale)
-    found = [evidence.brief(effect).lstrip("+-") for *_, effect in rows]
-    said = README.partition("## The papers' claims")[2].partition(reproduce.BEGIN)[0]
+    c, scale = claims.resolve(claims.Reproduce())
+    rows = claims_report.claim_rows(claims_report.read(ROOT / c.results), scale)
+    found = [claims_report.brief(effect).lstrip("+-") for *_, effect in rows]
+    said = README.partition("## The papers' claims")[2].partition(claims.BEGIN)[0]
     told = re.findall(r"\d\.\d{3}\s+± \d\.\d{3}", said)
     assert len(told) >= 8 and not {" ".join(one.split()) for one in told} - set(found)
 
@@ -128,15 +124,15 @@ def test_comparison_is_what_the_committed_records_say():
 
 def test_scaling_tables_are_the_report_s_and_the_report_is_the_records():
     """The tables literally; the trends anew; of the fits, which take a minute, one, as near as optimisers agree."""
-    told, records = (ROOT / "results" / "scaling" / "report.md").read_text(), curves.read(ROOT / "results" / "scaling")
+    told, records = (ROOT / "results" / "scaling" / "report.md").read_text(), scaling_curves.read(ROOT / "results" / "scaling")
     tables = [part for part in told.split("\n\n") if part.startswith(("| cut | points", "| cut | law"))]
     assert len(tables) == 2 and all(table in README for table in tables)
-    recoveries = curves.recoveries(records, .05)
+    recoveries = scaling_curves.recoveries(records, .05)
     for found in recoveries.values():
-        assert "\n".join(curves.trends(found)) in told
-    assert f"width: two seeds differ by {curves.noise(recoveries['width']):.4f} nats" in told
-    points = laws.Points.of(recoveries["width"])
-    nats = laws.judge(laws.fit("p2", points, starts=4), points)["nats"]
+        assert "\n".join(scaling_curves.trends(found)) in told
+    assert f"width: two seeds differ by {scaling_curves.noise(recoveries['width']):.4f} nats" in told
+    points = scaling_laws.Points.of(recoveries["width"])
+    nats = scaling_laws.judge(scaling_laws.fit("p2", points, starts=4), points)["nats"]
     assert nats == pytest.approx(float(re.search(r"\| width \| p2 \| ([\d.]+)", told)[1]), rel=.05)
 
 
@@ -152,7 +148,7 @@ def test_speed_figures_are_those_of_the_committed_records():
 
     for V, compiled in ((256, False), (256, True), (50257, False)):
         peers = [told("train", "tokens/s: recover's ÷ this", V=V, compiled=compiled, variant=name)[0]
-                 for name in (bench_train.GPT2, bench_train.PLAIN, bench_train.LLAMA)]
+                 for name in (training.GPT2, training.PLAIN, training.LLAMA)]
         assert f"{', '.join(peers)} times" in section
     for V in (256, 50257):
         reached = [told("train", "of matmul's FLOP/s, causal", V=V, compiled=False, variant=stage)[0]

@@ -1,9 +1,9 @@
 """Invariants of schedule.py against numbers written out by hand; the order in which the project's files import."""
-import ast
 import math
 from pathlib import Path
 
 import pytest
+from helpers import imports
 
 from schedule import LAWS, PLANS, interleave, lr_at, resolve, score_at, size_at, stage_at
 
@@ -175,22 +175,5 @@ def test_refusals_are_one_sentence_with_the_numbers_and_the_remedy(call, says):
     plan("idea", 50, cuts=10), plan("idea", 50, cuts=4, slice_at=34), plan("idea", 50, cuts=4, slice_at=49)   # allowed
 
 
-def imports(file):
-    """Top-level names of the modules that a file imports, anywhere in it."""
-    nodes = list(ast.walk(ast.parse(file.read_text())))
-    found = [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
-    return {name.split(".")[0] for name in found + [n.module for n in nodes if isinstance(n, ast.ImportFrom)]}
-
-
-def test_files_import_only_files_further_down_and_schedule_none_of_ours_and_no_torch():
-    rows = ["common", "model schedule distill two_four tokenizer report allocate laws modeling_nanoprune gpt2_peer",
-            "huggingface llamacpp data curves timing", "checkpoint score", "tasks", "eval", "prune folder slicegpt",
-            "flags", "steps claims", "train", "export sweep bench_train torch_pruning_peer",
-            "grid bench_system bench_infer evidence", "scaling bench", "reproduce compare smollm2"]
-    place = {name: i for i, row in enumerate(rows) for name in row.split()}
-    for file in ROOT.glob("*.py"):
-        assert file.stem in place, f"give {file.name} a row in this test and in the README's table"
-        wrong = {other for other in imports(file) if place.get(other, -1) >= place[file.stem]}
-        assert not wrong, f"{file.name} must not import {wrong}"
+def test_it_imports_neither_torch_nor_anything_of_ours():
     assert imports(ROOT / "schedule.py") == {"bisect", "dataclasses", "functools", "math"}
-    assert imports(ROOT / "steps.py") >= {"model", "eval", "prune", "contextlib"}              # the finder finds

@@ -10,8 +10,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_prune import SHAPE, batch, entries, loss_of, new, without
-from test_statistics import CONFIGS, FIELDS, close, gradients, inputs, text
+from helpers import FIELDS, SHAPE, WITH_HOLES, batch, close, entries, gradients, inputs, loss_of, new, text, without
 
 import prune
 import score
@@ -25,9 +24,9 @@ def rows(config, layer, kind, unit):
     return next(index[1] for name, index in entries(config, layer, kind, unit) if isinstance(index, tuple))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", WITH_HOLES)
 def test_scores_take_exactly_the_entries_of_a_unit_and_the_query_heads_it_serves(name):
-    model, _ = new(CONFIGS[name])
+    model, _ = new(WITH_HOLES[name])
     config, batches, w = model.config, text(model.config), {n: p.detach() for n, p in model.named_parameters()}
     stats, seen = score.collect(model, batches, FIELDS), inputs(model, batches)
     each = [gradients(model, x, y) for x, y in batches]
@@ -61,7 +60,7 @@ def test_scores_take_exactly_the_entries_of_a_unit_and_the_query_heads_it_serves
 @pytest.mark.parametrize("name", ["gqa", "gqa+bias"])
 def test_query_heads_by_h_modulo_K_would_give_other_scores(name):
     """The misaligned sum in released code: query head h belongs to KV head h // (H/K), not to h % K."""
-    model, _ = new(CONFIGS[name])
+    model, _ = new(WITH_HOLES[name])
     H, K, D = model.config.n_head[1], model.config.n_kv_head[1], model.config.head_dim
     right, heads = score.magnitude(model, None)[1, "kv"], torch.arange(H * D) // D
     attn, misaligned = model.blocks[1].attn, []
@@ -74,7 +73,7 @@ def test_query_heads_by_h_modulo_K_would_give_other_scores(name):
 
 
 def test_sensitivity_of_gradients_in_place_is_that_of_one_batch():
-    model, _ = new(CONFIGS["all"])
+    model, _ = new(WITH_HOLES["all"])
     one = score.collect(model, text(model.config, 1), {"sensitivity"}).sensitivity
     loss_of(model, *batch(model.config, 0)).backward()
     for key, scores in score.sensitivity(model).items():
@@ -104,19 +103,19 @@ def test_written_examples_of_each_criterion():
 
 
 def test_flap_of_a_single_channel_is_a_number():
-    model, _ = new(CONFIGS["plain"].resized({(0, "ffn"): 1}))
+    model, _ = new(WITH_HOLES["plain"].resized({(0, "ffn"): 1}))
     assert score.flap(model, score.collect(model, text(model.config), {"mean", "square"}))[0, "ffn"].tolist() == [0]
 
 
 def test_random_is_its_seeds():
-    model, _ = new(CONFIGS["all"])
+    model, _ = new(WITH_HOLES["all"])
     a, b, c = (score.random(model, score.Stats(seed=seed)) for seed in (0, 0, 1))
     assert all(torch.equal(a[key], b[key]) and not torch.equal(a[key], c[key]) for key in a)
 
 
 @pytest.mark.parametrize("name", ["magnitude", "taylor", "activation"])
 def test_a_channel_of_the_stream_is_worth_what_reads_and_writes_it(name):
-    model, _ = new(CONFIGS["all"])
+    model, _ = new(WITH_HOLES["all"])
     stats = score.collect(model, text(model.config), {"grad", "channel"})
     found = score.residual_channels(model, stats, name)
     for c in range(model.config.d_model) if name != "activation" else ():
@@ -221,7 +220,7 @@ def untouched(model, was):
 
 @pytest.mark.parametrize("name", ["all", "holes"])
 def test_without_is_the_loss_of_the_whole_model_without_that_part(name):
-    model, _ = new(CONFIGS[name])
+    model, _ = new(WITH_HOLES[name])
     batches, was = text(model.config), fingerprint(model)
     found = score.without(model, batches, ("layer", "kv", "ffn"))
     untouched(model, was)
@@ -241,7 +240,7 @@ def test_without_is_the_loss_of_the_whole_model_without_that_part(name):
 @pytest.mark.parametrize("name", ["all", "holes"])
 @pytest.mark.parametrize("factor", [1, 2])
 def test_damage_is_the_divergence_of_the_whole_model_with_other_columns(name, factor):
-    model, _ = new(CONFIGS[name])
+    model, _ = new(WITH_HOLES[name])
     batches, was, config = text(model.config, 2), fingerprint(model), model.config
     scores = {key: torch.rand(n, generator=torch.Generator().manual_seed(key[0])) for key, n in config.widths().items()}
     at = {key: range(n) for key, n in config.widths().items() if key != (0, "ffn")}
@@ -263,7 +262,7 @@ def test_damage_is_the_divergence_of_the_whole_model_with_other_columns(name, fa
 
 def test_damage_under_autocast_is_of_the_weights_as_they_are_now():
     """autocast keeps bfloat16 copies of the weights, and would go on with those from before a cut."""
-    model, _ = new(CONFIGS["gqa"], torch.float32)
+    model, _ = new(WITH_HOLES["gqa"], torch.float32)
     scores = {key: torch.arange(n) for key, n in model.config.widths().items()}
     at, columns = {key: [0, n // 2] for key, n in model.config.widths().items()}, lambda name, w, kept: w[:, kept]
     exact = score.damage(model, text(model.config, 2), scores, at, columns)

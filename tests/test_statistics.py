@@ -8,48 +8,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_prune import CONFIGS, SHAPE, batch, loss_of, new
+from helpers import FIELDS, WITH_HOLES, close, gradients, inputs, loss_of, new, text
 
 import score
 from common import UserError
-from model import GPTConfig, coupled
-
-FIELDS = {"grad", "grad_sq", "sensitivity", "mean", "square", "position", "gram", "cosine", "channel"}
-CONFIGS = {**CONFIGS, "holes": GPTConfig(**SHAPE, n_head=(4, 0, 2), n_kv_head=(2, 0, 2), d_ff=(5, 6, 0))}
+from model import coupled
 
 
-def text(config, n=3):
-    """n batches of random tokens, (4, 8) each."""
-    return [batch(config, step) for step in range(n)]
-
-
-def inputs(model, batches):
-    """{parameter name: (windows, T, n)} float64: what comes into each matrix and out of each norm, in plain passes."""
-    found, hooks = {}, []
-    for name, module in model.named_modules():
-        is_norm = name.endswith("norm")
-        hooks.append(module.register_forward_hook(lambda _, args, out, name=name, is_norm=is_norm: found.setdefault(
-            f"{name}.weight", []).append((out if is_norm else args[0]).detach())))
-    for x, _ in batches:
-        model(x)
-    for hook in hooks:
-        hook.remove()
-    return {name: torch.cat(parts) for name, parts in found.items() if parts[0].is_floating_point()}
-
-
-def gradients(model, x, y):
-    names, parameters = zip(*model.named_parameters())
-    return dict(zip(names, torch.autograd.grad(loss_of(model, x, y), parameters)))
-
-
-def close(found, expected, rtol=1e-6):
-    torch.testing.assert_close(found.double(), expected.double(), rtol=rtol, atol=1e-9)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", WITH_HOLES)
 @pytest.mark.parametrize("n", [1, 3])
 def test_statistics_are_the_plain_formulas(name, n):
-    model, _ = new(CONFIGS[name])
+    model, _ = new(WITH_HOLES[name])
     batches, config = text(model.config, n), model.config
     stats, seen = score.collect(model, batches, FIELDS), inputs(model, batches)
     whole = gradients(model, *(torch.cat(parts) for parts in zip(*batches)))
@@ -76,9 +45,9 @@ def test_statistics_are_the_plain_formulas(name, n):
         close(square, out.square().sum(0), 1e-4)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", WITH_HOLES)
 def test_cosines_are_those_of_the_stream_and_1_around_what_is_absent(name):
-    model, _ = new(CONFIGS[name])
+    model, _ = new(WITH_HOLES[name])
     batches, streams = text(model.config), {}
     stats = score.collect(model, batches, {"cosine"})
     for part in ("attn", "ffn"):                     # the stream in front of each part: a hook on the norm before it
@@ -113,14 +82,14 @@ def test_importance_is_centred_and_scaled():
 
 @pytest.mark.parametrize("field", sorted(FIELDS))
 def test_only_what_was_asked_for_is_kept(field):
-    model, _ = new(CONFIGS["gqa"])
+    model, _ = new(WITH_HOLES["gqa"])
     stats = score.collect(model, text(model.config), {field})
     filled = {f for f in FIELDS if isinstance(value := getattr(stats, f), torch.Tensor) or value}
     assert filled == {field}
 
 
 def test_two_four_reads_every_matrix():
-    model, _ = new(CONFIGS["gqa"])
+    model, _ = new(WITH_HOLES["gqa"])
     stats = score.collect(model, batches := text(model.config), {"square"}, (".q", ".down"))
     seen = inputs(model, batches)
     assert stats.square.keys() == {key for key in seen if key.endswith((".q.weight", ".down.weight"))}
@@ -130,7 +99,7 @@ def test_two_four_reads_every_matrix():
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_collecting_leaves_the_model_as_it_was(fails):
-    model, _ = new(CONFIGS["all"])
+    model, _ = new(WITH_HOLES["all"])
     batches = text(model.config)
     loss_of(model, *batches[2]).backward()
     model.embed.requires_grad_(False), model.blocks[0].attn.v.requires_grad_(False)    # frozen ones are scored as well

@@ -14,19 +14,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_schedule import imports
 
 import checkpoint
 import common
 import folder
-import huggingface
 import model as models
 import report
 import schedule
 import steps
 import train
 from common import UserError, read_records
-from tokenizer import open_tokenizer
+from formats import huggingface
+from formats.tokenizer import open_tokenizer
 
 ROOT = Path(__file__).parent.parent
 TOY = dict(preset="toy", steps=60, batch_tokens=256, micro_batch=1, eval_windows=4, eval_every=20, save_every=7,
@@ -479,23 +478,20 @@ def test_naive_restarts_the_learning_rate_and_adam(tmp_path):
     assert lrs[2] == pytest.approx(1e-3) and lrs[-1] == pytest.approx(1e-3) and max(lrs[3:]) > 5e-3
 
 
-def test_the_code_of_a_run_is_its_sources_without_comments_and_docstrings(tmp_path):
-    text = 'def f(x):\n    "Doubles."\n    return x * 2  # twice\n'
-    same = folder.code([text])
-    assert same == folder.code(["def f(x):\n\n    return (x * 2)\n"]) != folder.code([text.replace("2  #", "3  #")])
-    r = train_toy(tmp_path / "run", plan="scratch", stage="all", steps=20)
+def test_a_run_records_the_commit_of_its_code(tmp_path):
+    run = train_toy(tmp_path / "run", plan="scratch", stage="all", steps=20)
     config = report.records(tmp_path / "run")["config"][0]
-    assert config["code"] == folder.code() and len(config["code"]) == 12
-    assert config["corpus_tokens"] == [len(r.corpus.train), len(r.corpus.val)]
-    used = {name for file in folder.CODE for name in imports(ROOT / f"{file}.py") if (ROOT / f"{name}.py").exists()}
-    assert used - {*folder.CODE} == {"common", "huggingface", "report", "tasks"}       # these change no number of a run
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert config["code"] in (head[:12], f"{head[:12]}-modified")
+    assert config["corpus_tokens"] == [len(run.corpus.train), len(run.corpus.val)]
 
 
 def test_code_that_changed_on_the_way_is_told(tmp_path, monkeypatch):
     train_toy(tmp_path / "run", stage="enlarge")
-    monkeypatch.setattr(train, "code", lambda: "another")
+    monkeypatch.setattr(train, "commit", lambda: "another")
     train_toy(tmp_path / "run")
-    assert report.records(tmp_path / "run")["config"][0]["code"] == f"{folder.code()}+another"
+    assert report.records(tmp_path / "run")["config"][0]["code"] == f"{common.commit()}+another"
+
 
 def test_non_finite_loss_stops_before_the_update(tmp_path):
     with pytest.raises(UserError, match="not applied; lower --lr"):

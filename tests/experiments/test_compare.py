@@ -1,0 +1,150 @@
+"""experiments/compare.py on a tiny model: disjoint texts, kept budgets, records that go on where they stopped, claims."""
+import json
+import math
+import shutil
+
+import pytest
+
+from common import UserError, read_records
+from experiments import compare
+from formats import huggingface
+from formats.tokenizer import open_tokenizer
+from model import GPT, GPTConfig
+
+SMALL = dict(windows=8, block_size=32, micro_batch=2, tokens=256, seeds=2, keeps=(.8, .6), best=2, limit=5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Llama with bytes as tokens."""
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    path.mkdir()
+    model = GPT(GPTConfig(256, 64, 24, 4, (6,) * 4, (3,) * 4, (32,) * 4))
+    huggingface.save(path, model, "llama", open_tokenizer("bytes").as_files())
+    return path
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """A smaller grid: one cell of each kind."""
+    chosen = [g for g in compare.GRID if (g.score, g.allocate, g.mend) in (
+        ("taylor", "global", "none"), ("taylor", "adaptive", "none"), ("taylor", "uniform", "none"),
+        ("wanda", "standardised", "least-squares"), ("flap", "measured", "least-squares"))]
+    assert len(chosen) == 5
+    monkeypatch.setattr(compare, "GRID", chosen)
+    monkeypatch.delitem(compare.PUBLISHED, "torch-pruning")                     # half a minute a cut; has its own test
+
+
+def test_the_three_parts_of_a_text_share_no_document():
+    tokenizer = open_tokenizer("bytes")
+    texts = compare.texts(tokenizer, 64)
+    for name, parts in texts.items():
+        assert {*parts} == {"calibration", "validation", "test"}, name
+    import pydoc_data.topics
+    runs = []                                                                   # of 20 words, by part
+    for part in texts["prose"].values():
+        words = tokenizer.decode(part.tolist()).split()
+        runs.append({tuple(words[i:i + 20]) for i in range(len(words) - 19)})
+    topics = [t.split() for t in pydoc_data.topics.topics.values()]             # other runs cross from one to the next
+    inside = {tuple(words[i:i + 20]) for words in topics for i in range(len(words) - 19)}
+    assert not any(a & b & inside for a, b in ((runs[0], runs[1]), (runs[0], runs[2]), (runs[1], runs[2])))
+    sizes = [len(part) for part in texts["prose"].values()]
+    assert sum(sizes) == sum(len(tokenizer.encode(t + "\n\n")) for t in pydoc_data.topics.topics.values())
+    assert min(sizes) > .8 * max(sizes)
+    assert texts["python"]["validation"][-1] == tokenizer.eot                   # a whole document ends there
+    assert .3 < len(texts["python"]["validation"]) / len(texts["python"]["test"]) < 3
+
+
+def test_a_comparison_meets_its_budgets_and_goes_on_where_it_stopped(folder, tmp_path, few, capsys, monkeypatch):
+    questions = tmp_path / "q.jsonl"
+    questions.write_text("".join(json.dumps({"query": f"{i} is", "choices": [" odd", " even"], "gold": i % 2}) + "\n"
+                                 for i in range(8)))
+    settings = compare.Compare(str(folder), out=str(tmp_path / "all"), questions=(str(questions),), **SMALL)
+    compare.main(settings)
+    printed, records = capsys.readouterr().out, read_records(tmp_path / "all" / "records.jsonl")
+    cells = [r for r in records if r["tag"] == "cell"]
+    assert all(r["kept"] <= r["keep"] for r in cells if "perplexity" in r)
+    assert all(math.isfinite(r["perplexity"]) for r in cells if "refused" not in r)
+    names = {r["name"] for r in cells if r["part"] == "test"}
+    assert names >= {*compare.PUBLISHED} and names >= {*compare.HALF}
+    assert len(names) == len(compare.PUBLISHED) + len(compare.HALF) + 1 + SMALL["best"]
+    for name in ("FLAP", "SliceGPT", "Adapt-Pruner", "ShortGPT"):               # every seed and size has its row
+        assert sum("perplexity" in r for r in cells if r["name"] == name and r["part"] == "test") == 4, name
+    assert {r["name"] for r in records if r["tag"] == "questions"} >= {"dense", "FLAP", "SliceGPT"}
+    assert "flap / measured / mended" in {r["name"] for r in cells} and "| **" in printed
+
+    monkeypatch.setattr(compare.Bench, "cut", None)                             # nothing is left to cut
+    compare.main(settings)
+    assert read_records(tmp_path / "all" / "records.jsonl") == records
+    monkeypatch.undo()
+
+    shutil.copytree(tmp_path / "all", tmp_path / "killed")                      # killed in the middle of a line
+    lines = (tmp_path / "killed" / "records.jsonl").read_text().splitlines(keepends=True)
+    cut_at = next(i for i, line in enumerate(lines) if '"part": "test"' in line) + 20
+    (tmp_path / "killed" / "records.jsonl").write_text("".join(lines[:cut_at]) + lines[cut_at][:30])
+    again = read_records(tmp_path / "killed" / "records.jsonl")
+    assert len(again) == cut_at
+
+
+def test_another_comparison_is_refused_and_its_records_stay(folder, tmp_path, few):
+    first = compare.Compare(str(folder), out=str(tmp_path), part="grid", **SMALL)
+    compare.main(first)
+    before = (tmp_path / "records.jsonl").read_bytes()
+    with pytest.raises(UserError, match="tokens is 256 there and 512 here"):
+        compare.main(compare.Compare(str(folder), out=str(tmp_path), part="grid", **{**SMALL, "tokens": 512}))
+    with pytest.raises(UserError, match="'nothing' is not one of grid, rows"):
+        compare.main(compare.Compare(str(folder), out=str(tmp_path), part="nothing", **SMALL))
+    with pytest.raises(UserError, match="--seeds has no effect on a report"):
+        compare.main(compare.Compare(str(folder), out=str(tmp_path), part="report", seeds=7))
+    assert (tmp_path / "records.jsonl").read_bytes() == before
+
+
+def test_documents_with_a_long_run_of_words_in_common_are_one_family():
+    shared = " ".join(map(str, range(20)))
+    documents = ["a " + shared, "b", "c " + shared + " d", "e " + " ".join(map(str, range(19))), shared + " b" * 90]
+    assert compare.families(documents) == [[0, 2, 4], [3], [1]]
+
+
+def cell(part, name, keep, seed, perplexity):
+    return {"tag": "cell", "part": part, "name": name, "keep": keep, "seed": seed, "perplexity": perplexity,
+            "losses": {"python": math.log(perplexity), "prose": math.log(perplexity)}}
+
+
+def test_claims_are_the_written_numbers():
+    records = [cell("validation", name, .8, 0, perplexity) for name, perplexity in (
+        ("taylor / adaptive", 8.8), ("taylor / uniform", 8.), ("wanda / adaptive", 9.), ("wanda / uniform", 10.))]
+    for seed, (adapt, flap, short, mine) in enumerate(((20., 25., 40., 18.), (22., 20., 44., 11.))):
+        records += [cell("test", "Adapt-Pruner", .8, seed, adapt), cell("test", "FLAP", .8, seed, flap),
+                    cell("test", "ShortGPT", .8, seed, short), cell("test", "wanda / adaptive", .8, seed, 99.)]
+        records += [cell("test", "taylor / adaptive", .8, seed, mine)]          # on test ours is not chosen again
+    records.append({"tag": "cell", "part": "test", "name": "SliceGPT", "keep": .8, "seed": 0, "refused": "why"})
+    text = compare.claims(records, .8)
+    assert "*Adaptive beats uniform* (keep 0.8, validation, one calibration): mixed, `taylor` +10.0%, `wanda` -10.0%" \
+        in text
+    assert "*Adapt-Pruner beats FLAP*: mixed, keep 0.8 -20.0%, +10.0%" in text
+    assert "keep 0.8: holds, best width Adapt-Pruner 21.00, best depth ShortGPT 42.00" in text
+    assert "taylor / adaptive), keep 0.8: 14.50 against the best published, Adapt-Pruner, 21.00: -10.0%, -50.0%" in text
+    assert "worse" not in text and "Refused: SliceGPT at 0.8" in text
+
+
+def test_overview_has_every_method_once_the_dense_model_first_and_then_the_best():
+    records = [cell("test", *about) for about in (
+        ("FLAP", .8, 0, 20.), ("FLAP", .8, 1, 22.), ("FLAP", .6, 0, 50.), ("dense", 1.0, 0, 10.),
+        ("taylor / global", .8, 0, 15.), ("2:4, Wanda", .5, 0, 60.))]
+    asked = (("dense", 1.0, "a", .5), ("dense", 1.0, "b", .25), ("FLAP", .8, "a", .4))
+    records += [{"tag": "questions", "name": name, "keep": keep, "seed": 0, "file": file, "limit": 500, "acc_norm": x}
+                for name, keep, file, x in asked]
+    text = compare.overview(records, .8)
+    assert "and mean accuracy (acc_norm) on 500 of a, 500 of b" in text
+    assert text.splitlines()[2:] == [
+        "| method | keep 0.8 | keep 0.6 | keep 0.5 | questions at 0.8 |", "| --- | --- | --- | --- | --- |",
+        "| dense | 10.00 | 10.00 | 10.00 | 0.375 |", "| **taylor / global** | 15.00 |  |  |  |",
+        "| FLAP | 21.00 ± 1.00 | 50.00 |  |  |", "| 2:4, Wanda |  |  | 60.00 |  |"]         # of FLAP not all files yet
+
+
+def test_cost_is_a_ratio_of_one_run(folder, tmp_path):
+    bench = compare.Bench(compare.Compare(str(folder), out=str(tmp_path), **SMALL))
+    before = {name: p.clone() for name, p in bench.model.named_parameters()}
+    table = compare.cost(bench, windows=4, rounds=1)
+    assert table.count("\n") == 5 and "| `taylor2` | forward, backward |" in table
+    assert all((p == before[name]).all() and p.grad is None for name, p in bench.model.named_parameters())

@@ -1,0 +1,170 @@
+"""Runs side by side: all are run, late ones not, stopped ones are saved and go on; and when to evaluate."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import report
+import schedule
+from common import UserError, read_records
+from experiments import sweep
+
+ROOT = Path(__file__).parents[2]
+TOY = dict(plan="scratch", preset="toy", batch_tokens=256, micro_batch=4, eval_windows=4)
+
+
+def note(folder, text):
+    Path(folder, text).write_text(str(os.getpid()))
+
+
+def leave(folder, text):
+    note(folder, text)
+    if text == "b":
+        raise SystemExit(143)
+
+
+def refuse(folder):
+    raise UserError("a sentence")
+
+
+def die(folder):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stay(folder):
+    note(folder, "begun")
+    time.sleep(120)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0]
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def until(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition() and time.time() < end:
+        time.sleep(.1)
+    return condition()
+
+
+def test_each_job_has_a_process_of_its_own(tmp_path):
+    assert sweep.side_by_side(note, [(tmp_path, name) for name in "abc"], 2) == 3
+    assert len({(tmp_path / name).read_text() for name in "abc"} | {str(os.getpid())}) == 4
+
+
+def test_none_begins_too_late_and_one_that_was_stopped_stops_no_other(tmp_path):
+    assert sweep.side_by_side(note, [(tmp_path, "late")], 1, until=time.time() - 1) == 0
+    assert not (tmp_path / "late").exists()
+    assert sweep.side_by_side(leave, [(tmp_path, name) for name in "abc"], 1) == 2
+    assert (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("function, code", [(refuse, 2), (die, -9)])
+def test_a_job_that_fails_or_is_killed_ends_the_others(tmp_path, function, code, capfd):
+    """Nobody waits for a process that the system killed."""
+    with pytest.raises(UserError, match=f"exit code {code}"):
+        sweep.side_by_side(function, [(tmp_path,)], 1)
+    assert function is die or "error: a sentence" in capfd.readouterr().err
+
+
+def test_time_ends_a_job_that_does_not_train(tmp_path):
+    assert sweep.side_by_side(stay, [(tmp_path,)], 1, until=time.time() + 8) == 0
+    assert (tmp_path / "begun").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_jobs_end_with_their_parent(tmp_path, number):
+    """A job that went on alone would write into the folder of the one that the same command starts again."""
+    code = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\nimport sweep, test_sweep\n" \
+           f"if __name__ == '__main__': sweep.side_by_side(test_sweep.stay, [({str(tmp_path)!r},)], 1)"
+    (tmp_path / "parent.py").write_text(code)
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], stderr=subprocess.DEVNULL)
+    assert until((tmp_path / "begun").exists)
+    time.sleep(.2)
+    pid = int((tmp_path / "begun").read_text())
+    parent.send_signal(number)
+    parent.wait()
+    assert until(lambda: not alive(pid))
+
+
+def test_a_run_that_was_stopped_is_saved_and_goes_on(tmp_path, monkeypatch):
+    """What it ends with is what an undisturbed run ends with; its records are kept once it is finished."""
+    folder, real = tmp_path / "a", schedule.lr_at
+
+    def stop_here(step, *rest, **named):
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(step, *rest, **named)
+
+    monkeypatch.setattr(schedule, "lr_at", stop_here)
+    with pytest.raises(SystemExit) as end:
+        sweep.one(folder, dict(TOY, steps=12))
+    assert end.value.code in sweep.STOPPED and "summary" not in report.records(folder)
+    with pytest.raises(UserError, match="is not finished"):
+        sweep.keep_records(folder, tmp_path / "kept.jsonl")
+    assert not (tmp_path / "kept.jsonl").exists()
+    monkeypatch.setattr(schedule, "lr_at", real)
+    sweep.one(folder, dict(TOY, steps=12))
+    sweep.one(tmp_path / "b", dict(TOY, steps=12))
+    a, b = (report.records(tmp_path / name)["summary"][0] for name in "ab")
+    assert a["val_loss"] == b["val_loss"]
+
+
+def test_a_run_of_code_without_a_newer_flag_goes_on(tmp_path):
+    """Its folder does not name the flag: it is taken to have run with the default, and with no other value."""
+    sweep.one(tmp_path / "a", dict(TOY, steps=6))
+    path = max((tmp_path / "a").glob("ckpt_*.pt"))
+    saved = torch.load(path, weights_only=True)
+    del saved["run"]["eval_growth"]
+    torch.save(saved, path)
+    sweep.one(tmp_path / "a", dict(TOY, steps=6))
+    with pytest.raises(UserError, match="eval_growth is 1.0 there and 1.5 here"):
+        sweep.one(tmp_path / "a", dict(TOY, steps=6, eval_growth=1.5))
+
+
+def test_two_processes_do_not_write_into_one_folder(tmp_path):
+    with sweep.locked(tmp_path / "a"), pytest.raises(UserError, match="another process is at work in .*; wait for it"):
+        sweep.one(tmp_path / "a", dict(TOY, steps=6))
+    assert not list((tmp_path / "a").iterdir())
+    sweep.one(tmp_path / "a", dict(TOY, steps=6))                      # it was let go
+    assert "summary" in report.records(tmp_path / "a")
+
+
+def test_a_model_of_another_cut_is_made_again_and_what_began_with_it(tmp_path):
+    """Its name says only whose it is; the same cut is not made twice."""
+    cut = dict(init=str(tmp_path / "a"), structure="ffn", score="magnitude", keep=.7, windows=4, block_size=64)
+    sweep.one(tmp_path / "a", dict(TOY, steps=3))
+    after = dict(TOY, steps=3, init=str(tmp_path / "from-b"), preset="laptop", lr=1e-2)
+    sweep.one(tmp_path / "b", after, cut=cut)
+    made = tmp_path / "from-b" / "ckpt_00000000.pt"
+    was, d_ff = made.stat().st_mtime_ns, report.records(tmp_path / "b")["summary"][0]["d_ff"]
+    sweep.one(tmp_path / "b", after, cut=dict(cut, init="moved"))
+    assert made.stat().st_mtime_ns == was
+    sweep.one(tmp_path / "b", after, cut=dict(cut, keep=.6))
+    records = report.records(tmp_path / "b")
+    assert made.stat().st_mtime_ns > was and records["config"][0]["cut"]["recipe"]["keep"] == .6
+    assert sum(records["summary"][0]["d_ff"]) < sum(d_ff)
+
+
+def test_records_are_kept_without_training_steps(tmp_path):
+    sweep.one(tmp_path / "a", dict(TOY, steps=12))
+    sweep.keep_records(tmp_path / "a", tmp_path / "kept" / "a.jsonl")
+    every, kept = read_records(tmp_path / "a" / "metrics.jsonl"), read_records(tmp_path / "kept" / "a.jsonl")
+    assert kept == [r for r in every if r["tag"] != "step"] and len(kept) < len(every)
+
+
+def test_evaluations_by_growth_are_evenly_spaced_on_a_logarithmic_axis():
+    assert [s for s in range(26) if schedule.eval_at(s, 10)] == [0, 10, 20]
+    at = [s for s in range(2000) if schedule.eval_at(s, 8, 1.2)]
+    assert at[:8] == [0, 8, 10, 12, 14, 17, 20, 24] and at[-1] == 1899            # 8 · 1.2^30
+    assert [s for s in range(20) if schedule.eval_at(s, 1, 2.)] == [0, 1, 2, 4, 8, 16]
+    assert all(abs(b / a - 1.2) < .05 for a, b in zip(at[12:], at[13:]))

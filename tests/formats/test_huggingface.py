@@ -1,0 +1,396 @@
+"""Hugging Face folders in and out: transformers is the oracle of values and gradients, and loads what we write."""
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+import export
+from common import UserError
+from formats import huggingface
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).parents[2]
+LLAMA3 = dict(factor=8.0, low_freq_factor=0.5, high_freq_factor=4.0, original_max_position_embeddings=32)
+FAMILIES = {  # transformers' class, and what differs from the shape below
+    "llama-2": ("Llama", dict(num_key_value_heads=6, tie_word_embeddings=False)),
+    "llama-3": ("Llama", dict(rope_scaling=dict(rope_type="llama3", **LLAMA3))),
+    "smollm2": ("Llama", dict(num_key_value_heads=1, rope_theta=100000.0)),
+    "mistral": ("Mistral", dict(sliding_window=None, tie_word_embeddings=False)),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", dict(head_dim=16)),
+}
+
+
+def oracle(family, **changes):
+    """A tiny random transformers model of the family, gains and biases random too."""
+    torch.manual_seed(0)
+    kind, theirs = FAMILIES[family]
+    shape = dict(vocab_size=61, hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6,
+                 num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-3, rope_theta=500.0,
+                 tie_word_embeddings=True, bos_token_id=1, eos_token_id=2) | theirs | changes
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**shape)).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(mean="norm" in name, std=0.2)
+    return model
+
+
+def wild(**shape):
+    """A model of ours with large random weights."""
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(**dict(vocab_size=61, block_size=64, d_model=48, head_dim=8) | shape))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(mean="norm" in name, std=0.2)
+    return model
+
+
+def config_of(folder, **changes):
+    """Change config.json in place; a value of None removes the key."""
+    path = folder / "config.json"
+    c = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in c.items() if v is not None}))
+    return c
+
+
+# -- in
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_equal_those_of_transformers(family, tmp_path):
+    theirs = oracle(family)
+    theirs.save_pretrained(tmp_path)
+    model, about = checkpoint.load(tmp_path)
+    assert about["huggingface"]["model_type"] == FAMILIES[family][0].lower()
+    idx, upstream = torch.randint(61, (2, 40)), torch.randn(2, 40, 61)
+    expected, found = theirs(idx).logits, model(idx)
+    assert expected.std() > 0.5 and (expected - found).abs().max() <= 1e-5
+    for logits in (expected, found):
+        (logits * upstream).sum().backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    assert gradients.keys() == {huggingface.their_name(name) for name, _ in model.named_parameters()}
+    for name, p in model.named_parameters():
+        g = gradients[huggingface.their_name(name)]
+        assert g.norm() > 0 and (p.grad - g).norm() <= 1e-4 * g.norm(), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_out_in_is_bitwise_and_transformers_loads_the_stock_class(family, tmp_path):
+    theirs = oracle(family).bfloat16()
+    theirs.save_pretrained(tmp_path / "in")
+    model, _ = checkpoint.load(tmp_path / "in")
+    assert model.embed.weight.dtype == torch.bfloat16
+    export.main(export.Export(str(tmp_path / "in"), str(tmp_path / "out")))
+    again, about = checkpoint.load(tmp_path / "out")
+    assert again.config == model.config and about["huggingface"]["architectures"][0].endswith("ForCausalLM")
+    for (name, a), b in zip(model.named_parameters(), again.parameters()):
+        assert torch.equal(a, b), name
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert type(stock).__name__ == {"mistral": "LlamaForCausalLM"}.get(family, type(theirs).__name__)
+    idx = torch.randint(61, (2, 40))
+    before = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype=torch.float32)
+    assert (stock(idx).logits - before(idx).logits).abs().max() <= 1e-5
+
+
+def test_configs_of_transformers_4_and_5_are_the_same_to_us(tmp_path):
+    oracle("llama-3").save_pretrained(tmp_path)
+    c = json.loads((tmp_path / "config.json").read_text())
+    new = {**c, "rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, **LLAMA3}}
+    old = {k: v for k, v in c.items() if k not in ("rope_parameters", "dtype")}
+    old |= {"rope_theta": 500.0, "rope_scaling": {"type": "llama3", **LLAMA3}, "torch_dtype": "float32"}
+    configs = [huggingface.read_config(x, "x") for x in (new, old)]
+    assert configs[0] == configs[1] and configs[0].rope_scaling == (8.0, 0.5, 4.0, 32.0)
+    assert configs[0].rope_theta == 500.0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_that_a_config_leaves_out_have_transformers_defaults(family):
+    kind = FAMILIES[family][0]
+    bare = dict(vocab_size=61, hidden_size=256, num_attention_heads=8, num_hidden_layers=2, intermediate_size=40,
+                num_key_value_heads=2)
+    theirs = getattr(transformers, f"{kind}Config")(**bare)
+    ours = huggingface.read_config({"model_type": theirs.model_type, **bare}, "x", block_size=64)
+    assert ours.norm_eps == theirs.rms_norm_eps and ours.tie_embeddings == theirs.tie_word_embeddings
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 256 // 8)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+
+
+def test_mobilellm_is_llama_under_another_name(tmp_path):
+    theirs = oracle("smollm2")
+    theirs.save_pretrained(tmp_path)
+    config_of(tmp_path, model_type="mobilellm", share_embedding=True, tie_word_embeddings=None, layer_sharing=False)
+    idx = torch.randint(61, (1, 40))
+    assert (checkpoint.load(tmp_path)[0](idx) - theirs(idx).logits).abs().max() <= 1e-5
+
+
+def test_shards_are_read_through_their_index_and_into_the_asked_dtype(tmp_path):
+    theirs = oracle("qwen2")
+    theirs.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2 and (tmp_path / "model.safetensors.index.json").exists()
+    model, _ = checkpoint.load(tmp_path, dtype=torch.float64, block_size=16)
+    assert model.config.block_size == 16 and all(p.dtype == torch.float64 for p in model.parameters())
+    assert torch.equal(model.blocks[1].ffn.down.weight, theirs.model.layers[1].mlp.down_proj.weight.double())
+    assert all(p.is_meta for p in checkpoint.load(tmp_path, "meta")[0].parameters())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM, which Linux has")
+def test_peak_memory_is_the_model_and_little_more(tmp_path):
+    """A bf16 file of 100 MB read as float32: 200 MB are the model's own."""
+    model = wild(vocab_size=8000, d_model=1024, head_dim=64, n_head=(16,) * 4, n_kv_head=(16,) * 4, d_ff=(2816,) * 4)
+    huggingface.save(tmp_path, model.bfloat16(), "llama")
+    script = ("import torch, checkpoint, safetensors.torch\n"
+              "lines = lambda: open('/proc/self/status').read().splitlines()\n"
+              "peak = lambda: next(int(s.split()[1]) * 1024 for s in lines() if s.startswith('VmHWM'))\n"
+              "before = peak()\n"
+              f"model, _ = checkpoint.load({str(tmp_path)!r}, dtype=torch.float32)\n"
+              "print((peak() - before) / sum(4 * p.numel() for p in model.parameters()))")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 0.8 < float(done.stdout) <= 1.2
+
+
+# -- refusals: one sentence with the file, the tensor or the reason
+
+@pytest.fixture
+def folder(tmp_path):
+    oracle("qwen2").save_pretrained(tmp_path, max_shard_size="10KB")
+    return tmp_path
+
+
+@pytest.mark.parametrize("changes, sentence", [
+    (dict(model_type="gemma2"), "model_type 'gemma2' is another decoder"),
+    (dict(num_local_experts=8), "mixture of experts"),
+    (dict(quantization_config={"bits": 4}), "quantized"),
+    (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
+    (dict(attention_bias=True), "attention_bias is True"),
+    (dict(rope_theta="x", rope_parameters=None), "lacks or garbles could not convert"),
+    (dict(num_attention_heads=0, head_dim=None), "lacks or garbles .*zero"),
+    (dict(rms_norm_eps=[]), "lacks or garbles"),
+    (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), "scaled by 'yarn'"),
+    (dict(partial_rotary_factor=0.5), "rotated in part"),
+    (dict(hidden_size=None), "lacks or garbles 'hidden_size'"),
+    (dict(num_attention_heads=5), "query heads must be a multiple"),
+    (dict(intermediate_size=44), r"mlp.gate_proj.weight is \(40, 48\), config.json asks for \(44, 48\)"),
+    (dict(num_hidden_layers=3), "has no tensor model.layers.2."),
+    (dict(num_hidden_layers=1), r"holds model.layers.1.*no place"),
+    (dict(model_type="llama"), "q_proj.bias.*no place|_proj.bias.*no place"),
+])
+def test_models_that_are_not_ours_to_compute_are_refused_with_the_reason(folder, changes, sentence):
+    config_of(folder, **changes)
+    with pytest.raises(UserError, match=sentence):
+        checkpoint.load(folder)
+
+
+def test_a_sliding_window_as_long_as_the_context_asked_for_is_no_window(tmp_path):
+    theirs = oracle("mistral", sliding_window=32)
+    theirs.save_pretrained(tmp_path)
+    model, _ = checkpoint.load(tmp_path, block_size=32)
+    idx = torch.randint(61, (1, 32))
+    assert (model(idx) - theirs(idx).logits).abs().max() <= 1e-5
+    assert checkpoint.load(tmp_path)[0].config.block_size == 32    # none asked for: all that is right
+    with pytest.raises(UserError, match="32 tokens by a sliding window, fewer than the context of 33; ask"):
+        checkpoint.load(tmp_path, block_size=33)
+    export.main(export.Export(str(tmp_path), str(tmp_path / "out")))
+    assert checkpoint.load(tmp_path / "out")[0].config.block_size == 32
+
+
+def test_qwen_s_sliding_window_counts_only_where_it_is_used():
+    bare = dict(model_type="qwen2", vocab_size=61, hidden_size=64, num_attention_heads=8, num_hidden_layers=2,
+                intermediate_size=40, num_key_value_heads=2, max_position_embeddings=8192)
+    context = lambda **more: huggingface.read_config({**bare, **more}, "x").block_size
+    assert context(sliding_window=16) == context(use_sliding_window=False, sliding_window=16) == 8192
+    assert context(use_sliding_window=True) == 4096 and context(use_sliding_window=True, sliding_window=16) == 16
+
+
+def test_one_file_goes_before_a_stale_index_as_in_transformers(tmp_path):
+    oracle("qwen2").save_pretrained(tmp_path, max_shard_size="10KB")
+    theirs = oracle("qwen2", rope_theta=1000.0)
+    with torch.no_grad():
+        theirs.model.norm.weight.add_(1)
+    save_file({k: v.clone() for k, v in theirs.state_dict().items() if k != "lm_head.weight"}, tmp_path /
+              "model.safetensors", metadata={"format": "pt"})
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    idx = torch.randint(61, (1, 40))
+    assert (checkpoint.load(tmp_path)[0](idx) - stock(idx).logits).abs().max() <= 1e-5
+    assert torch.equal(checkpoint.load(tmp_path)[0].norm.weight, theirs.model.norm.weight)
+
+
+def test_tied_models_that_hold_another_head_are_refused(tmp_path):
+    oracle("smollm2").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+              tmp_path / "model.safetensors")
+    assert checkpoint.load(tmp_path)[0].head is None
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="ties head and embedding, but holds two different ones"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_context_longer_than_the_trained_one_is_refused(folder):
+    with pytest.raises(UserError, match="trained with a context of 64 tokens, not 65"):
+        checkpoint.load(folder, block_size=65)
+
+
+def test_broken_files_are_named(folder):
+    index = folder / "model.safetensors.index.json"
+    first = sorted(folder.glob("model-*.safetensors"))[0]
+    whole, names = first.read_bytes(), json.loads(index.read_text())["weight_map"]
+    for cut in (len(whole) - 5, 40, 3):
+        first.write_bytes(whole[:cut])
+        with pytest.raises(UserError, match=rf"{first.name} \({cut:,} bytes\) is truncated"):
+            checkpoint.load(folder)
+    tensors = load_file(folder / names["model.norm.weight"])
+    save_file({k: v for k, v in tensors.items() if k != "model.norm.weight"} or {"other": torch.zeros(1)},
+              folder / names["model.norm.weight"])
+    first.write_bytes(whole)
+    with pytest.raises(UserError, match="has no tensor model.norm.weight, though the index says so"):
+        checkpoint.load(folder)
+    first.unlink()
+    with pytest.raises(UserError, match=rf"index.json names {first.name}, which is not there"):
+        checkpoint.load(folder)
+    for text, sentence in (("{", "is not a JSON object"), ("[1]", "is not a JSON object"), ("{}", "has no weight_map"),
+                           ('{"weight_map": []}', "has no weight_map")):
+        index.write_text(text)
+        with pytest.raises(UserError, match=f"index.json {sentence}"):
+            checkpoint.load(folder)
+    index.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="only pytorch_model.bin: pickled weights are never opened"):
+        checkpoint.load(folder)
+
+
+def test_mixed_dtypes_need_a_choice_and_quantized_tensors_are_refused(tmp_path):
+    model = wild(n_head=(6,), n_kv_head=(2,), d_ff=(40,))
+    model.norm.bfloat16()
+    huggingface.save(tmp_path, model, "llama")
+    with pytest.raises(UserError, match="mixes torch.bfloat16 and torch.float32; choose one"):
+        checkpoint.load(tmp_path)
+    assert checkpoint.load(tmp_path, dtype=torch.float16)[0].norm.weight.dtype == torch.float16
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="model.norm.weight is F8_E4M3; only"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_hub_id_is_fetched_and_an_absent_network_named(tmp_path, monkeypatch):
+    import huggingface_hub
+    oracle("smollm2").save_pretrained(tmp_path / "copy")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(tmp_path / "copy"))
+    assert checkpoint.load("somebody/SmolLM2-135M")[0].config.vocab_size == 61
+
+    def offline(name, allow_patterns):
+        raise ConnectionError("no route")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(UserError, match=r"no checkpoint at somebody/model, and the hub does not give it \(Connection"):
+        checkpoint.load("somebody/model")
+    with pytest.raises(UserError, match="no checkpoint at"):              # a folder that is there has no such run
+        checkpoint.load(f"{tmp_path}/absent")
+
+
+# -- out
+
+EVEN = dict(n_head=(6, 6), n_kv_head=(2, 2), d_ff=(40, 40))
+SHAPES = {  # shape, --to, class
+    "even": (EVEN, "hf", "LlamaForCausalLM"),
+    "even, heads not a divisor of d_model": (dict(n_head=(5, 5), n_kv_head=(1, 1), d_ff=(40, 40)), "hf",
+                                             "NanopruneForCausalLM"),
+    "even, bias": (dict(n_head=(5, 5), n_kv_head=(1, 1), d_ff=(40, 40), qkv_bias=True), "hf", "Qwen2ForCausalLM"),
+    "even, QK norm": (dict(n_head=(5, 5), n_kv_head=(5, 5), d_ff=(8, 8), qk_norm=True), "hf", "Qwen3ForCausalLM"),
+    "uneven": (dict(n_head=(0, 6, 4, 0, 3), n_kv_head=(0, 2, 1, 0, 3), d_ff=(10, 0, 40, 0, 7),
+                    rope_scaling=(8., 1., 4., 32.)), "hf", "NanopruneForCausalLM"),
+    "uneven, bias, untied": (dict(n_head=(5, 6, 0), n_kv_head=(5, 2, 0), d_ff=(0, 10, 0), qkv_bias=True,
+                                  tie_embeddings=False), "hf", "NanopruneForCausalLM"),
+    "uneven, QK norm": (dict(n_head=(5, 0, 5), n_kv_head=(5, 0, 1), d_ff=(10, 0, 3), qk_norm=True), "hf",
+                        "NanopruneForCausalLM"),
+    "no attention at all": (dict(n_head=(0, 0), n_kv_head=(0, 0), d_ff=(10, 0)), "hf", "NanopruneForCausalLM"),
+    "deci": (dict(n_head=(6, 6, 0, 6), n_kv_head=(2, 3, 0, 6), d_ff=(512, 0, 40, 7)), "deci", "DeciLMForCausalLM"),
+    "deci, bias": (EVEN | dict(qkv_bias=True), "deci", "DeciLMForCausalLM"),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_export_writes_loads_in_transformers_and_generates_as_ours(shape, tmp_path, capsys):
+    """Cached, uncached and left-padded greedy generation; the cache's length must survive a first layer without
+    attention."""
+    widths, to, kind = SHAPES[shape]
+    model = wild(**widths)
+    checkpoint.save(tmp_path / "m.pt", model, run={"tokenizer": "bytes"})
+    export.main(export.Export(str(tmp_path / "m.pt"), str(tmp_path / "out"), to))
+    assert f"{kind}" in (said := capsys.readouterr().out) and "the same in transformers: logits at most" in said
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    assert type(theirs).__name__ == kind
+    torch.manual_seed(2)
+    idx = torch.randint(61, (2, 20))
+    with torch.no_grad():
+        assert (theirs(idx).logits - model(idx)).abs().max() <= 1e-5
+        ours = model.generate(idx, 20, temperature=0)
+        kw = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+        for cached in (True, False):
+            found = theirs.generate(idx, attention_mask=torch.ones_like(idx), use_cache=cached, **kw)
+            assert torch.equal(found, ours), cached
+        padded, seen = torch.zeros(2, 24, dtype=torch.long), torch.zeros(2, 24, dtype=torch.long)
+        padded[0, 4:], padded[1, 9:], seen[0, 4:], seen[1, 9:] = idx[0], idx[1, :15], 1, 1
+        found = theirs.generate(padded, attention_mask=seen, **kw)
+        assert torch.equal(found[0, 4:], ours[0]) and torch.equal(found[1, 9:], model.generate(
+            idx[1:, :15], 20, temperature=0)[0])
+
+
+@pytest.mark.parametrize("widths, sentence", [
+    (dict(n_head=(0, 6), n_kv_head=(0, 2), d_ff=(40, 40)), "layer 0 has no attention"),
+    (dict(n_head=(6, 4), n_kv_head=(2, 2), d_ff=(40, 40)), "layer 1 has 4 and others 6"),
+    (EVEN | dict(qk_norm=True), "no QK norm, which layer 0"),
+    (dict(n_head=(5, 5), n_kv_head=(5, 1), d_ff=(8, 8)), "5 query heads, which do not divide d_model 48"),
+])
+def test_decilm_refuses_with_the_layer_and_leaves_nothing(widths, sentence, tmp_path):
+    checkpoint.save(tmp_path / "m.pt", wild(**widths), run={"tokenizer": "bytes"})
+    with pytest.raises(UserError, match=sentence):
+        export.main(export.Export(str(tmp_path / "m.pt"), str(tmp_path / "out"), "deci"))
+    assert [p.name for p in tmp_path.iterdir()] == ["m.pt"]
+
+
+def test_decilm_configs_read_as_vllm_reads_them(tmp_path):
+    """By attribute, with ffn_mult only where its rounding gives the width."""
+    huggingface.save(tmp_path, wild(n_head=(6, 6), n_kv_head=(2, 3), d_ff=(512, 7)), "nemotron-nas")
+    config = transformers.AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
+    first, second = config.block_configs
+    assert (first.attention.n_heads_in_group, second.attention.n_heads_in_group) == (3, 2)
+    assert huggingface.deci_d_ff(first.ffn.ffn_mult, 48) == 512 and not hasattr(first.ffn, "intermediate_size")
+    assert second.ffn.intermediate_size == 7 and not hasattr(second.ffn, "ffn_mult") and not second.ffn.no_op
+    again = copy.deepcopy(config)                                       # as vLLM's processes do
+    assert again.block_configs[0].ffn.ffn_mult == first.ffn.ffn_mult and json.loads(config.to_json_string())
+
+
+def test_export_refuses_before_it_writes_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path / "m.pt", wild(**EVEN), run={"tokenizer": "bytes"})
+    source, out = str(tmp_path / "m.pt"), tmp_path / "out"
+    for settings, sentence in ((dict(to="onnx"), "--to 'onnx' must be"), (dict(dtype="int8"), "--dtype 'int8'")):
+        with pytest.raises(UserError, match=sentence):
+            export.main(export.Export(source, str(out), **settings))
+    out.mkdir()
+    with pytest.raises(UserError, match="is there already"):
+        export.main(export.Export(source, str(out)))
+    out.rmdir()
+
+    load = transformers.AutoModelForCausalLM.from_pretrained
+
+    def damaged(folder, **settings):
+        theirs = load(folder, **settings)
+        with torch.no_grad():
+            theirs.model.norm.weight[0] += 0.01
+        return theirs
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", damaged)
+        with pytest.raises(UserError, match="transformers computes other logits"):
+            export.main(export.Export(source, str(out)))
+    assert [p.name for p in tmp_path.iterdir()] == ["m.pt"]
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="transformers, which would check the result, is not installed: pip install"):
+        export.main(export.Export(source, str(out)))
+    export.main(export.Export(source, str(out), unchecked=True))
+    assert (out / "config.json").exists()

@@ -1,0 +1,449 @@
+"""formats/tokenizer.py against Hugging Face's `tokenizers`: the same ids for what is read, a sentence for all the rest."""
+import copy
+import functools
+import json
+import random
+import sysconfig
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+import tokenizers
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, trainers
+
+from common import UserError
+from formats import tokenizer
+
+SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+         r"|\s+(?!\S)|\s+")  # as in Llama-3's published tokenizer.json; Qwen's has \p{N} for \p{N}{1,3}
+KINDS = ["gpt2", "llama3", "qwen2", "smollm2"]
+TOOL = AddedToken("<tool_call>", special=False, normalized=False)
+SCRIPTS = ["αβγδεζηθικλμνξοπρστυφχψω", "абвгдежзийклмнопрстуфхцчшщъыьэюя", "אבגדהוזחטי", "ابتثجحخدذرزسشصضطظعغ٠١٢٣",
+           "अआइईउऊकखगघचछजझटठडढणतथ्िीुूे०१२३", "กขคงจฉชซญฎะาิีึุูเแโ่้", "的一是不了人我在有他这为之大来以个中上们。，",
+           "あいうえおかきくけこアイウエオ゛゜ー", "가각간갇갈감갑값갓강나다라마바사아자차", "ăâîșțéèêëàçñüößøåæðþł",
+           "\U0001F600\U0001F389\U0001F469\u200D\U0001F4BB\U0001F1E9\U0001F1EA→≤∑½²Ⅷ"]
+ENDS = [" ", " ", " ", ", ", ".\n", "  ", "\r\n", " 12", "'s ", "\t"]
+
+
+@pytest.fixture(scope="module")
+def text():
+    """5 MB and more: the standard library and 1 MB of made-up words in many scripts, in pieces of about 10 kB."""
+    rng, parts, size = random.Random(0), [], 0
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
+        if size < 4.1e6 and not {"site-packages", "test"} & {*path.parts}:
+            parts.append(path.read_bytes().decode("utf-8", "replace").replace("<|", "< |"))
+            size += len(parts[-1].encode())
+    while size < 5.1e6:
+        script = rng.choice(SCRIPTS)
+        words = ["".join(rng.choices(script, k=rng.randint(1, 9))) for _ in range(400)]
+        parts.append("".join(word + rng.choice(ENDS) for word in words))
+        size += len(parts[-1].encode())
+    return [part[i:i + 10_000] for part in parts for i in range(0, len(part), 10_000)]
+
+
+def all_splits(model):
+    """The `model` as Llama-3's: every pair that makes a token is listed, and a token that none makes is in it."""
+    vocab = {**model["vocab"], "Ġxylophonist": len(model["vocab"])}
+    merges = []
+    for token, _ in sorted(vocab.items(), key=lambda item: item[1]):
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
+        merges += sorted((p for p in pairs if vocab.keys() >= {*p}), key=lambda p: (vocab[p[0]], vocab[p[1]]))
+    return {**model, "vocab": vocab, "merges": merges, "ignore_merges": True}
+
+
+@pytest.fixture(scope="module")
+def contents(text):
+    """{kind: its tokenizer.json, as a dict}, each trained in half a second."""
+    made = {}
+    for kind in KINDS:
+        t = tokenizers.Tokenizer(models.BPE())
+        digits = {"llama3": SPLIT, "qwen2": SPLIT.replace("{1,3}", "")}
+        if kind in digits:
+            steps = [pre_tokenizers.Split(Regex(digits[kind]), "isolated"),
+                     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+            t.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        else:
+            t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        first = ["<|endoftext|>"] if kind == "gpt2" else []
+        if kind == "smollm2":  # as published: special tokens first, and only the bytes that the training text has
+            t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), t.pre_tokenizer])
+            first = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        if kind == "qwen2":
+            t.normalizer = normalizers.NFC()
+        alphabet = [] if kind == "smollm2" else pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=1500, special_tokens=first, initial_alphabet=alphabet,
+                                      show_progress=False)
+        t.train_from_iterator(text[::17], trainer)
+        if kind in digits:  # as published: after the others
+            if kind == "llama3":
+                content = json.loads(t.to_str())
+                t = tokenizers.Tokenizer.from_str(json.dumps({**content, "model": all_splits(content["model"])}))
+            t.add_special_tokens(["<|begin_of_text|>", "<|endoftext|>", "<|end|>"])
+            t.add_tokens([TOOL])
+        made[kind] = json.loads(t.to_str())
+    return made
+
+
+def ours(content, **config):
+    return tokenizer.open_tokenizer("toy", {"tokenizer.json": json.dumps(content),
+                                            "tokenizer_config.json": json.dumps(config)})
+
+
+def theirs(content):
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request, contents):
+    """(kind, our Tokenizer, theirs)"""
+    return request.param, ours(contents[request.param]), theirs(contents[request.param])
+
+
+@functools.cache
+def pools():
+    """Lists of characters that pre-tokenizers, normalizers and missing bytes treat in different ways."""
+    points = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+    kinds = [unicodedata.category(chr(c)) for c in points]
+    marks = [*range(0x300, 0x370), *range(0x591, 0x5BE), 0x93C, 0x94D, 0x3099]  # of before Unicode 10, see formats/tokenizer.py
+    plain = [c for c, kind in zip(points, kinds) if kind not in ("Cn", "Co") and not unicodedata.combining(chr(c))]
+    return [points, plain, range(128), range(32, 0x300), [c for c, kind in zip(points, kinds) if kind[0] == "N"], marks,
+            [c for c in points if chr(c).isspace()], [*range(0x1100, 0x1200), *range(0xAC00, 0xD7A4, 31)],
+            [*range(0x1E00, 0x2000), *range(0xF900, 0xFAD0)], [0x20, 0x0A, 0x0D, 0x09, 0x27, 0x31, 0x61, 0x2E],
+            [0x200B, 0x200D, 0xA0, 0x85, 0xFEFF, 0x180E, 0x17F, 0x212A], [*range(0x11DE0, 0x11DEA), 0x16FF5],
+            [0x04, 0x06, 0x13, 0x14, 0x1D, 0x41234, 0x81234, 0x3E613]]
+
+
+def random_strings(count, seed=0):
+    rng = random.Random(seed)
+    bits = ["'s", "'S", "'ll", "'VE", "'\u017F", " '", "''", "\r\n", "\n\n", "   ", " \n", "\t ", " 12", "1234", " the",
+            "==", "'re1", "1's"]
+    for _ in range(count):
+        mine = [rng.choice(pools()) for _ in range(rng.randint(1, 4))]
+        parts = [chr(rng.choice(rng.choice(mine))) * rng.choice([1] * 9 + [7]) for _ in range(rng.choice([3, 8, 25]))]
+        yield "".join(rng.choice(bits) if rng.random() < 0.15 else part for part in parts)
+
+
+def test_ids_are_those_of_tokenizers_on_5_MB_of_text(pair, text):
+    kind, a, b = pair
+    assert sum(len(part.encode()) for part in text) > 5e6
+    text = text if kind == "smollm2" else text[::3]  # one of the four on all of it, for time
+    for part, expected in zip(text, b.encode_batch_fast(text, add_special_tokens=False)):
+        assert a.encode(part).tolist() == expected.ids, part
+
+
+def test_ids_are_those_of_tokenizers_on_random_unicode(pair):
+    _, a, b = pair
+    for s in random_strings(1500):
+        assert a.encode(s).tolist() == b.encode(s, add_special_tokens=False).ids, ascii(s)
+
+
+def test_special_texts_become_ids_only_when_asked(pair):
+    kind, a, b = pair
+    rng, plain = random.Random(1), [*random_strings(300, seed=1)]
+    for _ in range(100):  # U+0338 behind ">" would compose to one character, were NFC taken first
+        s = "".join(rng.choice([*a.specials, "<|endof", "\u0338", *rng.sample(plain, 3)]) for _ in range(6))
+        assert a.encode(s, special=True).tolist() == b.encode(s, add_special_tokens=False).ids, ascii(s)
+        assert not {*a.encode(s).tolist()} & {*a.specials.values()}
+    assert ("<tool_call>" in a.specials) == (kind in ("llama3", "qwen2"))  # not special, but never forged either
+    assert (a.byte_lengths()[[*a.specials.values()]] == 0).all()
+
+
+@pytest.mark.parametrize("tokens, late, expected", [
+    (["<a>", "x<a>"], [], ["<a>", "x<a>", "y"]),  # the leftmost first
+    (["<a>", "<a>x", "<a>x<"], [], ["<a>x<", "a", ">", "y"]),  # of these the longest
+    (["<a>", "x<a>"], ["x<a>"], ["<a>", "x", "<a>", "y"]),  # what is "normalized" only in what the others leave
+    (["<a>", "x<a>"], ["<a>"], ["<a>", "x<a>", "y"])])
+def test_special_texts_that_overlap_are_found_in_the_order_of_tokenizers(contents, tokens, late, expected):
+    t = theirs(contents["gpt2"])
+    t.add_special_tokens([AddedToken(s, normalized=s in late) for s in tokens])
+    a = ours(json.loads(t.to_str()))
+    ids = a.encode("<a>x<a>y", special=True).tolist()
+    assert ids == t.encode("<a>x<a>y").ids and [a.decode([i]) for i in ids] == expected
+
+
+def test_lengths_count_the_bytes_that_tokens_stand_for(pair, text):
+    kind, a, b = pair
+    s = "".join(text[::17][:9] + text[::17][-9:]) + "e\u0301" * (kind == "qwen2")  # trained on: no byte is missing
+    ids, kept = a.encode(s), unicodedata.normalize("NFC", s) if kind == "qwen2" else s
+    assert (kept != s) == (kind == "qwen2")
+    assert a.decode(ids) == kept and a.byte_lengths()[ids].sum() == len(kept.encode())
+    assert a.vocab_size == len(a.byte_lengths()) == max(b.get_vocab(with_added_tokens=True).values()) + 1
+    assert ids.dtype == a.dtype == np.uint16 and a.encode("").dtype == np.uint16 and len(a.encode("")) == 0
+    assert a.encode("a\ud800b").tolist() == a.encode("a?b").tolist()
+    assert a.token_bytes(a.vocab_size + 7) == b""
+
+
+def test_bytes_that_a_vocabulary_lacks_are_dropped_and_their_neighbours_merge(contents):
+    a, b = ours(contents["smollm2"]), theirs(contents["smollm2"])
+    vocab = contents["smollm2"]["model"]["vocab"]
+    left, right = next(t for t in vocab if len(t) == 2 and {*t} <= {*"().,:=#*"})
+    assert "\u0100" not in vocab  # byte 0, spelled
+    for s in (f"a {left}\0{right}\0 1", f"{left}\0{right}", f"a{left}\0{right}\n", f"1{left}\0\0{right}9"):
+        assert a.encode(s).tolist() == b.encode(s).ids and vocab[left + right] in a.encode(s)
+        assert a.decode(a.encode(s)) == s.replace("\0", "")
+    assert a.encode("\0").tolist() == b.encode("\0").ids == []
+    assert tokenizer.pieces(tokenizer.SMOLLM2, "]]++\0") == ["]]++\0"]  # no letter and no digit: a class of none
+
+
+def test_an_unreachable_token_is_produced_only_as_a_whole_piece(contents):
+    a, b = ours(contents["llama3"]), theirs(contents["llama3"])
+    i = contents["llama3"]["model"]["vocab"]["Ġxylophonist"]
+    for s in (" xylophonist", " xylophonists", "a xylophonist."):
+        assert a.encode(s).tolist() == b.encode(s).ids
+    assert a.encode(" xylophonist").tolist() == [i] and i not in a.encode(" xylophonists")
+
+
+def test_long_runs_merge_alike(pair):
+    _, a, b = pair
+    for s in (" " * 20_000 + "x", "\n" * 999, "a" * 5000, "=" * 777, "1" * 1000, "'" * 99, "\t \n" * 333 + "1"):
+        assert a.encode(s).tolist() == b.encode(s, add_special_tokens=False).ids, s[:9]
+
+
+def test_a_name_stands_for_one_vocabulary(contents):
+    seen = {ours(content).name: kind for kind, content in contents.items()}
+    content = contents["gpt2"]
+    name = ours(content).name
+    assert len(seen) == 4 and all(len(n) == 21 and n.startswith("json-") for n in seen)
+    for change in ({"normalizer": {"type": "NFC"}}, {"pre_tokenizer": contents["qwen2"]["pre_tokenizer"]}):
+        assert ours({**content, **change}).name not in seen
+    other = copy.deepcopy(content)
+    first, second = ["!", '"']
+    vocab = other["model"]["vocab"]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    assert ours(other).name not in seen
+    more = theirs(content)
+    more.add_special_tokens(["<|end|>"])
+    more = json.loads(more.to_str())
+    names = {ours(more, **config).name for config in ({}, {"eos_token": "<|end|>"}, {"bos_token": "<|end|>"})}
+    assert len(names) == 3 and not names & {*seen}
+    same = copy.deepcopy(content)  # the older spelling of merges, another layout: the same ids
+    same["model"]["merges"] = [" ".join(merge) for merge in same["model"]["merges"]]
+    again = tokenizer.open_tokenizer("toy", {"tokenizer.json": json.dumps(same, indent=4)})
+    assert again.name == name and again.encode("the same").tolist() == ours(content).encode("the same").tolist()
+
+
+@pytest.mark.parametrize("config, eot, bos", [
+    ({"eos_token": "<|end|>", "bos_token": None}, "<|end|>", None),
+    ({"eos_token": {"content": "<|end|>"}, "bos_token": {"content": "<|begin_of_text|>"}}, "<|end|>",
+     "<|begin_of_text|>"),
+    ({}, "<|endoftext|>", None), ({"eos_token": None, "bos_token": "<|end|>"}, "<|endoftext|>", "<|end|>")])
+def test_the_config_names_the_ends_of_a_document(contents, config, eot, bos):
+    a = ours(contents["qwen2"], **config)
+    assert a.eot == a.specials[eot] and a.bos == a.specials.get(bos)
+
+
+def test_a_folder_a_file_and_their_texts_are_one_tokenizer(tmp_path, contents, monkeypatch):
+    for name, content in {"tokenizer.json": json.dumps(contents["gpt2"]), "merges.txt": "#é\r\n", "README.md": "no",
+                          "tokenizer_config.json": "{}", "config.json": '{"eos_token_id": 5}'}.items():
+        (tmp_path / name).write_bytes(content.encode())
+    files = tokenizer.read_files(tmp_path)
+    assert [*files] == ["tokenizer.json", "tokenizer_config.json", "merges.txt"] and files["merges.txt"] == "#é\r\n"
+    made = [tokenizer.open_tokenizer(str(tmp_path)), tokenizer.open_tokenizer(str(tmp_path / "tokenizer.json")),
+            tokenizer.open_tokenizer("anything", files)]
+    assert len({t.name for t in made}) == 1 and all(t.files == files for t in made)
+    monkeypatch.chdir(tmp_path.parent)
+    assert tokenizer.open_tokenizer(tmp_path.name).name == made[0].name
+    assert tokenizer.open_tokenizer("bytes", {}).files == {}
+    Path("gpt2").mkdir()  # a name that tiktoken knows stays its own
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: made[0].encoding)
+    assert tokenizer.open_tokenizer("gpt2").name == "gpt2"
+    with pytest.raises(UserError, match="./gpt2 holds no tokenizer.json"):
+        tokenizer.open_tokenizer("./gpt2")
+    monkeypatch.undo()
+    (tmp_path / "tokenizer.json").unlink()
+    assert tokenizer.read_files(tmp_path) == {}
+    with pytest.raises(UserError, match="holds no tokenizer.json: give the folder"):
+        tokenizer.open_tokenizer(str(tmp_path))
+    with pytest.raises(UserError, match="or a folder with a tokenizer.json"):
+        tokenizer.open_tokenizer("no/such/folder")
+
+
+@pytest.mark.parametrize("config, expected", [
+    ('{"eos_token_id": 1, "bos_token_id": 2}', {"bos_token": "<|im_end|>", "eos_token": "<|im_start|>"}),
+    ('{"eos_token_id": [2, 0], "bos_token_id": null}', {"eos_token": "<|im_end|>"}),
+    ('{"eos_token_id": 700}', None), ('{"eos_token_id": []}', None), ("{}", None), (None, None)])
+def test_a_missing_tokenizer_config_is_made_from_the_config(tmp_path, contents, config, expected):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(contents["smollm2"]))
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    files = tokenizer.read_files(tmp_path)
+    if expected is None:
+        assert [*files] == ["tokenizer.json"]
+    else:
+        made = json.loads(files["tokenizer_config.json"])
+        assert made == {**expected, "tokenizer_class": "PreTrainedTokenizerFast"}
+        assert tokenizer.open_tokenizer(str(tmp_path)).eot == contents["smollm2"]["model"]["vocab"][made["eos_token"]]
+
+
+def changed(content, path, value):
+    """A copy of `content` with the entry at "a.0.b" replaced, or removed where `value` is None."""
+    place = content = copy.deepcopy(content)
+    *way, last = [int(key) if key.isdigit() else key for key in path.split(".")]
+    for key in way:
+        place = place[key]
+    place[last] = value
+    if value is None:
+        del place[last]
+    return content
+
+
+def refused(content, sentence, **config):
+    with pytest.raises(UserError) as caught:
+        ours(content, **config)
+    message = str(caught.value)
+    assert message.startswith("toy") and "tokenizer" in message and sentence in message and "\n" not in message, message
+    assert ";" in message or ": copy it again" in message  # what to do about it
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+
+
+def sequence(first):
+    return {"type": "Sequence", "pretokenizers": [first, BYTE_LEVEL]}
+
+
+@pytest.mark.parametrize("path, value, sentence", [
+    ("model.type", "Unigram", "has a Unigram model"),
+    ("model.type", "WordPiece", "has a WordPiece model"),
+    ("model.byte_fallback", True, "has byte_fallback True"),
+    ("model.dropout", 0.1, "has dropout 0.1"),
+    ("model.end_of_word_suffix", "</w>", "has end_of_word_suffix '</w>'"),
+    ("normalizer", {"type": "NFKC"}, 'has normalizer {"type": "NFKC"}'),
+    ("pre_tokenizer", {"type": "Metaspace", "replacement": "_"}, 'has pre-tokenizer {"type": "Metaspace"'),
+    ("pre_tokenizer", None, "has pre-tokenizer {}"),
+    ("pre_tokenizer.add_prefix_space", True, '"add_prefix_space": true'),
+    ("pre_tokenizer.use_regex", False, '"use_regex": false'),
+    ("pre_tokenizer", sequence({"type": "Digits", "individual_digits": False}), '"Digits", "individual_digits": false'),
+    ("pre_tokenizer", sequence(tokenizer.PRE_TOKENIZERS[tokenizer.QWEN2][0]), 'has pre-tokenizer {"type": "Sequence"'),
+    ("model.vocab.\u2581the", 5000, "has 1 tokens that do not spell bytes, as '\u2581the'"),
+    ("model.vocab.\u0120aa", 7, "has one id for two tokens"),
+    ("model.vocab.\u0120the", None, "of which one or the union is no token"),
+    ("added_tokens.0.lstrip", True, "has added token '<|endoftext|>' with lstrip"),
+    ("added_tokens.0.single_word", True, "has added token '<|endoftext|>' with single_word"),
+    ("added_tokens.0.id", 5, "with id 5, which `tokenizers` would number 0"),
+    ("added_tokens.0.content", "<other>", "'<other>' with id 0, which `tokenizers` would number 1500"),
+    ("model.merges", None, "is damaged (KeyError: 'merges')"),
+    ("model.vocab", [], "is damaged (AttributeError"),
+    ("added_tokens.0", 5, "is damaged (TypeError"),
+    ("model", "BPE", "is damaged (AttributeError")])
+def test_what_is_not_read_exactly_is_refused_in_a_sentence(contents, path, value, sentence):
+    refused(changed(contents["gpt2"], path, value), sentence)
+
+
+def test_added_tokens_that_plain_text_may_hold_are_refused(contents):
+    for kind, text, sentence in [("gpt2", "  ", "'  ', neither special nor in <> or []"),
+                                 ("qwen2", "<tool>", "'<tool>' with normalized, and a normalizer")]:
+        t = theirs(contents[kind])
+        t.add_tokens([AddedToken(text, special=False, normalized=True)])
+        refused(json.loads(t.to_str()), sentence)
+
+
+def toy(*tokens, **model):
+    """A tokenizer.json of the 256 bytes, `tokens` from id 256 on, the merges ("a", "b"), ... and <|endoftext|>."""
+    vocab = {char: byte for char, byte in tokenizer.BYTES.items()} | {t: 256 + i for i, t in enumerate(tokens)}
+    about = {"dropout": None, "unk_token": None, "byte_fallback": False, "ignore_merges": False, **model}
+    return {"version": "1.0", "pre_tokenizer": BYTE_LEVEL, "model": {"type": "BPE", "vocab": vocab, **about},
+            "added_tokens": [{"id": len(vocab), "content": "<|endoftext|>", "special": True, "normalized": False,
+                              "lstrip": False, "rstrip": False, "single_word": False}]}
+
+
+@pytest.mark.parametrize("tokens, merges, text, sentence", [
+    (["bc", "ab"], [["a", "b"], ["b", "c"]], "abc", "merges 'b' and 'c' (id 256) after id 257, not in the order"),
+    (["ab", "bc", "abc"], [["a", "b"], ["b", "c"], ["a", "bc"]], "abc", "has token 'abc' (id 258), of which"),
+    (["ab", "abc"], [["a", "b"]], "abc", "has token 'abc' (id 257), of which the merges make ['ab', 'c']"),
+    (["ab", "abcd"], [["a", "b"]], "abcd", "has token 'abcd' (id 257), of which the merges make ['ab', 'c', 'd']")])
+def test_vocabularies_that_tiktoken_would_merge_otherwise_are_refused(tokens, merges, text, sentence):
+    content = toy(*tokens, merges=merges)
+    refused(content, sentence)
+    ranks = {bytes(tokenizer.BYTES[c] for c in t): i for t, i in content["model"]["vocab"].items()}
+    blind = tokenizer.Tokenizer("blind", tiktoken.Encoding("blind", pat_str=tokenizer.GPT2, mergeable_ranks=ranks,
+                                                           special_tokens={}), eot=0)
+    assert blind.encode(text).tolist() != theirs(content).encode(text).ids  # so there is something to refuse
+
+
+def test_random_vocabularies_are_read_exactly_or_refused():
+    rng, read = random.Random(0), 0
+    for _ in range(400):
+        tokens, merges = ["a", "b"], []
+        for _ in range(rng.randint(1, 7)):
+            left, right = rng.choice(tokens), rng.choice(tokens)
+            if left + right not in tokens or rng.random() < 0.2:
+                merges.append([left, right])
+                tokens += [left + right] * (left + right not in tokens)
+        rng.random() < 0.1 and rng.shuffle(merges)
+        content = toy(*tokens[2:], merges=merges, ignore_merges=rng.random() < 0.5)
+        try:
+            a = ours(content)
+        except UserError:
+            continue
+        read, b = read + 1, theirs(content)
+        for _ in range(40):
+            s = "".join(rng.choices("ab", k=rng.randint(1, 14)))
+            assert a.encode(s).tolist() == b.encode(s).ids, (s, merges)
+    assert 100 < read < 350
+
+
+def test_missing_bytes_are_refused_where_they_are_not_just_dropped(contents):
+    for path, value in (("model.unk_token", "!"), ("model.ignore_merges", True),
+                        ("pre_tokenizer", contents["llama3"]["pre_tokenizer"])):
+        refused(changed(contents["smollm2"], path, value), "of the 256 bytes, and is not as simple as SmolLM2's")
+
+
+def test_damaged_and_incomplete_folders_are_named(tmp_path, contents):
+    refused(contents["gpt2"], "eos_token '<eos>' of tokenizer_config.json is not among the 1 added", eos_token="<eos>")
+    content = changed(contents["gpt2"], "added_tokens", [])
+    content["model"]["vocab"]["\u0100\u0100"] = content["model"]["vocab"].pop("<|endoftext|>")
+    content["model"]["merges"].insert(0, ["\u0100", "\u0100"])
+    refused(content, "does not say which token ends a document")
+    for text in ("{", "[1]", ""):
+        with pytest.raises(UserError, match="toy: tokenizer.json is not a JSON object .*: copy it again"):
+            tokenizer.open_tokenizer("toy", {"tokenizer.json": text})
+    with pytest.raises(UserError, match="toy holds no tokenizer.json"):
+        tokenizer.open_tokenizer("toy", {"vocab.json": "{}"})
+    (tmp_path / "tokenizer.json").write_bytes(b'{"\xff": 1}')
+    with pytest.raises(UserError, match=r"tokenizer.json is not UTF-8 text \(byte 2\)"):
+        tokenizer.read_files(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(contents["gpt2"]))
+    (tmp_path / "config.json").write_text("{,}")
+    with pytest.raises(UserError, match="config.json is not a JSON object"):
+        tokenizer.read_files(tmp_path)
+
+
+def test_special_texts_of_bytes_and_of_tiktoken():
+    assert tokenizer.open_tokenizer("bytes").encode("a\0<b>", special=True).tolist() == [97, 60, 98, 62]
+    ranks = {bytes([i]): i for i in range(256)}
+    encoding = tiktoken.Encoding("toy", pat_str=r"\S+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 300})
+    a = tokenizer.Tokenizer("toy", encoding)
+    assert (a.eot, a.bos, a.files, a.specials, a.vocab_size) == (300, None, {}, {"<|endoftext|>": 300}, 301)
+    assert a.encode("a<|endoftext|>", special=True).tolist() == [97, 300] and len(a.encode("a<|endoftext|>")) == 14
+
+
+@pytest.mark.parametrize("kind", ["bytes", *KINDS])
+def test_files_made_of_a_vocabulary_have_its_ids_in_tokenizers_and_here(kind, contents, text):
+    """What export.py writes for a model trained on bytes or with one of tiktoken's own vocabularies."""
+    if kind == "bytes":
+        bare = tokenizer.open_tokenizer("bytes")
+    else:
+        e = ours(contents[kind]).encoding
+        ranks = {token: i % tokenizer.ABSENT for token, i in e._mergeable_ranks.items()}
+        absent = sorted(i for token, i in e._mergeable_ranks.items() if i >= tokenizer.ABSENT)
+        ranks |= {bytes([i - tokenizer.ABSENT]): 1600 + n for n, i in enumerate(absent)}     # tiktoken's have all bytes
+        bare = tokenizer.Tokenizer(kind, tiktoken.Encoding(kind, pat_str=e._pat_str, mergeable_ranks=ranks,
+                                                           special_tokens=e._special_tokens), 0)
+        bare.eot = bare.specials["<|endoftext|>"]
+    files = bare.as_files()
+    again, there = tokenizer.open_tokenizer("made", files), theirs(json.loads(files["tokenizer.json"]))
+    assert (again.eot, again.vocab_size) == (bare.eot, bare.vocab_size) and again.as_files() is again.files
+    for part in [*text[::40], *random_strings(300, seed=9), tokenizer.PROBE]:
+        part = part.replace("\0", "")
+        ids = bare.encode(part).tolist()
+        assert ids == again.encode(part).tolist() == there.encode(part, add_special_tokens=False).ids
+
+
+def test_no_files_are_made_of_a_vocabulary_that_cuts_text_in_another_way():
+    ranks = {bytes([b]): b for b in range(256)}
+    encoding = tiktoken.Encoding("odd", pat_str=r"[a-z]+|.|\n", mergeable_ranks=ranks,
+                                 special_tokens={"<|endoftext|>": 256})
+    assert tokenizer.Tokenizer("odd", encoding).as_files() == {}

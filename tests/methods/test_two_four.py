@@ -1,0 +1,322 @@
+"""Invariants of methods/two_four.py: the right 2 of 4 stay, and stay alone while a run trains, is killed, goes on, begets runs.
+
+The oracle of the choice is `brute`: plain Python over the entries.
+"""
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import report
+import train
+from common import UserError
+from methods import two_four
+from model import GPT, GPTConfig, preset
+from steps import Run
+
+ROOT = Path(__file__).parents[2]
+CONFIG = GPTConfig(vocab_size=13, block_size=8, d_model=12, head_dim=4, n_head=(2, 0, 3), n_kv_head=(1, 0, 3),
+                   d_ff=(20, 8, 0), qkv_bias=True, qk_norm=True)
+MATRICES = {f"blocks.{layer}.{name}.weight" for layer, names in (
+    (0, ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down")),
+    (1, ("ffn.gate", "ffn.up", "ffn.down")), (2, ("attn.q", "attn.k", "attn.v", "attn.o"))) for name in names}
+TOY = dict(preset="toy", plan="scratch", data=f"{ROOT}/*.py", steps=20, batch_tokens=256, micro_batch=2, eval_windows=4,
+           eval_every=10, save_every=7, lr=1e-2, min_lr=1e-3, device="cpu")
+
+
+def new(config=CONFIG, dtype=torch.float64):
+    torch.manual_seed(0)
+    return GPT(config).to(dtype)
+
+
+def brute(scores):
+    """(out, in) of numbers -> list of rows of booleans: of each 4 the 2 largest, ties to the first."""
+    rows = []
+    for row in scores.tolist():
+        kept = set()
+        for a in range(0, len(row), 4):
+            kept |= {*sorted(range(a, a + 4), key=lambda i: (-row[i], i))[:2]}
+        rows.append([i in kept for i in range(len(row))])
+    return rows
+
+
+@pytest.mark.parametrize("values", [2, 1000])                     # few: ties everywhere, some among zeros
+@pytest.mark.parametrize("wanda", [False, True])
+def test_the_two_best_of_each_four_stay_as_brute_force_says(values, wanda):
+    model, g = new(), torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        p.data = torch.randint(-values, values + 1, p.shape, generator=g).double()
+    norms = {name: torch.randint(0, values + 1, (p.size(1),), generator=g).float()
+             for name, p in two_four.matrices(model)}
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    found = two_four.masks(model, norms if wanda else None)
+    assert found.keys() == MATRICES
+    for name, mask in found.items():
+        score = before[name].abs() * (norms[name] if wanda else 1)
+        assert mask.tolist() == brute(score) and (mask.unflatten(1, (-1, 4)).sum(-1) == 2).all()
+    magnitude = two_four.masks(model)
+    assert all(torch.equal(magnitude[name], found[name]) for name in found) != wanda       # the norms decide
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_a_written_example():
+    model = new()
+    w = model.blocks[0].attn.q.weight
+    w.data[0] = torch.tensor([1., -3, 2, 0, 5, 5, -5, 5, 0, 0, 0, 0])
+    norms = {name: torch.ones(p.size(1)) for name, p in two_four.matrices(model)}
+    norms["blocks.0.attn.q.weight"][:4] = torch.tensor([9., 1, 1, 7])
+    for given, first in ((None, [0, 1, 1, 0]), (norms, [1, 1, 0, 0])):
+        mask = two_four.masks(model, given)["blocks.0.attn.q.weight"]
+        assert mask[0].int().tolist() == [*first, 1, 1, 0, 0, 1, 1, 0, 0]
+
+
+def steps(model, optimizer, masks, n):
+    """So many steps on random tokens, clipped as train.py does; masks None: they are forgotten."""
+    for step in range(n):
+        tokens = torch.randint(13, (4, 9), generator=torch.Generator().manual_seed(step))
+        logits = model(tokens[:, :-1])
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        if masks is not None:
+            two_four.hold_(model, optimizer, masks)
+        optimizer.zero_grad()
+
+
+ADAM = "exp_avg", "exp_avg_sq"
+OPTIMIZERS = {"adamw": (lambda p: torch.optim.AdamW(p, lr=5e-3, weight_decay=.1, fused=True), ADAM),
+              "sgd": (lambda p: torch.optim.SGD(p, lr=.1, momentum=.9, weight_decay=.1), ("momentum_buffer",))}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("held", [True, False])
+def test_2_4_holds_over_50_steps_and_not_without_hold(kind, held):
+    model = new()
+    assert two_four.share(model) == 0
+    masks = two_four.masks(model)
+    make, moments = OPTIMIZERS[kind]
+    optimizer = make(model.parameters())
+    two_four.hold_(model, None, masks)
+    assert two_four.share(model) == 1
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    steps(model, optimizer, masks if held else None, 50)
+    for name, p in model.named_parameters():
+        out = ~masks.get(name, torch.ones_like(p, dtype=torch.bool))
+        for tensor in (p, *(optimizer.state[p][moment] for moment in moments)):
+            if name in masks and held:
+                assert (tensor[out] == 0).all(), name
+            elif name in masks:
+                assert (tensor[out] != 0).all(), name                # every single one came back
+            assert (tensor[~out] != 0).all()
+        assert (p != before[name])[~out].all()                       # all others were trained
+    assert two_four.share(model) == (1 if held else 0)
+
+
+def test_hold_touches_nothing_but_what_the_masks_leave_out():
+    model = new()
+    optimizer = OPTIMIZERS["adamw"][0](model.parameters())
+    steps(model, optimizer, None, 3)
+    everything_of = lambda: {(name, key): t.clone() for name, p in model.named_parameters()
+                             for key, t in (("w", p.detach()), *optimizer.state[p].items())}
+    before, masks = everything_of(), two_four.masks(model)
+    two_four.hold_(model, optimizer, masks)
+    for (name, key), t in everything_of().items():
+        masked = name in masks and key != "step"
+        assert torch.equal(t, before[name, key] * masks[name] if masked else before[name, key])
+
+
+def test_share_counts_blocks():
+    model = new()
+    two_four.hold_(model, None, two_four.masks(model))
+    blocks = sum(p.numel() // 4 for _, p in two_four.matrices(model))
+    model.blocks[0].ffn.up.weight.data[3] = 1                        # 12 inputs: 3 blocks
+    assert two_four.share(model) == 1 - 3 / blocks
+    model.blocks[0].ffn.up.weight.data[3, :4] = 0                    # more zeros than 2 are 2:4 as well
+    assert two_four.share(model) == 1 - 2 / blocks
+
+
+def test_packed_masks_are_one_bit_a_weight_and_come_back_exactly_through_a_checkpoint(tmp_path):
+    model, g = new(), torch.Generator().manual_seed(0)
+    masks = two_four.masks(model) | {f"odd.{n}": torch.rand(5, n, generator=g) < .5 for n in (1, 7, 8, 9, 64)}
+    packed = two_four.pack(masks)
+    assert {name: bits.numel() for name, (_, bits) in packed.items()} == {
+        name: mask.size(0) * -(-mask.size(1) // 8) for name, mask in masks.items()}
+    checkpoint.save(tmp_path / "cut.pt", model, masks=packed)
+    _, about = checkpoint.load(tmp_path / "cut.pt")
+    back = two_four.unpack(about["masks"])
+    assert back.keys() == masks.keys()
+    for name, mask in masks.items():
+        assert back[name].dtype == torch.bool and torch.equal(back[name], mask)
+    assert two_four.unpack(None) == {} == two_four.unpack(two_four.pack({}))
+
+
+@pytest.mark.parametrize("shape, says", [
+    (dict(d_ff=(20, 10)), "blocks.1.ffn.down.weight has 10 inputs.*multiple of 4; .*--multiple-of 4"),
+    (dict(d_model=14), "blocks.0.attn.q.weight has 14 inputs.*multiple of 4; .*d_model and head_dim"),
+    (dict(head_dim=2), "blocks.0.attn.o.weight has 6 inputs.*multiple of 4; .*d_model and head_dim")])
+def test_widths_that_are_no_multiple_of_4_are_refused_in_one_sentence(shape, says):
+    model = GPT(GPTConfig(**{**dict(vocab_size=13, block_size=8, d_model=12, head_dim=4, n_head=(3, 3),
+                                    n_kv_head=(3, 3), d_ff=(20, 8)), **shape}))
+    for call in (two_four.masks, two_four.share):
+        with pytest.raises(UserError, match=says) as refusal:
+            call(model)
+        assert "\n" not in str(refusal.value)
+
+
+# -- through train.main
+
+def train_toy(out, **settings):
+    return train.main(train.Train(**{**TOY, **settings}, out=str(out)), quiet=True)
+
+
+def state_of(out):
+    """What must be the same bit for bit: {name: tensor or number} of the last checkpoint, and all losses."""
+    model, about = checkpoint.load(out)
+    tensors = {("model", name): t for name, t in model.state_dict().items()}
+    tensors |= {("optimizer", i, k): t for i, s in about["optimizer"]["state"].items() for k, t in s.items()}
+    losses = [e.get("loss", e.get("val_loss")) for tag in ("step", "eval")
+              for e in report.records(out).get(tag, ())]
+    return tensors, two_four.unpack(about["masks"]), losses
+
+
+def same(a, b):
+    return all(x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) for x, y in zip(a[:2], b[:2])) \
+        and a[2] == b[2]
+
+
+def obeys(out, masks):
+    """The last checkpoint has these masks, and zeros where they say, in weights and moments."""
+    model, about = checkpoint.load(out)
+    found, names = two_four.unpack(about["masks"]), [name for name, _ in model.named_parameters()]
+    assert found.keys() == masks.keys() and all(torch.equal(found[name], masks[name]) for name in masks)
+    matrices = [n for n, p in model.named_parameters() if p.dim() > 1]     # AdamW's order: matrices, then vectors
+    states = dict(zip(matrices + [n for n in names if n not in matrices], about["optimizer"]["state"].values()))
+    zeros = [t[~mask] for name, mask in masks.items()
+             for t in (model.get_parameter(name).detach(), states[name]["exp_avg"], states[name]["exp_avg_sq"])]
+    return two_four.share(model) == 1 and all((z == 0).all() for z in zeros)
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """-> (folder of a dense model, folder of it cut to 2:4, the masks)."""
+    home, model = tmp_path_factory.mktemp("given"), new(preset("toy", 256)[0], torch.float32)
+    masks, about = two_four.masks(model), {"step": 0, "run": {"tokenizer": "bytes"}}
+    checkpoint.save(home / "plain" / "ckpt_00000000.pt", model, **about)
+    two_four.hold_(model, None, masks)
+    checkpoint.save(home / "cut" / "ckpt_00000000.pt", model, masks=two_four.pack(masks), **about)
+    return home / "plain", home / "cut", masks
+
+
+@pytest.fixture
+def init(tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)                                       # the corpus' cache goes there
+    monkeypatch.setattr(report, "picture", lambda *_: None)           # half of the time of so short runs
+    return dict(init=str(given[1]), preset="laptop")
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_2_4_model_trains_on_as_2_4_killed_or_not_and_so_does_a_run_from_that_run(tmp_path, monkeypatch, given, init):
+    r = train_toy(tmp_path / "whole", **init)
+    assert obeys(tmp_path / "whole", given[2]) and r.state.masks.keys() == given[2].keys()
+    losses = [e["val_loss"] for e in report.records(tmp_path / "whole")["eval"]]
+    assert losses[-1] < losses[0] - .1
+    first, last = (checkpoint.load(path)[0] for path in (given[1], tmp_path / "whole"))
+    assert all((last.get_parameter(name) != first.get_parameter(name))[mask].float().mean() > .99
+               for name, mask in given[2].items())
+    account = Run.account
+
+    def kill(run, *args):
+        if run.state.step == 10:
+            raise Killed
+        account(run, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Run, "account", kill)
+        train_toy(tmp_path / "run", **init)
+    train_toy(tmp_path / "run", **init)
+    assert same(state_of(tmp_path / "run"), state_of(tmp_path / "whole"))
+    train_toy(tmp_path / "next", **{**init, "init": str(tmp_path / "run")}, steps=3)
+    assert obeys(tmp_path / "next", given[2])
+
+
+def test_without_hold_a_run_loses_it(tmp_path, monkeypatch, given, init):
+    monkeypatch.setattr(two_four, "hold_", lambda *_: None)
+    train_toy(tmp_path / "run", **init, steps=3)
+    assert not obeys(tmp_path / "run", given[2])
+    assert two_four.share(checkpoint.load(tmp_path / "run")[0]) < .05
+
+
+def test_a_run_without_masks_is_as_it_was(tmp_path, monkeypatch, given, init):
+    """Masks that keep all change no bit; and without any, no tensor is ever touched."""
+    init["init"] = str(given[0])
+    model, about = checkpoint.load(given[0])
+    about["masks"] = two_four.pack({name: torch.ones_like(p, dtype=torch.bool)
+                                    for name, p in two_four.matrices(model)})
+    checkpoint.save(tmp_path / "all" / "ckpt_00000000.pt", model, **about)
+    train_toy(tmp_path / "kept", **{**init, "init": str(tmp_path / "all")})
+    hold, seen = two_four.hold_, []
+    monkeypatch.setattr(two_four, "hold_", lambda *a: (seen.append(a[2]), hold(*a)))
+    monkeypatch.setattr(torch.Tensor, "masked_fill_", None)
+    train_toy(tmp_path / "none", **init)
+    (weights, masks, losses), kept = state_of(tmp_path / "none"), state_of(tmp_path / "kept")
+    assert seen == [{}] * 20 and masks == {} and kept[1].keys() == given[2].keys()
+    assert same((weights, {}, losses), (kept[0], {}, kept[2]))
+
+
+def test_one_compiled_graph_with_the_mask_outside(tmp_path, monkeypatch, given, init):
+    from torch._dynamo.testing import CompileCounter
+    torch._dynamo.reset()
+    counter, compile = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, **options: compile(module, backend=counter, fullgraph=True,
+                                                                           **options))
+    train_toy(tmp_path / "run", **init, steps=4, compile=True)
+    assert counter.frame_count == 1 and obeys(tmp_path / "run", given[2])
+
+
+def worker(rank, out, port, init):
+    torch.set_num_threads(1)
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    train_toy(out, **init, steps=10, dtype="float64")
+    os._exit(0)                                 # gloo's threads have been seen to abort a process that ended normally
+
+
+def test_two_processes_hold_the_same_masks_and_are_one(tmp_path, given, init):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    torch.multiprocessing.start_processes(worker, (str(tmp_path / "two"), port, init), nprocs=2,
+                                          start_method="fork")       # spares two imports of torch
+    train_toy(tmp_path / "one", **init, steps=10, dtype="float64")
+    assert obeys(tmp_path / "two", given[2])
+    one, two = (state_of(tmp_path / name) for name in ("one", "two"))
+    assert all((one[0][key] - two[0][key]).abs().max() < 1e-6 for key in one[0]) and two[2] == pytest.approx(one[2])
+
+
+@pytest.mark.parametrize("plan", ["idea", "naive", "oneshot", "idea-kd", "journey"])
+def test_plans_that_prune_refuse_a_2_4_model_and_write_nothing(tmp_path, init, plan):
+    with pytest.raises(UserError, match=f"2:4.*cannot be cut while it trains.*{plan!r} prunes.*--plan scratch") as no:
+        train_toy(tmp_path / "run", **init, plan=plan, block_size=32)
+    assert "\n" not in str(no.value) and not (tmp_path / "run").exists()
+
+
+def test_a_given_teacher_teaches_a_2_4_model_too(tmp_path, given, init):
+    train_toy(tmp_path / "run", **init, plan="kd", teacher=str(given[0]), steps=4)
+    assert obeys(tmp_path / "run", given[2])
+
+
+def test_a_run_checkpoint_from_before_masks_still_goes_on(tmp_path, given, init):
+    init["init"] = str(given[0])
+    train_toy(tmp_path / "run", **init, steps=8)
+    whole, (old, last) = state_of(tmp_path / "run"), checkpoint.checkpoints(tmp_path / "run")
+    last.unlink()
+    model, about = checkpoint.load(old)
+    del about["masks"]
+    checkpoint.save(old, model, **about)
+    train_toy(tmp_path / "run", **init, steps=8)
+    assert same(state_of(tmp_path / "run"), whole)
