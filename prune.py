@@ -28,7 +28,7 @@ import allocate
 import checkpoint
 import data
 import score
-from common import UserError, parse, peak_rss, pick_device, refuse_idle, run
+from common import UserError, parse, peak_memory, pick_device, refuse_idle, run
 from eval import evaluate
 from methods import two_four
 from model import GPT, by_unit, coupled
@@ -352,7 +352,7 @@ class Phases:
             lines = Path("/proc/self/status").read_text().splitlines()
             peak = 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
         else:                                                # elsewhere: of the program so far
-            peak = peak_rss()
+            peak = peak_memory()
         self.last[name] = seconds, peak
         print(f"  {name:10} {seconds:8.1f} s   peak {peak / 2**30:.2f} GiB", flush=True)
 
