@@ -107,7 +107,7 @@ def calibrates(config):
     """What cuts need of score.collect; nothing: no calibration text is run."""
     import score
     importance = {"cosine"} if schedule.adaptive(config.plan) else set()
-    return importance | (score.SCORES[measured(config)][1] if measured(config) else set())
+    return importance | (score.SCORES[measured(config)].needs if measured(config) else set())
 
 
 def refuse_idle_flags(config):
@@ -149,7 +149,7 @@ def plan(config, vocab_size, given=None):
     target = target if prunes else start
 
     def flops_at_size(size):
-        at_size = start.resized(allocate.towards(start, target, size, start.widths()))
+        at_size = start.resized(allocate.widths_on_the_way(start, target, size, start.widths()))
         return at_size.flops_per_token(target.block_size)
 
     try:

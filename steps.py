@@ -187,7 +187,7 @@ class Run:
             if self.rank == 0:
                 stats = score.collect(s.model, self.calibration(s.step), needs) if needs else score.Stats()
                 stats.seed = (c.seed * (c.steps + 1) + s.step) % 2**63                 # of the score "random"
-                found_scores = score.SCORES[measured(c)][0](s.model, stats)
+                found_scores = score.SCORES[measured(c)].function(s.model, stats)
                 found = [({key: values.cpu() for key, values in found_scores.items()},
                           score.importance(stats, s.model.config.n_layer) if self.timeline.adaptive else None)]
             if self.world > 1:
@@ -209,12 +209,13 @@ class Run:
         scores, importance = self.calibrate() if measured(c) else (score.ranking(s.averages, c.uncertainty), None)
         with self.timed("cut"):
             if self.timeline.adaptive:
-                most = math.floor(size * start.removable_params() + 1e-6)              # as in allocate.towards
-                widths = allocate.once(s.model.config, most, "adaptive", scores, importance=importance,
-                                       whole=start.widths())
+                most = math.floor(size * start.removable_params() + 1e-6)              # as in allocate.widths_on_the_way
+                widths = allocate.widths_for(s.model.config, most, "adaptive", scores, importance=importance,
+                                             whole=start.widths())
             else:
-                widths = allocate.towards(start, self.target, size, {key: len(i) for key, i in s.keep.items()})
-            s.keep = prune.choose(score.of_living(scores, s.keep), widths)
+                at_most = {key: len(indices) for key, indices in s.keep.items()}
+                widths = allocate.widths_on_the_way(start, self.target, size, at_most)
+            s.keep = prune.choose(score.mask_dead(scores, s.keep), widths)
             prune.zero_(s.model, s.optimizer, s.keep)
         self.evaluate("prune", size=size)
 
