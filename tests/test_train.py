@@ -287,7 +287,8 @@ def test_executed_flops_exceed_credited_ones_by_dead_units_teacher_and_scoring(t
     assert taught[0] - early[0] == pytest.approx(30 * r.start.flops_per_token(64, backward=False) * 256)
     scored = sum(schedule.score_at(step, r.timeline, 5, 10) for step in range(60))
     sizes = [schedule.size_at(step, r.timeline) for step in range(60)]
-    live_at = [r.start.resized(steps.allocate.towards(r.start, r.target, size, r.start.widths())) for size in sizes]
+    live_at = [r.start.resized(steps.allocate.widths_on_the_way(r.start, r.target, size, r.start.widths()))
+               for size in sizes]
     assert early[1] == pytest.approx(sum(256 * config.flops_per_token(64) for config in live_at))
     assert early[0] == pytest.approx(41 * full + 19 * live + 3 * scored * r.start.removable_params())
 
@@ -454,13 +455,13 @@ def test_a_named_score_is_measured_at_every_cut_and_cuts_what_it_says(tmp_path, 
         patch.setattr(train, "Run", lambda _: r)
         patch.setattr(steps.prune, "zero_", spy)
         train.main(r.config, quiet=True)
-    function, needs = steps.score.SCORES[name]
+    criterion = steps.score.SCORES[name]
     assert len(before) == 4
     for model, step, was, keep in before:
         batches = steps.score.batches(r.corpus.train, 64, 4, 1, (0, step))
-        stats = steps.score.collect(model, batches, needs)
+        stats = steps.score.collect(model, batches, criterion.needs)
         stats.seed = step
-        for key, worth in function(model, stats).items():
+        for key, worth in criterion.function(model, stats).items():
             worth = [worth[i].item() if i in was[key] else -math.inf for i in range(len(worth))]
             best = sorted(range(len(worth)), key=lambda i: (-worth[i], i))[:len(keep[key])]
             assert sorted(best) == keep[key].tolist()
