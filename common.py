@@ -41,9 +41,9 @@ def parse(settings, argv=None):
                             config=(tyro.conf.PositionalRequiredArgs,))
     except SystemExit as end:
         if end.code:
-            # tyro draws a box around its message; the program's other refusals are plain sentences.
-            sentence = re.sub("[╭╮╰╯│─]", " ", messages.getvalue())
-            print("error:", " ".join(sentence.split()), file=sys.stderr)
+            # tyro draws a box with a title around its message; our other refusals are sentences.
+            _, *box = messages.getvalue().splitlines()
+            print("error:", " ".join(re.sub("[╰╯│─]", " ", " ".join(box)).split()), file=sys.stderr)
         raise
 
 

@@ -84,11 +84,17 @@ LEARNING_RATES = {           # the peak for each preset
 }
 
 
+PlanName = Literal[tuple(schedule.PLANS)]
+PresetName = Literal[tuple(models.PRESETS)]
+SizeCurveName = Literal[tuple(schedule.SIZE_CURVES)]
+ScoreName = Literal[tuple(score.SCORES)]
+
+
 @dataclass(frozen=True)
 class Train:
-    plan: Literal[tuple(schedule.PLANS)] = "idea"        # a row of schedule.PLANS
+    plan: PlanName = "idea"                  # a row of schedule.PLANS
     stage: Literal["all", "enlarge", "prune", "recover"] = "all"    # stop behind this stage; the next call goes on
-    preset: Literal[tuple(models.PRESETS)] = "laptop"    # size of the target
+    preset: PresetName = "laptop"            # size of the target
     init: str | None = None                  # instead of a preset: start with this checkpoint, run, HF folder or hub id
     block_size: int | None = None            # tokens of context; default: the preset's, or the trained one of --init
     enlarge_ff: float = 2.6                  # the enlarged model has so many times the target's FFN neurons
@@ -109,10 +115,10 @@ class Train:
     clip: float = 1.0                        # gradient norm
     enlarge_share: float | None = None       # of the run; default: the plan's, 0 in adapt with --init
     prune_share: float | None = None         # of the run; default: the plan's
-    size_curve: Literal[tuple(schedule.SIZE_CURVES)] | None = None    # how the size falls; default: the plan's
+    size_curve: SizeCurveName | None = None  # how the size falls from cut to cut; default: the plan's
     cuts: int | None = None                  # events of the prune stage; default: 20, in adapt one per 5 % that go
     slice_at: int | None = None              # step at which dead units are physically cut off; default: the last cut
-    score: Literal[tuple(score.SCORES)] | None = None    # of units, measured at every cut; default: IDEA's average
+    score: ScoreName | None = None           # of units, measured at every cut; default: IDEA's moving average
     score_every: int = 5                     # steps between gradient scores
     score_window: int = 100                  # score only so many steps before a cut
     uncertainty: bool = False                # multiply the score by its variation (PLATON)
