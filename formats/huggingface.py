@@ -262,6 +262,6 @@ def save(folder, model, family, files=None, special=None):
     for name, text in (files or {}).items():
         (folder / name).write_text(text, encoding="utf-8")
     if family in OWN_CODE:
-        shutil.copy(Path(__file__).with_name("formats/modeling_nanoprune.py"), folder)
+        shutil.copy(Path(__file__).with_name("modeling_nanoprune.py"), folder)
     for file in folder.iterdir():
         file.chmod(0o644)                              # safetensors makes files that only their owner reads
