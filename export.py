@@ -46,19 +46,20 @@ def check_reader(folder, model):
                         "a bug, please report it")
 
 
-def in_transformers(folder):
-    """A Hugging Face folder as transformers' model, in float32, without its progress bars and warnings."""
+def in_transformers(folder, own_code=False):
+    """A Hugging Face folder as transformers' model, in float32, without its progress bars and warnings. `own_code` lets
+    the folder's code run: only where we wrote the folder ourselves."""
     import transformers
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()      # "torch_dtype is deprecated": version 4.51 has no other name
     return transformers.AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32,
-                                                             trust_remote_code=True).eval()
+                                                             trust_remote_code=own_code).eval()
 
 
 def check_transformers(folder, model):
     """Load `folder` in transformers and compare the logits of two random texts -> the largest difference. UserError:
     above TOLERANCE."""
-    theirs = in_transformers(folder)
+    theirs = in_transformers(folder, own_code=True)
     tokens = torch.randint(model.config.vocab_size, (2, min(64, model.config.block_size)),
                            generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
