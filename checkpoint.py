@@ -38,7 +38,7 @@ def save(path, model, **state):
 
 def refuse_evaluation_only(model):
     """UserError for a baseline that is more than its GPTConfig (methods/slicegpt.py, prune.cut with mend "bias")."""
-    if hasattr(model, "evaluation_only"):
+    if type(model) is not GPT:
         raise UserError(f"this model is for evaluation only, as {model.evaluation_only}, which no GPTConfig and no "
                         "runtime has; cut another way to save or export it")
 

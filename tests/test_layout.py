@@ -8,12 +8,13 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("methods", "formats", "tasks", "experiments", "bench")
 ROWS = [      # a file imports only from rows above its own
     "common",
-    "model schedule distill report allocate methods.two_four formats.tokenizer formats.modeling_nanoprune "
+    "model schedule distill report methods.two_four formats.tokenizer formats.modeling_nanoprune "
     "experiments.scaling_laws bench.gpt2_peer",
-    "data formats.huggingface formats.llamacpp experiments.scaling_curves bench.timing",
+    "data allocate methods.mend methods.channels formats.huggingface formats.llamacpp experiments.scaling_curves bench.timing",
     "checkpoint score",
+    "methods.depth",
     "tasks.questions",
-    "eval methods.slicegpt",
+    "eval methods.slicegpt methods.measured",
     "prune folder",
     "flags",
     "steps experiments.claims_runs",
