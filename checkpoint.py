@@ -64,8 +64,8 @@ def save(path, model, **state):
 
 
 def refuse_evaluation_only(model):
-    """Raise UserError for a baseline that is more than its GPTConfig."""
-    if hasattr(model, "evaluation_only"):
+    """Raise UserError for a baseline that is more than its GPTConfig: a subclass of GPT."""
+    if type(model) is not GPT:
         raise UserError(f"this model is for evaluation only, as {model.evaluation_only}, which no GPTConfig and no "
                         "runtime has; cut another way to save or export it")
 

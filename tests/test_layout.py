@@ -10,12 +10,13 @@ LESSON = "model schedule score allocate prune distill train data checkpoint eval
 PACKAGES = ("methods", "formats", "tasks", "experiments", "bench")
 ROWS = [      # a file imports only from rows above its own
     "common",
-    "model schedule distill report allocate methods.two_four formats.tokenizer formats.modeling_nanoprune "
+    "model schedule distill report methods.two_four formats.tokenizer formats.modeling_nanoprune "
     "experiments.scaling_laws bench.gpt2_peer",
-    "data formats.huggingface formats.llamacpp experiments.scaling_curves bench.timing",
+    "data allocate methods.mend methods.channels formats.huggingface formats.llamacpp experiments.scaling_curves bench.timing",
     "checkpoint score",
+    "methods.depth",
     "tasks.questions",
-    "eval methods.slicegpt",
+    "eval methods.slicegpt methods.measured",
     "prune",
     "train methods.torch_pruning_peer",
     "experiments.claims_runs",
