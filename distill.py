@@ -147,6 +147,14 @@ def freeze(model):
     return model.requires_grad_(False).eval()
 
 
+def halve_matrices(model):
+    """Store the model's linear layers in bfloat16. The embedding, the norms and so the residual stream stay as they
+    are."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.to(torch.bfloat16)
+
+
 def smooth(average, value, beta=0.98):
     """Moving average over about 1/(1-beta) steps that starts at its first value."""
     return value if average is None else beta * average + (1 - beta) * value

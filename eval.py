@@ -51,11 +51,12 @@ class Eval:
 
 
 @torch.no_grad()
-def evaluate(model, tokens, byte_lengths, windows=256, stride=0, batch=32, rank=0, world=1):
+def evaluate(model, tokens, byte_lengths, windows=256, stride=0, batch=32, rank=0, world=1, block_size=None):
     """Mean loss of `model` over windows of `tokens` (N,), see the protocol above -> {"loss" (nats per token),
     "perplexity", "bits_per_byte", "tokens" (counted)}. Of `world` processes that all call this each runs every world-th
-    batch, and all get the result. Raises UserError where the text is shorter than one window."""
-    T, device = model.config.block_size, model.embed.weight.device
+    batch, and all get the result. `block_size`: tokens of a window; default: the model's. Raises UserError where the
+    text is shorter than one window."""
+    T, device = block_size or model.config.block_size, model.embed.weight.device
     if windows < 0 or batch < 1:
         raise UserError(f"--windows {windows} must be 0 (all) or more, --batch {batch} at least 1")
     available = (len(tokens) - 1) // T

@@ -122,6 +122,11 @@ def coupled(config, layer, kind):
             for name, dim in bias + [("q.weight", 0), ("k.weight", 0), ("v.weight", 0), ("o.weight", 1)]]
 
 
+def reader_of(config, layer, kind):
+    """Name of the matrix that reads the units' outputs, `down` or `o`. Its columns are the units' channels."""
+    return coupled(config, layer, kind)[-1][0]
+
+
 def by_unit(tensor, dim, units):
     """View with the dimension split: (…, units · r, …) -> (…, units, r, …); dimension `dim` now counts units."""
     return tensor.unflatten(dim, (units, -1))
