@@ -459,7 +459,8 @@ def test_decilm_configs_read_as_vllm_reads_them(tmp_path):
 def test_export_refuses_before_it_writes_and_leaves_nothing_behind(tmp_path, monkeypatch):
     checkpoint.save(tmp_path / "m.pt", wild(**EVEN), run={"tokenizer": "bytes"})
     source, out = str(tmp_path / "m.pt"), tmp_path / "out"
-    for settings, sentence in ((dict(to="onnx"), "--to 'onnx' must be"), (dict(dtype="int8"), "--dtype 'int8'")):
+    for settings, sentence in ((dict(to="onnx"), "--to 'onnx' is not one of hf, gguf, deci"),
+                               (dict(dtype="int8"), "--dtype 'int8' is not one of auto, float32")):
         with pytest.raises(UserError, match=sentence):
             export.main(export.Export(source, str(out), **settings))
     out.mkdir()
