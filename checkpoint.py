@@ -249,7 +249,7 @@ class RunFolder:
             raise UserError(f"{self.path} was begun by an older version of this code; finish it with that, or give "
                             "another --out")
         state = State(model, make_optimizer(model), by_key(saved["alive"]), by_key(saved["averages"], device),
-                      saved["masks"])
+                      saved.get("masks"))
         state.optimizer.load_state_dict(saved["optimizer"])
         for name in PLAIN:
             setattr(state, name, saved[name])
