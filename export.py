@@ -22,7 +22,7 @@ import torch
 
 import checkpoint
 from common import UserError, parse, run
-from formats import huggingface, llamacpp
+from formats import gguf_export, huggingface, llamacpp
 
 RUNTIME = {"hf": "transformers", "deci": "transformers", "gguf": "xllamacpp"}
 TOLERANCE = 1e-4                       # of the largest logit, in float32: the two add up in another order
@@ -83,8 +83,8 @@ def write(config, model, about, path):
     """Write the model to `path` -> a sentence about the layout. UserError: it is for evaluation only."""
     checkpoint.refuse_evaluation_only(model)
     if config.to == "gguf":
-        llamacpp.write_gguf(model, checkpoint.tokenizer_of(about, config.checkpoint), path, gguf_dtype(model))
-        return f"GGUF, architecture {llamacpp.architecture(model.config)}, {gguf_dtype(model)}"
+        gguf_export.write_gguf(model, checkpoint.tokenizer_of(about, config.checkpoint), path, gguf_dtype(model))
+        return f"GGUF, architecture {gguf_export.architecture(model.config)}, {gguf_dtype(model)}"
     family = "nemotron-nas" if config.to == "deci" else huggingface.stock_family(model.config) or "nanoprune"
     if "huggingface" in about:                          # as they came, even a tokenizer that we could not read
         files = about["tokenizer_files"]

@@ -260,7 +260,7 @@ def save(folder, model, family, files=None, special=None):
     weights = {their_name(name): p.detach() for name, p in model.named_parameters()}
     save_torch_state_dict(weights, folder, metadata={"format": "pt"})
     for name, text in (files or {}).items():
-        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())     # tokenizer.model is bytes
     if family in OWN_CODE:
         shutil.copy(Path(__file__).with_name("formats/modeling_nanoprune.py"), folder)
     for file in folder.iterdir():

@@ -11,7 +11,7 @@ ROWS = [      # a file imports only from rows above its own
     "model schedule distill report allocate methods.two_four formats.tokenizer formats.modeling_nanoprune "
     "experiments.scaling_laws bench.gpt2_peer",
     "data formats.huggingface formats.llamacpp experiments.scaling_curves bench.timing",
-    "checkpoint score",
+    "checkpoint score formats.gguf_export",
     "tasks.questions",
     "eval methods.slicegpt",
     "prune folder",

@@ -526,7 +526,8 @@ def test_a_folder_with_a_tokenizer_model_alone_is_read_from_its_files(tmp_path):
 def forged(a):
     """Texts that spell special tokens, in many surroundings."""
     for text in a.specials:
-        yield from (text, "a" + text, text + "b", " " + text, text + text, "\n" + text, text[:-1] + text, text[1:] + text)
+        yield from (text, "a" + text, text + "b", " " + text, text + text, "\n" + text)
+        yield from (text[:-1] + text, text[1:] + text)
     yield "".join(a.specials)
 
 
@@ -572,7 +573,7 @@ def test_a_text_that_ends_documents_and_cannot_be_kept_out_is_refused():
         open_tokenizer("x", files)
     files = toys.model_files(user_defined_symbols=["<|im_end|>"])
     assert 3 in open_tokenizer("x", files).encode("a<|im_end|>")                 # as in transformers; it ends nothing
-    with pytest.raises(UserError, match="a document may spell the token that ends it, '<|im_end|>', as tokenizer.model"):
+    with pytest.raises(UserError, match="a document may spell the token that ends it, '<|im_end|>'"):
         open_tokenizer("x", files | {"tokenizer_config.json": '{"eos_token": "<|im_end|>", "added_tokens_decoder": '
                                                               '{"3": {"content": "<|im_end|>"}}}'})
 
