@@ -20,7 +20,7 @@ import model as models
 from bench.timing import interleave, median_ratio, own_process, peak, traffic
 from bench.training import shapes
 from common import UserError
-from formats import llamacpp
+from formats import gguf_export, llamacpp
 from formats.tokenizer import open_tokenizer
 
 median = statistics.median
@@ -105,13 +105,13 @@ def infer(c, preset, vocab_size):
     calls = {name: call for name, (call, _) in moves.items()}
     for name, config in configs.items():
         calls["ours", name] = keep_of(("ours", name), functools.partial(generate, *built(c, config), c.decode))
-    if on_gpu or not find_spec("xllamacpp"):
-        note = "asked on the CPU only: --device cpu" if on_gpu else "pip install xllamacpp"
+    if on_gpu or not find_spec("xllamacpp") or not find_spec("gguf"):
+        note = "asked on the CPU only: --device cpu" if on_gpu else "pip install xllamacpp gguf"
     with tempfile.TemporaryDirectory() as folder:
         for name, config in {} if note else configs.items():
             key, path = ("llama.cpp", name), f"{folder}/{name}.gguf"
             torch.manual_seed(0)                                      # the vocabulary is of bytes, padded
-            llamacpp.write_gguf(models.GPT(config), open_tokenizer("bytes"), path, "f16")
+            gguf_export.write_gguf(models.GPT(config), open_tokenizer("bytes"), path, "f16")
             peaks[key] = own_process(llamacpp_memory, path, c.prompt, c.decode)
             calls[key] = keep_of(key, functools.partial(llamacpp.speed, path, c.prompt, c.decode, 1))
         seconds = interleave(calls, c.rounds, c.device)
