@@ -36,17 +36,6 @@ from methods import two_four
 LOG_EVERY = 10                               # steps per "step" record, which holds means over them
 
 
-class Objective(nn.Module):
-    """Cross-entropy | distillation | both, formed inside one forward, so that DDP and torch.compile see all of it."""
-    def __init__(self, model, kd_weight, temperature):
-        super().__init__()
-        self.model, self.kd_weight, self.temperature = model, kd_weight, temperature
-
-    def forward(self, x, y, teacher_hidden=None, teacher_weight=None):
-        return distill.chunked_loss(self.model.hidden(x), self.model.head_weight, y, teacher_hidden, teacher_weight,
-                                    self.kd_weight, self.temperature)
-
-
 def make_optimizer(model, config):
     """AdamW; weight decay on matrices only."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -113,7 +102,7 @@ class Run:
 
     def wrap(self):
         """The training step's module around the model as it is now; anew after a slice."""
-        objective = Objective(self.state.model, self.config.kd_weight, self.config.kd_temperature)
+        objective = distill.Objective(self.state.model, self.config.kd_weight, self.config.kd_temperature)
         if self.config.compile:
             torch.compiler.reset()                                    # or after 8 graphs, as many sizes, it gives up
             objective = torch.compile(objective, dynamic=False)
@@ -209,7 +198,7 @@ class Run:
         scores, importance = self.calibrate() if measured(c) else (score.ranking(s.averages, c.uncertainty), None)
         with self.timed("cut"):
             if self.timeline.adaptive:
-                most = math.floor(size * start.removable_params() + 1e-6)              # as in allocate.widths_on_the_way
+                most = math.floor(size * start.removable_params() + 1e-6)        # as in allocate.widths_on_the_way
                 widths = allocate.widths_for(s.model.config, most, "adaptive", scores, importance=importance,
                                              whole=start.widths())
             else:
