@@ -13,6 +13,16 @@ import schedule
 from common import UserError, refuse_idle
 
 INIT_LR = 2e-5                               # peak learning rate for pretrained models (Adapt-Pruner's scripts)
+LEARNING_RATES = {                           # peak learning rate of each preset
+    "toy": 1e-2,
+    "laptop": 1e-2,                          # best for plan scratch when it was tried
+    "10m": 1e-3,
+    "124m": 6e-4,                            # this rate and the next: GPT-3's (arXiv 2005.14165)
+    "1.3b": 2e-4,
+    "4x16": 2e-2,                            # claim 13 of experiments/claims.py is about this rate
+    "8x16": 1e-2, "8x32": 1e-2, "8x48": 1e-2, "8x64": 1e-2,
+    "12x128": 1e-3, "12x192": 1e-3, "12x320": 1e-3, "12x512": 1e-3,
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ def resolve(config, on_gpu):
     for name in ("init", "teacher", "tokenizer", "out"):
         if getattr(config, name) == "":                               # --init "$UNSET" would train from scratch
             raise UserError(f"--{name} is empty; give a value or leave it out")
-    usual = INIT_LR if config.init else models.PRESETS[config.preset][-1]
+    usual = INIT_LR if config.init else LEARNING_RATES[config.preset]
     lr, adaptive = usual if config.lr is None else config.lr, schedule.adaptive(config.plan)
     given = adaptive and config.init and config.enlarge_share is None  # a pretrained model is the enlarged one
     config = dataclasses.replace(
