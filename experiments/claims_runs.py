@@ -239,7 +239,7 @@ def requires(run):
 
 def rate(run):
     """The peak learning rate."""
-    return models.PRESETS[run.size][-1] * KINDS[run.kind].rate
+    return flags.LEARNING_RATES[run.size] * KINDS[run.kind].rate
 
 
 def settings(run, scale, records, folder="runs/claims"):
