@@ -15,18 +15,18 @@ import torch
 
 from common import UserError
 
-BUDGETS = ("params", "flops", "kv_bytes")
+RESOURCES = ("params", "flops", "kv_bytes")
 
 
-def unit_cost(config, layer, kind, budget):
+def unit_cost(config, layer, kind, resource):
     """What one unit costs: parameters; FLOPs per token forward at the config's context; bytes of KV cache per token in
     bf16. Integers. Nothing where the sub-block is absent."""
     if not config.widths()[layer, kind]:
         return 0
-    if budget == "params":
+    if resource == "params":
         return config.unit_params(layer, kind)
     one = config.resized({key: int(key == (layer, kind)) for key in config.widths()})
-    if budget == "kv_bytes":
+    if resource == "kv_bytes":
         return one.kv_bytes_per_token()
     none = config.resized(dict.fromkeys(config.widths(), 0))
     return one.flops_per_token(config.block_size, backward=False) \
@@ -138,35 +138,35 @@ def fill(blocks, cost, most, widths):
     return widths
 
 
-def room(config, most, structure, budget="params"):
-    """-> (cost(key), what is left of `most` for the units of `structure`, widths without these). UserError: nothing."""
+def split_budget(config, budget, structure, resource="params"):
+    """-> (cost(key), what is left of `budget` for the units of `structure`, widths without these)."""
     kinds = {"ffn", "kv"} if {"layer", "sublayer"} & {*structure} else {*structure}
-    costs = {key: unit_cost(config, *key, budget) for key in config.widths()}
+    costs = {key: unit_cost(config, *key, resource) for key in config.widths()}
     widths = {key: 0 if key[1] in kinds else n for key, n in config.widths().items()}
     fixed = sum(n * costs[key] for key, n in widths.items())
-    if most < fixed:
-        raise UserError(f"the budget of {most:,} {budget} is {fixed - most:,} less than what stays anyway, as only "
-                        f"{', '.join(structure)} may go; keep more, or cut more by --structure")
-    return costs.__getitem__, most - fixed, widths
+    if budget < fixed:
+        raise UserError(f"the budget of {budget:,} {resource} is {fixed - budget:,} less than what stays anyway, "
+                        f"as only {', '.join(structure)} may go; keep more, or cut more by --structure")
+    return costs.__getitem__, budget - fixed, widths
 
 
-def total(config, budget="params"):
+def total(config, resource="params"):
     """What all units of the model cost together."""
-    return sum(n * unit_cost(config, *key, budget) for key, n in config.widths().items())
+    return sum(n * unit_cost(config, *key, resource) for key, n in config.widths().items())
 
 
-def once(config, most, how, scores, structure=("ffn", "kv"), *, multiple_of=1, budget="params",
+def widths_for(config, budget, how, scores, structure=("ffn", "kv"), *, multiple_of=1, resource="params",
          importance=None, amplitude=1.0, whole=None):
-    """How many units each layer of `config` keeps so that they cost at most `most` (of `budget`) and only those of
+    """How many units each layer of `config` keeps so that they cost at most `budget` (of `resource`) and only those of
     `structure` go -> {(layer, kind): units}. `how` is a name in ALLOCATIONS; scores {(layer, kind): (units,)}, for
     whole layers or sub-blocks {(layer, "layer" | kind): number}; importance: of the layers, for "adaptive". `whole`:
     the widths before earlier cuts, which shares are of. UserError: impossible budgets, a layer below one unit."""
-    cost, left, widths = room(config, most, structure, budget)
+    cost, left, widths = split_budget(config, budget, structure, resource)
     sublayers = bool({"layer", "sublayer"} & {*structure})
     if sublayers and how not in ("global", "middle"):
         raise UserError(f"whole layers and sub-blocks go by --allocate global or middle, not {how}")
     start, strict = config.widths(), how == "uniform-strict"
-    gone = 1 - most / max(1, sum(n * cost(key) for key, n in (whole or start).items()))
+    gone = 1 - budget / max(1, sum(n * cost(key) for key, n in (whole or start).items()))
     context = Context(config.n_layer, gone, amplitude, importance, sublayers)
     blocks = [(ALLOCATIONS[how](block, context), block.units)
               for block in blocks_of(config, scores, structure, multiple_of, whole, spread=not strict)]
@@ -178,14 +178,14 @@ def once(config, most, how, scores, structure=("ffn", "kv"), *, multiple_of=1, b
     kept = sum((n - widths[key]) * cost(key) for key, n in start.items()
                if how == "middle" and protected(key[0], config.n_layer))
     if kept > left:
-        raise UserError(f"the layers that middle keeps whole cost {kept:,} {budget}, {left:,} may stay; keep more, or "
-                        "give another --allocate")
+        raise UserError(f"the layers that middle keeps whole cost {kept:,} {resource}, {left:,} may stay; keep more, "
+                        "or give another --allocate")
     widths = fill(blocks, cost, left, widths)
     below = [key for key, n in widths.items() if not n and start[key]]
     if below and not sublayers and how not in ("global", "standardised"):
         layer, kind = below[0]
         raise UserError(f"layer {layer} would keep less than one of its {start[below[0]]} "
-                        f"{'neurons' if kind == 'ffn' else 'KV groups'} under a budget of {most:,} {budget}; keep "
+                        f"{'neurons' if kind == 'ffn' else 'KV groups'} under a budget of {budget:,} {resource}; keep "
                         "more, give a smaller --multiple-of, or --allocate global, which may drop whole sub-blocks")
     return widths
 
@@ -219,11 +219,11 @@ def knapsack(options, most):
     return {key: found[key] for key in options}
 
 
-def measured(config, most, damage, structure=("ffn", "kv"), *, multiple_of=1, budget="params", steps=64):
+def measured(config, budget, damage, structure=("ffn", "kv"), *, multiple_of=1, resource="params", steps=64):
     """The widths of least damage: {(layer, kind): [(units, nats)]} as `score.damage` measured it, between those points
     interpolated on a line, never rising with the width, at up to `steps` widths a layer; what the knapsack leaves over
     goes where the next block mends most. -> {(layer, kind): units}. Our choice."""
-    cost, left, widths = room(config, most, structure, budget)
+    cost, left, widths = split_budget(config, budget, structure, resource)
     start, curves, options, sizes = config.widths(), {}, {}, {}
     for key in (key for key in damage if key[1] in structure):
         points = sorted(damage[key])
@@ -259,7 +259,7 @@ def interpolate(points, n):
 
 # -- on the way to a target, while a model trains
 
-def towards(start, target, size, at_most):
+def widths_on_the_way(start, target, size, at_most):
     """How many units each layer keeps when `size` of the removable parameters of config `start` may stay, on the
     straight way to config `target`: -> {(layer, kind): units}, none above at_most[key]. The sum is at most the budget
     and short of it by less than the cheapest unit that could still have stayed; at the target's own size it is

@@ -1,35 +1,58 @@
-"""A model on disk: our checkpoint, a run folder, a Hugging Face folder or hub id, opened by one function for everybody.
+"""A model on disk and a run on disk: written whole or not at all, and read without running code.
 
     python -c "import checkpoint; print(checkpoint.load('runs/idea-laptop-0')[0].config)"
 
-Ours is one self-describing file, written whole or not at all and read without running code from it; Hugging Face's is
-formats/huggingface.py's. Not here: what a run keeps in its folder besides (folder.py).
+`load` opens every kind of model for every script: our checkpoint, a run's folder, a Hugging Face folder or a hub id.
+Our checkpoint is one self-describing file. A run is a folder, and `RunFolder` knows its files:
+
+    ckpt_<step>.pt   the newest two; each is the state *before* that step's events, all that a step changes (`State`)
+    teacher.pt       the enlarged model before the first cut, where it became the teacher; it is never rotated away
+    metrics.jsonl    the records that train.py lists, rewound on resume to the moment of the checkpoint
+
+No state of a random-number generator is kept. After the initial weights nothing draws from one, and batches are a function
+of the step. Not here: the loop (train.py), the files of Hugging Face (formats/huggingface.py).
 """
-import dataclasses
+import hashlib
+import json
 import pickle
 import re
+import sys
 import zipfile
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
-from common import UserError, write_atomic
+from common import UserError, append_record, commit, read_records, write_atomic
+from distill import freeze
 from formats import huggingface
 from formats.tokenizer import open_tokenizer
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, with_context
 
 FORMAT = "nanoprune checkpoint 1"
 
+# Two calls of the same run may differ in these settings.
+NOT_IDENTITY = ("stage", "device", "out", "compile")
+
+# The parts that a run's wall time is divided into.
+PARTS = ("train", "score", "cut", "slice", "eval", "save")
+
+
+# -- a model on disk
 
 def save(path, model, **state):
-    """Write {"format", "config", "model", **state} to `path`: temporary name, fsync, rename. `state` is plain Python
-    and tensors (the tokenizer's name, plan, step, optimizer, provenance …), so that it loads with
-    weights_only=True."""
-    plain = getattr(model, "_orig_mod", model)                        # torch.compile's wrapper would prefix every name
+    """Write {"format", "config", "model", **state} to `path`, under a temporary name that is fsynced and then renamed.
+
+    `state` is plain Python and tensors (the tokenizer's name, step, optimizer …), so that it loads with
+    weights_only=True. Raises UserError for a model that no GPTConfig describes."""
+    # torch.compile's wrapper would prefix every name.
+    plain = getattr(model, "_orig_mod", model)
     refuse_evaluation_only(plain)
-    content = {"format": FORMAT, "config": dataclasses.asdict(plain.config), "model": plain.state_dict(), **state}
-    checksums = torch.serialization.get_crc32_options()               # torch.load never reads them, and they would
-    torch.serialization.set_crc32_options(False)                      # take a third of the time (unzip misses them)
+    content = {"format": FORMAT, "config": asdict(plain.config), "model": plain.state_dict(), **state}
+
+    # torch.load never reads the checksums, and they would take a third of the time. (unzip misses them.)
+    checksums = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
     try:
         write_atomic(path, lambda file: torch.save(content, file))
     finally:
@@ -37,51 +60,47 @@ def save(path, model, **state):
 
 
 def refuse_evaluation_only(model):
-    """UserError for a baseline that is more than its GPTConfig (methods/slicegpt.py, prune.cut with mend "bias")."""
+    """Raise UserError for a baseline that is more than its GPTConfig."""
     if hasattr(model, "evaluation_only"):
         raise UserError(f"this model is for evaluation only, as {model.evaluation_only}, which no GPTConfig and no "
                         "runtime has; cut another way to save or export it")
 
 
 def checkpoints(folder):
-    """A run folder's checkpoints, oldest first: files named ckpt_<step in 8 digits>.pt."""
+    """The checkpoints in a run's folder, oldest first: files named ckpt_<step in 8 digits>.pt."""
     return sorted(Path(folder).glob("ckpt_" + "[0-9]" * 8 + ".pt"))
 
 
 def newest(folder):
-    """The checkpoint with the highest step in a run folder, or None."""
+    """The checkpoint with the highest step in a run's folder, or None."""
     return max(checkpoints(folder), default=None)
 
 
 def load(path, device="cpu", dtype=None, block_size=None):
-    """Open `path`: a checkpoint, a run folder (its newest), a Hugging Face folder or hub id -> (GPT, about).
+    """Open a checkpoint, a run's folder (its newest), a Hugging Face folder or a hub id: -> (GPT, about).
 
-    dtype None: as stored. device "meta": no weights are read, only their config. block_size: tokens of context wanted,
-    at most the trained number; None: all. `about`: what `save` was given besides the model; of a Hugging Face folder
-    {"huggingface": its config.json, "tokenizer_files"}. UserError: missing, truncated, of another version or shape."""
+    `dtype` None keeps the stored one. With the device "meta" no weights are read, only their config. `block_size` is the
+    context that is wanted, at most the trained one; None takes all. `about` holds what `save` was given besides the
+    model; for a Hugging Face folder {"huggingface": its config.json, "tokenizer_files"}. Raises UserError for a file that
+    is missing, truncated, of another version or of another shape than it says."""
     folder = find(path)
     if folder.is_dir() and (folder / "config.json").exists():
-        model, about = huggingface.load(folder, device, dtype, block_size)
-    else:
-        model, about = load_ours(folder, device)
-        model = model if dtype is None else model.to(dtype)
-    if block_size is not None and block_size > model.config.block_size:
-        raise UserError(f"{path} was trained with a context of {model.config.block_size} tokens, not {block_size}; ask "
-                        "for at most that")
-    if block_size is not None:
-        model.config = dataclasses.replace(model.config, block_size=block_size)
-    return model, about
+        return huggingface.load(folder, device, dtype, block_size)
+    model, about = load_ours(folder, device, block_size)
+    return model if dtype is None else model.to(dtype), about
 
 
 def find(path):
-    """`path` if it is there, or the local copy of the hub's repository of that name."""
-    found = Path(path)
-    if found.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or found.parent.exists():
-        return found
+    """`path` if it exists, else the local copy of the hub's repository of that name. Raises UserError if neither is to be
+    had."""
+    local = Path(path)
+    could_be_a_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not local.parent.exists()
+    if local.exists() or not could_be_a_hub_id:
+        return local
     import huggingface_hub
+    files = ["config.json", "model*.safetensors*", "*token*", "vocab.json", "merges.txt", "chat_template.jinja"]
     try:
-        wanted = ["config.json", "model*.safetensors*", "*token*", "vocab.json", "merges.txt", "chat_template.jinja"]
-        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=wanted))
+        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=files))
     except Exception as problem:             # whatever the hub and the network raise
         raise UserError(f"no checkpoint at {path}, and the hub does not give it ({type(problem).__name__}: "
                         f"{' '.join(str(problem).split())[:150]}); check the name and the network, or give a "
@@ -89,38 +108,214 @@ def find(path):
 
 
 def tokenizer_of(about, path):
-    """The Tokenizer of the model that `load(path)` returned with `about`. UserError: it has none that we can read."""
+    """The Tokenizer of the model that `load(path)` returned with `about`. Raises UserError if it has none that we can
+    read."""
     if "huggingface" in about and not about["tokenizer_files"]:
         raise UserError(f"{path} has no tokenizer.json; add the file (train.py takes --tokenizer, too)")
-    return open_tokenizer(about["run"]["tokenizer"] if "run" in about else str(path), about.get("tokenizer_files"))
+    name = about["run"]["tokenizer"] if "run" in about else str(path)
+    return open_tokenizer(name, about.get("tokenizer_files"))
 
 
-def load_ours(path, device):
-    """A checkpoint, or a run folder's newest -> (GPT on the device, dict of everything else that `save` was given, in
-    main memory: who needs only the model has no optimizer on a GPU)."""
+def load_ours(path, device, block_size=None):
+    """Open our own checkpoint, or the newest of a run's folder: -> (GPT on the device, everything else that `save` was
+    given). What is not the model stays in main memory: a script that needs only the model has no optimizer on a GPU."""
     file = newest(path) if path.is_dir() else path
     if file is None or not file.exists():
         raise UserError(f"no checkpoint at {path}; give a ckpt_*.pt file, the folder of a run, a Hugging Face folder "
                         "or a hub id such as HuggingFaceTB/SmolLM2-135M")
-    open(file, "rb").close()                 # what the system refuses passes through, and is not called truncated
-    try:
-        state = torch.load(file, map_location="meta" if device == "meta" else "cpu", weights_only=True)
-    except pickle.UnpicklingError as problem:
-        code = re.search(r"GLOBAL ([\w.]+)", str(problem))
-        raise UserError(f"{file} is not a checkpoint of plain tensors and numbers"
-                        + (f": it would run {code[1]}, and pickled code is never run" if code else "")
-                        + "; use a file that train.py wrote") from None
-    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, LookupError, OSError) as problem:
-        raise UserError(f"{file} is truncated or no checkpoint ({(str(problem) or 'it ends').splitlines()[0][:100]}); "
-                        "delete it to go on from the one before") from None
+    state = read_pickled_tensors(file, "meta" if device == "meta" else "cpu")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise UserError(f"{file} has format {found!r}, this code reads {FORMAT!r}; use the code that wrote it")
+        form = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise UserError(f"{file} has format {form!r}, this code reads {FORMAT!r}; use the code that wrote it")
     try:
+        config = with_context(GPTConfig(**state.pop("config")), block_size, path)
         with torch.device("meta"):
-            model = GPT(GPTConfig(**state.pop("config")))
+            model = GPT(config)
         model.load_state_dict(state.pop("model"), assign=True)
     except (RuntimeError, KeyError, TypeError) as problem:
         raise UserError(f"{file}: config and weights disagree or are missing: "
                         f"{' '.join(str(problem).split())[:200]}") from None
     return model.to(device), state
+
+
+def read_pickled_tensors(file, map_location):
+    """What torch.save wrote, if it is plain tensors and numbers. Raises UserError for anything else; no code that a file
+    holds is run."""
+    # What the system refuses (no permission) passes through here as an OSError and is not called truncated below.
+    open(file, "rb").close()
+    try:
+        return torch.load(file, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as problem:
+        code = re.search(r"GLOBAL ([\w.]+)", str(problem))
+        reason = f": it would run {code[1]}, and pickled code is never run" if code else ""
+        raise UserError(f"{file} is not a checkpoint of plain tensors and numbers{reason}; use a file that train.py "
+                        "wrote") from None
+    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, LookupError, OSError) as problem:
+        first_line = (str(problem) or "it ends").splitlines()[0]
+        raise UserError(f"{file} is truncated or no checkpoint ({first_line[:100]}); delete it to go on from the one "
+                        "before") from None
+
+
+def fingerprint(model):
+    """sha256 over a model's config and weights. (Two files of the same model may differ in their bytes.)"""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for p in model.parameters():
+        digest.update(p.detach().cpu().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def provenance():
+    """Which code wrote a checkpoint."""
+    return {"torch": str(torch.__version__), "python": sys.version.split()[0], "commit": commit()}
+
+
+# -- a run on disk
+
+@dataclass
+class State:
+    """All that a training step changes, and so all that a checkpoint of a run holds."""
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    alive: dict                                  # {(layer, kind): indices of live units in the model}
+    averages: dict | None = None                 # {(layer, kind): (2, units)}, moving averages of the score
+    masks: dict = field(default_factory=dict)    # {parameter name: (out, in) bool} of a 2:4 model
+    teacher: GPT | None = None                   # frozen; it has a file of its own
+    step: int = 0                                # optimizer steps done
+    teacher_file: dict | None = None             # {"file", "sha256"}; it stays when the teacher is dropped
+    dropped: bool = False                        # whether the teacher was dropped, for good
+    judged: dict = field(default_factory=lambda: {"student": None, "teacher": None, "steps": 0})  # smoothed losses
+    window: dict = field(default_factory=dict)   # sums since the last "step" record
+    flops: dict = field(default_factory=lambda: {"executed": 0.0, "credited": 0.0})
+    seconds: dict = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+
+
+# The fields of State that are stored as they are.
+PLAIN = ("step", "teacher_file", "dropped", "judged", "window", "flops", "seconds")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run."""
+    path: Path
+    identity: dict                # the resolved settings that make the run this one; see `identity_of`
+    defaults: dict                # of the settings: what a run from before a setting existed had
+    batch_tokens: int
+    tokenizer_files: dict
+    writes: bool                  # only one process of a run does
+
+    @property
+    def metrics(self):
+        return self.path / "metrics.jsonl"
+
+    def log(self, tag, step, **record):
+        """Append a record to metrics.jsonl."""
+        if self.writes:
+            append_record(self.metrics, tag=tag, step=step, tokens=step * self.batch_tokens, **record)
+
+    def save(self, state, masks):
+        """Write ckpt_<step>.pt and keep the newest two. A checkpoint of this step that exists is the same one. `masks`:
+        those of the state, packed."""
+        path = self.path / f"ckpt_{state.step:08d}.pt"
+        if not self.writes or path.exists():
+            return
+        plain = {name: getattr(state, name) for name in PLAIN}
+        save(path, state.model, run=self.identity, optimizer=state.optimizer.state_dict(), alive=listed(state.alive),
+             averages=listed(state.averages), masks=masks, **plain, tokenizer_files=self.tokenizer_files,
+             provenance=provenance())
+        for old in checkpoints(self.path)[:-2]:
+            old.unlink()
+
+    def resume(self, device, make_optimizer):
+        """The State in the newest checkpoint, without its teacher and with packed masks; None if the folder holds no
+        checkpoint. Raises UserError if the folder holds another run."""
+        if newest(self.path) is None:
+            if self.metrics.exists():
+                # Killed before its first checkpoint, or not ours.
+                records = read_records(self.metrics) or [{}]
+                self.refuse_another_run(records[0])
+            return None
+        model, saved = load(self.path, device)
+        self.refuse_another_run(saved["run"])
+        if "alive" not in saved:
+            raise UserError(f"{self.path} was begun by an older version of this code; finish it with that, or give "
+                            "another --out")
+        state = State(model, make_optimizer(model), by_key(saved["alive"]), by_key(saved["averages"], device),
+                      saved["masks"])
+        state.optimizer.load_state_dict(saved["optimizer"])
+        for name in PLAIN:
+            setattr(state, name, saved[name])
+        return state
+
+    def refuse_another_run(self, recorded):
+        """Raise UserError if the recorded settings are not ours. A setting that is not recorded, as the code that wrote
+        them did not have it, had its default."""
+        recorded = {**self.defaults, **recorded}
+        differ = [f"{name} is {recorded.get(name)!r} there and {value!r} here"
+                  for name, value in self.identity.items() if recorded.get(name) != value]
+        if differ:
+            raise UserError(f"{self.path} holds a run of another configuration ({'; '.join(differ)}); "
+                            "give another --out or delete it")
+
+    def rewind(self, step, **about):
+        """Make metrics.jsonl what it was when the checkpoint of `step` was taken. What came after it will be written
+        again. `about` goes into the config record, with the commit of the code; if the run was begun by another one,
+        both are named."""
+        if not self.writes:
+            return
+        first, *rest = read_records(self.metrics) or [{}]
+        commits = first.get("code", "unknown").split("+") if step else []
+        if commit() not in commits:
+            commits.append(commit())
+        config = {"tag": "config", "step": 0, "tokens": 0, **self.identity, **about, "code": "+".join(commits)}
+
+        # The step record of the checkpoint's own step was written before it, its other records after it.
+        kept = [r for r in rest if r["step"] < step or (r["step"] == step and r["tag"] == "step")]
+        lines = [json.dumps(record) + "\n" for record in [config, *kept]]
+        write_atomic(self.metrics, lambda file: file.write("".join(lines).encode()))
+
+    def save_teacher(self, model, step):
+        """Write the model as teacher.pt; -> its path."""
+        path = self.path / "teacher.pt"
+        if self.writes:
+            save(path, model, run=self.identity, step=step, tokenizer_files=self.tokenizer_files)
+        return path
+
+    def open_teacher(self, path, state):
+        """Load the teacher at `path`, frozen, into the state. Raises UserError for one with another tokenizer or a
+        shorter context, and for one that has changed since the run began."""
+        student = state.model
+        weight = student.embed.weight
+        teacher, about = load(path, weight.device, weight.dtype)
+        tokenizer = tokenizer_of(about, path).name
+        if teacher.config.vocab_size != student.config.vocab_size or tokenizer != self.identity["tokenizer"]:
+            raise UserError(f"the teacher {path} has {teacher.config.vocab_size} tokens of {tokenizer!r}, the student "
+                            f"{student.config.vocab_size} of {self.identity['tokenizer']!r}; give a teacher with the "
+                            "same tokenizer")
+        if teacher.config.block_size < student.config.block_size:
+            raise UserError(f"the teacher {path} was trained with a context of {teacher.config.block_size} tokens, the "
+                            f"student has {student.config.block_size}; give a teacher with at least that")
+        file = newest(path) if Path(path).is_dir() else None
+        opened = {"file": str(file or path), "sha256": fingerprint(teacher)}
+        before = state.teacher_file
+        if before and before["sha256"] != opened["sha256"]:
+            raise UserError(f"the teacher {opened['file']} has changed since the run began (sha256 "
+                            f"{opened['sha256'][:12]}, then {before['sha256'][:12]}); restore it or begin anew with "
+                            "another --out")
+        state.teacher_file = opened
+        state.teacher = freeze(teacher)
+
+
+def identity_of(config, corpus_fingerprint):
+    """What makes a run this run: its resolved settings and its corpus, without where and how far it is to run."""
+    identity = {name: value for name, value in asdict(config).items() if name not in NOT_IDENTITY}
+    return {**identity, "fingerprint": corpus_fingerprint}
+
+
+def listed(tensors):
+    """{(layer, kind): tensor} as a list of (layer, kind, tensor), which a checkpoint of plain values can hold."""
+    return None if tensors is None else [(layer, kind, tensor) for (layer, kind), tensor in tensors.items()]
+
+
+def by_key(rows, device=None):
+    """The dictionary that `listed` was given."""
+    return None if rows is None else {(layer, kind): tensor.to(device) for layer, kind, tensor in rows}

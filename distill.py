@@ -10,6 +10,7 @@ temperature 1 (Minitron's best, arXiv 2407.14679), mixed with cross-entropy, is 
 layers, cached teachers.
 """
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 CHUNK_VALUES = {"cpu": 2**21, "gpu": 2**24}     # logits per chunk; on a CPU 8 MB in float32: 42 tokens at V = 49,152
@@ -123,6 +124,22 @@ def chunked_loss(hidden, weight, targets, teacher_hidden=None, teacher_weight=No
     needs_grad = torch.is_grad_enabled() and hidden.requires_grad or needs_dw
     return _ChunkedLoss.apply(hidden.flatten(0, 1), weight, targets.flatten(), teacher_hidden, teacher_weight,
                               kd_weight, temperature, needs_grad, needs_dw)
+
+
+class Objective(nn.Module):
+    """The loss of a batch in one forward pass, so that DDP and torch.compile see all of it: cross-entropy, or a mix of it
+    and distillation where a teacher's hidden states are given."""
+    def __init__(self, model, kd_weight, temperature):
+        super().__init__()
+        self.model = model
+        self.kd_weight = kd_weight
+        self.temperature = temperature
+
+    def forward(self, x, y, teacher_hidden=None, teacher_weight=None):
+        """Token ids and targets (B, T), the teacher's hidden states (B, T, C') and output projection (V, C') ->
+        what `chunked_loss` returns."""
+        return chunked_loss(self.model.hidden(x), self.model.head_weight, y, teacher_hidden, teacher_weight,
+                            self.kd_weight, self.temperature)
 
 
 def freeze(model):

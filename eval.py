@@ -25,7 +25,6 @@ import data
 from checkpoint import load, tokenizer_of
 from common import UserError, parse, pick_device, refuse_idle, run
 from distill import chunked_loss
-from tasks import questions
 
 
 @dataclass(frozen=True)
@@ -138,15 +137,6 @@ def print_loss(config, model, tokenizer, about):
           f"{result['bits_per_byte']:.4f} bits per byte")
 
 
-def print_choices(config, model, tokenizer):
-    asked = [(file, questions.read_questions(file)[:config.limit]) for file in config.multiple_choice]
-    print(f"{'file':40} questions  acc              acc_norm         acc_bytes        tokens/s")
-    for file, asked_here in asked:
-        r = questions.multiple_choice(model, tokenizer, asked_here, config.batch_tokens)
-        metrics = "  ".join(f"{r[m]:.4f} ± {r[m + '_stderr']:.4f}" for m in ("acc", "acc_norm", "acc_bytes"))
-        print(f"{file:40} {r['questions']:9,}  {metrics}  {r['tokens'] / r['seconds']:8,.0f}")
-
-
 def print_sample(config, model, tokenizer):
     ids = tokenizer.encode(config.sample)
     if len(ids) == 0:
@@ -161,26 +151,23 @@ def print_sample(config, model, tokenizer):
 
 
 def main(config):
-    for name in ("limit", "num_fewshot", "batch_tokens"):
-        if getattr(config, name) is not None and getattr(config, name) < (name != "num_fewshot"):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must not be that small")
-    questions = config.tasks or config.multiple_choice
+    asks = bool(config.tasks or config.multiple_choice)
     for names, used, why in ((("include_path", "num_fewshot"), config.tasks, "without --tasks"),
-                             (("limit", "batch_tokens"), questions, "without --tasks or --multiple-choice"),
-                             (("stride", "batch"), config.data or not questions, "on questions without --data"),
-                             (("windows",), not (config.data or config.stride or questions),
+                             (("limit", "batch_tokens"), asks, "without --tasks or --multiple-choice"),
+                             (("stride", "batch"), config.data or not asks, "on questions without --data"),
+                             (("windows",), not (config.data or config.stride or asks),
                               "with --data or --stride, where all windows count, nor on questions"),
                              (("tokens", "temperature", "top_k", "seed"), config.sample is not None,
                               "without --sample")):
         refuse_idle(config, () if used else names, why)
+    if asks:
+        from tasks import questions      # only now: the other commands need nothing of it
+        questions.check(config)
     model, about = open_model(config)
     tokenizer = tokenizer_of(about, config.checkpoint)
-    if config.multiple_choice:
-        print_choices(config, model, tokenizer)
-    if config.tasks:
-        print(questions.run_tasks(model, tokenizer, config.tasks.split(","), config.include_path, config.batch_tokens,
-                              limit=config.limit, num_fewshot=config.num_fewshot)[1])
-    if config.data is not None or not questions:
+    if asks:
+        questions.main(config, model, tokenizer)
+    if config.data is not None or not asks:
         print_loss(config, model, tokenizer, about)
     if config.sample is not None:
         print_sample(config, model, tokenizer)

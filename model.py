@@ -334,3 +334,14 @@ def shrunk(config, enlarge_ff=2.6, enlarge_kv=1.0):
         return n if enlarge_ff == 1 else min(n, max(1, 8 * round(n / enlarge_ff / 8)))
 
     return config.resized({key: units(n, key[1]) for key, n in config.widths().items()})
+
+
+def with_context(config, block_size, path):
+    """The config with `block_size` tokens of context, or as it is for None. Raises UserError for more than it was trained
+    with."""
+    if block_size is None:
+        return config
+    if block_size > config.block_size:
+        raise UserError(f"{path} was trained with a context of {config.block_size} tokens, not {block_size}; ask "
+                        "for at most that")
+    return dataclasses.replace(config, block_size=block_size)

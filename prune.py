@@ -28,14 +28,14 @@ import allocate
 import checkpoint
 import data
 import score
-from common import UserError, parse, peak_rss, pick_device, refuse_idle, run
+from common import UserError, parse, peak_memory, pick_device, refuse_idle, run
 from eval import evaluate
 from methods import two_four
 from model import GPT, by_unit, coupled
 
 
 def everything(config):
-    """The keep that keeps all: {(layer, kind): indices (units,)}."""
+    """Every unit, alive: {(layer, kind): indices (units,)}."""
     return {key: torch.arange(n) for key, n in config.widths().items()}
 
 
@@ -51,13 +51,13 @@ def choose(scores, widths):
 # -- zero and slice
 
 @torch.no_grad()
-def zero_(model, optimizer, keep):
-    """Kill, in place, every unit that is not in `keep`: its weights and its Adam moments become 0. optimizer may be
+def zero_(model, optimizer, alive):
+    """Kill, in place, every unit that is not in `alive`: its weights and its Adam moments become 0. optimizer may be
     None."""
     parameters = dict(model.named_parameters())
     for (layer, kind), units in model.config.widths().items():
-        alive = keep.get((layer, kind), torch.arange(units))
-        dead = torch.ones(units, dtype=torch.bool).index_fill_(0, alive, False).nonzero().flatten()
+        living = alive.get((layer, kind), torch.arange(units))
+        dead = torch.ones(units, dtype=torch.bool).index_fill_(0, living, False).nonzero().flatten()
         if dead.numel() == 0:
             continue
         for name, dim in coupled(model.config, layer, kind):
@@ -68,13 +68,13 @@ def zero_(model, optimizer, keep):
 
 
 @torch.no_grad()
-def slice(model, optimizer, keep):
-    """Cut dead units off for good: -> (model, optimizer) with only the entries in `keep`, same dtype, device,
+def slice(model, optimizer, alive):
+    """Cut dead units off for good: -> (model, optimizer) with only the entries of units in `alive`, same dtype, device,
     hyperparameters, moments and step counts. optimizer may be None. A sub-block that keeps no unit goes, with the
     norm in front of it."""
-    config = model.config.resized({key: len(indices) for key, indices in keep.items()})
+    config = model.config.resized({key: len(indices) for key, indices in alive.items()})
     units = model.config.widths()
-    cuts = {name: (dim, units[key], indices) for key, indices in keep.items()
+    cuts = {name: (dim, units[key], indices) for key, indices in alive.items()
             for name, dim in coupled(model.config, *key)}
 
     def cut(name, tensor):
@@ -126,13 +126,13 @@ class Constant(nn.Module):
 
 
 @torch.no_grad()
-def cut(model, keep, mend="none", stats=None):
-    """-> the smaller GPT that keeps the units in `keep`; the model given stays as it is. mend "least-squares": what
+def cut(model, alive, mend="none", stats=None):
+    """-> the smaller GPT that keeps the units in `alive`; the model given stays as it is. mend "least-squares": what
     reads the units that are left makes up for the others (`mended`, from stats.gram). "bias": FLAP's compensation
     (arXiv 2312.11983, section 3.3), the mean output of what went (stats.mean) as an explicit bias behind `o` and
     `down`; a GPTConfig has no such bias, so that model is for evaluation only."""
-    small, _ = slice(model, None, keep)
-    for (layer, kind), kept in keep.items() if mend != "none" else ():
+    small, _ = slice(model, None, alive)
+    for (layer, kind), kept in alive.items() if mend != "none" else ():
         units, sub_block = model.config.widths()[layer, kind], "attn" if kind == "kv" else "ffn"
         if len(kept) == units:
             continue
@@ -215,7 +215,7 @@ def check(c):
         scores = [name for name in (*scores, "influence", "perplexity") if name != "flap"]
     ways = ("global", "middle") if depth else ("global",) if alone else (*allocate.ALLOCATIONS, "measured")
     for name, value, allowed in (("score", c.score, scores), ("allocate", c.allocate, ways),
-                                 ("budget", c.budget, allocate.BUDGETS[:1 if alone and not depth else None]),
+                                 ("budget", c.budget, allocate.RESOURCES[:1 if alone and not depth else None]),
                                  ("mend", c.mend, ("none",) if alone else ("none", "bias", "least-squares"))):
         if value not in allowed:
             raise UserError(f"--{name} {value!r} with --structure {c.structure} must be one of {', '.join(allowed)}")
@@ -242,8 +242,9 @@ def check(c):
 
 def needs(c):
     """What the recipe asks of score.collect. The layers' cosines are always among it, for the table."""
-    of_score = {"channel"} if c.structure == "channel" and c.score == "activation" else \
-        score.SCORES.get(c.score, (None, set()))[1]
+    of_score = set(score.SCORES[c.score].needs) if c.score in score.SCORES else set()
+    if c.structure == "channel" and c.score == "activation":
+        of_score = {"channel"}
     return of_score | {"cosine"} | {"least-squares": {"gram"}, "bias": {"mean"}, "none": set()}[c.mend]
 
 
@@ -254,7 +255,7 @@ def measure(model, stats, batches, c):
     batches = batches[:c.measured_windows // batches[0][0].size(0)]
     if c.score == "perplexity":
         return score.without(model, batches, ("layer",) if c.structure == "layer" else ("kv", "ffn"))
-    kinds, scores = c.structure.split(","), score.SCORES[c.score][0](model, stats)
+    kinds, scores = c.structure.split(","), score.SCORES[c.score].function(model, stats)
     at = {(layer, kind): sorted({round(share * n) for share in SHARES} if kind == "ffn" else {*range(n)})
           for (layer, kind), n in model.config.widths().items() if kind in kinds}
     return score.damage(model, batches, scores, at, lambda name, w, kept: mended(w, stats.gram[name], kept)
@@ -263,22 +264,22 @@ def measure(model, stats, batches, c):
 
 @torch.no_grad()
 def decide(model, stats, batches, c, most, whole=None, damage=None):
-    """The recipe's keep: {(layer, kind): indices}, for a budget of `most`; `batches` is what it may measure on,
-    `damage` what `measure` found already, `whole` the widths before earlier cuts. UserError: what allocate refuses."""
+    """The units that the recipe leaves alive: {(layer, kind): indices}, for a budget of `most`; `batches` is what it may
+    measure on, `damage` what `measure` found already, `whole` the widths before earlier cuts. UserError: what allocate refuses."""
     kinds, config = c.structure.split(","), model.config
     if c.allocate == "measured" or c.score == "perplexity":
         damage = damage or measure(model, stats, batches, c)
     if kinds[0] in ("layer", "sublayer"):
         scores = layer_scores(model, stats, damage, c)
-        widths = allocate.once(config, most, c.allocate, scores, kinds, budget=c.budget)
+        widths = allocate.widths_for(config, most, c.allocate, scores, kinds, resource=c.budget)
         return {key: torch.arange(n) for key, n in widths.items()}
-    scores = score.SCORES[c.score][0](model, stats)
+    scores = score.SCORES[c.score].function(model, stats)
     if c.allocate == "measured":
-        widths = allocate.measured(config, most, damage, kinds, multiple_of=c.multiple_of, budget=c.budget)
+        widths = allocate.measured(config, most, damage, kinds, multiple_of=c.multiple_of, resource=c.budget)
     else:
         importance = score.importance(stats, config.n_layer) if c.allocate == "adaptive" else None
-        widths = allocate.once(config, most, c.allocate, scores, kinds, multiple_of=c.multiple_of, budget=c.budget,
-                               importance=importance, amplitude=c.amplitude, whole=whole)
+        widths = allocate.widths_for(config, most, c.allocate, scores, kinds, multiple_of=c.multiple_of,
+                                     resource=c.budget, importance=importance, amplitude=c.amplitude, whole=whole)
     return choose(scores, widths)
 
 
@@ -295,7 +296,7 @@ def layer_scores(model, stats, damage, c):
     elif c.score == "perplexity":
         worth = damage
     else:                                                                       # the sum over all their entries
-        units = score.SCORES[c.score][0](model, stats)
+        units = score.SCORES[c.score].function(model, stats)
         worth = {key: sum(units[part].sum().item() * config.unit_params(*part) for part in part_of)
                  for key, part_of in parts.items()}
     return {key: worth[key] / (1 if c.structure == "layer" else max(1, params[key])) for key in parts}
@@ -352,7 +353,7 @@ class Phases:
             lines = Path("/proc/self/status").read_text().splitlines()
             peak = 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
         else:                                                # elsewhere: of the program so far
-            peak = peak_rss()
+            peak = peak_memory()
         self.last[name] = seconds, peak
         print(f"  {name:10} {seconds:8.1f} s   peak {peak / 2**30:.2f} GiB", flush=True)
 
@@ -414,7 +415,7 @@ def main(c):
               f"perplexity {found['perplexity']:.2f}   (hold-out of {c.data}, {found['tokens']:,} tokens)")
 
     if c.structure not in ("channel", "2:4"):               # what no calibration can mend
-        allocate.room(start, math.floor(c.keep * total + 1e-6), c.structure.split(","), c.budget)
+        allocate.split_budget(start, math.floor(c.keep * total + 1e-6), c.structure.split(","), c.budget)
     report(model, "before")
     for i in range(1, c.iterations + 1):
         with phase("calibrate"):

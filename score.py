@@ -13,6 +13,7 @@ layer keeps (allocate.py), the cut (prune.py).
 """
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -269,15 +270,21 @@ def flap(model, stats):
     return by_channel(model, channels)
 
 
-SCORES = {  # name: the function, and what it needs of `collect`
-    "sensitivity": (sensitivity, {"sensitivity"}),
-    "taylor": (taylor, {"grad"}),
-    "taylor2": (taylor2, {"grad", "grad_sq"}),
-    "activation": (activation, {"position"}),
-    "wanda": (wanda, {"square"}),
-    "flap": (flap, {"mean", "square"}),
-    "magnitude": (magnitude, set()),
-    "random": (random, set()),
+@dataclass(frozen=True)
+class Score:
+    function: Callable        # (model, stats) -> {(layer, kind): (units,)}
+    needs: frozenset          # the fields of Stats that it reads, as `collect` takes them
+
+
+SCORES = {
+    "sensitivity": Score(sensitivity, frozenset({"sensitivity"})),
+    "taylor": Score(taylor, frozenset({"grad"})),
+    "taylor2": Score(taylor2, frozenset({"grad", "grad_sq"})),
+    "activation": Score(activation, frozenset({"position"})),
+    "wanda": Score(wanda, frozenset({"square"})),
+    "flap": Score(flap, frozenset({"mean", "square"})),
+    "magnitude": Score(magnitude, frozenset()),
+    "random": Score(random, frozenset()),
 }
 
 
@@ -408,10 +415,10 @@ def ranking(averages, uncertainty=False):
     return {key: mean * change if uncertainty else mean for key, (mean, change) in averages.items()}
 
 
-def of_living(scores, keep):
-    """The scores of the units in `keep`, {(layer, kind): indices}; of all others, which are dead already, -inf."""
-    found = {}
+def mask_dead(scores, alive):
+    """The scores of the units in `alive`, {(layer, kind): indices}; of all others, which are dead already, -inf."""
+    masked = {}
     for key, worth in scores.items():
-        alive = keep[key].to(worth.device)
-        found[key] = torch.full_like(worth, -math.inf).index_copy_(0, alive, worth[alive])
-    return found
+        living = alive[key].to(worth.device)
+        masked[key] = torch.full_like(worth, -math.inf).index_copy_(0, living, worth[living])
+    return masked

@@ -6,14 +6,15 @@
     python train.py --init FOLDER --enlarge-ff 1.25 --block-size 512 --micro-batch 2       # the large one is given
     torchrun --nproc-per-node 8 train.py --preset 124m --tokenizer gpt2 --batch-tokens 524288
 
-A larger model than wanted is trained, loses units while it trains (prune.py) and recovers at the target size, taught,
-if the plan says so, by itself as it stood before the first cut (distill.py): IDEA Prune, arXiv 2503.05920. A run is a
-folder (folder.py); the same command goes on where a killed one stopped, bit for bit on a CPU. `loop` is the method.
+A larger model than wanted is trained. It loses units while it trains (prune.py) and recovers at the target size. If the
+plan says so, a teacher helps: the model itself as it stood before the first cut (distill.py). This is IDEA Prune, arXiv
+2503.05920. `train` is the method; read it first. A run is a folder (checkpoint.py), and the same command goes on where a
+killed run stopped, bit for bit on a CPU.
 
-metrics.jsonl, one JSON object a line with `tag`, `step` (updates done before it) and `tokens` (trained on by then):
+metrics.jsonl has one JSON object a line with `tag`, `step` (updates done before it) and `tokens` (trained on by then):
   config   the resolved settings, `target` and `start` model configs, corpus `fingerprint`, `documents` and
            `corpus_tokens` (train, hold-out), `cut`: the `recipe` and `cut_from` of an --init that prune.py wrote,
-           `code`: the git commit (common.commit; joined by + if it changed on the way)
+           `code`: the git commit (joined by + if it changed on the way)
            (adapt: of `target` only the number of removable parameters counts, the last cut ends at most there)
   step     `loss` `ce` `grad_norm`, means since the last such record, and `kl` (times temperature²) `teacher_ce`, means
            of the steps with a teacher, null without; losses in nats per token; `lr` `stage` `params` (live)
@@ -26,152 +27,840 @@ metrics.jsonl, one JSON object a line with `tag`, `step` (updates done before it
   summary  final loss and sizes, `epochs`, FLOPs, `seconds` by part, `pruning_share` of them, `peak_bytes`, `device`
 FLOPs are model.flops_per_token times tokens. `executed` counts what the hardware did: units that are dead and not yet
 sliced off, the teacher's forward passes, scoring, calibration; `credited` counts live units only. Neither counts
-evaluation, nor the training of a teacher that was given. The zeros of a 2:4 model (methods/two_four.py), which a run keeps if
-its --init has them, count in `params` and as executed and credited: no sparse kernels run here.
+evaluation, nor the training of a teacher that was given. The zeros of a 2:4 model (methods/two_four.py), which a run keeps
+if its --init has them, count in `params` and as executed and credited: no sparse kernels run here.
 Not here: sharding of one model over several devices.
 """
 import contextlib
+import dataclasses
+import datetime
+import json
 import math
+import os
 import signal
 import sys
 import threading
-from dataclasses import asdict
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
 
-from common import UserError, commit, parse, run
-from flags import Train, measured
-
-if __name__ == "__main__":
-    CONFIG = parse(Train, about=__doc__)     # before torch, which takes seconds to import
-
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import allocate
 import checkpoint
+import data
+import distill
+import model as models
+import prune
 import report
 import schedule
 import score
+from checkpoint import State
+from common import UserError, check_choices, parse, peak_memory, pick_device, refuse_idle, run
+from eval import evaluate, sample
+from formats.tokenizer import open_tokenizer
 from methods import two_four
-from steps import Run, make_optimizer
+
+LOG_EVERY = 10               # steps between "step" records, which hold means over them
+SAMPLE_TOKENS = 200
+INIT_LR = 2e-5               # peak learning rate for pretrained models (Adapt-Pruner's scripts)
+
+LEARNING_RATES = {           # the peak for each preset
+    "toy": 1e-2,
+    "laptop": 1e-2,          # the best for plan scratch when it was tried
+    "10m": 1e-3,
+    "124m": 6e-4,            # this rate and the next are GPT-3's (arXiv 2005.14165)
+    "1.3b": 2e-4,
+    # the experiments' own sizes, layers x width
+    "4x16": 2e-2,            # claim 13 is about this rate
+    "8x16": 1e-2, "8x32": 1e-2, "8x48": 1e-2, "8x64": 1e-2,
+    "12x128": 1e-3, "12x192": 1e-3, "12x320": 1e-3, "12x512": 1e-3,
+}
+
+
+PlanName = Literal[tuple(schedule.PLANS)]
+PresetName = Literal[tuple(models.PRESETS)]
+SizeCurveName = Literal[tuple(schedule.SIZE_CURVES)]
+ScoreName = Literal[tuple(score.SCORES)]
+
+
+@dataclass(frozen=True)
+class Train:
+    plan: PlanName = "idea"                  # a row of schedule.PLANS
+    stage: Literal["all", "enlarge", "prune", "recover"] = "all"    # stop behind this stage; the next call goes on
+    preset: PresetName = "laptop"            # size of the target
+    init: str | None = None                  # instead of a preset: start with this checkpoint, run, HF folder or hub id
+    block_size: int | None = None            # tokens of context; default: the preset's, or the trained one of --init
+    enlarge_ff: float = 2.6                  # the enlarged model has so many times the target's FFN neurons
+    enlarge_kv: float = 1.0                  # and so many times its KV groups
+    data: str = "stdlib"                     # stdlib; packages; files as text, .jsonl, .parquet; hf:NAME[:CONFIG]
+    tokenizer: str | None = None             # bytes, a tiktoken encoding, a folder; default: bytes, or that of --init
+    out: str | None = None                   # run folder; default runs/PLAN-PRESET-SEED, or --init's name for PRESET
+    seed: int = 0                            # of the initial weights and the order of the data
+    steps: int = 1500                        # optimizer steps of the whole plan
+    batch_tokens: int = 4096                 # tokens per step, over all processes
+    micro_batch: int = 16                    # sequences per forward pass of a process; the rest is accumulated
+    lr: float | None = None                  # peak learning rate; default: the preset's, 2e-5 for --init
+    min_lr: float | None = None              # at the end of a cycle; default: a tenth of the peak
+    shape: Literal["cosine", "wsd"] | None = None        # of the learning rate; default: wsd in adapt, else cosine
+    warmup_share: float = 0.05               # of a cycle
+    rewarm: bool = True                      # warm up in plan naive's second cycle too; without: it begins at the peak
+    weight_decay: float = 0.1                # of matrices (AdamW)
+    clip: float = 1.0                        # gradient norm
+    enlarge_share: float | None = None       # of the run; default: the plan's, 0 in adapt with --init
+    prune_share: float | None = None         # of the run; default: the plan's
+    size_curve: SizeCurveName | None = None  # how the size falls from cut to cut; default: the plan's
+    cuts: int | None = None                  # events of the prune stage; default: 20, in adapt one per 5 % that go
+    slice_at: int | None = None              # step at which dead units are physically cut off; default: the last cut
+    score: ScoreName | None = None           # of units, measured at every cut; default: IDEA's moving average
+    score_every: int = 5                     # steps between gradient scores
+    score_window: int = 100                  # score only so many steps before a cut
+    uncertainty: bool = False                # multiply the score by its variation (PLATON)
+    calibration_windows: int = 64            # of the training text, measured on at every cut of adapt and of --score
+    forget_moments: bool = False             # a new optimizer at every cut of adapt, as in Adapt-Pruner's scripts
+    teacher: str | None = None               # a checkpoint; default: the enlarged model at the first cut
+    kd_weight: float = 0.5                   # of the teacher's share in the loss
+    kd_temperature: float = 1.0              # of the softmax in the teacher's share
+    drop_teacher: bool = True                # for good, once the student has overtaken it
+    eval_every: int = 100                    # steps
+    eval_growth: float = 1.0                 # above 1: from then on whenever the steps have grown by this factor
+    eval_windows: int = 256                  # windows of the hold-out (eval.py)
+    save_every: int = 500                    # steps
+    device: str = "auto"                     # auto, cpu, cuda, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"    # bfloat16 is autocast; auto: that on a GPU
+    compile: bool | None = None              # torch.compile; default: on a GPU only
+
+
+# -- the method
+
+def train(setup, state, stop, progress=None, objective_of=distill.Objective):
+    """Enlarge, prune, recover: one optimizer step after the other, up to the step `stop`. Returns whether a signal
+    interrupted it. `setup` never changes; every change of `state` is visible here. `objective_of` makes the module whose
+    forward pass gives the loss; benchmarks give other models their own."""
+    config = setup.config
+    timeline = setup.timeline
+    stage_starts = [start for _, start, _ in timeline.stages]
+    objective = wrap(setup, state.model, objective_of)
+    read_teacher = compile_teacher(setup, state.teacher)
+    clock = Clock(state.seconds, setup.device)
+    interrupted = False
+
+    while True:
+        # 1. Evaluate and save. A checkpoint is the state *before* the events of its step.
+        stage = schedule.stage_at(min(state.step, config.steps - 1), timeline)
+        stage_begins = state.step in stage_starts
+        at_boundary = stage_begins or state.step == stop
+        if at_boundary or schedule.eval_at(state.step, config.eval_every, config.eval_growth):
+            log_eval(setup, state, "eval", stage=stage.name)
+            clock.lap("eval")
+        if at_boundary or state.step % config.save_every == 0 or interrupted:
+            save(setup, state)
+            clock.lap("save")
+        if state.step == stop or interrupted:
+            return interrupted
+
+        # 2. Events: a fresh optimizer, the teacher, a cut, the slice.
+        size = schedule.size_at(state.step, timeline)
+        previous_size = schedule.size_at(state.step - 1, timeline)
+        shrinks = size < previous_size
+        if (stage_begins and stage.restart) or (shrinks and config.forget_moments):
+            state.optimizer = make_optimizer(state.model, config)      # Adam forgets
+        if shrinks and previous_size == 1:
+            log_sample(setup, state, "before the first cut")
+            clock.lap("eval")
+            if stage.kd and not config.teacher:
+                capture_teacher(setup, state)                          # the enlarged model, frozen
+                read_teacher = compile_teacher(setup, state.teacher)
+                clock.lap("save")
+        if shrinks:
+            scores, importance = score_units(setup, state)
+            clock.lap("score")
+            widths = widths_at(setup, state, size, scores, importance)
+            state.alive = prune.choose(score.mask_dead(scores, state.alive), widths)
+            prune.zero_(state.model, state.optimizer, state.alive)     # zeros in place; nothing else changes
+            clock.lap("cut")
+            log_eval(setup, state, "prune", size=size)
+            if state.step == timeline.events[-1][0]:
+                log_sample(setup, state, "after the last cut")
+            clock.lap("eval")
+        if state.step == timeline.slice_at or (shrinks and timeline.interleaved):
+            state.model, state.optimizer = prune.slice(state.model, state.optimizer, state.alive)
+            state.alive = prune.everything(state.model.config)
+            state.averages = None
+            objective = wrap(setup, state.model, objective_of)         # around the physically smaller model
+            setup.log("slice", state.step, **shape_record(state))
+            clock.lap("slice")
+
+        # 3. The learning rate.
+        lr = schedule.lr_at(state.step, timeline, config.lr, config.min_lr, config.warmup_share, config.shape,
+                            rewarm=config.rewarm)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+
+        # 4. Forward and backward over the micro-batches: cross-entropy, or a mix of it and distillation.
+        teacher = state.teacher if stage.kd else None
+        sums = setup.zeros(4)        # means of: the loss, cross-entropy, KL, the teacher's cross-entropy
+        for micro in range(setup.micro_steps):
+            x, y = setup.batch(state.step, micro)                      # (B, T) each, a pure function of its arguments
+            if setup.world > 1:
+                # DDP exchanges gradients once a step, behind the last micro-batch.
+                objective.require_backward_grad_sync = micro == setup.micro_steps - 1
+            with setup.autocast():
+                taught = ()
+                if teacher:
+                    with torch.no_grad():
+                        taught = (read_teacher(x), teacher.head_weight)      # (B, T, C') and (V, C')
+                loss, parts = objective(x, y, *taught)
+            (loss / setup.micro_steps).backward()
+            sums += torch.cat((loss.detach()[None], parts)) / setup.micro_steps
+        losses, interrupted = agree(setup, sums)
+        norm = nn.utils.get_total_norm([p.grad for p in state.model.parameters()])
+        refuse_non_finite(setup, state, losses, norm, lr)
+        step_seconds = clock.lap("train")
+
+        # 5. Score the units while their gradients are there; clip; update.
+        scores_now = setup.averages_scores and schedule.score_at(state.step, timeline, config.score_every,
+                                                                 config.score_window)
+        if scores_now:
+            state.averages = score.average(state.averages, score.sensitivity(state.model))
+            clock.lap("score")
+        nn.utils.clip_grads_with_norm_(state.model.parameters(), config.clip, norm)
+        state.optimizer.step()
+        two_four.hold_(state.model, state.optimizer, state.masks)      # the zeros of a 2:4 model do get gradients
+        state.optimizer.zero_grad(set_to_none=True)
+        step_seconds += clock.lap("train")
+
+        # 6. Log. Drop the teacher for good once the student has overtaken it.
+        count_flops(setup, state, teacher, scores_now)
+        if teacher:
+            judge_teacher(setup, state, losses)
+        state.step += 1
+        log_step(setup, state, stage, losses, norm.item(), lr, step_seconds, taught=teacher is not None,
+                 progress=progress)
 
 
 class NotFinite(UserError):
-    """A step's loss or gradient is not a number, or infinite."""
+    """The loss or the gradient of a step is infinite or not a number."""
 
 
-def loop(r, stop, progress):
-    """The method: enlarge, prune, recover, step by step up to `stop`."""
-    s, t, c = r.state, r.timeline, r.config
-    begins = {begin for _, begin, _ in t.stages}
+def refuse_non_finite(setup, state, losses, norm, lr):
+    """Raise NotFinite before such a gradient reaches the weights."""
+    if all(map(math.isfinite, (*losses, norm))):
+        return
+    newest = setup.folder and checkpoint.newest(setup.folder.path)
+    raise NotFinite(f"step {state.step}: loss {losses[0]:.4g}, gradient norm {norm:.4g}: not applied; lower --lr, now "
+                    f"{lr:.2g}, or check the data; last checkpoint: {newest}")
 
-    while True:
-        # evaluate, save: a checkpoint is the state before this step's events
-        boundary = s.step in begins or s.step == stop
-        if boundary or schedule.eval_at(s.step, c.eval_every, c.eval_growth):
-            r.evaluate("eval", stage=schedule.stage_at(min(s.step, c.steps - 1), t).name)
-        if boundary or s.step % c.save_every == 0 or r.interrupted:
-            with r.timed("save"):
-                r.folder.save(s)
-        if s.step == stop or r.interrupted:
-            return
 
-        # events
-        stage, size, size_before = schedule.stage_at(s.step, t), *(schedule.size_at(i, t) for i in (s.step, s.step - 1))
-        shrinks = size < size_before
-        if s.step in begins and stage.restart or shrinks and c.forget_moments:
-            s.optimizer = make_optimizer(s.model, c)                  # Adam forgets
-        if shrinks and size_before == 1:
-            r.sample("before the first cut")
-            if stage.kd and not c.teacher:
-                r.capture_teacher()
-        if shrinks:
-            r.cut(size)                                               # zeros in place
-            if s.step == t.events[-1][0]:
-                r.sample("after the last cut")
-        if s.step == t.slice_at or shrinks and t.adaptive:
-            r.slice()                                                 # the physically smaller model
+# -- what never changes in a run
 
-        # learning rate
-        lr = schedule.lr_at(s.step, t, c.lr, c.min_lr, c.warmup_share, c.shape, rewarm=c.rewarm)
-        for group in s.optimizer.param_groups:
-            group["lr"] = lr
+@dataclass(frozen=True)
+class Setup:
+    """The fixed surroundings of a run. Every process of a DDP run has one with the same numbers."""
+    config: Train                            # resolved: no default is left open
+    timeline: schedule.Timeline
+    start: models.GPTConfig                  # the model that the run starts with
+    target: models.GPTConfig                 # and the one that it ends with
+    corpus: data.Corpus
+    byte_lengths: np.ndarray | None          # bytes of each token of the vocabulary
+    device: str
+    rank: int = 0
+    world: int = 1
+    folder: checkpoint.RunFolder | None = None     # None: nothing is evaluated, recorded or saved
+    cut_before: dict | None = None           # what prune.py wrote of the cut that made --init
+    signals: list = field(default_factory=list)    # those that this process has received
 
-        # micro-steps: cross-entropy | distillation | both
-        teacher, before = s.teacher if stage.kd else None, s.seconds["train"]
-        with r.timed("train"):
-            means, norm = r.backward(teacher)
-        if not all(map(math.isfinite, (*means, norm))):
-            raise NotFinite(f"step {s.step}: loss {means[0]:.4g}, gradient norm {norm:.4g}: not applied; lower --lr, "
-                            f"now {lr:.2g}, or check the data; last checkpoint: {checkpoint.newest(r.folder.path)}")
+    @property
+    def block_size(self):
+        return self.target.block_size
 
-        # score while the gradients are there, clip, update
-        scored = not measured(c) and schedule.score_at(s.step, t, c.score_every, c.score_window)
-        if scored:
-            with r.timed("score"):
-                s.averages = score.average(s.averages, score.sensitivity(s.model))
-        with r.timed("train"):
-            nn.utils.clip_grads_with_norm_(s.model.parameters(), c.clip, norm)
-            s.optimizer.step()
-            two_four.hold_(s.model, s.optimizer, s.masks)             # 2:4 zeros get gradients; no masks: nothing
-            s.optimizer.zero_grad(set_to_none=True)
+    @property
+    def micro_steps(self):
+        return self.config.batch_tokens // (self.config.micro_batch * self.block_size * self.world)
 
-        # log
-        r.account(teacher, scored)
-        if teacher:
-            r.judge_teacher(means[1], means[3])
-        s.step += 1
-        if record := r.tally(teacher, means, norm.item(), s.seconds["train"] - before, lr, stage):
-            progress.set_postfix_str(f"{stage.name} loss {record['ce']:.3f} lr {lr:.1e} {record['params'] / 1e6:.2f}M "
-                                     f"params {record['tokens_per_second'] / 1e3:.1f}k tok/s")
+    @property
+    def averages_scores(self):
+        """Whether units are scored while the model trains (IDEA Prune), and not measured at every cut."""
+        return calibration_score(self.config) is None
+
+    def batch(self, step, micro):
+        """Token ids and targets, (B, T) each, on the device."""
+        x, y = data.batch(self.corpus.train, self.block_size, self.config.seed, step, micro, self.rank,
+                          world=self.world, micro_batch=self.config.micro_batch, micro_steps=self.micro_steps)
+        if self.device.startswith("cuda"):
+            # From pinned memory the copy waits for nothing.
+            x = x.pin_memory()
+            y = y.pin_memory()
+        return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+
+    def autocast(self):
+        kind = self.device.split(":")[0]
+        return torch.autocast(kind, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
+
+    def zeros(self, n):
+        """Room for sums: float64 wherever the device has it."""
+        dtype = torch.float32 if self.device.startswith("mps") else torch.float64
+        return torch.zeros(n, device=self.device, dtype=dtype)
+
+    def log(self, tag, step, **record):
+        if self.folder:
+            self.folder.log(tag, step, **record)
+
+    def calibration_batches(self, step):
+        """Windows of the training text for the cut at `step`. No training batch has a pair as its seed."""
+        return score.batches(self.corpus.train, self.block_size, self.config.calibration_windows,
+                             self.config.micro_batch, (self.config.seed, step), "--calibration-windows")
+
+
+class Clock:
+    """Adds wall time to the parts of a run: every lap counts for the part that it names."""
+    def __init__(self, seconds, device):
+        self.seconds = seconds               # {part: seconds}, filled in place
+        self.on_gpu = device.startswith("cuda")
+        self.last = self.now()
+
+    def now(self):
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def lap(self, part):
+        """Count the time since the last lap for `part`; -> these seconds."""
+        now = self.now()
+        seconds = now - self.last
+        self.last = now
+        self.seconds[part] += seconds
+        return seconds
+
+
+# -- what the loop calls: modules
+
+def make_optimizer(model, config):
+    """AdamW with weight decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    fused = matrices[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=fused)
+
+
+def wrap(setup, model, objective_of=distill.Objective):
+    """The module of a training step around the model as it is now: compiled and made parallel as the settings say."""
+    objective = objective_of(model, setup.config.kd_weight, setup.config.kd_temperature)
+    if setup.config.compile:
+        # The compiler gives up on a function after 8 graphs, and plan adapt has as many sizes.
+        torch.compiler.reset()
+        objective = torch.compile(objective, dynamic=False)
+    if setup.world > 1:
+        # Gradients are views of DDP's buckets: no second copy of them.
+        objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
+    return objective
+
+
+def compile_teacher(setup, teacher):
+    """The function from token ids to the teacher's hidden states."""
+    if teacher is None:
+        return None
+    return torch.compile(teacher.hidden, dynamic=False) if setup.config.compile else teacher.hidden
+
+
+def open_teacher(setup, state, path):
+    """Load the teacher into the state. On a GPU with bfloat16 its matrices are stored in bfloat16: autocast would cast
+    them to the same values in every step, as it caches casts only for parameters that need gradients."""
+    setup.folder.open_teacher(path, state)
+    if setup.config.dtype == "bfloat16" and setup.device.startswith("cuda"):
+        halve_matrices(state.teacher)
+
+
+def halve_matrices(model):
+    """Store the model's linear layers in bfloat16. Embedding, norms and so the residual stream stay as they are."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.to(torch.bfloat16)
+
+
+def capture_teacher(setup, state):
+    """The model as it is becomes the frozen teacher, through a file."""
+    path = setup.folder.save_teacher(state.model, state.step)
+    if setup.world > 1:
+        dist.barrier()                       # until the first process has written it
+    open_teacher(setup, state, path)
+    setup.log("teacher", state.step, **state.teacher_file)
+
+
+def judge_teacher(setup, state, losses):
+    """Drop the teacher for good once the student's smoothed loss on the same batches is as low as the teacher's."""
+    _, student_ce, _, teacher_ce = losses
+    before = state.judged
+    state.judged = {"student": distill.smooth(before["student"], student_ce),
+                    "teacher": distill.smooth(before["teacher"], teacher_ce), "steps": before["steps"] + 1}
+    if setup.config.drop_teacher and distill.overtaken(**state.judged):
+        setup.log("teacher", state.step, dropped=True, student_ce=state.judged["student"],
+                  teacher_ce=state.judged["teacher"])
+        state.teacher = None
+        state.dropped = True
+
+
+def agree(setup, sums):
+    """The losses of a step as numbers, means over all processes, and whether any of them has received a signal: then all
+    stop after this step."""
+    sums = torch.cat((sums, sums.new_full((1,), bool(setup.signals))))
+    if setup.world > 1:
+        dist.all_reduce(sums)
+        sums /= setup.world
+    *losses, signalled = sums.tolist()
+    return losses, signalled > 0
+
+
+# -- what the loop calls: a cut
+
+def calibration_score(config):
+    """The name of the score that a cut measures on calibration text; None where it is the moving average of the training
+    steps' |w · g| (IDEA Prune). Adapt-Pruner's is taylor."""
+    if config.score is None and schedule.interleaved(config.plan):
+        return "taylor"
+    return config.score
+
+
+def calibration_needs(config):
+    """The statistics that a cut asks of score.collect. If there are none, no calibration text is run."""
+    needs = set()
+    if schedule.interleaved(config.plan):
+        needs.add("cosine")                  # the importance of layers
+    if calibration_score(config):
+        needs |= score.SCORES[calibration_score(config)].needs
+    return needs
+
+
+def score_units(setup, state):
+    """What each unit is worth, {(layer, kind): (units,)}, and in plan adapt the importance of each layer, else None."""
+    if setup.averages_scores:
+        return score.ranking(state.averages, setup.config.uncertainty), None
+
+    # One process measures for all, so that they cannot differ by a rounding.
+    measured = [None]
+    with setup.autocast():
+        if setup.rank == 0:
+            measured = [calibrate(setup, state)]
+    if setup.world > 1:
+        dist.broadcast_object_list(measured)
+    count_calibration(setup, state)
+    return measured[0]
+
+
+def calibrate(setup, state):
+    """Run the calibration text through the model as it is: -> scores, importance."""
+    config = setup.config
+    needs = calibration_needs(config)
+    stats = score.Stats()
+    if needs:
+        stats = score.collect(state.model, setup.calibration_batches(state.step), needs)
+    stats.seed = (config.seed * (config.steps + 1) + state.step) % 2**63      # of the score "random"
+    scores = score.SCORES[calibration_score(config)].function(state.model, stats)
+    importance = score.importance(stats, state.model.config.n_layer) if setup.timeline.interleaved else None
+    return {key: worth.cpu() for key, worth in scores.items()}, importance
+
+
+def widths_at(setup, state, size, scores, importance):
+    """How many units each layer keeps when at most `size` of the removable parameters stays. In plan adapt the layers
+    that turn the residual stream least lose most; otherwise every layer is on the straight way to the target."""
+    whole = setup.start.widths()
+    if setup.timeline.interleaved:
+        budget = math.floor(size * setup.start.removable_params() + 1e-6)     # as in allocate.widths_on_the_way
+        return allocate.widths_for(state.model.config, budget, "adaptive", scores, importance=importance, whole=whole)
+    live = {key: len(indices) for key, indices in state.alive.items()}
+    return allocate.widths_on_the_way(setup.start, setup.target, size, live)
+
+
+# -- what the loop calls: accounts and records
+
+def live_config(state):
+    """The model's config with live units only."""
+    return state.model.config.resized({key: len(indices) for key, indices in state.alive.items()})
+
+
+def shape_record(state):
+    live = live_config(state)
+    return {"params": live.num_params()["total"], "n_kv_head": live.n_kv_head, "d_ff": live.d_ff}
+
+
+def count_flops(setup, state, teacher, scored):
+    """Add the FLOPs of a step: executed (the model as it is, its teacher, scoring) and credited (live units)."""
+    tokens = setup.config.batch_tokens
+    per_token = state.model.config.flops_per_token(setup.block_size)
+    if teacher:
+        per_token += teacher.config.flops_per_token(setup.block_size, backward=False)
+    state.flops["executed"] += tokens * per_token
+    if scored:
+        state.flops["executed"] += 3 * state.model.config.removable_params()
+    state.flops["credited"] += tokens * live_config(state).flops_per_token(setup.block_size)
+
+
+def count_calibration(setup, state):
+    """Add the FLOPs of a calibration pass, if the cut needed one."""
+    needs = calibration_needs(setup.config)
+    if not needs:
+        return
+    backward = bool({"grad", "grad_sq", "sensitivity"} & needs)
+    tokens = setup.config.calibration_windows * setup.block_size
+    state.flops["executed"] += tokens * state.model.config.flops_per_token(setup.block_size, backward)
+
+
+def log_eval(setup, state, tag, **about):
+    """Record the loss of the hold-out."""
+    if setup.folder is None:
+        return
+    measured = evaluate(state.model, setup.corpus.val, setup.byte_lengths, setup.config.eval_windows,
+                        batch=setup.config.micro_batch, rank=setup.rank, world=setup.world)
+    setup.log(tag, state.step, val_loss=measured["loss"], bits_per_byte=measured["bits_per_byte"],
+              **shape_record(state), flops_executed=state.flops["executed"], **about)
+
+
+def log_sample(setup, state, when):
+    """Record how the model continues the hold-out's first half window."""
+    if setup.folder is None or setup.rank > 0:
+        return
+    tokenizer = setup.corpus.tokenizer
+    prompt = setup.corpus.val[:setup.block_size // 2]
+    text = sample(state.model, tokenizer, prompt, SAMPLE_TOKENS, seed=setup.config.seed)
+    setup.log("sample", state.step, when=when, prompt=tokenizer.decode(prompt), text=text)
+
+
+def log_step(setup, state, stage, losses, norm, lr, seconds, taught, progress):
+    """Add a step to the window; every LOG_EVERY steps record the window's means and begin another."""
+    step = dict(zip(("loss", "ce", "kl", "teacher_ce"), losses), grad_norm=norm, seconds=seconds, steps=1, taught=taught)
+    state.window = {key: state.window.get(key, 0) + value for key, value in step.items()}
+    if state.step % LOG_EVERY == 0:
+        window = state.window
+        state.window = {}
+        record = {key: window[key] / window["steps"] for key in ("loss", "ce", "grad_norm")}
+        for key in ("kl", "teacher_ce"):
+            record[key] = window[key] / window["taught"] if window["taught"] else None
+        record |= {"lr": lr, "stage": stage.name, "params": live_config(state).num_params()["total"],
+                   "tokens_per_second": window["steps"] * setup.config.batch_tokens / window["seconds"],
+                   "flops_executed": state.flops["executed"], "flops_credited": state.flops["credited"]}
+        setup.log("step", state.step, **record)
+        if progress is not None:
+            progress.set_postfix_str(
+                f"{stage.name} loss {record['ce']:.3f} lr {lr:.1e} {record['params'] / 1e6:.2f}M params "
+                f"{record['tokens_per_second'] / 1e3:.1f}k tok/s")
+    if progress is not None:
         progress.update()
 
 
-def main(config, quiet=False):
-    """Run a plan, or one stage of it, from where its folder stands. -> the Run."""
-    r = Run(config)
-    s, t, c = r.state, r.timeline, r.config
-    stop = c.steps if c.stage == "all" else next(b for stage, _, b in t.stages if stage.name == c.stage)
-    if s.step >= stop and (stop < c.steps or "summary" in report.records(r.folder.path)):
-        print(f"{r.folder.path} is finished up to step {s.step} of {c.steps}; records: {r.folder.metrics}")
-        return r
-    r.folder.rewind(s.step, target=asdict(r.target), start=asdict(r.start), documents=r.corpus.documents,
-                    corpus_tokens=[len(r.corpus.train), len(r.corpus.val)], cut=r.cut_before, code=commit())
+def save(setup, state):
+    if setup.folder:
+        setup.folder.save(state, two_four.pack(state.masks))
+
+
+# -- from a command line to a run
+
+def resolve(config, device):
+    """Fill the defaults that depend on the machine or on other settings. Raises UserError for values that no later check
+    would name."""
+    check_choices(config)
+    for name in ("init", "teacher", "tokenizer", "out"):
+        if getattr(config, name) == "":
+            raise UserError(f"--{name} is empty; give a value or leave it out")      # --init "$UNSET" would go unnoticed
+    on_gpu = device.startswith("cuda")
+    interleaved = schedule.interleaved(config.plan)
+    filled = {}
+    if config.lr is None:
+        filled["lr"] = INIT_LR if config.init else LEARNING_RATES[config.preset]
+    if config.min_lr is None:
+        filled["min_lr"] = filled.get("lr", config.lr) / 10
+    if config.shape is None:
+        filled["shape"] = "wsd" if interleaved else "cosine"
+    if config.enlarge_share is None and interleaved and config.init:
+        filled["enlarge_share"] = 0.0        # a pretrained model is the enlarged one
+    if config.dtype == "auto":
+        filled["dtype"] = "bfloat16" if on_gpu else "float32"
+    if config.compile is None:
+        filled["compile"] = on_gpu
+    config = dataclasses.replace(config, **filled)
+    check_ranges(config)
+    return config
+
+
+def check_ranges(config):
+    """Raise UserError for numbers that mean nothing."""
+    positive = ("steps", "batch_tokens", "micro_batch", "lr", "clip", "cuts", "score_every", "score_window",
+                "calibration_windows", "kd_temperature", "eval_every", "eval_windows", "save_every")
+    for name in positive:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be positive and finite")
+    largest = {"seed": 2**63 - 1, "kd_weight": 1, "warmup_share": 1, "min_lr": config.lr, "weight_decay": 1 / config.lr}
+    for name, most in largest.items():
+        if not 0 <= getattr(config, name) <= most:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be between 0 and {most:g}")
+    if not 1 <= config.eval_growth < math.inf:
+        raise UserError(f"--eval-growth {config.eval_growth} must be a factor of at least 1")
+
+
+def refuse_idle_flags(config):
+    """Raise UserError for a flag that the plan has no use for: it would be believed to have had an effect."""
+    stages = schedule.PLANS[config.plan]
+    prunes = schedule.prunes(config.plan)
+    taught = any(stage.kd for stage in stages)
+    where = f"in plan {config.plan!r}"
+    if config.init and config.preset != Train.preset:
+        raise UserError(f"--preset {config.preset} has no effect with --init {config.init}; leave one of them out")
+    if not taught:
+        refuse_idle(config, ("teacher", "kd_weight", "kd_temperature", "drop_teacher"), where)
+    if not any(stage.restart for stage in stages):
+        refuse_idle(config, ("rewarm",), where)
+    if not schedule.interleaved(config.plan):
+        refuse_idle(config, ("forget_moments",), where)
+    if not prunes:
+        refuse_idle(config, ("enlarge_ff", "enlarge_kv", "score", "cuts"), where)
+    elif "oneshot" in (config.size_curve or stages[1].size_curve):
+        refuse_idle(config, ("cuts",), f"{where} with one cut")
+
+    # Moving averages of the score and measuring at the cuts exclude each other.
+    scored = f"{where} with --score {config.score}" if config.score else where
+    if calibration_score(config) or not prunes:
+        refuse_idle(config, ("score_every", "score_window", "uncertainty"), scored)
+    if not calibration_needs(config):
+        refuse_idle(config, ("calibration_windows",), scored)
+    if taught and not prunes and not config.teacher:
+        raise UserError(f"plan {config.plan!r} needs --teacher CHECKPOINT, a trained model with the same tokenizer")
+
+
+def open_init(config):
+    """The run's Tokenizer, the GPTConfig of --init, and what prune.py wrote of the cut that made it (the last two None
+    without --init). Raises UserError if model and tokenizer, or a 2:4 model and the plan, do not fit each other."""
+    if not config.init:
+        return open_tokenizer(config.tokenizer or "bytes"), None, None
+    model, about = checkpoint.load(config.init, "meta", block_size=config.block_size)
+    if about.get("masks") and schedule.prunes(config.plan):
+        raise UserError(f"{config.init} is a 2:4 model, whose units cannot be cut while it trains, and plan "
+                        f"{config.plan!r} prunes; give --plan scratch")
+    if config.tokenizer:
+        tokenizer = open_tokenizer(config.tokenizer)
+    else:
+        tokenizer = checkpoint.tokenizer_of(about, config.init)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, {config.init} only "
+                        f"{model.config.vocab_size}; leave --tokenizer out to take the model's own")
+    cut = {key: value for key, value in about.get("run", {}).items() if key in ("cut_from", "recipe")}
+    return tokenizer, model.config, cut or None
+
+
+def plan_run(config, vocab_size, given=None):
+    """The GPTConfigs that the run starts and ends with, and its Timeline: -> start, target, timeline. `given` is the
+    config of --init. Raises UserError if the plan and the sizes do not fit each other."""
+    if given:
+        enlarged = given
+        target = models.shrunk(given, config.enlarge_ff, config.enlarge_kv)
+    else:
+        target, enlarged = models.preset(config.preset, vocab_size, config.enlarge_ff, config.enlarge_kv)
+        if config.block_size is not None:
+            target = dataclasses.replace(target, block_size=config.block_size)
+            enlarged = dataclasses.replace(enlarged, block_size=config.block_size)
+    prunes = schedule.prunes(config.plan)
+    if prunes and enlarged == target:
+        raise UserError(f"plan {config.plan!r} prunes, but the enlarged model is the target; give --enlarge-ff above 1")
+    start = enlarged if prunes or given else target
+    target = target if prunes else start
+
+    def flops_at_size(size):
+        widths = allocate.widths_on_the_way(start, target, size, start.widths())
+        return start.resized(widths).flops_per_token(target.block_size)
+
     try:
-        with stop_on_signals(r), tqdm(total=stop, initial=s.step, disable=quiet or r.rank > 0,
-                                      mininterval=.5 if sys.stderr.isatty() else 20) as progress:
-            loop(r, stop, progress)
+        timeline = schedule.resolve(
+            config.plan, config.steps, target.removable_params() / start.removable_params(), cuts=config.cuts,
+            enlarge_share=config.enlarge_share, prune_share=config.prune_share, size_curve=config.size_curve,
+            slice_at=config.slice_at, flops_at_size=flops_at_size)
+    except ValueError as problem:
+        raise UserError(str(problem)) from None
+    if config.uncertainty:
+        check_uncertainty(config, timeline)
+    if config.stage not in ("all", *(stage.name for stage, _, _ in timeline.stages)):
+        raise UserError(f"plan {config.plan!r} has no stage {config.stage!r}; leave --stage out")
+    return start, target, timeline
+
+
+def check_uncertainty(config, timeline):
+    """Raise UserError if there is only one score before the first cut: it has no variation, and all units would rank
+    alike."""
+    first_cut, _ = timeline.events[0]
+    scores = sum(schedule.score_at(step, timeline, config.score_every, config.score_window) for step in range(first_cut))
+    if scores < 2:
+        raise UserError(f"--uncertainty needs two scores before the first cut, at step {first_cut}, and there are "
+                        f"{scores}; give a smaller --score-every or a larger --score-window")
+
+
+def join_processes(device):
+    """Join the processes that torchrun started: -> rank, world, this process's device."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(device)
+    if world == 1:
+        return rank, world, device
+    if ":" in device:
+        raise UserError(f"--device {device} puts all {world} processes on one GPU; give --device cuda")
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        # The timeout is long because the others wait while one process prepares data or scores.
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    return rank, world, device
+
+
+def check_batch(config, block_size, world):
+    """Raise UserError if the batch is not a whole number of micro-batches."""
+    unit = config.micro_batch * block_size * world
+    if config.batch_tokens % unit:
+        nearest = max(1, round(config.batch_tokens / unit)) * unit
+        raise UserError(f"--batch-tokens {config.batch_tokens} is not a multiple of {config.micro_batch} sequences x "
+                        f"{block_size} tokens x {world} processes = {unit}; try {nearest}, or a smaller --micro-batch "
+                        "or --block-size")
+
+
+def load_corpus(config, tokenizer, block_size, rank, world):
+    """The corpus. The first process prepares it for all."""
+    if rank > 0:
+        dist.barrier()
+    corpus = data.load(config.data, tokenizer, block_size=block_size)
+    if rank == 0 and world > 1:
+        dist.barrier()
+    return corpus
+
+
+def prepare(config):
+    """Everything that a run needs: -> setup, state. Raises UserError before anything is written."""
+    rank, world, device = join_processes(config.device)
+    config = resolve(config, device)
+    refuse_idle_flags(config)
+    tokenizer, given, cut_before = open_init(config)
+    start, target, timeline = plan_run(config, tokenizer.vocab_size, given)
+    config = dataclasses.replace(config, tokenizer=tokenizer.name, cuts=len(timeline.events))
+    check_batch(config, target.block_size, world)
+    corpus = load_corpus(config, tokenizer, target.block_size, rank, world)
+
+    identity = checkpoint.identity_of(config, corpus.fingerprint)
+    if given:
+        # The path of --init may come to hold another model.
+        identity["start"] = json.loads(json.dumps(asdict(start)))
+    size = Path(config.init).name if config.init else config.preset
+    folder = checkpoint.RunFolder(
+        Path(config.out or f"runs/{config.plan}-{size}-{config.seed}"), identity,
+        {setting.name: setting.default for setting in dataclasses.fields(config)}, config.batch_tokens,
+        tokenizer.files, writes=rank == 0)
+    setup = Setup(config, timeline, start, target, corpus, corpus.tokenizer.byte_lengths(), device, rank, world, folder,
+                  cut_before)
+    if calibration_needs(config):
+        setup.calibration_batches(0)         # what it refuses it refuses now
+
+    state = folder.resume(device, lambda model: make_optimizer(model, config))
+    if state is None:
+        state = fresh_state(setup)
+    else:
+        state.masks = two_four.unpack(state.masks, device)
+    if (config.teacher or state.teacher_file) and not state.dropped:
+        open_teacher(setup, state, config.teacher or folder.path / "teacher.pt")
+    return setup, state
+
+
+def fresh_state(setup):
+    """The State at step 0."""
+    config = setup.config
+    dtype = torch.float64 if config.dtype == "float64" else torch.float32      # bfloat16 is autocast's
+    torch.manual_seed(config.seed)
+    about = {}
+    if config.init:
+        model, about = checkpoint.load(config.init, setup.device, dtype, config.block_size)
+    else:
+        model = models.GPT(setup.start).to(setup.device, dtype)
+    return State(model, make_optimizer(model, config), prune.everything(setup.start),
+                 masks=two_four.unpack(about.get("masks"), setup.device))
+
+
+def main(config, quiet=False):
+    """Run a plan, or one stage of it, from where its folder stands: -> setup, state."""
+    setup, state = prepare(config)
+    config = setup.config
+    folder = setup.folder
+    stop = config.steps
+    if config.stage != "all":
+        stop = next(stage_stop for stage, _, stage_stop in setup.timeline.stages if stage.name == config.stage)
+    if state.step >= stop and (stop < config.steps or "summary" in report.records(folder.path)):
+        print(f"{folder.path} is finished up to step {state.step} of {config.steps}; records: {folder.metrics}")
+        return setup, state
+    folder.rewind(state.step, target=asdict(setup.target), start=asdict(setup.start), documents=setup.corpus.documents,
+                  corpus_tokens=[len(setup.corpus.train), len(setup.corpus.val)], cut=setup.cut_before)
+
+    refresh = 0.5 if sys.stderr.isatty() else 20      # seconds
+    hidden = quiet or setup.rank > 0
+    try:
+        with stop_on_signals(setup.signals), tqdm(total=stop, initial=state.step, disable=hidden,
+                                                  mininterval=refresh) as progress:
+            interrupted = train(setup, state, stop, progress)
     except torch.OutOfMemoryError as problem:
-        raise UserError(f"out of memory on {r.device} at step {s.step}: lower --micro-batch, now {c.micro_batch} "
-                        f"({str(problem).splitlines()[0][:120]})") from None
-    if s.step == c.steps and r.rank == 0 and not r.interrupted:
-        r.finish(quiet)
-    if r.world > 1:                                                   # leave together, or the last one's peers are gone
+        raise UserError(f"out of memory on {setup.device} at step {state.step}: lower --micro-batch, now "
+                        f"{config.micro_batch} ({str(problem).splitlines()[0][:120]})") from None
+    if state.step == config.steps and setup.rank == 0 and not interrupted:
+        text = finish(setup, state)
+        if not quiet:
+            print(text)
+    if setup.world > 1:
+        # Processes leave together, or the last one's peers are gone.
         dist.barrier()
         dist.destroy_process_group()
-    if r.interrupted:
-        if r.rank == 0:
-            print(f"stopped at step {s.step} of {c.steps}, saved in {r.folder.path}; the same command goes on")
-        sys.exit(128 + (r.signal or signal.SIGTERM))
-    return r
+    if interrupted:
+        if setup.rank == 0:
+            print(f"stopped at step {state.step} of {config.steps}, saved in {folder.path}; the same command goes on")
+        received = setup.signals[0] if setup.signals else signal.SIGTERM
+        sys.exit(128 + received)
+    return setup, state
+
+
+def finish(setup, state):
+    """Write the summary record and the picture of a finished plan; -> the summary's text."""
+    config = setup.config
+    log_sample(setup, state, "recovered")
+    last = report.records(setup.folder.path)["eval"][-1]
+    final = {key: last[key] for key in ("val_loss", "bits_per_byte", "params", "n_kv_head", "d_ff")}
+    pruning = sum(state.seconds[part] for part in ("score", "cut", "slice"))
+    setup.log("summary", state.step, plan=config.plan, preset=Path(config.init).name if config.init else config.preset,
+              seed=config.seed, **final,
+              epochs=data.epochs(setup.corpus.train, setup.block_size, config.steps * config.batch_tokens
+                                 / setup.block_size),
+              flops_executed=state.flops["executed"], flops_credited=state.flops["credited"], seconds=state.seconds,
+              peak_bytes=peak_memory(setup.device), pruning_share=pruning / sum(state.seconds.values()),
+              device=setup.device)
+    return report.summary(setup.folder.path)
 
 
 @contextlib.contextmanager
-def stop_on_signals(r):
-    """Ctrl-C and SIGTERM let the step finish, save and end the run; a second one ends it at once."""
-    def stop(number, _):
-        r.signal = number
-        signal.signal(number, before[number])
+def stop_on_signals(received):
+    """Ctrl-C and SIGTERM are noted in the list `received`, which lets the step finish, save and end the run. A second one
+    ends the run at once."""
+    handlers = {}
 
-    before = {}
+    def note(number, _):
+        received.append(number)
+        signal.signal(number, handlers[number])
+
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, note)
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 if __name__ == "__main__":
-    run(main, CONFIG)
+    run(main, parse(Train))

@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 
-from common import UserError, append_record, peak_rss, read_records
+from common import UserError, append_record, peak_memory, read_records
 from report import markdown
 
 # -- time
@@ -108,7 +108,7 @@ def resident(line="VmHWM"):
     where a process is spawned). Without /proc: the most so far."""
     status = Path("/proc/self/status")
     if not status.exists():
-        return peak_rss()
+        return peak_memory()
     return next(1024 * int(text.split()[1]) for text in status.read_text().splitlines() if text.startswith(line))
 
 

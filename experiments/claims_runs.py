@@ -312,7 +312,7 @@ def timeline(found, size=None):
 
 def live(start, target, kept):
     """The config when so much of the removable parameters stays."""
-    return start.resized(allocate.towards(start, target, kept, start.widths())) if kept < 1 else start
+    return start.resized(allocate.widths_on_the_way(start, target, kept, start.widths())) if kept < 1 else start
 
 
 def predicted(found, size=None):

@@ -180,7 +180,7 @@ class Bench:
         for parts in self.texts.values():
             halves.append(score.batches(parts["calibration"], c.block_size, c.windows // 2, c.micro_batch, seed))
         batches = [batch for pair in zip(*halves) for batch in pair]
-        wanted = set().union(*(need for _, need in score.SCORES.values()), {"cosine", "channel", "gram"})
+        wanted = set().union(*(row.needs for row in score.SCORES.values()), {"cosine", "channel", "gram"})
         start = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16):
             stats = score.collect(self.model, batches, wanted)

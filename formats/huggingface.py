@@ -19,7 +19,7 @@ import torch
 
 from common import UserError
 from formats.tokenizer import read_files, read_json
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, with_context
 
 FAMILIES = ("llama", "mobilellm", "mistral", "qwen2", "qwen3", "nanoprune", "nemotron-nas")
 NAMES = {  # ours -> theirs; a layer's names stand behind blocks.<i>. and model.layers.<i>.
@@ -162,7 +162,7 @@ def load(folder, device, dtype, block_size):
     c = read_json((folder / "config.json").read_bytes(), folder / "config.json")
     about = {"huggingface": c, "tokenizer_files": read_files(folder)}
     with torch.device("meta"):
-        model = GPT(read_config(c, folder, block_size))
+        model = GPT(with_context(read_config(c, folder, block_size), block_size, folder))
     if str(device) == "meta":
         return model, about
     files, wanted = tensor_files(folder), {their_name(name): p.shape for name, p in model.named_parameters()}
@@ -262,6 +262,6 @@ def save(folder, model, family, files=None, special=None):
     for name, text in (files or {}).items():
         (folder / name).write_text(text, encoding="utf-8")
     if family in OWN_CODE:
-        shutil.copy(Path(__file__).with_name("formats/modeling_nanoprune.py"), folder)
+        shutil.copy(Path(__file__).with_name("modeling_nanoprune.py"), folder)
     for file in folder.iterdir():
         file.chmod(0o644)                              # safetensors makes files that only their owner reads

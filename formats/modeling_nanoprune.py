@@ -4,11 +4,13 @@
 
 export.py copies this file into the folders it writes. It builds transformers' own Llama or Qwen 3 layers, then replaces
 their projections by ones of the layer's widths (`n_head`, `n_kv_head`, `d_ff` in config.json; 0: the sub-block is
-absent), so attention kernels, masks, caches and generation are transformers' (4.51 or later; a static cache needs 5).
+absent), so attention kernels, masks, caches and generation are transformers' (4.51 or later; a static cache needs 4.56).
 """
+import copy
+
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Cache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
@@ -21,7 +23,6 @@ class NanopruneConfig(LlamaConfig):
         self.qkv_bias, self.qk_norm = qkv_bias, qk_norm
         super().__init__(**kwargs)
         self.use_sliding_window, self.sliding_window = False, None                     # Qwen 3's layers ask for these
-        self.layer_types = ["full_attention"] * self.num_hidden_layers
 
 
 class Block(dict):
@@ -46,17 +47,20 @@ class DeciLMConfig(NanopruneConfig):
 
 
 class NoAttention(nn.Module):
-    """Adds nothing to the residual; one unused value per token keeps the cache's length right (an empty tensor counts
-    as length 0, and positions, masks and padding come from layer 0's length)."""
+    """Stands in for an absent attention. It adds nothing to the residual stream."""
+
     def __init__(self, layer):
         super().__init__()
         self.layer = layer
 
-    def forward(self, hidden_states, past_key_values=None, past_key_value=None, **_):
-        cache = past_key_values if past_key_values is not None else past_key_value
-        if cache is not None:
-            unused = hidden_states.new_zeros(hidden_states.size(0), 1, hidden_states.size(1), 1)
-            cache.update(unused, unused, self.layer)
+    def forward(self, hidden_states, **arguments):
+        # transformers takes positions, masks and padding from the length of the first layer's cache. So an absent
+        # attention caches one unused value per token; an empty tensor would count as length 0. The argument is found by
+        # its type, because its name changes: past_key_value, past_key_values and, from 5.24 on, cache.
+        for cache in arguments.values():
+            if isinstance(cache, Cache):
+                unused = hidden_states.new_ones(hidden_states.size(0), 1, hidden_states.size(1), 1)
+                cache.update(unused, unused, self.layer)
         return torch.zeros_like(hidden_states), None
 
 
@@ -83,13 +87,26 @@ def narrow(layer, config, i):
     return layer
 
 
+def stock_layer(config, i):
+    """A decoder layer of transformers': Llama's, or with QK norm Qwen 3's."""
+    if not config.qk_norm:
+        return LlamaDecoderLayer(config, i)
+    # Qwen 3's layer reads `layer_types` while it is built (4.53 to 5.9). The model's own config must not have it:
+    # `generate` would make a dictionary of masks for a static cache, and Llama's forward pass takes one mask.
+    typed = copy.copy(config)
+    typed.layer_types = ["full_attention"] * config.num_hidden_layers
+    layer = Qwen3DecoderLayer(typed, i)
+    layer.self_attn.config = config                 # transformers changes the attention's kernel in there
+    return layer
+
+
 class NanopruneForCausalLM(LlamaForCausalLM):
     config_class = NanopruneConfig
 
     def __init__(self, config):
         super().__init__(config)
-        stock = Qwen3DecoderLayer if config.qk_norm else LlamaDecoderLayer
-        self.model.layers = nn.ModuleList(narrow(stock(config, i), config, i) for i in range(config.num_hidden_layers))
+        layers = (narrow(stock_layer(config, i), config, i) for i in range(config.num_hidden_layers))
+        self.model.layers = nn.ModuleList(layers)
         self.post_init()
 
 

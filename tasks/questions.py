@@ -321,3 +321,33 @@ def run_tasks(model, tokenizer, names, include_path=None, batch_tokens=None, **o
                         "it once with a network, which caches it, or give a task with local data by --include-path"
                         ) from problem
     return results, "\n".join(make_table(results, kind) for kind in ("results", "groups") if results.get(kind))
+
+
+# -- the command: eval.py hands over its flags
+def check(config):
+    """Raise UserError if --limit, --num-fewshot or --batch-tokens is too small."""
+    for name, least in (("limit", 1), ("num_fewshot", 0), ("batch_tokens", 1)):
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+
+
+def main(config, model, tokenizer):
+    """Print what --multiple-choice and --tasks ask for."""
+    if config.multiple_choice:
+        print_choices(config, model, tokenizer)
+    if config.tasks:
+        _, table = run_tasks(model, tokenizer, config.tasks.split(","), config.include_path, config.batch_tokens,
+                             limit=config.limit, num_fewshot=config.num_fewshot)
+        print(table)
+
+
+def print_choices(config, model, tokenizer):
+    # All files are read before the first is answered, so that a bad one is refused at once.
+    files = [(file, read_questions(file)[:config.limit]) for file in config.multiple_choice]
+    print(f"{'file':40} questions  acc              acc_norm         acc_bytes        tokens/s")
+    for file, questions in files:
+        result = multiple_choice(model, tokenizer, questions, config.batch_tokens)
+        metrics = "  ".join(f"{result[m]:.4f} ± {result[m + '_stderr']:.4f}" for m in ("acc", "acc_norm", "acc_bytes"))
+        rate = result["tokens"] / result["seconds"]
+        print(f"{file:40} {result['questions']:9,}  {metrics}  {rate:8,.0f}")

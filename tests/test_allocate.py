@@ -25,7 +25,7 @@ def worth(config, seed, ties, structure):
 
 
 @pytest.mark.parametrize("how, structure, budget", [
-    (how, structure, budget) for how in allocate.ALLOCATIONS for structure in STRUCTURES for budget in allocate.BUDGETS
+    (how, structure, budget) for how in allocate.ALLOCATIONS for structure in STRUCTURES for budget in allocate.RESOURCES
     if (structure in STRUCTURES[:3] or how in ("global", "middle")) and (structure, budget) != (("ffn",), "kv_bytes")])
 def test_budgets_are_met_and_nothing_that_went_would_have_fitted(how, structure, budget):
     whole, met = structure[0] in ("sublayer", "layer"), 0
@@ -37,7 +37,7 @@ def test_budgets_are_met_and_nothing_that_went_would_have_fitted(how, structure,
         fixed = price(config.resized({key: 0 for key in start if key[1] in kinds}), budget)
         most = math.floor(fixed + rng.uniform(.3, 1) * (total - fixed))
         scores = worth(config, seed, seed % 2, structure)
-        call = lambda scores: allocate.once(config, most, how, scores, structure, multiple_of=m, budget=budget,
+        call = lambda scores: allocate.widths_for(config, most, how, scores, structure, multiple_of=m, resource=budget,
                                             importance=[rng.uniform(-1, 1)] * config.n_layer, amplitude=.1)
         try:
             before, widths = copy.deepcopy(scores), call(scores)
@@ -59,7 +59,7 @@ def test_budgets_are_met_and_nothing_that_went_would_have_fitted(how, structure,
     assert met >= 5                                                            # the others were refused
 
 
-@pytest.mark.parametrize("budget", allocate.BUDGETS)
+@pytest.mark.parametrize("budget", allocate.RESOURCES)
 def test_units_cost_what_the_model_says_they_do(budget):
     for seed in range(20):
         config, rng = random_config(random.Random(seed)), random.Random(seed)
@@ -76,7 +76,7 @@ def test_global_keeps_the_best_of_all_layers_and_kinds(seed):
     rng = random.Random(seed)
     config = CONFIGS[rng.choice(list(CONFIGS))]
     scores = random_scores(config, seed, ties=True)
-    widths = allocate.once(config, math.floor(rng.random() * config.removable_params()), "global", scores)
+    widths = allocate.widths_for(config, math.floor(rng.random() * config.removable_params()), "global", scores)
     keep = prune.choose({key: scores[key] for key in widths}, widths)
     for key in (key for key, n in config.widths().items() if widths[key] < n):
         best = max(s for i, s in enumerate(scores[key].tolist()) if i not in keep[key].tolist())
@@ -91,7 +91,7 @@ def test_global_keeps_the_best_of_all_layers_and_kinds(seed):
 
 def shared(how, keep, config=EQUAL, structure=("ffn", "kv"), scores=None, **more):
     most = math.floor(keep * config.removable_params())
-    return allocate.once(config, most, how, scores or random_scores(config, 0), structure, **more)
+    return allocate.widths_for(config, most, how, scores or random_scores(config, 0), structure, **more)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES[:3], ids=",".join)
@@ -132,10 +132,10 @@ def test_middle_counts_only_what_may_go():
     """The attention of protected layers stays anyway: it does not count against what the FFNs may keep."""
     fixed = price(EQUAL.resized({(l, "ffn"): 0 for l in range(8)}), "params")
     whole = 40 * EQUAL.unit_params(0, "ffn")
-    widths = allocate.once(EQUAL, fixed + 3 * whole, "middle", random_scores(EQUAL, 0), ("ffn",))
+    widths = allocate.widths_for(EQUAL, fixed + 3 * whole, "middle", random_scores(EQUAL, 0), ("ffn",))
     assert sum(widths[layer, "ffn"] for layer in range(8)) == 120 and widths[0, "ffn"] == widths[7, "ffn"] == 40
     with pytest.raises(UserError, match=f"middle keeps whole cost {2 * whole:,} params, {2 * whole - 1:,} may stay"):
-        allocate.once(EQUAL, fixed + 2 * whole - 1, "middle", random_scores(EQUAL, 0), ("ffn",))
+        allocate.widths_for(EQUAL, fixed + 2 * whole - 1, "middle", random_scores(EQUAL, 0), ("ffn",))
 
 
 IMPORTANCE = [1, .5, .25, 0, 0, -.25, -.5, -1]                                 # mean 0, as score.importance gives them
@@ -164,7 +164,7 @@ def test_several_cuts_end_where_one_does(how, cuts):
     config = EQUAL
     for i in range(1, cuts + 1):
         most = math.floor(EQUAL.removable_params() * (1 - .4 * i / cuts))
-        widths = allocate.once(config, most, how, random_scores(config, i), importance=IMPORTANCE, amplitude=.4,
+        widths = allocate.widths_for(config, most, how, random_scores(config, i), importance=IMPORTANCE, amplitude=.4,
                                whole=EQUAL.widths())
         config = config.resized(widths)
     one = shared(how, .6, importance=IMPORTANCE, amplitude=.4)
@@ -194,9 +194,9 @@ def test_global_and_standardised_may_drop_sub_blocks_and_the_next_cut_goes_on():
     widths = shared("global", .8, scores=scores)
     assert widths[3, "kv"] == widths[5, "ffn"] == 0
     less = EQUAL.resized(widths)
-    for budget in allocate.BUDGETS:
+    for budget in allocate.RESOURCES:
         most = price(EQUAL, budget) // 2
-        again = allocate.once(less, most, "global", random_scores(less, 1), budget=budget, whole=EQUAL.widths())
+        again = allocate.widths_for(less, most, "global", random_scores(less, 1), resource=budget, whole=EQUAL.widths())
         assert again[3, "kv"] == again[5, "ffn"] == 0 < most - price(less.resized(again), budget) + 1
 
 
@@ -210,9 +210,9 @@ def test_what_cannot_be_is_refused_with_the_numbers():
             (removable - 9, "uniform-strict", ("ffn",), {}, "keeps layers equal, and these differ"),
             (removable // 2, "uniform", ("layer",), {}, "go by --allocate global or middle, not uniform"),
             (removable // 2, "adaptive", ("sublayer",), {}, "go by --allocate global or middle, not adaptive"),
-            (20, "global", ("ffn",), dict(budget="kv_bytes"), "budget of 20 kv_bytes is 60 less than .* only ffn")):
+            (20, "global", ("ffn",), dict(resource="kv_bytes"), "budget of 20 kv_bytes is 60 less than .* only ffn")):
         with pytest.raises(UserError, match=sentence) as refusal:
-            allocate.once(config, most, how, scores, structure, **more)
+            allocate.widths_for(config, most, how, scores, structure, **more)
         assert "\n" not in str(refusal.value)
 
 
@@ -238,11 +238,11 @@ def test_allocations_meet_every_budget_on_the_way_to_the_target(seed):
     rng = random.Random(seed)
     start, target = random_start_and_target(rng)
     whole, least, first, last = start.removable_params(), target.removable_params(), start.widths(), target.widths()
-    assert allocate.towards(start, target, 1.0, first) == first
+    assert allocate.widths_on_the_way(start, target, 1.0, first) == first
     at_most = first
     for size in [*sorted((rng.uniform(least / whole, 1) for _ in range(6)), reverse=True), least / whole]:
-        widths = allocate.towards(start, target, size, at_most)
-        assert widths == allocate.towards(start, target, size, dict(reversed(at_most.items())))
+        widths = allocate.widths_on_the_way(start, target, size, at_most)
+        assert widths == allocate.widths_on_the_way(start, target, size, dict(reversed(at_most.items())))
         assert widths.keys() == first.keys() and all(widths[key] <= at_most[key] for key in first)
         budget = math.floor(size * whole + 1e-6)                               # least / whole · whole may round down
         missing = budget - start.resized(widths).removable_params()
@@ -257,5 +257,5 @@ def test_equal_layers_shrink_together():
     start = GPTConfig(**SHAPE, n_head=(4,) * 4, n_kv_head=(2,) * 4, d_ff=(40,) * 4)
     target = start.resized({(l, "ffn"): 16 for l in range(4)})
     for budget in range(target.removable_params(), start.removable_params(), 11):
-        d_ff = start.resized(allocate.towards(start, target, budget / start.removable_params(), start.widths())).d_ff
+        d_ff = start.resized(allocate.widths_on_the_way(start, target, budget / start.removable_params(), start.widths())).d_ff
         assert max(d_ff) - min(d_ff) <= 1 and list(d_ff) == sorted(d_ff, reverse=True)     # ties: the first layers

@@ -1,4 +1,5 @@
 """The evaluation protocol against the plain formula, the command on files, the report's table and picture."""
+import ast
 import json
 import math
 import subprocess
@@ -183,6 +184,12 @@ def test_questions_of_the_command_are_those_of_tasks_and_idle_flags_are_refused(
                             (dict(multiple_choice=["x"], stride=2), "--stride has no effect on questions without"),
                             (dict(data="x", windows=3), "--windows has no effect with --data or --stride"),
                             (dict(seed=3), "--seed has no effect without --sample"),
-                            (dict(multiple_choice=["x"], limit=0), "--limit 0")):
+                            (dict(multiple_choice=["x"], limit=0), "--limit 0 must be at least 1"),
+                            (dict(tasks="x", num_fewshot=-1), "--num-fewshot -1 must be at least 0")):
         with pytest.raises(UserError, match=sentence):
             ask(**flags)
+
+
+def test_eval_imports_the_questions_only_where_they_are_asked():
+    top = ast.parse((ROOT / "eval.py").read_text()).body
+    assert not any(node.module.startswith("tasks") for node in top if isinstance(node, ast.ImportFrom))

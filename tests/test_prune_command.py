@@ -118,9 +118,9 @@ def test_the_loss_it_prints_is_evals_and_the_opposite_order_is_worse(command, tr
     before, after = losses(command(**settings)[2])
     evaluation.main(evaluation.Eval(str(tmp_path / "cut"), windows=64, device="cpu"))      # the same hold-out
     assert f"{after:.4f} nats per token" in capsys.readouterr().out
-    right, needs = score.SCORES["sensitivity"]
-    opposite = lambda model, stats: {key: -s for key, s in right(model, stats).items()}
-    monkeypatch.setitem(score.SCORES, "sensitivity", (opposite, needs))
+    right = score.SCORES["sensitivity"]
+    opposite = lambda model, stats: {key: -s for key, s in right.function(model, stats).items()}
+    monkeypatch.setitem(score.SCORES, "sensitivity", score.Score(opposite, right.needs))
     assert before < after < losses(command("worst", **settings)[2])[1] - .1
 
 

@@ -38,7 +38,7 @@ def test_scores_take_exactly_the_entries_of_a_unit_and_the_query_heads_it_serves
         metric = seen[n].flatten(0, 1).var(0, correction=0) * w[n].square().sum(0)
         return (metric - metric.mean()) / metric.std(correction=0)
     by_channel = {"wanda": lambda n: seen[n].square().mean((0, 1)).sqrt() * w[n].abs().sum(0), "flap": flap}
-    found = {name: score.SCORES[name][0](model, stats) for name in score.SCORES}
+    found = {name: score.SCORES[name].function(model, stats) for name in score.SCORES}
     for scores in found.values():
         assert {key: len(s) for key, s in scores.items()} == config.widths()
     for (layer, kind), n in config.widths().items():
@@ -99,7 +99,7 @@ def test_written_examples_of_each_criterion():
                 "wanda": [7 * math.sqrt(5), 2 * 3], "flap": [1, -1],              # 25 · (5 - 4) and 2 · 9
                 "activation": [(2 + 4) / 2, (1 + 0) / 2]}
     for name, values in expected.items():
-        assert score.SCORES[name][0](model, stats)[0, "ffn"].tolist() == pytest.approx(values), name
+        assert score.SCORES[name].function(model, stats)[0, "ffn"].tolist() == pytest.approx(values), name
 
 
 def test_flap_of_a_single_channel_is_a_number():
@@ -155,7 +155,7 @@ def planted():
 
 @pytest.mark.parametrize("name", [*DATA_AWARE, "magnitude"])
 def test_useless_units_rank_last_unless_only_their_weights_are_looked_at(planted, name):
-    found = score.SCORES[name][0](*planted)
+    found = score.SCORES[name].function(*planted)
     neurons, groups = (found[1, kind].argsort().tolist() for kind in ("ffn", "kv"))
     if name == "magnitude":
         assert {*neurons[-2:]} == {8, 30} and groups[-1] == 1                  # the plants are real
@@ -194,7 +194,7 @@ def test_scores_agree_with_leaving_one_out(learned):
     for unit in range(32):
         prune.zero_(lone := copy.deepcopy(model), None, without(model.config, 0, "ffn", unit))
         change.append(loss_of(lone, x, y).item() - base)
-    found = {name: spearman(function(model, stats)[0, "ffn"], change) for name, (function, _) in score.SCORES.items()}
+    found = {name: spearman(row.function(model, stats)[0, "ffn"], change) for name, row in score.SCORES.items()}
     print(f"loss {base:.3f} of {math.log(11):.3f} nats per token; Spearman of score and loss change over 32 neurons: "
           + ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
     assert base < math.log(11) - .5 and min(found[name] for name in DATA_AWARE) >= .5 > found["random"]
@@ -291,7 +291,7 @@ def test_moving_averages_against_written_out_numbers():
 def test_ranking_puts_dead_units_last_and_uncertainty_can_turn_the_order():
     key, averages = (0, "kv"), {(0, "kv"): torch.tensor([[3., 2., 9., 1.], [.1, 1., 5., .5]])}
     keep = {key: torch.tensor([0, 1, 3])}
-    plain, uncertain = (score.of_living(score.ranking(averages, twice), keep) for twice in (False, True))
+    plain, uncertain = (score.mask_dead(score.ranking(averages, twice), keep) for twice in (False, True))
     assert plain[key].tolist() == [3, 2, -math.inf, 1]
     torch.testing.assert_close(uncertain[key], torch.tensor([.3, 2., -math.inf, .5]))
     assert [prune.choose(scores, {key: 2})[key].tolist() for scores in (plain, uncertain)] == [[0, 1], [1, 3]]

@@ -62,7 +62,7 @@ def surrogate(damage, widths):
 
 
 @pytest.mark.parametrize("structure, budget", [(structure, budget) for structure in STRUCTURES[:3]
-                                               for budget in allocate.BUDGETS
+                                               for budget in allocate.RESOURCES
                                                if (structure, budget) != (("ffn",), "kv_bytes")])
 def test_measured_meets_the_budget_and_is_never_worse_than_uniform_in_what_it_adds_up(structure, budget):
     compared = 0
@@ -74,7 +74,7 @@ def test_measured_meets_the_budget_and_is_never_worse_than_uniform_in_what_it_ad
                                   sorted({0, n // 4, n // 2, 3 * n // 4} - {n}))] for key, n in start.items() if n}
         fixed = price(config.resized({key: 0 for key in start if key[1] in structure}), budget)
         most = math.floor(fixed + rng.uniform(.2, 1) * (total - fixed))
-        call = lambda: allocate.measured(config, most, damage, structure, multiple_of=m, budget=budget)
+        call = lambda: allocate.measured(config, most, damage, structure, multiple_of=m, resource=budget)
         before, widths = copy.deepcopy(damage), call()
         left = most - price(config.resized(widths), budget)
         assert left >= 0 and widths == call() and damage == before
@@ -84,8 +84,8 @@ def test_measured_meets_the_budget_and_is_never_worse_than_uniform_in_what_it_ad
             more = {key: min(n, widths[key] + step)}
             assert widths[key] == n or price(config.resized(widths | more), budget) > most
         try:
-            even = allocate.once(config, most, "uniform", random_scores(config, 0), structure, multiple_of=m,
-                                 budget=budget)
+            even = allocate.widths_for(config, most, "uniform", random_scores(config, 0), structure, multiple_of=m,
+                                 resource=budget)
         except UserError:
             continue
         assert surrogate(damage, widths) <= surrogate(damage, even) + 1e-12
