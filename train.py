@@ -193,6 +193,9 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):
             state.model, state.optimizer = prune.slice(state.model, state.optimizer, state.alive)
             state.alive = prune.everything(state.model.config)
             state.averages = None
+            if config.compile:
+                # The compiler gives up on a function after 8 graphs, and plan adapt has as many sizes.
+                torch.compiler.reset()
             objective = wrap(setup, state.model, objective_of)         # around the physically smaller model
             setup.log("slice", state.step, **shape_record(state))
             clock.lap("slice")
@@ -354,8 +357,6 @@ def wrap(setup, model, objective_of=distill.Objective):
     """The module of a training step around the model as it is now: compiled and made parallel as the settings say."""
     objective = objective_of(model, setup.config.kd_weight, setup.config.kd_temperature)
     if setup.config.compile:
-        # The compiler gives up on a function after 8 graphs, and plan adapt has as many sizes.
-        torch.compiler.reset()
         objective = torch.compile(objective, dynamic=False)
     if setup.world > 1:
         # Gradients are views of DDP's buckets: no second copy of them.
