@@ -16,12 +16,13 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from flags import INIT_LR, LEARNING_RATES
+
 import checkpoint
 import data
 import report
 from common import UserError, write_atomic
 from experiments import sweep
-from flags import INIT_LR, LEARNING_RATES
 from formats.tokenizer import open_tokenizer
 
 
