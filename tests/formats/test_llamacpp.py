@@ -16,7 +16,7 @@ import torch
 from common import UserError
 from formats import gguf_export, llamacpp
 from formats.gguf_export import write_gguf
-from formats.llamacpp import ask, check_gguf, encoded, opened, speed
+from formats.llamacpp import Gap, ask, check_gguf, open_server, speed, tokenize
 from formats.tokenizer import LLAMA3 as LLAMA3_WORDS
 from formats.tokenizer import PRE_TOKENIZERS, PROBE, QWEN2, Tiktoken, open_tokenizer
 from model import GPT, GPTConfig
@@ -168,7 +168,7 @@ def trained(steps, added=()):
 def served(tokenizer, path, vocab_size=450):
     """A small model with that tokenizer, written and opened in llama.cpp: the server, and the file as gguf reads it."""
     write_gguf(wild(shape(vocab_size=vocab_size)), tokenizer, path)
-    return opened(path, 64), {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+    return open_server(path, 64), {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
 
 
 def decoded(server, ids):
@@ -181,7 +181,7 @@ def decoded(server, ids):
 def same_tokens(server, tokenizer):
     for text in TEXTS:
         ids = tokenizer.encode(text).tolist()
-        assert encoded(server, text) == ids, text
+        assert tokenize(server, text) == ids, text
         assert decoded(server, ids) == tokenizer.decode(ids) == text
     return True
 
@@ -189,7 +189,7 @@ def same_tokens(server, tokenizer):
 def test_bytes_are_tokens_in_llama_cpp_too(tmp_path):
     server, found = served(BYTES, tmp_path / "model.gguf", 300)
     assert same_tokens(server, BYTES)
-    assert encoded(server, "a\0b") == [97, 98] == BYTES.encode("a\0b").tolist()
+    assert tokenize(server, "a\0b") == [97, 98] == BYTES.encode("a\0b").tolist()
     every = [*range(1, 256)]
     assert decoded(server, every) == BYTES.decode(every)                       # what is no UTF-8 becomes U+FFFD
     assert found["tokenizer.ggml.eos_token_id"] == found["tokenizer.ggml.bos_token_id"] == 0
@@ -215,7 +215,7 @@ def test_a_tiktoken_vocabulary_gives_the_same_ids_and_text_in_llama_cpp(name, tm
                                                   special_tokens=specials))
     server, found = served(tokenizer, tmp_path / "model.gguf")
     for text in (text.rstrip() for text in TEXTS):                             # blank lines at the end: see `rule`
-        assert encoded(server, text) == tokenizer.encode(text).tolist(), text
+        assert tokenize(server, text) == tokenizer.encode(text).tolist(), text
     assert found["tokenizer.ggml.eos_token_id"] == found["tokenizer.ggml.bos_token_id"] == len(ranks)
     assert found["tokenizer.ggml.tokens"][len(ranks):len(ranks) + 9] == [
         "<|endoftext|>", *(f"[PAD{len(ranks) + i}]" for i in range(1, 7)), "<|fim|>", f"[PAD{len(ranks) + 8}]"]
@@ -239,7 +239,7 @@ def test_special_tokens_templates_and_opening_tokens_are_those_of_the_files(tmp_
         assert len(ask(tmp_path / "model.gguf", [5, 6], 3)) == 3
     assert [found["tokenizer.ggml.token_type"][i] for i in (0, 1, 399, 400, 401, 402)] == [3, 1, 1, 3, 4, 5]
     assert found["tokenizer.ggml.tokens"][400:403] == ["<|im_end|>", "<think>", "[PAD402]"]
-    assert encoded(server, "a<think>") == [*tokenizer.encode("a").tolist(), 401]
+    assert tokenize(server, "a<think>") == [*tokenizer.encode("a").tolist(), 401]
     for more, template in [({"tokenizer_config.json": json.dumps(config | {"chat_template": "{{ a }}"})}, "{{ a }}"),
                            ({"chat_template.jinja": "{{ b }}"}, "{{ b }}"),
                            ({"tokenizer_config.json": json.dumps(config | {"bos_token": "<|im_end|>"})}, None)]:
@@ -321,16 +321,16 @@ def test_llama_cpp_s_own_refusals_are_sentences(tmp_path, monkeypatch, capfd):
 def test_a_server_closed_at_once_does_not_hang(tmp_path):
     write_gguf(wild(shape()), BYTES, tmp_path / "model.gguf")
     subprocess.run([sys.executable, "-c",
-                    f"from formats import llamacpp; llamacpp.opened({str(tmp_path / 'model.gguf')!r}, 8)"],
+                    f"from formats import llamacpp; llamacpp.open_server({str(tmp_path / 'model.gguf')!r}, 8)"],
                    check=True, timeout=60, cwd=Path(llamacpp.__file__).parent.parent)
 
 
 def test_one_position_in_two_may_be_off_where_llama_cpp_rounds_and_none_in_float32(tmp_path, monkeypatch):
     model, path = wild(shape()), tmp_path / "model.gguf"
     write_gguf(model, BYTES, path)
-    far, near = (15.0, 0, 7, 3, -1.0, -16.0), (0.01, 1, 2, 3, -1.0, -1.01)
+    far, near = Gap(15.0, 0, 7, 3, -1.0, -16.0), Gap(0.01, 1, 2, 3, -1.0, -1.01)
     for dtype, off, passes in [("f32", 1, False), ("f16", 1, True), ("bf16", 3, True), ("f16", 5, False)]:
-        monkeypatch.setattr(llamacpp, "gaps", lambda *a: iter([far] * off + [near] * 4))
+        monkeypatch.setattr(llamacpp, "gaps", lambda *a, off=off: iter([far] * off + [near] * 4))
         if passes:
             assert check_gguf(path, model, dtype=dtype) == 15
         else:
