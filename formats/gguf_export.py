@@ -17,16 +17,15 @@ import torch
 
 from common import UserError, write_atomic
 from formats.huggingface import their_name
-from formats.tokenizer import (
+from formats.tokenizer import PROBE, from_files
+from formats.tokenizer_json import (
     BYTE_PIECE,
     GPT2,
     LETTERS,
     LLAMA3,
     PRE_TOKENIZERS,
-    PROBE,
     QWEN2,
     SMOLLM2,
-    from_files,
     pairs_of,
     spells_bytes,
     steps_of,
@@ -171,7 +170,7 @@ def rule(tokenizer):
     UserError if there is none. (cl100k_base counts as "llama-bpe"; the two differ in blank lines at the very end of a
     text, which cl100k_base leaves one word.)"""
     import tokenizers
-    pre_tokenizer = tokenizer.finds_specials.pre_tokenizer
+    pre_tokenizer = tokenizer.unguarded.pre_tokenizer
     words = pre_tokenizer.pre_tokenize_str(PROBE)
     for name, pattern in RULES.items():
         steps = [{"trim_offsets": True, **step} if step["type"] == "ByteLevel" else step
@@ -220,7 +219,7 @@ def texts_and_types(tokenizer):
     """The tokens of a tokenizer.json by id, and the types of added ones: CONTROL if they are special in the file,
     else USER_DEFINED."""
     types = import_gguf().TokenType
-    texts = {i: tokenizer.plain.id_to_token(i) for i in range(tokenizer.vocab_size)}
+    texts = {i: tokenizer.backend.id_to_token(i) for i in range(tokenizer.vocab_size)}
     texts = {i: text for i, text in texts.items() if text is not None}
     kinds = {i: types.CONTROL if token.special else types.USER_DEFINED for i, token in tokenizer.added.items()}
     return texts, kinds
@@ -245,7 +244,7 @@ def bpe_vocabulary(content, tokenizer):
         if step["type"] not in ("Prepend", "Replace"):
             raise changed_characters(tokenizer.name, step["type"])
     texts, types = texts_and_types(tokenizer)
-    add_byte_and_unknown_types(types, texts, tokenizer.plain.token_to_id(model.get("unk_token") or ""))
+    add_byte_and_unknown_types(types, texts, tokenizer.backend.token_to_id(model.get("unk_token") or ""))
     scores = {}
     for number, (left, right) in enumerate(pairs_of(model)):
         scores.setdefault(model["vocab"][left + right], -float(number))

@@ -8,8 +8,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("methods", "formats", "tasks", "experiments", "bench")
 ROWS = [      # a file imports only from rows above its own
     "common",
-    "model schedule distill report allocate methods.two_four formats.tokenizer formats.modeling_nanoprune "
+    "model schedule distill report allocate methods.two_four formats.tokenizer_json formats.modeling_nanoprune "
     "experiments.scaling_laws bench.gpt2_peer",
+    "formats.tokenizer",
     "data formats.huggingface formats.llamacpp experiments.scaling_curves bench.timing",
     "checkpoint score formats.gguf_export",
     "tasks.questions",

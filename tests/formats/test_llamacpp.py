@@ -17,8 +17,9 @@ from common import UserError
 from formats import gguf_export, llamacpp
 from formats.gguf_export import write_gguf
 from formats.llamacpp import Gap, ask, check_gguf, open_server, speed, tokenize
-from formats.tokenizer import LLAMA3 as LLAMA3_WORDS
-from formats.tokenizer import PRE_TOKENIZERS, PROBE, QWEN2, Tiktoken, open_tokenizer
+from formats.tokenizer import PROBE, Tiktoken, open_tokenizer
+from formats.tokenizer_json import LLAMA3 as LLAMA3_WORDS
+from formats.tokenizer_json import PRE_TOKENIZERS, QWEN2
 from model import GPT, GPTConfig
 
 BYTES = open_tokenizer("bytes")
