@@ -11,7 +11,7 @@ ROWS = [      # a file imports only from rows above its own
     "model schedule distill report allocate methods.two_four formats.tokenizer_json formats.modeling_nanoprune "
     "experiments.scaling_laws bench.gpt2_peer",
     "formats.tokenizer",
-    "data formats.huggingface formats.llamacpp experiments.scaling_curves bench.timing",
+    "data formats.huggingface formats.llamacpp formats.gguf_vocabulary experiments.scaling_curves bench.timing",
     "checkpoint score formats.gguf_export",
     "tasks.questions",
     "eval methods.slicegpt",

@@ -1,4 +1,4 @@
-"""formats/llamacpp.py: llama.cpp itself is the oracle of values and tokens, the gguf package that of the format."""
+"""formats/gguf_export.py, gguf_vocabulary.py and llamacpp.py: llama.cpp itself is the oracle of values and tokens."""
 import json
 import resource
 import subprocess
@@ -14,7 +14,7 @@ import tokenizers
 import torch
 
 from common import UserError
-from formats import gguf_export, llamacpp
+from formats import gguf_export, gguf_vocabulary, llamacpp
 from formats.gguf_export import write_gguf
 from formats.llamacpp import Gap, ask, check_gguf, open_server, speed, tokenize
 from formats.tokenizer import PROBE, Tiktoken, open_tokenizer
@@ -199,7 +199,7 @@ def test_bytes_are_tokens_in_llama_cpp_too(tmp_path):
     assert not found["tokenizer.ggml.add_bos_token"] and "tokenizer.chat_template" not in found
 
 
-@pytest.mark.parametrize("name, pattern", [(name, p) for name, p in gguf_export.RULES.items()])
+@pytest.mark.parametrize("name, pattern", [(name, p) for name, p in gguf_vocabulary.RULES.items()])
 def test_a_tokenizer_json_gives_the_same_ids_and_text_in_llama_cpp(name, pattern, tmp_path):
     tokenizer = open_tokenizer("x", trained(PRE_TOKENIZERS[pattern]))
     server, found = served(tokenizer, tmp_path / "model.gguf")
@@ -209,7 +209,7 @@ def test_a_tokenizer_json_gives_the_same_ids_and_text_in_llama_cpp(name, pattern
 
 @pytest.mark.parametrize("name", TIKTOKEN)
 def test_a_tiktoken_vocabulary_gives_the_same_ids_and_text_in_llama_cpp(name, tmp_path):
-    base = open_tokenizer("x", trained(PRE_TOKENIZERS[gguf_export.RULES[name]]))
+    base = open_tokenizer("x", trained(PRE_TOKENIZERS[gguf_vocabulary.RULES[name]]))
     ranks = {base.token_bytes(i): i - 1 for i in range(1, 400)}
     specials = {"<|endoftext|>": len(ranks), "<|fim|>": len(ranks) + 7}        # as in cl100k_base, ids are left out
     tokenizer = Tiktoken(name, tiktoken.Encoding(name, pat_str=TIKTOKEN[name], mergeable_ranks=ranks,
@@ -264,7 +264,7 @@ def test_what_llama_cpp_cannot_hold_is_refused_with_layer_reason_and_remedy(chan
 
 
 PATTERNS = [  # near to known ones: an alternative left out, which nothing else matches in the same way; a change
-    *("|".join(parts[:i] + parts[i + 1:]) for parts in (p.split("|") for p in gguf_export.RULES.values())
+    *("|".join(parts[:i] + parts[i + 1:]) for parts in (p.split("|") for p in gguf_vocabulary.RULES.values())
       for i, part in enumerate(parts) if "(" not in part and ")" not in part),
     r"\S+|\s+", *(QWEN2.replace(*change) for change in [
         (r"\p{N}|", r"\p{N}{1,2}|"), (r"]+[\r\n]*", r"]+[\r\n/]*"), (r"\p{L}+|", r"[\p{L}\p{M}]+|"), ("(?i:", "(?:"),
@@ -287,7 +287,7 @@ def test_other_dtypes_and_unknown_word_rules_are_refused(tmp_path):
 def test_the_check_refuses_other_tokens(tmp_path, monkeypatch):
     tokenizer = open_tokenizer("x", trained(PRE_TOKENIZERS[QWEN2]))
     model, path = wild(shape(vocab_size=450)), tmp_path / "model.gguf"
-    monkeypatch.setattr(gguf_export, "rule", lambda tokenizer: "gpt-2")
+    monkeypatch.setattr(gguf_vocabulary, "rule_of", lambda *_: "gpt-2")
     write_gguf(model, tokenizer, path)
     assert check_gguf(path, model, tokens=2) < 0.1
     with pytest.raises(UserError, match="llama.cpp's tokens of a text differ from ours, .*; give it ids, no text"):
@@ -317,6 +317,9 @@ def test_llama_cpp_s_own_refusals_are_sentences(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     with pytest.raises(UserError, match="package xllamacpp; pip install xllamacpp"):
         check_gguf(path, model)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match="written by the package gguf: pip install gguf"):
+        write_gguf(model, BYTES, path)
 
 
 def test_a_server_closed_at_once_does_not_hang(tmp_path):
