@@ -111,8 +111,9 @@ def check_reader(folder, model):
     weights = zip(model.named_parameters(), again.parameters())
     different = [name for (name, a), b in weights if not torch.equal(a, b)]
     if again.config != model.config or different:
-        raise UserError(f"read back, {folder} is another model ({', '.join(different[:3]) or again.config}); this is "
-                        "a bug, please report it")
+        raise UserError(f"read back, {folder} is another model "
+                        f"({', '.join(different[:3]) or again.config}); this is a bug, please "
+                        "report it")
 
 
 def check_transformers(folder, model):
@@ -127,8 +128,8 @@ def check_transformers(folder, model):
     largest = logits.abs().max().item()
     # Written so that a difference that is not a number is refused as well.
     if not difference <= TOLERANCE * largest:
-        raise UserError(f"transformers computes other logits from {folder}: up to {difference:.2g} apart, the largest "
-                        f"being {largest:.2g}; this is a bug, please report it")
+        raise UserError(f"transformers computes other logits from {folder}: up to {difference:.2g} "
+                        f"apart, the largest being {largest:.2g}; this is a bug, please report it")
     return difference
 
 
@@ -153,8 +154,8 @@ def main(config):
     runtime = RUNTIME[config.to]
     installed = importlib.util.find_spec(runtime) is not None
     if not installed and not config.unchecked:
-        raise UserError(f"{runtime}, which would check the result, is not installed: pip install {runtime}, or go on "
-                        "without the check by --unchecked")
+        raise UserError(f"{runtime}, which would check the result, is not installed: pip install "
+                        f"{runtime}, or go on without the check by --unchecked")
 
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     model, about = checkpoint.load(config.checkpoint, "cpu", dtype)
