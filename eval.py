@@ -185,7 +185,8 @@ def print_sample(config, model, tokenizer):
 # -- the command
 
 def check_flags(config):
-    """Raise UserError for a flag that would have no effect, or for a --dtype that does not exist."""
+    """Raise UserError for a flag that would have no effect, or for a --dtype that does not
+    exist."""
     check_choices(config)
     questions = config.tasks or config.multiple_choice
     if not config.tasks:

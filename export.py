@@ -32,7 +32,8 @@ from formats import huggingface, llamacpp
 RUNTIME = {"hf": "transformers", "deci": "transformers", "gguf": "xllamacpp"}
 GGUF_DTYPE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
-# Transformers adds up in another order than we do. This much of the largest logit may differ, in float32.
+# Transformers adds up in another order than we do. This much of the largest logit may differ, in
+# float32.
 TOLERANCE = 1e-4
 
 

@@ -89,7 +89,8 @@ def refusal(where, reason):
 
 
 def check_supported(hf, where):
-    """Raise UserError if a config.json describes another decoder than ours, and say what differs."""
+    """Raise UserError if a config.json describes another decoder than ours, and say what
+    differs."""
     family = hf.get("model_type")
     if family not in FAMILIES:
         raise refusal(where, f"model_type {family!r} is another decoder than ours; supported are "
@@ -422,7 +423,8 @@ def save(folder, model, family, files=None, special=None):
     index) in the model's dtype, the tokenizer's `files` {name: content} and, if the family has its
     own code, that. Raises UserError if a file has another name than those of tokenizers."""
     from huggingface_hub import save_torch_state_dict
-    # The names may come out of a checkpoint that somebody sent: they lead nowhere else and replace no file of ours.
+    # The names may come out of a checkpoint that somebody sent: they lead nowhere else and replace
+    # no file of ours.
     for name in files or {}:
         if name not in FILES:
             raise UserError(f"{name!r} is no file of a tokenizer; those are {', '.join(FILES)}: "
