@@ -27,7 +27,7 @@ import torch
 
 import checkpoint
 from common import UserError, check_choices, parse, run
-from formats import huggingface, llamacpp
+from formats import gguf_export, huggingface, llamacpp
 
 RUNTIME = {"hf": "transformers", "deci": "transformers", "gguf": "xllamacpp"}
 GGUF_DTYPE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -55,8 +55,8 @@ def write(config, model, about, path):
     checkpoint.refuse_evaluation_only(model)
     if config.to == "gguf":
         dtype = GGUF_DTYPE[model.embed.weight.dtype]
-        llamacpp.write_gguf(model, checkpoint.tokenizer_of(about, config.checkpoint), path, dtype)
-        return f"GGUF, architecture {llamacpp.architecture(model.config)}, {dtype}"
+        gguf_export.write_gguf(model, checkpoint.tokenizer_of(about, config.checkpoint), path, dtype)
+        return f"GGUF, architecture {gguf_export.architecture(model.config)}, {dtype}"
 
     if config.to == "deci":
         family = "nemotron-nas"

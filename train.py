@@ -179,6 +179,9 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
             state.alive = prune.everything(state.model.config)
             state.averages = None
             assert timeline.interleaved or state.model.config == setup.target
+            if config.compile:
+                # The compiler gives up on a function after 8 graphs; plan adapt has as many sizes.
+                torch.compiler.reset()
             objective = wrap(setup, state.model, objective_of)         # around the smaller model
             setup.log("slice", state.step, **shape_record(state))
             clock.lap("slice")
@@ -344,8 +347,6 @@ def wrap(setup, model, objective_of=distill.Objective):
     the settings say."""
     objective = objective_of(model, setup.config.kd_weight, setup.config.kd_temperature)
     if setup.config.compile:
-        # The compiler gives up on a function after 8 graphs, and plan adapt has as many sizes.
-        torch.compiler.reset()
         objective = torch.compile(objective, dynamic=False)
     if setup.world > 1:
         # Gradients are views of DDP's buckets: no second copy of them.

@@ -12,13 +12,12 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
-import data
 import eval as evaluation
 import report
 import train
 from checkpoint import load, save
 from common import UserError
-from formats.tokenizer import open_tokenizer
+from formats.tokenizer import Tiktoken, open_tokenizer
 from model import GPT, GPTConfig
 from tasks import questions
 
@@ -72,7 +71,7 @@ def test_stride_counts_every_token_once(model, tokens, stride, batch):
 
 def test_bits_per_byte_divides_by_counted_bytes(model):
     ranks = {bytes([i]): i for i in range(256)} | {b"ab": 256, b"abab": 257}
-    tokenizer = data.Tokenizer("pairs", tiktoken.Encoding("pairs", pat_str=r".+", mergeable_ranks=ranks,
+    tokenizer = Tiktoken("pairs", tiktoken.Encoding("pairs", pat_str=r".+", mergeable_ranks=ranks,
                                                           special_tokens={"<|endoftext|>": 258}), 258)
     text = "abab xy ab äöü " * 20
     tokens = tokenizer.encode(text)
