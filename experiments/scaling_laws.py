@@ -1,5 +1,4 @@
-"""Scaling laws for the loss of a pruned model while it recovers: fit, judge, bootstrap, hold out,
-invert. No files.
+"""Scaling laws for the loss of a pruned model in recovery: fit, judge, bootstrap, hold out, invert.
 
     python -c "from experiments.scaling_laws import *; print(*LAWS)"
 

@@ -12,7 +12,7 @@ import train
 from common import UserError, append_record, read_records
 from experiments import scaling, scaling_curves, scaling_laws, sweep
 from experiments import scaling_runs as grid_
-from experiments.scaling import Fit, Plan
+from experiments.scaling import FitGrid, Plan
 from experiments.scaling_runs import Grid
 from model import preset
 from prune import Prune
@@ -209,7 +209,7 @@ def test_planted_constants_come_back(grid):
 
 
 def test_report_has_every_law_and_the_trends_that_were_planted(grid):
-    text = scaling.fit_report(Fit(str(grid), **QUICK), scaling_curves.read(grid))
+    text = scaling.fit_report(FitGrid(str(grid), **QUICK), scaling_curves.read(grid))
     for law in ("p2", "p2, outside", "p2, rate only", "p2, control", "chinchilla", "power"):
         assert re.search(rf"\| width \| {law} \| 0\.\d+", text), law
     row = next(line for line in text.splitlines() if line.startswith("| width | p2 |"))
@@ -220,7 +220,7 @@ def test_report_has_every_law_and_the_trends_that_were_planted(grid):
 
 def test_a_grid_that_is_not_finished_says_what_it_has(grid, tmp_path, capsys):
     file = some(grid, tmp_path / "some.jsonl", "8x*")
-    scaling.main_fit(Fit(str(file), **QUICK))
+    scaling.main_fit(FitGrid(str(file), **QUICK))
     assert "no recoveries yet" in capsys.readouterr().out and (tmp_path / "some" / "report.md").exists()
     some(grid, file, "control-8x16-100", "width-0.2-8x16-100", "width-0.5-8x16-100", "control-8x32-100",
          "width-0.2-8x32-100")                                                            # one model has one rate only
@@ -315,7 +315,7 @@ def test_a_plan_does_not_extrapolate_unless_told(grid, capsys):
 
 def test_a_plan_says_so_where_a_loss_is_out_of_reach(grid, capsys):
     out = plan(grid, capsys, target_loss=1.)
-    assert "not by this recovery, however long" in out and "inf" not in out and "nan" not in out
+    assert "no recovery reaches 1.0 nats per token, however long" in out and "inf" not in out and "nan" not in out
     out = plan(grid, capsys, target_loss=1.745, before=1.642, n0=524_288., rho=.15, extrapolate=True)
     assert "parameters from scratch" in out and "inf" not in out
 
@@ -332,7 +332,9 @@ def test_a_plan_without_whole_trainings_needs_the_loss_before_and_one_model_is_e
 
 
 def test_pictures_are_drawn(grid):
-    grid.with_suffix("").mkdir(exist_ok=True)
-    assert "curves.png" in scaling.picture(Fit(str(grid), **QUICK), scaling_curves.read(grid))
     pages = grid.with_suffix("")
+    pages.mkdir(exist_ok=True)
+    config, kinds = FitGrid(str(grid), **QUICK), scaling_curves.recoveries(scaling_curves.read(grid), .05)
+    scaling.draw_curves(config, kinds)
+    scaling.draw_predictions(config, kinds)
     assert (pages / "curves.png").stat().st_size > 10_000 and (pages / "predicted.png").stat().st_size > 5_000
