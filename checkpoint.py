@@ -2,26 +2,34 @@
 
     python -c "import checkpoint; print(checkpoint.load('runs/idea-laptop-0')[0].config)"
 
-`load` opens every kind of model for every script: our checkpoint, a run's folder, a Hugging Face folder or a hub id.
-Our checkpoint is one self-describing file. A run is a folder, and `RunFolder` knows its files:
+`load` opens every kind of model for every script: our checkpoint, a run's folder, a Hugging Face
+folder or a hub id. Our checkpoint is one self-describing file. A run is a folder, and `RunFolder`
+knows its files:
 
     ckpt_<step>.pt   the newest two; each is the state *before* that step's events, all that a step changes (`State`)
     teacher.pt       the enlarged model before the first cut, where it became the teacher; it is never rotated away
     metrics.jsonl    the records that train.py lists, rewound on resume to the moment of the checkpoint
 
-No state of a random-number generator is kept. After the initial weights nothing draws from one, and batches are a function
-of the step. Not here: the loop (train.py), the files of Hugging Face (formats/huggingface.py).
+No state of a random-number generator is kept. After the initial weights nothing draws from one, and
+batches are a function of the step. Not here: the loop (train.py), the files of Hugging Face
+(formats/huggingface.py).
 """
+import contextlib
+import errno
 import hashlib
 import json
+import os
 import pickle
 import re
+import shutil
 import sys
 import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import xxhash
+from filelock import FileLock, Timeout
 
 from common import UserError, append_record, commit, read_records, write_atomic
 from distill import freeze
@@ -41,27 +49,77 @@ PARTS = ("train", "score", "cut", "slice", "eval", "save")
 # -- a model on disk
 
 def save(path, model, **state):
-    """Write {"format", "config", "model", **state} to `path`, under a temporary name that is fsynced and then renamed.
+    """Write {"format", "config", "model", **state} to `path`, under a temporary name that is
+    fsynced and then renamed.
 
-    `state` is plain Python and tensors (the tokenizer's name, step, optimizer …), so that it loads with
-    weights_only=True. Raises UserError for a model that no GPTConfig describes."""
+    `state` is plain Python and tensors (the tokenizer's name, step, optimizer …), so that it loads
+    with weights_only=True. Raises UserError for a model that no GPTConfig describes."""
     # torch.compile's wrapper would prefix every name.
     plain = getattr(model, "_orig_mod", model)
     refuse_evaluation_only(plain)
     content = {"format": FORMAT, "config": asdict(plain.config), "model": plain.state_dict(), **state}
+    content["digest"] = digest_of(content)
 
-    # torch.load never reads the checksums, and they would take a third of the time. (unzip misses them.)
+    # torch.load never reads the checksums, and they would take a third of the time. (unzip misses
+    # them.)
     checksums = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
         write_atomic(path, lambda file: torch.save(content, file))
+    except (OSError, RuntimeError) as problem:
+        # torch reports a full disk as a RuntimeError of its own.
+        if isinstance(problem, OSError) and problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        needed = sum(tensor.nbytes for tensor in tensors_in(content))
+        free = shutil.disk_usage(Path(path).parent).free
+        raise UserError(f"{path} was not written ({first_line(problem)}): it needs {needed:,} bytes and {free:,} are "
+                        "free; what was there before is still there") from None
     finally:
         torch.serialization.set_crc32_options(checksums)
 
 
+def digest_of(content):
+    """A digest of plain values and tensors, whatever their nesting. It tells damage, not intent.
+    Left out is the entry "digest" of the content itself."""
+    digest = xxhash.xxh3_128()
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(value, dict):
+            digest.update(f"dict{len(value)}".encode())
+            for key, item in value.items():
+                digest.update(repr(key).encode())
+                add(item)
+        elif isinstance(value, (list, tuple)):
+            digest.update(f"list{len(value)}".encode())
+            for item in value:
+                add(item)
+        else:
+            digest.update(repr(value).encode())
+
+    add({key: value for key, value in content.items() if key != "digest"})
+    return digest.hexdigest()
+
+
+def tensors_in(value):
+    """All tensors of a nesting of dictionaries and lists."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item)
+
+
+def first_line(problem):
+    """The first line of what an exception says."""
+    return (str(problem) or type(problem).__name__).splitlines()[0][:100]
+
+
 def refuse_evaluation_only(model):
-    """Raise UserError for a baseline that is more than its GPTConfig."""
-    if hasattr(model, "evaluation_only"):
+    """Raise UserError for a baseline that is more than its GPTConfig: a subclass of GPT."""
+    if type(model) is not GPT:
         raise UserError(f"this model is for evaluation only, as {model.evaluation_only}, which no GPTConfig and no "
                         "runtime has; cut another way to save or export it")
 
@@ -77,12 +135,14 @@ def newest(folder):
 
 
 def load(path, device="cpu", dtype=None, block_size=None):
-    """Open a checkpoint, a run's folder (its newest), a Hugging Face folder or a hub id: -> (GPT, about).
+    """Open a checkpoint, a run's folder (its newest), a Hugging Face folder or a hub id: -> (GPT,
+    about).
 
-    `dtype` None keeps the stored one. With the device "meta" no weights are read, only their config. `block_size` is the
-    context that is wanted, at most the trained one; None takes all. `about` holds what `save` was given besides the
-    model; for a Hugging Face folder {"huggingface": its config.json, "tokenizer_files"}. Raises UserError for a file that
-    is missing, truncated, of another version or of another shape than it says."""
+    `dtype` None keeps the stored one. With the device "meta" no weights are read, only their
+    config. `block_size` is the context that is wanted, at most the trained one; None takes all.
+    `about` holds what `save` was given besides the model; for a Hugging Face folder {"huggingface":
+    its config.json, "tokenizer_files"}. Raises UserError for a file that is missing, truncated, of
+    another version or of another shape than it says."""
     folder = find(path)
     if folder.is_dir() and (folder / "config.json").exists():
         return huggingface.load(folder, device, dtype, block_size)
@@ -91,8 +151,8 @@ def load(path, device="cpu", dtype=None, block_size=None):
 
 
 def find(path):
-    """`path` if it exists, else the local copy of the hub's repository of that name. Raises UserError if neither is to be
-    had."""
+    """`path` if it exists, else the local copy of the hub's repository of that name. Raises
+    UserError if neither is to be had."""
     local = Path(path)
     could_be_a_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not local.parent.exists()
     if local.exists() or not could_be_a_hub_id:
@@ -108,8 +168,8 @@ def find(path):
 
 
 def tokenizer_of(about, path):
-    """The Tokenizer of the model that `load(path)` returned with `about`. Raises UserError if it has none that we can
-    read."""
+    """The Tokenizer of the model that `load(path)` returned with `about`. Raises UserError if it
+    has none that we can read."""
     if "huggingface" in about and not about["tokenizer_files"]:
         raise UserError(f"{path} has no tokenizer.json; add the file (train.py takes --tokenizer, too)")
     name = about["run"]["tokenizer"] if "run" in about else str(path)
@@ -117,31 +177,71 @@ def tokenizer_of(about, path):
 
 
 def load_ours(path, device, block_size=None):
-    """Open our own checkpoint, or the newest of a run's folder: -> (GPT on the device, everything else that `save` was
-    given). What is not the model stays in main memory: a script that needs only the model has no optimizer on a GPU."""
-    file = newest(path) if path.is_dir() else path
-    if file is None or not file.exists():
+    """Open our own checkpoint, or the newest of a run's folder: -> (GPT on the device, everything
+    else that `save` was given). What is not the model stays in main memory: a script that needs
+    only the model has no optimizer on a GPU. If the newest checkpoint of a folder is damaged, the
+    one before it is opened, and a sentence says so."""
+    candidates = checkpoints(path)[::-1] if path.is_dir() else [path]
+    if not candidates or not candidates[0].exists():
         raise UserError(f"no checkpoint at {path}; give a ckpt_*.pt file, the folder of a run, a Hugging Face folder "
                         "or a hub id such as HuggingFaceTB/SmolLM2-135M")
-    state = read_pickled_tensors(file, "meta" if device == "meta" else "cpu")
+    damages = []
+    for file in candidates:
+        try:
+            model, state = open_file(file, device, block_size)
+        except Damaged as damage:
+            damages.append(str(damage))
+            continue
+        for damage in damages:
+            print(f"warning: {damage}; going on from {file.name}", file=sys.stderr)
+        return model, state
+    raise UserError(f"{'; '.join(damages)}; restore the file from a copy")
+
+
+class Damaged(UserError):
+    """A checkpoint that is not what was written."""
+
+
+def open_file(file, device, block_size):
+    """Open one checkpoint file: -> (GPT on the device, the rest). Raises Damaged for one that is
+    truncated or changed, and UserError for one of another format or with weights that are not
+    finite."""
+    on_meta = device == "meta"
+    state = read_pickled_tensors(file, "meta" if on_meta else "cpu")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         form = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise UserError(f"{file} has format {form!r}, this code reads {FORMAT!r}; use the code that wrote it")
+
+    # Checkpoints from before the digest was kept have none.
+    if not on_meta and state.get("digest", "") not in ("", digest_of(state)):
+        raise Damaged(f"{file} is damaged: its content is not what was written")
     try:
-        config = with_context(GPTConfig(**state.pop("config")), block_size, path)
+        config = with_context(GPTConfig(**state.pop("config")), block_size, file)
         with torch.device("meta"):
             model = GPT(config)
         model.load_state_dict(state.pop("model"), assign=True)
-    except (RuntimeError, KeyError, TypeError) as problem:
+    except (RuntimeError, KeyError, TypeError, AttributeError) as problem:
         raise UserError(f"{file}: config and weights disagree or are missing: "
                         f"{' '.join(str(problem).split())[:200]}") from None
+    if not on_meta:
+        refuse_non_finite(model, file)
     return model.to(device), state
 
 
+def refuse_non_finite(model, path):
+    """Raise UserError for a weight that is infinite or not a number: everything that is computed
+    with it would be."""
+    for name, p in model.named_parameters():
+        if not torch.isfinite(p).all():
+            raise UserError(f"{path}: {(~torch.isfinite(p)).sum().item():,} of {p.numel():,} values of {name} are "
+                            "infinite or not a number; use an earlier checkpoint or another copy")
+
+
 def read_pickled_tensors(file, map_location):
-    """What torch.save wrote, if it is plain tensors and numbers. Raises UserError for anything else; no code that a file
-    holds is run."""
-    # What the system refuses (no permission) passes through here as an OSError and is not called truncated below.
+    """What torch.save wrote, if it is plain tensors and numbers. Raises UserError for anything
+    else; no code that a file holds is run."""
+    # What the system refuses (no permission) passes through here as an OSError and is not called
+    # truncated below.
     open(file, "rb").close()
     try:
         return torch.load(file, map_location=map_location, weights_only=True)
@@ -151,17 +251,43 @@ def read_pickled_tensors(file, map_location):
         raise UserError(f"{file} is not a checkpoint of plain tensors and numbers{reason}; use a file that train.py "
                         "wrote") from None
     except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, LookupError, OSError) as problem:
-        first_line = (str(problem) or "it ends").splitlines()[0]
-        raise UserError(f"{file} is truncated or no checkpoint ({first_line[:100]}); delete it to go on from the one "
-                        "before") from None
+        raise Damaged(f"{file} is truncated or no checkpoint ({first_line(problem)})") from None
 
 
 def fingerprint(model):
-    """sha256 over a model's config and weights. (Two files of the same model may differ in their bytes.)"""
+    """sha256 over a model's config and weights. (Two files of the same model may differ in their
+    bytes.)"""
     digest = hashlib.sha256(repr(model.config).encode())
     for p in model.parameters():
         digest.update(p.detach().cpu().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Hold the folder of a run for this process. Raises UserError if another process holds it.
+    Temporary files that a killed process left there are removed; a folder that was made here and is
+    empty in the end goes as well."""
+    created = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    file = path / ".lock"
+    lock = FileLock(file, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another process works in {path} and holds {file}; wait until it has ended, or give another "
+                        "--out") from None
+    try:
+        for leftover in path.glob(".*.tmp"):
+            leftover.unlink()
+        yield
+    finally:
+        if list(path.iterdir()) == [file]:
+            file.unlink()
+        lock.release()
+        with contextlib.suppress(OSError):           # not empty
+            for folder in created:
+                folder.rmdir()
 
 
 def provenance():
@@ -213,21 +339,21 @@ class RunFolder:
             append_record(self.metrics, tag=tag, step=step, tokens=step * self.batch_tokens, **record)
 
     def save(self, state, masks):
-        """Write ckpt_<step>.pt and keep the newest two. A checkpoint of this step that exists is the same one. `masks`:
-        those of the state, packed."""
+        """Write ckpt_<step>.pt and keep the newest two. A checkpoint of this step that exists is
+        the same one. `masks`: those of the state, packed."""
         path = self.path / f"ckpt_{state.step:08d}.pt"
         if not self.writes or path.exists():
             return
         plain = {name: getattr(state, name) for name in PLAIN}
         save(path, state.model, run=self.identity, optimizer=state.optimizer.state_dict(), alive=listed(state.alive),
              averages=listed(state.averages), masks=masks, **plain, tokenizer_files=self.tokenizer_files,
-             provenance=provenance())
+             records=self.seal_records(), provenance=provenance())
         for old in checkpoints(self.path)[:-2]:
             old.unlink()
 
     def resume(self, device, make_optimizer):
-        """The State in the newest checkpoint, without its teacher and with packed masks; None if the folder holds no
-        checkpoint. Raises UserError if the folder holds another run."""
+        """The State in the newest checkpoint, without its teacher and with packed masks; None if
+        the folder holds no checkpoint. Raises UserError if the folder holds another run."""
         if newest(self.path) is None:
             if self.metrics.exists():
                 # Killed before its first checkpoint, or not ours.
@@ -235,20 +361,55 @@ class RunFolder:
                 self.refuse_another_run(records[0])
             return None
         model, saved = load(self.path, device)
-        self.refuse_another_run(saved["run"])
-        if "alive" not in saved:
-            raise UserError(f"{self.path} was begun by an older version of this code; finish it with that, or give "
-                            "another --out")
-        state = State(model, make_optimizer(model), by_key(saved["alive"]), by_key(saved["averages"], device),
-                      saved["masks"])
-        state.optimizer.load_state_dict(saved["optimizer"])
-        for name in PLAIN:
-            setattr(state, name, saved[name])
+        try:
+            self.refuse_another_run(saved["run"])
+            if "alive" not in saved:
+                raise UserError(f"{self.path} was begun by an older version of this code; finish it with that, or give "
+                                "another --out")
+            state = State(model, make_optimizer(model), by_key(saved["alive"]), by_key(saved["averages"], device),
+                          saved.get("masks"))
+            state.optimizer.load_state_dict(saved["optimizer"])
+            for name in PLAIN:
+                setattr(state, name, saved[name])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
+            raise UserError(f"the checkpoint in {self.path} does not hold the state of a run ({first_line(problem)}); "
+                            "give another --out to begin anew") from None
+        self.check_records(saved.get("records"), state.step)
+        if self.writes:
+            # Newer checkpoints are damaged, or `load` would have taken them. They make room.
+            for file in checkpoints(self.path):
+                if file.name > f"ckpt_{state.step:08d}.pt":
+                    file.rename(file.with_suffix(".damaged"))
         return state
 
+    def seal_records(self):
+        """Write metrics.jsonl through to the disk: -> how many records a checkpoint counts on, and
+        their digest. The config record is left out, as resuming writes it anew."""
+        with open(self.metrics, "rb") as file:
+            os.fsync(file.fileno())
+            lines = file.read().splitlines(keepends=True)[1:]
+        return {"count": len(lines), "digest": xxhash.xxh3_128(b"".join(lines)).hexdigest()}
+
+    def check_records(self, sealed, step):
+        """Raise UserError if metrics.jsonl has lost or changed a record that the checkpoint of
+        `step` counts on."""
+        if not self.writes or sealed is None:
+            return                           # a checkpoint from before records were counted
+        read_records(self.metrics)           # a line that cannot be read is named
+        lines = self.metrics.read_bytes().splitlines(keepends=True)[1:] if self.metrics.exists() else []
+        lines = lines[:sealed["count"]]
+        if len(lines) < sealed["count"]:
+            problem = f"has {len(lines)} of the {sealed['count']} records"
+        elif xxhash.xxh3_128(b"".join(lines)).hexdigest() != sealed["digest"]:
+            problem = f"has other than the {sealed['count']} records"
+        else:
+            return
+        raise UserError(f"{self.metrics} {problem} that the checkpoint of step {step} counts on; restore it from a "
+                        "copy, or give another --out to begin anew")
+
     def refuse_another_run(self, recorded):
-        """Raise UserError if the recorded settings are not ours. A setting that is not recorded, as the code that wrote
-        them did not have it, had its default."""
+        """Raise UserError if the recorded settings are not ours. A setting that is not recorded, as
+        the code that wrote them did not have it, had its default."""
         recorded = {**self.defaults, **recorded}
         differ = [f"{name} is {recorded.get(name)!r} there and {value!r} here"
                   for name, value in self.identity.items() if recorded.get(name) != value]
@@ -257,9 +418,9 @@ class RunFolder:
                             "give another --out or delete it")
 
     def rewind(self, step, **about):
-        """Make metrics.jsonl what it was when the checkpoint of `step` was taken. What came after it will be written
-        again. `about` goes into the config record, with the commit of the code; if the run was begun by another one,
-        both are named."""
+        """Make metrics.jsonl what it was when the checkpoint of `step` was taken. What came after
+        it will be written again. `about` goes into the config record, with the commit of the code;
+        if the run was begun by another one, both are named."""
         if not self.writes:
             return
         first, *rest = read_records(self.metrics) or [{}]
@@ -268,7 +429,8 @@ class RunFolder:
             commits.append(commit())
         config = {"tag": "config", "step": 0, "tokens": 0, **self.identity, **about, "code": "+".join(commits)}
 
-        # The step record of the checkpoint's own step was written before it, its other records after it.
+        # The step record of the checkpoint's own step was written before it, its other records
+        # after it.
         kept = [r for r in rest if r["step"] < step or (r["step"] == step and r["tag"] == "step")]
         lines = [json.dumps(record) + "\n" for record in [config, *kept]]
         write_atomic(self.metrics, lambda file: file.write("".join(lines).encode()))
@@ -281,8 +443,8 @@ class RunFolder:
         return path
 
     def open_teacher(self, path, state):
-        """Load the teacher at `path`, frozen, into the state. Raises UserError for one with another tokenizer or a
-        shorter context, and for one that has changed since the run began."""
+        """Load the teacher at `path`, frozen, into the state. Raises UserError for one with another
+        tokenizer or a shorter context, and for one that has changed since the run began."""
         student = state.model
         weight = student.embed.weight
         teacher, about = load(path, weight.device, weight.dtype)
@@ -306,13 +468,15 @@ class RunFolder:
 
 
 def identity_of(config, corpus_fingerprint):
-    """What makes a run this run: its resolved settings and its corpus, without where and how far it is to run."""
+    """What makes a run this run: its resolved settings and its corpus, without where and how far it
+    is to run."""
     identity = {name: value for name, value in asdict(config).items() if name not in NOT_IDENTITY}
     return {**identity, "fingerprint": corpus_fingerprint}
 
 
 def listed(tensors):
-    """{(layer, kind): tensor} as a list of (layer, kind, tensor), which a checkpoint of plain values can hold."""
+    """{(layer, kind): tensor} as a list of (layer, kind, tensor), which a checkpoint of plain
+    values can hold."""
     return None if tensors is None else [(layer, kind, tensor) for (layer, kind), tensor in tensors.items()]
 
 
