@@ -87,6 +87,27 @@ def test_bias_puts_the_mean_in_the_place_of_what_went(kind, kept):
     assert all(torch.equal(p, weights[key]) for key, p in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["plain", "all"])
+@pytest.mark.parametrize("kind", ["ffn", "kv"])
+def test_bias_keeps_the_mean_of_the_output_and_brings_it_nearer(name, kind):
+    model, _ = new(WITH_HOLES[name])
+    batches, part = text(model.config), "ffn" if kind == "ffn" else "attn"
+    stats, alive = score.collect(model, batches, {"mean"}), without(model.config, 0, kind, 0)
+    with torch.no_grad():
+        outputs = []
+        for changed in (model, prune.cut(model, alive), prune.cut(model, alive, "bias", stats)):
+            rows = []
+            handle = getattr(changed.blocks[0], part).register_forward_hook(lambda _, args, out: rows.append(out))
+            for x, _ in batches:
+                changed(x)
+            handle.remove()
+            outputs.append(torch.cat([out.flatten(0, 1) for out in rows]))
+    dense, plain, biased = outputs
+    error = lambda other: (other - dense).square().mean().item()
+    assert (biased - dense).mean(0).abs().max() <= 1e-5 * dense.abs().max()           # means are float32
+    assert (plain - dense).mean(0).abs().max() > 1e-3 * dense.abs().max() and error(biased) < .999 * error(plain)
+
+
 def test_a_model_with_biases_is_neither_saved_nor_exported(tmp_path):
     model, _ = new(WITH_HOLES["gqa"])
     stats = score.collect(model, text(model.config), {"mean"})
