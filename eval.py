@@ -63,8 +63,8 @@ def window_starts(length, T, windows, stride):
     Raises UserError if the text is shorter than one window or the stride is not between 1 and T."""
     available = (length - 1) // T
     if available < 1:
-        raise UserError(f"the text has {length} tokens, one window takes {T + 1}: give a longer text or "
-                        "a smaller --block-size")
+        raise UserError(f"the text has {length} tokens, one window takes {T + 1}: give a longer "
+                        "text or a smaller --block-size")
     if not stride:
         count = min(windows or available, available)
         return np.arange(count) * available // count * T
@@ -136,12 +136,13 @@ def read_text(config, tokenizer, about):
         return tokenizer.encode(text), config.data
     trained = about.get("run", {})
     if "data" not in trained:
-        raise UserError(f"{config.checkpoint} does not say what it was trained on; give a text by --data")
+        raise UserError(f"{config.checkpoint} does not say what it was trained on; give a text by "
+                        "--data")
     corpus = data.load(trained["data"], tokenizer)
     if corpus.fingerprint != trained["fingerprint"]:
-        raise UserError(f"{trained['data']!r} here (fingerprint {corpus.fingerprint}) is not the corpus that the "
-                        f"model was trained on ({trained['fingerprint']}), so its hold-out may have been trained "
-                        "on; give a text by --data")
+        raise UserError(f"{trained['data']!r} here (fingerprint {corpus.fingerprint}) is not the "
+                        f"corpus that the model was trained on ({trained['fingerprint']}), so its "
+                        "hold-out may have been trained on; give a text by --data")
     return corpus.val, f"hold-out of {trained['data']}"
 
 
@@ -170,10 +171,11 @@ def sample(model, tokenizer, prompt_ids, tokens, temperature=0.8, top_k=50, seed
 def print_sample(config, model, tokenizer):
     ids = tokenizer.encode(config.sample)
     if len(ids) == 0:
-        raise UserError("--sample needs a prompt of at least one token, for example --sample 'def '")
+        raise UserError("--sample needs a prompt of at least one token, for example --sample 'def "
+                        "'")
     if not 0 <= config.temperature < math.inf or config.top_k < 0 or config.tokens < 1:
-        raise UserError(f"--temperature {config.temperature} and --top-k {config.top_k} must be finite and not "
-                        f"negative, --tokens {config.tokens} at least 1")
+        raise UserError(f"--temperature {config.temperature} and --top-k {config.top_k} must be "
+                        f"finite and not negative, --tokens {config.tokens} at least 1")
     if not 0 <= config.seed < 2**63:
         raise UserError(f"--seed {config.seed} must be between 0 and {2**63 - 1}")
     text = sample(model, tokenizer, ids, config.tokens, config.temperature, config.top_k, config.seed)
@@ -183,7 +185,8 @@ def print_sample(config, model, tokenizer):
 # -- the command
 
 def check_flags(config):
-    """Raise UserError for a flag that would have no effect, or for a --dtype that does not exist."""
+    """Raise UserError for a flag that would have no effect, or for a --dtype that does not
+    exist."""
     check_choices(config)
     questions = config.tasks or config.multiple_choice
     if not config.tasks:

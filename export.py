@@ -32,7 +32,8 @@ from formats import gguf_export, huggingface, llamacpp
 RUNTIME = {"hf": "transformers", "deci": "transformers", "gguf": "xllamacpp"}
 GGUF_DTYPE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
-# Transformers adds up in another order than we do. This much of the largest logit may differ, in float32.
+# Transformers adds up in another order than we do. This much of the largest logit may differ, in
+# float32.
 TOLERANCE = 1e-4
 
 
@@ -111,8 +112,9 @@ def check_reader(folder, model):
     weights = zip(model.named_parameters(), again.parameters())
     different = [name for (name, a), b in weights if not torch.equal(a, b)]
     if again.config != model.config or different:
-        raise UserError(f"read back, {folder} is another model ({', '.join(different[:3]) or again.config}); this is "
-                        "a bug, please report it")
+        raise UserError(f"read back, {folder} is another model "
+                        f"({', '.join(different[:3]) or again.config}); this is a bug, please "
+                        "report it")
 
 
 def check_transformers(folder, model):
@@ -127,8 +129,8 @@ def check_transformers(folder, model):
     largest = logits.abs().max().item()
     # Written so that a difference that is not a number is refused as well.
     if not difference <= TOLERANCE * largest:
-        raise UserError(f"transformers computes other logits from {folder}: up to {difference:.2g} apart, the largest "
-                        f"being {largest:.2g}; this is a bug, please report it")
+        raise UserError(f"transformers computes other logits from {folder}: up to {difference:.2g} "
+                        f"apart, the largest being {largest:.2g}; this is a bug, please report it")
     return difference
 
 
@@ -153,8 +155,8 @@ def main(config):
     runtime = RUNTIME[config.to]
     installed = importlib.util.find_spec(runtime) is not None
     if not installed and not config.unchecked:
-        raise UserError(f"{runtime}, which would check the result, is not installed: pip install {runtime}, or go on "
-                        "without the check by --unchecked")
+        raise UserError(f"{runtime}, which would check the result, is not installed: pip install "
+                        f"{runtime}, or go on without the check by --unchecked")
 
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     model, about = checkpoint.load(config.checkpoint, "cpu", dtype)

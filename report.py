@@ -1,10 +1,12 @@
-"""What runs recorded, as a table and a picture. Reads metrics.jsonl only (train.py lists its records).
+"""What runs recorded, as a table and a picture. It reads metrics.jsonl only (train.py lists its
+records).
 
     python report.py runs/idea-laptop-0            # one run: sizes, losses, FLOPs, samples; draws run.png beside it
-    python report.py runs/*-laptop-*              # several: mean ± spread by plan, and paired differences by seed
-    python report.py results/smollm2.jsonl        # the same for a file of several runs, whose records name their run
+    python report.py runs/*-laptop-*               # several: mean ± spread by plan, and paired differences by seed
+    python report.py results/smollm2.jsonl         # the same for a file of several runs, whose records name their run
 
-"±" is half the distance between the largest and the smallest seed: with few seeds it says more than a standard error.
+"±" is half the distance between the largest and the smallest seed. With few seeds this says more
+than a standard error.
 """
 import statistics
 from dataclasses import dataclass
@@ -12,17 +14,28 @@ from pathlib import Path
 
 from common import UserError, parse, read_records, refuse_idle, run
 
+# Runs compare only if they agree in these settings. `table` compares plans at one size and length,
+# `finished` serves experiments, whose runs differ in size and length.
+SAME_IN_A_TABLE = ("preset", "init", "block_size", "tokenizer", "steps", "batch_tokens", "fingerprint", "dtype",
+                   "eval_windows")
+SAME_IN_AN_EXPERIMENT = ("fingerprint", "tokenizer", "block_size", "batch_tokens", "micro_batch", "eval_windows",
+                         "dtype")
+
 
 @dataclass(frozen=True)
 class Report:
     runs: tuple[str, ...]     # folders of runs, metrics.jsonl files, or files of several runs
-    against: str = "scratch"  # the plan that paired differences are taken to, where it is among the runs
+    against: str = "scratch"  # the plan that the others are compared with, seed by seed, if it is among the runs
 
+
+# -- records
 
 def read_runs(path):
-    """Read a run folder, its metrics.jsonl, or a file of several runs, whose records name their run.
+    """Read a run folder, its metrics.jsonl, or a file of several runs, whose records name their
+    run.
 
-    Returns {name of the run: {tag: [records]}}, sorted by name. Raises UserError if there is no run."""
+    Returns {name of the run: {tag: [records]}}, sorted by name. Raises UserError if there is no
+    run."""
     path = Path(path)
     file = path / "metrics.jsonl" if path.is_dir() else path
     runs = {}
@@ -40,7 +53,8 @@ def read_runs(path):
 
 
 def records(path):
-    """Read the records of one run: {tag: [records]}. Raises UserError if `path` holds no run, or several."""
+    """Read the records of one run: {tag: [records]}. Raises UserError if `path` holds no run, or
+    several."""
     runs = read_runs(path)
     if len(runs) > 1:
         raise UserError(f"{path} holds {len(runs)} runs; give a run folder or its metrics.jsonl")
@@ -48,139 +62,220 @@ def records(path):
 
 
 def finished(path, remedy=""):
-    """Read the finished runs of an experiment's file: {name: {tag: [records]}}, or {} if there is no such file.
+    """Read the finished runs of an experiment's file: {name: {tag: [records]}}, or {} if there is
+    no such file.
 
-    Raises UserError if the runs do not compare: they read different texts, or differ in a setting that all share."""
+    Raises UserError if the runs do not compare: they read different texts, or differ in a setting
+    that all share."""
     if not Path(path).exists():
         return {}
     runs = read_runs(path)
-    for key in ("fingerprint", "tokenizer", "block_size", "batch_tokens", "micro_batch", "eval_windows", "dtype"):
+    for key in SAME_IN_AN_EXPERIMENT:
         values = {run["config"][0].get(key) for run in runs.values()}
         if len(values) > 1:
-            raise UserError(f"the runs in {path} do not compare: {key} is one of {', '.join(map(str, values))}{remedy}")
+            raise UserError(f"the runs in {path} do not compare: {key} is one of "
+                            f"{', '.join(map(str, values))}{remedy}")
     return {name: run for name, run in runs.items() if "summary" in run}
 
 
+def column(run, tag, key, unit=1):
+    """The values of `key` in all records of that tag, divided by `unit`."""
+    return [record[key] / unit for record in run.get(tag, [])]
+
+
+# -- one run
+
 def summary(path):
-    """One finished run in a few lines; draws run.png. -> text"""
-    r = records(path)
-    if "summary" not in r:
+    """One finished run in a few lines of text; draws run.png. Raises UserError if the run is not
+    finished."""
+    run = records(path)
+    if "summary" not in run:
         raise UserError(f"{path} is not finished; run the same train.py command again to go on")
-    s = r["summary"][0]
-    lines = [f"{s['plan']} / {s['preset']} / seed {s['seed']}: {s['params']:,} parameters, {s['tokens']:,} tokens "
-             f"({s['tokens'] / s['params']:.0f} per parameter, {s['epochs']:.2f} epochs), "
-             f"{s['flops_executed']:.3g} FLOPs executed, {s['flops_credited']:.3g} credited",
+    end = run["summary"][0]
+    lines = [f"{end['plan']} / {end['preset']} / seed {end['seed']}: {end['params']:,} parameters, "
+             f"{end['tokens']:,} tokens ({end['tokens'] / end['params']:.0f} per parameter, "
+             f"{end['epochs']:.2f} epochs), {end['flops_executed']:.3g} FLOPs executed, "
+             f"{end['flops_credited']:.3g} credited",
              "",
              "                        step     parameters   val loss (nats/token)   bits per byte"]
-    moments = [(e, e["stage"] + (" begins" if e["step"] < s["step"] else " ends")) for i, e in enumerate(r["eval"])
-               if e["step"] == s["step"] or i == 0 or e["stage"] != r["eval"][i - 1]["stage"]]
-    moments += [(p, "after the last cut") for p in r.get("prune", [])[-1:]]
-    for e, what in sorted(moments, key=lambda m: m[0]["step"]):
-        lines.append(f"  {what:20} {e['step']:6}   {e['params']:12,}   {e['val_loss']:21.4f}   "
-                     f"{e['bits_per_byte']:13.4f}")
-    seconds = "   ".join(f"{part} {value:.1f}" for part, value in s["seconds"].items())
-    lines += ["", f"seconds: {seconds};  score + cut + slice = {100 * s['pruning_share']:.2f} % of the run",
-              f"peak memory {s['peak_bytes'] / 2**30:.2f} GiB; {picture(path)}", ""]
-    for e in r.get("sample", []):
-        lines += [f"-- {e['when']} (step {e['step']}): {e['prompt'][-40:]!r} goes on", e["text"], ""]
+    for name, record in moments(run):
+        lines.append(f"  {name:20} {record['step']:6}   {record['params']:12,}   "
+                     f"{record['val_loss']:21.4f}   {record['bits_per_byte']:13.4f}")
+    seconds = "   ".join(f"{part} {value:.1f}" for part, value in end["seconds"].items())
+    lines += ["",
+              f"seconds: {seconds};  score + cut + slice = {100 * end['pruning_share']:.2f} % of the run",
+              f"peak memory {end['peak_bytes'] / 2**30:.2f} GiB; {picture(path)}",
+              ""]
+    for sample in run.get("sample", []):
+        lines += [f"-- {sample['when']} (step {sample['step']}): {sample['prompt'][-40:]!r} goes on",
+                  sample["text"], ""]
     return "\n".join(lines)
 
 
+def moments(run):
+    """The evaluations at which a stage began, the last cut, and the end: [(name, record)] in the
+    order of steps."""
+    last_step = run["summary"][0]["step"]
+    rows = []
+    stage_before = None
+    for record in run["eval"]:
+        stage = record["stage"]
+        if record["step"] == last_step:
+            rows.append((f"{stage} ends", record))
+        elif stage != stage_before:
+            rows.append((f"{stage} begins", record))
+        stage_before = stage
+    if run.get("prune"):
+        rows.append(("after the last cut", run["prune"][-1]))
+    return sorted(rows, key=lambda row: row[1]["step"])
+
+
 def picture(path):
-    """Loss, learning rate and live parameters over tokens, with the cuts marked -> what was done, as a sentence."""
+    """Draw run.png: loss, learning rate and live parameters over tokens, with the cuts marked. -> a
+    sentence about it"""
     try:
         import matplotlib
     except ImportError:
         return "no run.png: pip install matplotlib draws it"
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    r, out = records(path), (Path(path) if Path(path).is_dir() else Path(path).parent) / "run.png"
+    run = records(path)
+    config = run["config"][0]
     figure, (loss, rate, size) = plt.subplots(3, 1, figsize=(8, 8), sharex=True, height_ratios=(3, 1, 1),
                                               layout="constrained")
-    millions = lambda tag: [e["tokens"] / 1e6 for e in r.get(tag, [])]
-    value = lambda tag, key: [e[key] for e in r.get(tag, [])]
-    held_out = sorted(((e["tokens"] / 1e6, e["val_loss"]) for tag in ("eval", "prune") for e in r.get(tag, [])),
-                      key=lambda point: point[0])                                           # a cut comes after its eval
-    loss.plot(millions("step"), value("step", "ce"), lw=.7, color="0.7", label="training batches")
-    loss.plot(*zip(*held_out), color="C0", label="hold-out (also right after each cut)")
-    losses = sorted(value("step", "ce"))
-    if losses:
-        top = max([losses[int(len(losses) * .9)], *value("prune", "val_loss")])             # the first steps may leave
-        loss.set_ylim(losses[0] - .05, top + .1)
-    for e in r.get("slice", [])[-1:]:                                                       # adapt slices at every cut
-        loss.axvline(e["tokens"] / 1e6, color="C3", lw=1, label="sliced to the target size")
-    loss.set_ylabel("loss (nats per token)")
-    loss.legend()
-    rate.plot(millions("step"), value("step", "lr"), color="C1")
+    draw_losses(loss, run)
+    loss.set_title(f"{config['plan']}, {config.get('init') or config['preset']}, seed "
+                   f"{config['seed']}: grey lines are cuts")
+    tokens = column(run, "step", "tokens", 1e6)
+    rate.plot(tokens, column(run, "step", "lr"), color="C1")
     rate.set_ylabel("learning rate")
-    size.step(millions("step"), [p / 1e6 for p in value("step", "params")], color="C2", where="post")
+    size.step(tokens, column(run, "step", "params", 1e6), color="C2", where="post")
     size.set_ylabel("live parameters (M)")
     size.set_xlabel("tokens (M)")
     for axis in (loss, rate, size):
-        for t in millions("prune"):
-            axis.axvline(t, color="0.8", lw=.5, zorder=0)
-    c = r["config"][0]
-    loss.set_title(f"{c['plan']}, {c.get('init') or c['preset']}, seed {c['seed']}: grey lines are cuts")
-    figure.savefig(out, dpi=120)
-    plt.close(figure)
-    return f"picture in {out}"
+        for cut in column(run, "prune", "tokens", 1e6):
+            axis.axvline(cut, color="0.8", lw=.5, zorder=0)
 
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    figure.savefig(folder / "run.png", dpi=120)
+    plt.close(figure)
+    return f"picture in {folder / 'run.png'}"
+
+
+def draw_losses(axis, run):
+    """The loss of training batches and of the hold-out over tokens, and the slice."""
+    losses = column(run, "step", "ce")
+    axis.plot(column(run, "step", "tokens", 1e6), losses, lw=.7, color="0.7", label="training batches")
+
+    # A cut is measured at the step of an evaluation, so it comes behind that one.
+    measured = sorted(run.get("eval", []) + run.get("prune", []), key=lambda record: record["tokens"])
+    axis.plot([record["tokens"] / 1e6 for record in measured], [record["val_loss"] for record in measured],
+              color="C0", label="hold-out (also right after each cut)")
+
+    # The first steps may lie above the picture.
+    if losses:
+        losses = sorted(losses)
+        top = max([losses[int(len(losses) * .9)], *column(run, "prune", "val_loss")])
+        axis.set_ylim(losses[0] - .05, top + .1)
+
+    # Plan adapt slices at every cut: the last one reaches the target.
+    if run.get("slice"):
+        axis.axvline(run["slice"][-1]["tokens"] / 1e6, color="C3", lw=1, label="sliced to the target size")
+    axis.set_ylabel("loss (nats per token)")
+    axis.legend()
+
+
+# -- several runs
 
 def markdown(head, rows):
     """A Markdown table."""
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
-def table(paths, against="scratch"):
-    """Finished runs, grouped by plan and learning rate -> Markdown table: final loss, tokens, FLOPs, and the difference
-    by seed to the best row of plan `against`."""
-    rows, common = {}, None
-    runs = []
+def name_of_plan(config):
+    """The plan as the table calls it. Runs of plan adapt differ in the number of cuts, too."""
+    name = config["plan"]
+    if name != "adapt":
+        return name
+    name += f", {config['cuts']} cut" if config["cuts"] == 1 else f", {config['cuts']} cuts"
+    if config["forget_moments"]:
+        name += ", moments forgotten"
+    return name
+
+
+def rows_of(paths):
+    """The finished runs by row of the table: {(plan, peak learning rate): {seed: summary}}. Raises
+    UserError if runs do not compare, if one is given twice, or if none is finished."""
+    rows = {}
+    first = None
     for path in paths:
         in_file = read_runs(path)
-        for name, run in in_file.items():
-            runs.append((path if len(in_file) == 1 else f"{name} in {path}", run))
-    for path, r in runs:
-        if "summary" in r:
-            c = r["config"][0]
-            common = common or c
-            for key in ("preset", "init", "block_size", "tokenizer", "steps", "batch_tokens", "fingerprint", "dtype",
-                        "eval_windows"):
-                if c.get(key) != common.get(key):
-                    raise UserError(f"{path} has {key} {c.get(key)!r}, others {common.get(key)!r}: give runs that "
-                                    "compare")
-            plan = c["plan"] if c["plan"] != "adapt" else f"adapt, {c['cuts']} cut{'s' * (c['cuts'] > 1)}" \
-                + ", moments forgotten" * c["forget_moments"]
-            if c["seed"] in rows.setdefault((plan, c["lr"]), {}):
-                raise UserError(f"{path} is a second run of plan {plan!r}, lr {c['lr']:g}, seed {c['seed']}: "
-                                "give one of them")
-            rows[plan, c["lr"]][c["seed"]] = r["summary"][0]
+        for name, recorded in in_file.items():
+            if "summary" not in recorded:
+                continue
+            where = path if len(in_file) == 1 else f"{name} in {path}"
+            config = recorded["config"][0]
+            first = first or config
+            for key in SAME_IN_A_TABLE:
+                if config.get(key) != first.get(key):
+                    raise UserError(f"{where} has {key} {config.get(key)!r}, others "
+                                    f"{first.get(key)!r}: give runs that compare")
+            plan = name_of_plan(config)
+            seeds = rows.setdefault((plan, config["lr"]), {})
+            if config["seed"] in seeds:
+                raise UserError(f"{where} is a second run of plan {plan!r}, lr {config['lr']:g}, "
+                                f"seed {config['seed']}: give one of them")
+            seeds[config["seed"]] = recorded["summary"][0]
     if not rows:
-        raise UserError("none of these runs is finished; run the same train.py commands again to go on")
+        raise UserError("none of these runs is finished; run the same train.py commands again to "
+                        "go on")
+    return rows
 
-    def losses(row):
-        return [s["val_loss"] for s in rows[row].values()]
 
-    ranked = sorted(rows, key=lambda row: statistics.mean(losses(row)))
+def table(paths, against="scratch"):
+    """Finished runs, a row for each plan and learning rate, as a Markdown table, the best row
+    first: final loss, tokens, FLOPs, and the difference seed by seed to the best row of plan
+    `against`."""
+    rows = rows_of(paths)
+    losses = {}
+    for row, seeds in rows.items():
+        losses[row] = [end["val_loss"] for end in seeds.values()]
+    ranked = sorted(rows, key=lambda row: statistics.mean(losses[row]))
     base = next((row for row in ranked if row[0] == against), None)
-    if not base and against != Report.against:
-        raise UserError(f"--against {against!r} is none of these plans: {', '.join(sorted({row[0] for row in rows}))}")
-    lines = ["| plan | peak lr | seeds | parameters | tokens | FLOPs executed | FLOPs credited | val loss "
-             f"(nats/token) | minus `{against}`, by seed |", "|---|---|---|---|---|---|---|---|---|"]
+    if base is None and against != Report.against:
+        plans = sorted({plan for plan, _ in rows})
+        raise UserError(f"--against {against!r} is none of these plans: {', '.join(plans)}")
+
+    lines = ["| plan | peak lr | seeds | parameters | tokens | FLOPs executed | FLOPs credited | "
+             f"val loss (nats/token) | minus `{against}`, by seed "
+             "|", "|---|---|---|---|---|---|---|---|---|"]
     for row in ranked:
-        seeds, first = rows[row], next(iter(rows[row].values()))
-        executed, credited = (statistics.mean(s[key] for s in seeds.values())
-                              for key in ("flops_executed", "flops_credited"))
-        paired = ", ".join(f"{seeds[k]['val_loss'] - rows[base][k]['val_loss']:+.4f}"
-                           for k in sorted(seeds) if base and row != base and k in rows[base])
-        spread = f" ± {(max(losses(row)) - min(losses(row))) / 2:.4f}" if len(seeds) > 1 else ""
-        lines.append(f"| `{row[0]}` | {row[1]:g} | {', '.join(map(str, sorted(seeds)))} | {first['params']:,} | "
-                     f"{first['tokens']:,} | {executed:.3g} | {credited:.3g} | "
-                     f"{statistics.mean(losses(row)):.4f}{spread} | {paired} |")
+        plan, rate = row
+        seeds = rows[row]
+        some = next(iter(seeds.values()))
+        executed = statistics.mean(end["flops_executed"] for end in seeds.values())
+        credited = statistics.mean(end["flops_credited"] for end in seeds.values())
+        loss = f"{statistics.mean(losses[row]):.4f}"
+        if len(seeds) > 1:
+            loss += f" ± {(max(losses[row]) - min(losses[row])) / 2:.4f}"
+        differences = ""
+        if base is not None and row != base:
+            differences = paired_differences(seeds, rows[base])
+        lines.append(f"| `{plan}` | {rate:g} | {', '.join(map(str, sorted(seeds)))} | "
+                     f"{some['params']:,} | {some['tokens']:,} | {executed:.3g} | {credited:.3g} | "
+                     f"{loss} | {differences} |")
     return "\n".join(lines)
 
 
+def paired_differences(seeds, base):
+    """The final losses minus those of the row `base`, for the seeds that both have, as text."""
+    common = sorted(seeds.keys() & base.keys())
+    return ", ".join(f"{seeds[seed]['val_loss'] - base[seed]['val_loss']:+.4f}" for seed in common)
+
+
 def main(config):
+    if not config.runs:
+        raise UserError("give the folder of a run, for example runs/idea-laptop-0, or several")
     if len(config.runs) == 1 and len(read_runs(config.runs[0])) == 1:
         refuse_idle(config, ["against"], "on one run")
         print(summary(config.runs[0]))

@@ -1,16 +1,25 @@
-"""Hugging Face folders in and out: config.json, *.safetensors and the tokenizer's files <-> our GPT.
+"""Hugging Face folders in and out: config.json, *.safetensors and the tokenizer's files <-> our
+GPT.
 
     python eval.py HuggingFaceTB/SmolLM2-135M --data README.md --block-size 512       # a hub id, or a folder
     python export.py runs/idea-laptop-0 --to hf OUT
 
-In: Llama 2/3, SmolLM2, MobileLLM, Mistral, Qwen 2/2.5 and Qwen 3 are one decoder in other numbers (`read_config`);
-anything whose logits would differ is refused with the reason. Configs may be spelled as by transformers 4 (rope_theta,
-rope_scaling) or 5 (rope_parameters). No transformers, no pickles: safetensors, one tensor at a time, in the dtype that
-is wanted, so the peak is the model itself. Out: equal widths in all layers are a stock class; others bring their own
-class along (formats/modeling_nanoprune.py) or take DeciLM's layout, which vLLM knows. Not here: checks in those runtimes
-(export.py), GGUF (formats/llamacpp.py), Gemma, mixtures of experts, quantized weights.
+In. Llama 2/3, SmolLM2, MobileLLM, Mistral, Qwen 2/2.5 and Qwen 3 are one decoder with different
+numbers, which `read_config` reads. A model whose logits would differ is refused, with the reason.
+Configs may be spelled as by transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
+Reading needs no transformers and opens no pickles: tensors come out of safetensors one by one, in
+the dtype that is asked for, so the peak of memory is the model itself. A folder that somebody sent
+cannot make us read or write files outside of it.
+
+Out. A model whose layers all have the same widths is written as a stock class. Other models bring
+their own class along (formats/modeling_nanoprune.py) or take the layout of DeciLM, which vLLM
+knows.
+
+Not here: checks in other runtimes (export.py), GGUF (formats/llamacpp.py), Gemma, mixtures of
+experts, quantized weights.
 """
 import json
+import operator
 import re
 import shutil
 from pathlib import Path
@@ -22,254 +31,408 @@ from formats.tokenizer import FILES, read_files, read_json
 from model import GPT, GPTConfig, with_context
 
 FAMILIES = ("llama", "mobilellm", "mistral", "qwen2", "qwen3", "nanoprune", "nemotron-nas")
-NAMES = {  # ours -> theirs; a layer's names stand behind blocks.<i>. and model.layers.<i>.
-    "embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight",
-    "attn_norm.weight": "input_layernorm.weight", "ffn_norm.weight": "post_attention_layernorm.weight",
-    **{f"attn.{x}.{part}": f"self_attn.{x}_proj.{part}" for x in "qkvo" for part in ("weight", "bias")},
-    **{f"attn.{x}_norm.weight": f"self_attn.{x}_norm.weight" for x in "qk"},
-    **{f"ffn.{x}.weight": f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")}}
-OWN_CODE = {"nanoprune": "Nanoprune", "nemotron-nas": "DeciLM"}      # classes in formats/modeling_nanoprune.py begin so
+
+# Our names of parameters, and those of Hugging Face.
+NAMES = {
+    "embed.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+# The same within a layer: ours stand behind "blocks.<i>.", theirs behind "model.layers.<i>.".
+LAYER_NAMES = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn.q.weight": "self_attn.q_proj.weight",
+    "attn.q.bias": "self_attn.q_proj.bias",
+    "attn.q_norm.weight": "self_attn.q_norm.weight",
+    "attn.k.weight": "self_attn.k_proj.weight",
+    "attn.k.bias": "self_attn.k_proj.bias",
+    "attn.k_norm.weight": "self_attn.k_norm.weight",
+    "attn.v.weight": "self_attn.v_proj.weight",
+    "attn.v.bias": "self_attn.v_proj.bias",
+    "attn.o.weight": "self_attn.o_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "ffn.gate.weight": "mlp.gate_proj.weight",
+    "ffn.up.weight": "mlp.up_proj.weight",
+    "ffn.down.weight": "mlp.down_proj.weight",
+}
+
+# What our decoder computes. A config.json that lacks one of these keys means the same.
+SUPPORTED = {"hidden_act": "silu", "mlp_bias": False, "attention_bias": False, "bias": False, "layer_sharing": False}
+
+# transformers' default of max_position_embeddings; 2,048 for the others.
+DEFAULT_CONTEXT = {"mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+
+# Llama 3's scaling of rotary positions, in the order of GPTConfig.rope_scaling.
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+                 "nanoprune": "NanopruneForCausalLM", "nemotron-nas": "DeciLMForCausalLM"}
+
+# Families whose class is in formats/modeling_nanoprune.py, and how its names begin there.
+OWN_CODE = {"nanoprune": "Nanoprune", "nemotron-nas": "DeciLM"}
 
 
 def their_name(name):
-    """Our parameter's name -> Hugging Face's."""
+    """Our name of a parameter -> Hugging Face's."""
     layer = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-    return f"model.layers.{layer[1]}.{NAMES[layer[2]]}" if layer else NAMES[name]
+    if layer is None:
+        return NAMES[name]
+    return f"model.layers.{layer[1]}.{LAYER_NAMES[layer[2]]}"
 
 
-def read_rope(c, refuse):
-    """-> (theta, scaling as in GPTConfig), from either spelling; only Llama 3's scaling is ours."""
-    rope = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
+# -- in: config.json. The dictionary is called `hf`, our GPTConfig `config`.
+
+def refusal(where, reason):
+    return UserError(f"{where} cannot be loaded: {reason}")
+
+
+def check_supported(hf, where):
+    """Raise UserError if a config.json describes another decoder than ours, and say what
+    differs."""
+    family = hf.get("model_type")
+    if family not in FAMILIES:
+        raise refusal(where, f"model_type {family!r} is another decoder than ours; supported are "
+                             f"{', '.join(FAMILIES)}")
+    if hf.get("num_experts") or hf.get("num_local_experts"):
+        raise refusal(where, "it is a mixture of experts")
+    if hf.get("quantization_config"):
+        raise refusal(where, "its weights are quantized; take the repository with plain weights")
+    for name, value in SUPPORTED.items():
+        if hf.get(name, value) != value:
+            raise refusal(where, f"{name} is {hf[name]!r}, and only {value!r} is supported")
+
+
+def read_context(hf, where, block_size):
+    """The context in tokens. A sliding window is no window for texts up to its length: the context
+    is then the window's. Raises UserError if `block_size` is longer than that."""
+    family = hf["model_type"]
+    context = int(hf.get("max_position_embeddings", DEFAULT_CONTEXT.get(family, 2048)))
+    window = None
+    if family == "mistral" or hf.get("use_sliding_window"):
+        window = hf.get("sliding_window", 4096)
+    if window and block_size and window < block_size:
+        raise refusal(where, f"it attends to {window} tokens by a sliding window, fewer than the "
+                             f"context of {block_size}; ask for at most {window} by --block-size")
+    return min(context, window or context)
+
+
+def read_rope(hf, where):
+    """The rotary positions: (theta, scaling as in GPTConfig), from the spelling of either version
+    of transformers. Of the scalings, ours computes Llama 3's only."""
+    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = float(rope.get("rope_theta", c.get("rope_theta", 10000.0)))
+    theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
     if kind not in ("default", "llama3"):
-        refuse(f"its rotary positions are scaled by {kind!r}, and only 'default' and 'llama3' are supported")
-    if rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1)) != 1:
-        refuse("its heads are rotated in part")
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return theta, () if kind == "default" else tuple(float(rope[name]) for name in names)
+        raise refusal(where, f"its rotary positions are scaled by {kind!r}, and only 'default' and "
+                             "'llama3' are supported")
+    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1)) != 1:
+        raise refusal(where, "its heads are rotated in part")
+    if kind == "default":
+        return theta, ()
+    return theta, tuple(float(rope[name]) for name in ROPE_SCALING)
 
 
-def read_widths(c):
-    """-> n_head, n_kv_head, d_ff, a number per layer: ours ("nanoprune"), DeciLM's block_configs, or one for all."""
-    L, H = c["num_hidden_layers"], c["num_attention_heads"]
-    if c["model_type"] == "nanoprune":
-        return c["n_head"], c["n_kv_head"], c["d_ff"]
-    if c["model_type"] != "nemotron-nas":
-        return (H,) * L, (c.get("num_key_value_heads") or H,) * L, (c["intermediate_size"],) * L
-    attention, ffn = ([block[kind] for block in c["block_configs"]] for kind in ("attention", "ffn"))
-    if any(part.get(name) for part in (*attention, *ffn) for name in ("replace_with_linear", "window_length")):
-        raise ValueError("replace_with_linear or window_length in block_configs")
-    heads = tuple(0 if a["no_op"] else H for a in attention)
-    return heads, tuple(h // a["n_heads_in_group"] if h else 0 for h, a in zip(heads, attention)), tuple(
-        0 if f["no_op"] else f.get("intermediate_size") or deci_d_ff(f["ffn_mult"], c["hidden_size"]) for f in ffn)
+def read_widths(hf):
+    """Query heads, KV heads and neurons of each layer: three sequences."""
+    layers = hf["num_hidden_layers"]
+    heads = hf["num_attention_heads"]
+    if hf["model_type"] == "nanoprune":
+        return hf["n_head"], hf["n_kv_head"], hf["d_ff"]
+    if hf["model_type"] == "nemotron-nas":
+        return read_deci_widths(hf["block_configs"], heads, hf["hidden_size"])
+    kv_heads = hf.get("num_key_value_heads") or heads
+    return (heads,) * layers, (kv_heads,) * layers, (hf["intermediate_size"],) * layers
+
+
+def read_deci_widths(block_configs, heads, d_model):
+    """The same from DeciLM's block_configs. `heads` is the number of query heads, which all layers
+    share."""
+    n_head = []
+    n_kv_head = []
+    d_ff = []
+    for block in block_configs:
+        attention = block["attention"]
+        ffn = block["ffn"]
+        for part in (attention, ffn):
+            if part.get("replace_with_linear") or part.get("window_length"):
+                raise ValueError("replace_with_linear or window_length in block_configs")
+        n_head.append(0 if attention["no_op"] else heads)
+        n_kv_head.append(0 if attention["no_op"] else heads // attention["n_heads_in_group"])
+        if ffn["no_op"]:
+            d_ff.append(0)
+        else:
+            d_ff.append(ffn.get("intermediate_size") or deci_d_ff(ffn["ffn_mult"], d_model))
+    return n_head, n_kv_head, d_ff
 
 
 def deci_d_ff(ffn_mult, d_model):
-    """DeciLM's rule for FFN neurons: 2/3 · ffn_mult · d_model, rounded up to 256 (vLLM's nemotron_nas.py)."""
+    """DeciLM's rule for FFN neurons: 2/3 · ffn_mult · d_model, rounded up to 256 (vLLM's
+    nemotron_nas.py)."""
     return -(-int(2 * ffn_mult * d_model / 3) // 256) * 256
 
 
-def read_config(c, where, block_size=None):
-    """A config.json (dict) -> GPTConfig. Defaults of absent keys are those of transformers' class. A sliding window is
-    no window up to its length: the context is that, unless a longer block_size is asked for. UserError where the model
-    is not ours to compute, with what differs."""
-    def refuse(reason):
-        raise UserError(f"{where} cannot be loaded: {reason}")
-
-    family = c.get("model_type")
-    if family not in FAMILIES:
-        refuse(f"model_type {family!r} is another decoder than ours; supported are {', '.join(FAMILIES)}")
-    if any(c.get(name) for name in ("num_experts", "num_local_experts")):
-        refuse("it is a mixture of experts")
-    if c.get("quantization_config"):
-        refuse("its weights are quantized; take the repository with plain weights")
-    for name, allowed in (("hidden_act", "silu"), ("mlp_bias", False), ("attention_bias", False), ("bias", False),
-                          ("layer_sharing", False)):
-        if c.get(name, allowed) != allowed:
-            refuse(f"{name} is {c[name]!r}, and only {allowed!r} is supported")
-    slides = family == "mistral" or c.get("use_sliding_window")
+def read_config(hf, where, block_size=None):
+    """A config.json (dict) -> GPTConfig. A key that is absent has the default of transformers'
+    class. Raises UserError if the model is another decoder than ours, or if a value is missing or
+    makes no sense."""
+    check_supported(hf, where)
+    family = hf["model_type"]
     try:
-        usual = {"mistral": 131072, "qwen2": 32768, "qwen3": 32768}.get(family, 2048)
-        context = int(c.get("max_position_embeddings", usual))
-        window = c.get("sliding_window", 4096) if slides else None
-        if window and block_size and window < block_size:
-            refuse(f"it attends to {window} tokens by a sliding window, fewer than the context of {block_size}; ask "
-                   f"for at most {window} by --block-size")
-        theta, scaling = read_rope(c, refuse)
-        heads, kv_heads, d_ff = read_widths(c)
+        theta, scaling = read_rope(hf, where)
+        n_head, n_kv_head, d_ff = read_widths(hf)
+        if hf.get("head_dim"):
+            head_dim = int(hf["head_dim"])
+        else:
+            head_dim = 128 if family == "qwen3" else hf["hidden_size"] // hf["num_attention_heads"]
         return GPTConfig(
-            int(c["vocab_size"]), min(context, window or context), int(c["hidden_size"]),
-            int(c.get("head_dim") or (128 if family == "qwen3" else c["hidden_size"] // c["num_attention_heads"])),
-            heads, kv_heads, d_ff, norm_eps=float(c.get("rms_norm_eps", 1e-6)), rope_theta=theta, rope_scaling=scaling,
-            tie_embeddings=bool(c.get("tie_word_embeddings", False) or c.get("share_embedding", False)),
-            qkv_bias=c.get("qkv_bias", family == "qwen2"), qk_norm=c.get("qk_norm", family == "qwen3"))
+            vocab_size=int(hf["vocab_size"]),
+            block_size=read_context(hf, where, block_size),
+            d_model=int(hf["hidden_size"]),
+            head_dim=head_dim,
+            n_head=tuple(operator.index(n) for n in n_head),
+            n_kv_head=tuple(operator.index(n) for n in n_kv_head),
+            d_ff=tuple(operator.index(n) for n in d_ff),
+            norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tie_embeddings=bool(hf.get("tie_word_embeddings") or hf.get("share_embedding")),
+            qkv_bias=hf.get("qkv_bias", family == "qwen2"),
+            qk_norm=hf.get("qk_norm", family == "qwen3"))
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as problem:
-        refuse(f"config.json lacks or garbles {problem}; download it again")
+        raise refusal(where, f"config.json lacks or garbles {problem}; download it again") from None
 
+
+# -- in: weights
 
 def tensor_files(folder):
-    """Where each tensor of a folder lies: {their name: file}, from the one file or else the index, as transformers."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if not index.exists() and not single.exists():
-        pickles = [p.name for p in folder.glob("*.bin")]
-        raise UserError(f"{folder} has no model.safetensors nor its index" + (
-            f", only {pickles[0]}: pickled weights are never opened, convert them" if pickles else
-            "; download the whole repository"))
+    """Where each tensor of a folder lies: {Hugging Face's name: file}. As in transformers, the one
+    file goes before the index. Raises UserError if there is neither, or if the index is broken or
+    leads out of the folder."""
+    single = folder / "model.safetensors"
     if single.exists():
         with open_shard(single) as shard:
             return dict.fromkeys(shard.keys(), single)
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        pickles = [file.name for file in folder.glob("*.bin")]
+        remedy = "; download the whole repository"
+        if pickles:
+            remedy = f", only {pickles[0]}: pickled weights are never opened, convert them"
+        raise UserError(f"{folder} has no model.safetensors nor its index{remedy}")
     try:
         weight_map = read_json(index.read_bytes(), index)["weight_map"]
         names = sorted(set(weight_map.values()))
-        # Whoever sends a folder does not choose which other files of this machine are read.
         outside = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
     except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{index} has no weight_map of tensors and files; download it again") from None
+        raise UserError(f"{index} has no weight_map of tensors and files; download it "
+                        "again") from None
+    # Whoever sends a folder does not choose which other files of this machine are read.
     if outside:
-        raise UserError(f"{index} names {outside[0]!r}, and only *.safetensors files beside it are read; do not use it, "
-                        "or correct the name")
+        raise UserError(f"{index} names {outside[0]!r}, and only *.safetensors files beside it are "
+                        "read; do not use it, or correct the name")
     for name in names:
         if not (folder / name).exists():
-            raise UserError(f"{index} names {name}, which is not there; download the whole repository")
-    files = {tensor: folder / name for tensor, name in weight_map.items()}
-    return files
+            raise UserError(f"{index} names {name}, which is not there; download the whole "
+                            "repository")
+    return {tensor: folder / name for tensor, name in weight_map.items()}
 
 
 def open_shard(file):
-    """A safetensors file. UserError where it is cut short or no such file."""
+    """Open a safetensors file. Raises UserError if it is cut short or no such file."""
     from safetensors import SafetensorError, safe_open
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as problem:
-        raise UserError(f"{file} ({file.stat().st_size:,} bytes) is truncated or no safetensors file ({problem}); "
-                        "download it again") from None
+        raise UserError(f"{file} ({file.stat().st_size:,} bytes) is truncated or no safetensors "
+                        f"file ({problem}); download it again") from None
 
 
 def read_tensor(file, name, shape, device, dtype):
-    """One tensor, copied out of the file, which is closed again: else what was read of its memory map would count as
-    ours and the peak be twice the model."""
+    """Copy one tensor out of the file; `dtype` None keeps the stored one. The file is closed again
+    at once. Otherwise the part of its memory map that was read would count as ours, and the peak
+    would be twice the model. Raises UserError if the tensor is missing, quantized or of another
+    shape."""
     from safetensors import SafetensorError
     with open_shard(file) as shard:
         try:
-            found = shard.get_slice(name)
+            stored = shard.get_slice(name)
         except SafetensorError:
-            raise UserError(f"{file} has no tensor {name}, though the index says so; download it again") from None
-        if tuple(found.get_shape()) != tuple(shape):
-            raise UserError(f"{file}: tensor {name} is {tuple(found.get_shape())}, config.json asks for "
-                            f"{tuple(shape)}; config and weights are not of the same model")
-        if found.get_dtype() not in DTYPES:
-            raise UserError(f"{file}: tensor {name} is {found.get_dtype()}; only {', '.join(DTYPES)} are read")
-        return shard.get_tensor(name).to(device, dtype or DTYPES[found.get_dtype()], copy=True)
+            raise UserError(f"{file} has no tensor {name}, though the index says so; download it "
+                            "again") from None
+        if tuple(stored.get_shape()) != tuple(shape):
+            raise UserError(f"{file}: tensor {name} is {tuple(stored.get_shape())}, config.json "
+                            f"asks for {tuple(shape)}; config and weights are not of the same "
+                            "model")
+        if stored.get_dtype() not in DTYPES:
+            raise UserError(f"{file}: tensor {name} is {stored.get_dtype()}; only "
+                            f"{', '.join(DTYPES)} are read")
+        return shard.get_tensor(name).to(device, dtype or DTYPES[stored.get_dtype()], copy=True)
+
+
+def check_names(folder, family, model, files):
+    """Raise UserError unless `files` has the model's tensors and no others. Two may be left over:
+    the frequencies of rotary positions, which old files store, and the head of a tied model."""
+    expected = {their_name(name) for name, _ in model.named_parameters()}
+    for name in expected - files.keys():
+        raise UserError(f"{folder} has no tensor {name}, which its config.json asks for; download "
+                        "the whole repository")
+    for name in files.keys() - expected:
+        tied_head = name == "lm_head.weight" and model.head is None
+        if not (tied_head or name.endswith("rotary_emb.inv_freq")):
+            raise UserError(f"{files[name]} holds {name}, for which a {family} model of this "
+                            "config.json has no place; config and weights are not of the same "
+                            "model")
 
 
 def load(folder, device, dtype, block_size):
-    """-> (GPT, {"huggingface": config.json, "tokenizer_files": {file name: text}})."""
-    c = read_json((folder / "config.json").read_bytes(), folder / "config.json")
-    about = {"huggingface": c, "tokenizer_files": read_files(folder)}
+    """Open a Hugging Face folder: -> (GPT, {"huggingface": config.json, "tokenizer_files": {file
+    name: content}}).
+
+    `dtype` None keeps the stored one. With the device "meta" no weights are read. `block_size` is
+    the context that is wanted; None takes all. Raises UserError if the model is not ours to
+    compute, or if a file is missing or broken."""
+    hf = read_json((folder / "config.json").read_bytes(), folder / "config.json")
+    about = {"huggingface": hf, "tokenizer_files": read_files(folder)}
     with torch.device("meta"):
-        model = GPT(with_context(read_config(c, folder, block_size), block_size, folder))
+        model = GPT(with_context(read_config(hf, folder, block_size), block_size, folder))
     if str(device) == "meta":
         return model, about
-    files, wanted = tensor_files(folder), {their_name(name): p.shape for name, p in model.named_parameters()}
-    for name in wanted.keys() - files.keys():
-        raise UserError(f"{folder} has no tensor {name}, which its config.json asks for; download the whole repository")
-    for name in files.keys() - wanted.keys():
-        if not name.endswith("rotary_emb.inv_freq") and not (name == "lm_head.weight" and model.head is None):
-            raise UserError(f"{files[name]} holds {name}, for which a {c['model_type']} model of this config.json has "
-                            "no place; config and weights are not of the same model")
-    weights = {name: read_tensor(files[their_name(name)], their_name(name), p.shape, device, dtype)
-               for name, p in model.named_parameters()}
-    if model.head is None and "lm_head.weight" in files and not torch.equal(weights["embed.weight"], read_tensor(
-            files["lm_head.weight"], "lm_head.weight", model.embed.weight.shape, device, dtype)):
-        raise UserError(f"{folder} ties head and embedding, but holds two different ones; set tie_word_embeddings to "
-                        "false in config.json if both are meant")
-    kinds = {str(w.dtype) for w in weights.values()}
-    if len(kinds) > 1:
-        raise UserError(f"{folder} mixes {' and '.join(sorted(kinds))}; choose one by --dtype")
+
+    files = tensor_files(folder)
+    check_names(folder, hf["model_type"], model, files)
+    weights = {}
+    for name, p in model.named_parameters():
+        weights[name] = read_tensor(files[their_name(name)], their_name(name), p.shape, device, dtype)
+
+    if model.head is None and "lm_head.weight" in files:
+        head = read_tensor(files["lm_head.weight"], "lm_head.weight", model.embed.weight.shape, device, dtype)
+        if not torch.equal(weights["embed.weight"], head):
+            raise UserError(f"{folder} ties head and embedding, but holds two different ones; set "
+                            "tie_word_embeddings to false in config.json if both are meant")
+    dtypes = sorted({str(weight.dtype) for weight in weights.values()})
+    if len(dtypes) > 1:
+        raise UserError(f"{folder} mixes {' and '.join(dtypes)}; choose one by --dtype")
     model.load_state_dict(weights, assign=True)
     return model, about
 
 
-# -- the way out
+# -- out
+
 def stock_family(config):
-    """"llama", "qwen2" or "qwen3", if that stock class can be this model; None: another layout is needed."""
+    """"llama", "qwen2" or "qwen3" if that stock class can be this model; None if it needs another
+    layout."""
     shapes = set(zip(config.n_head, config.n_kv_head, config.d_ff))
-    if len(shapes) > 1 or 0 in shapes.pop() or config.qkv_bias and config.qk_norm:
-        return None                                               # layers differ, or lack a sub-block
-    if config.qk_norm or config.qkv_bias:
-        return "qwen3" if config.qk_norm else "qwen2"
-    return "llama" if config.d_model % config.n_head[0] == 0 else None       # transformers 5 checks this of Llama only
+    if len(shapes) > 1 or 0 in shapes.pop():
+        return None                          # the layers differ, or lack a sub-block
+    if config.qkv_bias and config.qk_norm:
+        return None
+    if config.qk_norm:
+        return "qwen3"
+    if config.qkv_bias:
+        return "qwen2"
+    # transformers 5 checks this of Llama only.
+    return "llama" if config.d_model % config.n_head[0] == 0 else None
 
 
 def write_config(config, family, dtype, special):
-    """GPTConfig -> config.json (dict), in the spelling of transformers 4, which version 5 reads too. `special`:
-    {"bos_token_id", "eos_token_id"}."""
-    H, K = max(config.n_head), max(config.n_kv_head)
-    if family == "nanoprune" and (H == 0 or config.d_model % H):
-        H = K = 1                                                 # not used, but transformers 5 wants a divisor of C
-    names = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
-             "nanoprune": "NanopruneForCausalLM", "nemotron-nas": "DeciLMForCausalLM"}
-    c = {"architectures": [names[family]], "model_type": family, "hidden_act": "silu", "torch_dtype": dtype,
-         "vocab_size": config.vocab_size, "max_position_embeddings": config.block_size, "hidden_size": config.d_model,
-         "head_dim": config.head_dim, "num_hidden_layers": config.n_layer, "num_attention_heads": H,
-         "num_key_value_heads": K, "intermediate_size": max(config.d_ff), "rms_norm_eps": config.norm_eps,
-         "rope_theta": config.rope_theta, "tie_word_embeddings": config.tie_embeddings, "attention_bias": False,
-         "mlp_bias": False, "use_cache": True, **special}
+    """GPTConfig -> config.json (dict), in the spelling of transformers 4, which version 5 reads,
+    too. `special` holds "bos_token_id" and "eos_token_id"."""
+    heads = max(config.n_head)
+    kv_heads = max(config.n_kv_head)
+    if family == "nanoprune" and (heads == 0 or config.d_model % heads):
+        # Our class does not use these two, but transformers 5 asks for a divisor of d_model.
+        heads = 1
+        kv_heads = 1
+    hf = {"architectures": [ARCHITECTURES[family]],
+          "model_type": family,
+          "hidden_act": "silu",
+          "torch_dtype": dtype,
+          "vocab_size": config.vocab_size,
+          "max_position_embeddings": config.block_size,
+          "hidden_size": config.d_model,
+          "head_dim": config.head_dim,
+          "num_hidden_layers": config.n_layer,
+          "num_attention_heads": heads,
+          "num_key_value_heads": kv_heads,
+          "intermediate_size": max(config.d_ff),
+          "rms_norm_eps": config.norm_eps,
+          "rope_theta": config.rope_theta,
+          "tie_word_embeddings": config.tie_embeddings,
+          "attention_bias": False,
+          "mlp_bias": False,
+          "use_cache": True,
+          **special}
     if config.rope_scaling:
-        factor, low, high, original = config.rope_scaling
-        c["rope_scaling"] = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
-                             "original_max_position_embeddings": int(original)}
+        scaling = dict(zip(ROPE_SCALING, config.rope_scaling))
+        scaling["original_max_position_embeddings"] = int(scaling["original_max_position_embeddings"])
+        hf["rope_scaling"] = {"rope_type": "llama3", **scaling}
     if family in OWN_CODE:
-        c |= {"qkv_bias": config.qkv_bias, "qk_norm": config.qk_norm,
-              "auto_map": {name: f"modeling_nanoprune.{OWN_CODE[family]}{end}"
-                           for name, end in (("AutoConfig", "Config"), ("AutoModelForCausalLM", "ForCausalLM"))}}
+        hf["qkv_bias"] = config.qkv_bias
+        hf["qk_norm"] = config.qk_norm
+        hf["auto_map"] = {"AutoConfig": f"modeling_nanoprune.{OWN_CODE[family]}Config",
+                          "AutoModelForCausalLM": f"modeling_nanoprune.{OWN_CODE[family]}ForCausalLM"}
     if family in ("qwen2", "qwen3"):
-        c |= {"use_sliding_window": False, "sliding_window": None}
+        hf["use_sliding_window"] = False
+        hf["sliding_window"] = None
     if family == "nanoprune":
-        c |= {"n_head": config.n_head, "n_kv_head": config.n_kv_head, "d_ff": config.d_ff}
+        hf["n_head"] = config.n_head
+        hf["n_kv_head"] = config.n_kv_head
+        hf["d_ff"] = config.d_ff
     if family == "nemotron-nas":
-        c |= {"block_configs": deci_blocks(config)}
-    return c
+        hf["block_configs"] = deci_blocks(config)
+    return hf
 
 
 def deci_blocks(config):
-    """DeciLM's block_configs: KV heads and FFN neurons per layer, one number of query heads. A width that is no
-    multiple of 256 is written as `intermediate_size`, which vLLM reads and others do not. UserError: the layer."""
-    H, blocks = max(config.n_head), []
+    """DeciLM's block_configs: KV heads and neurons of each layer, with one number of query heads
+    for all. Raises UserError for a model that DeciLM cannot be, and names the layer."""
+    heads = max(config.n_head)
     if config.n_head[0] == 0:
-        raise UserError("layer 0 has no attention, where vLLM's DeciLM starts the residual; use --to gguf or --to hf")
-    if config.d_model % H:
-        raise UserError(f"layer 0 has {H} query heads, which do not divide d_model {config.d_model}, as "
-                        "transformers asks of DeciLM's config; use --to gguf or --to hf")
+        raise UserError("layer 0 has no attention, where vLLM's DeciLM starts the residual; use "
+                        "--to gguf or --to hf")
+    if config.d_model % heads:
+        raise UserError(f"layer 0 has {heads} query heads, which do not divide d_model "
+                        f"{config.d_model}, as transformers asks of DeciLM's config; use --to gguf "
+                        "or --to hf")
     if config.qk_norm:
-        raise UserError("DeciLM has no QK norm, which layer 0 and all others have; use --to gguf or --to hf")
-    for layer, (h, k, f) in enumerate(zip(config.n_head, config.n_kv_head, config.d_ff)):
-        if h not in (0, H):
-            raise UserError(f"DeciLM has one number of query heads, layer {layer} has {h} and others {H}; prune KV "
-                            "groups in all layers alike or in none, or use --to gguf or --to hf")
-        ffn_mult = 1.5 * f / config.d_model
-        width = {"ffn_mult": ffn_mult} if deci_d_ff(ffn_mult, config.d_model) == f else {"intermediate_size": f}
-        group = h // k if h else None
-        blocks.append({"attention": {"no_op": not h, "replace_with_linear": False, "n_heads_in_group": group},
-                       "ffn": {"no_op": not f, "replace_with_linear": False, **(width if f else {})}})
+        raise UserError("DeciLM has no QK norm, which layer 0 and all others have; use --to gguf "
+                        "or --to hf")
+    blocks = []
+    for layer, (n_head, n_kv_head, d_ff) in enumerate(zip(config.n_head, config.n_kv_head, config.d_ff)):
+        if n_head not in (0, heads):
+            raise UserError(f"DeciLM has one number of query heads, layer {layer} has {n_head} and "
+                            f"others {heads}; prune KV groups in all layers alike or in none, or "
+                            "use --to gguf or --to hf")
+        attention = {"no_op": not n_head, "replace_with_linear": False,
+                     "n_heads_in_group": n_head // n_kv_head if n_head else None}
+        ffn = {"no_op": not d_ff, "replace_with_linear": False}
+        ffn_mult = 1.5 * d_ff / config.d_model
+        if d_ff and deci_d_ff(ffn_mult, config.d_model) == d_ff:
+            ffn["ffn_mult"] = ffn_mult
+        elif d_ff:
+            # No multiple of 256. vLLM reads this key, other runtimes do not.
+            ffn["intermediate_size"] = d_ff
+        blocks.append({"attention": attention, "ffn": ffn})
     return blocks
 
 
 def save(folder, model, family, files=None, special=None):
-    """Write config.json, model*.safetensors (5 GB each, with an index), the tokenizer's files and, if `family` has its
-    own code, that into the empty `folder`. Weights in the model's dtype. files: {name: text}. UserError: a file of
-    another name than a tokenizer's."""
+    """Write a model into the empty `folder`: config.json, model*.safetensors (5 GB each, with an
+    index) in the model's dtype, the tokenizer's `files` {name: content} and, if the family has its
+    own code, that. Raises UserError if a file has another name than those of tokenizers."""
     from huggingface_hub import save_torch_state_dict
+    # The names may come out of a checkpoint that somebody sent: they lead nowhere else and replace
+    # no file of ours.
     for name in files or {}:
-        # The names may come out of a checkpoint that somebody sent: none leads outside, none replaces our own files.
         if name not in FILES:
-            raise UserError(f"{name!r} is no file of a tokenizer; those are {', '.join(FILES)}: take the tokenizer from "
-                            "another checkpoint")
-    folder, dtype = Path(folder), str(model.embed.weight.dtype).removeprefix("torch.")
-    config = write_config(model.config, family, dtype, special or {})
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+            raise UserError(f"{name!r} is no file of a tokenizer; those are {', '.join(FILES)}: "
+                            "take the tokenizer from another checkpoint")
+    folder = Path(folder)
+    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    hf = write_config(model.config, family, dtype, special or {})
+    (folder / "config.json").write_text(json.dumps(hf, indent=1) + "\n")
     weights = {their_name(name): p.detach() for name, p in model.named_parameters()}
     save_torch_state_dict(weights, folder, metadata={"format": "pt"})
     for name, content in (files or {}).items():
@@ -277,4 +440,4 @@ def save(folder, model, family, files=None, special=None):
     if family in OWN_CODE:
         shutil.copy(Path(__file__).with_name("modeling_nanoprune.py"), folder)
     for file in folder.iterdir():
-        file.chmod(0o644)                              # safetensors makes files that only their owner reads
+        file.chmod(0o644)                    # safetensors makes files that only their owner may read

@@ -1,16 +1,22 @@
-"""Questions with choices: log-likelihood of continuations, scored as lm-evaluation-harness does, each prefix run once.
+"""Questions with choices: log-likelihoods of continuations, scored as lm-evaluation-harness does,
+each prefix run once.
 
     python eval.py MODEL --multiple-choice FILE     # JSON lines, or the task.json of a BIG-bench task
     python eval.py MODEL --tasks piqa,arc_easy      # any task of lm_eval, run by lm_eval through our model
 
-A choice's score is the summed log-probability of its tokens behind the question. lm_eval runs the question again for
-every choice; here token sequences that begin alike share a *tree*, where each node is run once: a mask shows it its
-ancestors only, and its position is its depth. So the choices share their question, and questions their few shots.
-Tokens, truncation and metrics are those of lm_eval 0.4.13 with transformers (tests/tasks/test_questions.py compares), except that
-log-softmax is float32 for bfloat16 weights, too.
+The score of a choice is the summed log-probability of its tokens behind the question. lm_eval runs
+the question again for every choice. Here, token sequences that begin alike share a *tree*, in which
+each node is run once. A mask lets a node see its ancestors only, and its position is its depth. So
+choices share their question, and questions share their few-shot examples.
 
-Not here: prompts other than the file's, chat templates, tokenizers that put EOS behind a text, generation in batches.
+Tokens, truncation and metrics are those of lm_eval 0.4.13 with transformers
+(tests/tasks/test_questions.py compares them). One thing differs: the log-softmax of bfloat16
+weights is float32 here.
+
+Not here: prompts other than the file's, chat templates, tokenizers that put EOS behind a text,
+generation in batches.
 """
+import itertools
 import json
 import math
 import time
@@ -25,132 +31,207 @@ from tqdm import tqdm
 from common import UserError
 from distill import chunk_tokens
 
-ROW = 256                 # tokens up to which sequences that share little share a row, too: fewer and fuller rows
+# Sequences that share little share a tree, too, up to so many tokens: fewer and fuller rows are
+# faster.
+ROW = 256
 LINE = '{"query": "Q: 1 + 1 is\\nA:", "choices": [" 2", " 3"], "gold": 0}'
 
 
+# -- log-likelihoods
+
 @dataclass
 class Tree:
-    """Sequences that begin alike, N different prefixes of theirs, depth first: node j is seen by j … ends[j] - 1."""
-    ids: list = field(default_factory=list)              # (N,) token of each node
-    positions: list = field(default_factory=list)        # (N,) its depth
-    ends: list = field(default_factory=list)             # (N,) behind its last descendant
-    answers: list = field(default_factory=list)          # (request's number, n nodes, the n tokens predicted there)
+    """N different prefixes of sequences that begin alike, depth first: node j is seen by the nodes
+    j to ends[j] - 1."""
+    # The token of each node, (N,), its depth, and the number of the node behind its last descendant.
+    ids: list = field(default_factory=list)
+    positions: list = field(default_factory=list)
+    ends: list = field(default_factory=list)
+    # Per request: its number, n nodes, and the n tokens that are predicted there.
+    answers: list = field(default_factory=list)
 
 
-def grow(requests, block_size):
-    """[(context ids, continuation ids)] -> [Tree]. The last block_size + 1 tokens of both together count, and of these
-    all but the last are run. Sorted (as bytes, 4 a token), a sequence shares most with the one before it. UserError: no
-    tokens on one side, or a continuation longer than block_size."""
+@dataclass(frozen=True)
+class Sequence:
+    """A request as it is run."""
+    number: int                   # of the request
+    tokens: np.ndarray            # context and continuation, the last block_size + 1 tokens of them
+    predicted: int                # tokens of the continuation
+
+    @property
+    def inputs(self):
+        return self.tokens[:-1]
+
+
+def sequences_of(requests, block_size):
+    """[(context ids, continuation ids)] -> [Sequence]. Raises UserError if one side has no tokens,
+    or if a continuation is longer than block_size."""
     sequences = []
     for number, (context, continuation) in enumerate(requests):
         n = len(continuation)
         if not len(context) or not n or n > block_size:
-            raise UserError(f"request {number} has {len(context)} tokens of context and {n} of continuation; it needs "
-                            f"at least 1 of context and 1 to {block_size} of continuation, so shorten or remove it")
-        whole = np.concatenate((context, continuation))[-block_size - 1:].astype(np.uint32)
-        sequences.append((whole[:-1].tobytes(), number, whole, n))
-    trees, tree, path, before = [], None, [], np.empty(0, np.uint32)
-    for _, number, whole, n in sorted(sequences, key=lambda s: s[:2]):
-        inputs, most = whole[:-1], min(len(whole) - 1, len(before))
-        differ = np.flatnonzero(inputs[:most] != before[:most])
-        shared = int(differ[0]) if len(differ) else most
-        room = ROW if 2 * shared < len(inputs) else max(ROW, 2 * len(inputs))      # attention grows with the square
-        if tree is None or len(tree.ids) + len(inputs) - shared > room:
-            tree, path, shared = Tree(), [], 0
-            trees.append(tree)
-        start, new = len(tree.ids), len(inputs) - shared
-        path = [*path[:shared], *range(start, start + new)]
+            raise UserError(f"request {number} has {len(context)} tokens of context and {n} of "
+                            f"continuation; it needs at least 1 of context and 1 to {block_size} "
+                            "of continuation, so shorten or remove it")
+        tokens = np.concatenate((context, continuation))[-block_size - 1:].astype(np.uint32)
+        sequences.append(Sequence(number, tokens, n))
+    return sequences
+
+
+def common_prefix(a, b):
+    """Number of tokens with which both sequences begin."""
+    shortest = min(len(a), len(b))
+    different = np.flatnonzero(a[:shortest] != b[:shortest])
+    return int(different[0]) if len(different) else shortest
+
+
+def grow(requests, block_size):
+    """[(context ids, continuation ids)] -> [Tree]. Raises UserError as `sequences_of` does."""
+    # Sorted by its tokens' bytes, a sequence shares most with the one before it.
+    sequences = sequences_of(requests, block_size)
+    sequences.sort(key=lambda sequence: (sequence.inputs.tobytes(), sequence.number))
+    trees = []
+    path = []                                            # nodes of the sequence before, in the last tree
+    before = np.empty(0, np.uint32)                      # its tokens
+    for sequence in sequences:
+        inputs = sequence.inputs
+        shared = common_prefix(inputs, before)
+        # Attention grows with the square of a row, so long rows pay only where much is shared.
+        room = ROW if 2 * shared < len(inputs) else max(ROW, 2 * len(inputs))
+        if not trees or len(trees[-1].ids) + len(inputs) - shared > room:
+            trees.append(Tree())
+            path = []
+            shared = 0
+        tree = trees[-1]
+        first = len(tree.ids)
+        behind = first + len(inputs) - shared
+        path = path[:shared] + list(range(first, behind))
         tree.ids += inputs[shared:].tolist()
         tree.positions += range(shared, len(inputs))
-        tree.ends += [0] * new
+        tree.ends += [0] * (behind - first)
         for node in path:
-            tree.ends[node] = start + new
-        tree.answers.append((number, path[-n:], whole[-n:].tolist()))
+            tree.ends[node] = behind
+        predicted = sequence.tokens[-sequence.predicted:].tolist()
+        tree.answers.append((sequence.number, path[-sequence.predicted:], predicted))
         before = inputs
     return trees
 
 
 def batch_of(trees, device):
-    """Trees, the longest first -> idx (B, T), what model.hidden needs to see them as trees, and per predicted token its
-    request, row of hidden (B·T, C), and id."""
+    """Trees, the longest first, as one batch.
+
+    -> idx (B, T); the arguments with which model.hidden sees them as trees; and three arrays with
+    an entry for each predicted token: number of its request, row of the hidden states (B·T, C) that
+    predicts it, its id."""
+    B = len(trees)
     T = len(trees[0].ids)
-    idx = np.zeros((len(trees), T), np.int64)                             # padding stands last: nobody sees it
-    positions, ends = idx + np.arange(T), np.full_like(idx, T)
+    # Padding stands last, where nobody sees it.
+    idx = np.zeros((B, T), np.int64)
+    positions = np.tile(np.arange(T), (B, 1))
+    ends = np.full((B, T), T)
+    answers = []
     for b, tree in enumerate(trees):
         N = len(tree.ids)
-        idx[b, :N], positions[b, :N], ends[b, :N] = tree.ids, tree.positions, tree.ends
-    answers = [(number, b * T + node, token) for b, tree in enumerate(trees)
-               for number, nodes, tokens in tree.answers for node, token in zip(nodes, tokens)]
-    where = {}                                                            # all of them single paths: plainly causal
+        idx[b, :N] = tree.ids
+        positions[b, :N] = tree.positions
+        ends[b, :N] = tree.ends
+        for number, nodes, tokens in tree.answers:
+            for node, token in zip(nodes, tokens):
+                answers.append((number, b * T + node, token))
+    arguments = {}
+    # Trees that are single paths need no mask: attention is causal anyway.
     if (positions != np.arange(T)).any():
-        t, ends = torch.arange(T, device=device), torch.from_numpy(ends).to(device)
-        where = {"positions": torch.from_numpy(positions).to(device),
-                 "mask": ((t <= t[:, None]) & (t[:, None] < ends[:, None]))[:, None]}     # (B, 1, T, T)
-    return torch.from_numpy(idx).to(device), where, np.array(answers).T
+        t = torch.arange(T, device=device)
+        ends = torch.from_numpy(ends).to(device)
+        sees = (t <= t[:, None]) & (t[:, None] < ends[:, None])                # (B, T, T)
+        arguments = {"positions": torch.from_numpy(positions).to(device), "mask": sees[:, None]}
+    owners, nodes, tokens = np.array(answers).T
+    return torch.from_numpy(idx).to(device), arguments, owners, nodes, tokens
 
 
 @torch.no_grad()
 def loglikelihoods(model, requests, batch_tokens=None, progress=True):
-    """[(context ids, continuation ids)] -> [(summed log-probability of the continuation in nats, whether each of its
-    tokens is the most likely one)], in the same order. Logits exist for predicted tokens only, in chunks. batch_tokens:
-    per forward pass; default 512 on a CPU (caches), else 16,384 (our guess, not measured). UserError: see `grow`."""
-    device, weight = model.embed.weight.device, model.head_weight
-    batch_tokens = batch_tokens or (512 if device.type == "cpu" else 16384)
-    chunk, count = chunk_tokens(weight), len(requests)
-    trees, sums, misses = grow(requests, model.config.block_size), np.zeros(count), np.zeros(count)
-    trees.sort(key=lambda tree: -len(tree.ids))
+    """Score continuations: [(context ids, continuation ids)] -> [(nats, greedy)], in the same
+    order.
+
+    `nats` is the summed log-probability of the continuation, `greedy` says whether each of its
+    tokens is the most likely one. Logits exist for predicted tokens only, and in chunks.
+    `batch_tokens` is the number of tokens per forward pass; the default is 512 on a CPU, for its
+    caches, and 16,384 elsewhere (our guess, not measured). Raises UserError as `sequences_of`
+    does."""
+    device = model.embed.weight.device
+    if batch_tokens is None:
+        batch_tokens = 512 if device.type == "cpu" else 16384
+    count = len(requests)
+    nats = np.zeros(count)
+    misses = np.zeros(count)
+    trees = sorted(grow(requests, model.config.block_size), key=lambda tree: -len(tree.ids))
     with tqdm(total=count, desc="loglikelihoods", leave=False, disable=None if progress else True) as bar:
         while trees:
             rows = max(1, batch_tokens // len(trees[0].ids))
-            now, trees = trees[:rows], trees[rows:]
-            idx, where, (owner, node, token) = batch_of(now, device)
-            hidden = model.hidden(idx, **where).flatten(0, 1)                          # (B·T, C)
-            for a in range(0, len(owner), chunk):
-                part = slice(a, a + chunk)
-                y = torch.from_numpy(token[part]).to(device)
-                logits = F.linear(hidden[torch.from_numpy(node[part]).to(device)], weight)         # (chunk, V)
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                log_p = logits.gather(1, y[:, None])[:, 0] - logits.logsumexp(-1)
-                sums += np.bincount(owner[part], log_p.cpu().numpy(), count)
-                misses += np.bincount(owner[part], (logits.argmax(-1) != y).cpu().numpy(), count)
-            bar.update(sum(len(tree.answers) for tree in now))
-    return [(nats, miss == 0) for nats, miss in zip(sums.tolist(), misses.tolist())]
+            batch = trees[:rows]
+            trees = trees[rows:]
+            idx, arguments, owners, nodes, tokens = batch_of(batch, device)
+            hidden = model.hidden(idx, **arguments).flatten(0, 1)              # (B·T, C)
+            log_p, hits = predictions(model, hidden, nodes, tokens)
+            nats += np.bincount(owners, log_p, count)
+            misses += np.bincount(owners, ~hits, count)
+            bar.update(sum(len(tree.answers) for tree in batch))
+    return list(zip(nats.tolist(), (misses == 0).tolist()))
 
 
-# -- text -> requests, as lm_eval/api/model.py and lm_eval/models/huggingface.py have it
+def predictions(model, hidden, nodes, tokens):
+    """Log-probabilities of `tokens` at the rows `nodes` of `hidden`, and whether each token is the
+    most likely one: two arrays. Logits are formed chunk by chunk, in float32 at least."""
+    weight = model.head_weight
+    chunk = chunk_tokens(weight)
+    nodes = torch.from_numpy(nodes).to(hidden.device)
+    tokens = torch.from_numpy(tokens).to(hidden.device)
+    log_p = []
+    hits = []
+    for rows, y in zip(nodes.split(chunk), tokens.split(chunk)):
+        logits = F.linear(hidden[rows], weight)                                # (chunk, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        log_p.append(logits.gather(1, y[:, None])[:, 0] - logits.logsumexp(-1))
+        hits.append(logits.argmax(-1) == y)
+    return torch.cat(log_p).cpu().numpy(), torch.cat(hits).cpu().numpy()
+
+
+# -- text -> requests, as in lm_eval/api/model.py and lm_eval/models/huggingface.py
+
 class Encoder:
-    """Text -> ids as lm_eval's HFLM: spelled special tokens are their ids, and before a text goes what the tokenizer's
-    post_processor puts there, Llama-3's BOS; "add_bos_token" beside a tokenizer.json is void, as in transformers 5."""
+    """Text -> ids as lm_eval's HFLM has them: a text that spells special tokens gets their ids, and
+    every text begins with what transformers puts there (Llama 3's BOS)."""
+
     def __init__(self, tokenizer):
-        self.tokenizer, self.opening = tokenizer, []
-        self.prefix = tokenizer.eot if tokenizer.bos is None else tokenizer.bos          # stands in for no context
-        post = json.loads(tokenizer.files.get("tokenizer.json", "{}")).get("post_processor") or {}
-        for step in post.get("processors", [post]):
-            for piece in step["single"] if step.get("type") == "TemplateProcessing" else []:
-                if "SpecialToken" not in piece:
-                    break
-                self.opening += step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+        self.tokenizer = tokenizer
+        # Stands for a context that is empty.
+        self.prefix = tokenizer.eot if tokenizer.bos is None else tokenizer.bos
 
     def plain(self, text):
         return self.tokenizer.encode(text, special=True).tolist()
 
     def __call__(self, text):
         ids = self.plain(text)
-        return ids if ids[:1] == [self.prefix] else self.opening + ids       # a text may bring its own BOS
+        # A text may bring its own BOS.
+        return ids if ids[:1] == [self.prefix] else self.tokenizer.opening + ids
 
     def pair(self, context, continuation):
-        """-> (context ids, continuation ids): blanks that end the context move to the continuation, whose ids are those
-        of both texts together but for as many as the context alone has. No context: BOS, or EOT where there is none."""
+        """-> (context ids, continuation ids). Blanks that end the context move to the continuation.
+        The ids of the continuation are those of both texts together, without as many as the context
+        alone has. An empty context becomes BOS, or EOT for a tokenizer without BOS."""
         stem = context.rstrip()
-        if not stem:
-            ids = self.plain(context + continuation)
-            return ([self.prefix], ids) if ids[:1] != [self.prefix] else (ids[:1], ids[1:])
-        ids = self(stem)
-        return ids, self(context + continuation)[len(ids):]
+        if stem:
+            ids = self(stem)
+            return ids, self(context + continuation)[len(ids):]
+        ids = self.plain(context + continuation)
+        if ids[:1] == [self.prefix]:
+            return ids[:1], ids[1:]
+        return [self.prefix], ids
 
 
 # -- questions
+
 @dataclass(frozen=True)
 class Question:
     query: str
@@ -158,10 +239,14 @@ class Question:
     gold: int                       # index of the right one
 
 
+def is_text_list(choices):
+    return isinstance(choices, list) and all(isinstance(text, str) and text.strip() for text in choices)
+
+
 def question(where, query, choices, gold):
-    """-> Question. UserError, with `where` (file and line) in it: not texts, fewer than 2 choices, none right."""
-    if not isinstance(query, str) or not isinstance(choices, list) or \
-            not all(isinstance(choice, str) and choice.strip() for choice in choices):
+    """-> Question. Raises UserError, with `where` (file and line) in it, if query or choices are no
+    texts, if there are fewer than 2 choices, or if none of them is the right one."""
+    if not isinstance(query, str) or not is_text_list(choices):
         problem = "query must be a text, and choices a list of texts that are not blank"
     elif len(choices) < 2:
         problem = f"{len(choices)} choices, and a question needs at least 2"
@@ -173,7 +258,8 @@ def question(where, query, choices, gold):
 
 
 def read_questions(path):
-    """A file -> [Question]: JSON lines as LINE, or one BIG-bench task.json. UserError names file and line."""
+    """A file -> [Question]. The file has JSON lines such as LINE, or is the task.json of one
+    BIG-bench task. Raises UserError, with file and line, for what is no question."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -186,12 +272,14 @@ def read_questions(path):
         return read_bigbench(path, whole)
     questions = []
     for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
-            if line.strip():
-                row = json.loads(line)
-                questions.append(question(f"{path}:{number}", row["query"], row["choices"], row["gold"]))
+            row = json.loads(line)
+            questions.append(question(f"{path}:{number}", row["query"], row["choices"], row["gold"]))
         except (ValueError, KeyError, TypeError) as problem:
-            raise UserError(f"{path}:{number} is no question ({type(problem).__name__}: {problem}); a line is {LINE}"
+            raise UserError(f"{path}:{number} is no question ({type(problem).__name__}: "
+                            f"{problem}); a line is {LINE}"
                             ) from None
     if not questions:
         raise UserError(f"{path} holds no questions; a line is {LINE}")
@@ -199,146 +287,209 @@ def read_questions(path):
 
 
 def read_bigbench(path, task):
-    """BIG-bench's task.json -> [Question], zero-shot: task_prefix, "Q: ", input, "\\nA:" and choices " X" in the file's
-    order; example_input_prefix and example_output_prefix are heeded (bigbench/api/json_task.py). Unlike there, choices
-    are not listed in the question (append_choices_to_input): models of our size do not choose from lists."""
-    examples, questions = task.get("examples"), []
+    """The content of a BIG-bench task.json -> [Question], zero-shot (bigbench/api/json_task.py).
+
+    A question is task_prefix, "Q: ", input and "\\nA:", a choice is " X", in the order of the file;
+    example_input_prefix and example_output_prefix are heeded. Unlike there, choices are not listed
+    in the question (append_choices_to_input): models of our size do not choose from lists. Raises
+    UserError for a task without examples, and for an example that has not one best choice."""
+    examples = task.get("examples")
     if not isinstance(examples, list) or not examples:
-        raise UserError(f"{path} is neither JSON lines as {LINE} nor a BIG-bench task with examples; give the "
-                        "task.json of one of its subtasks")
+        raise UserError(f"{path} is neither JSON lines as {LINE} nor a BIG-bench task with "
+                        "examples; give the task.json of one of its subtasks")
     before = str(task.get("task_prefix", "")) + task.get("example_input_prefix", "\nQ: ")
+    behind = task.get("example_output_prefix", "\nA: ")
+    questions = []
     for number, example in enumerate(examples, 1):
         where = f"{path}: example {number}"
         try:
             scores = {**example["target_scores"]}
-            best = [i for i, value in enumerate(scores.values()) if value == max(scores.values())]
+            highest = max(scores.values(), default=0)
         except (KeyError, TypeError):
-            raise UserError(f"{where} has no target_scores {{choice: score}}, so it is no question with choices; give "
-                            "another task or remove it") from None
+            raise UserError(f"{where} has no target_scores {{choice: score}}, so it is no question "
+                            "with choices; give another task or remove it") from None
+        best = [i for i, value in enumerate(scores.values()) if value == highest]
         if len(best) > 1:
-            raise UserError(f"{where}: {len(best)} of {len(scores)} choices have the highest score, "
-                            f"{max(scores.values())}, and one must; give another task or remove it")
-        query = (before + str(example.get("input", "")) + task.get("example_output_prefix", "\nA: ")).lstrip("\n")
-        space = query[len(query.rstrip(" ")):]           # where a question ends in a blank, its choices begin with it
-        questions.append(question(where, query.rstrip(" "), [space + c.strip() for c in scores], best[0]))
+            raise UserError(f"{where}: {len(best)} of {len(scores)} choices have the highest "
+                            f"score, {highest}, and one must; give another task or remove it")
+        query = (before + str(example.get("input", "")) + behind).lstrip("\n")
+        # A blank that ends the question begins its choices.
+        space = query[len(query.rstrip(" ")):]
+        choices = [space + choice.strip() for choice in scores]
+        questions.append(question(where, query.rstrip(" "), choices, best[0] if best else None))
     return questions
 
 
+METRICS = ("acc", "acc_norm", "acc_bytes")
+
+
+def divisor(metric, choice):
+    """What a metric divides the log-probability of a choice by (lm_eval/api/task.py)."""
+    text = choice.removeprefix(" ")
+    return {"acc": 1, "acc_norm": len(text), "acc_bytes": len(text.encode())}[metric]
+
+
 def multiple_choice(model, tokenizer, questions, batch_tokens=None, progress=True):
-    """[Question] -> dict: "acc" by summed log-probability, "acc_norm" by it per character and "acc_bytes" per UTF-8
-    byte of a choice without its leading space (lm_eval/api/task.py); each with "_stderr", the mean's standard error
-    (NaN for one question). "tokens": what a loop over all choices runs; "tokens_run": nodes of our trees; "seconds";
-    "loglikelihoods": nats, a list per question."""
-    start, encoder, T = time.perf_counter(), Encoder(tokenizer), model.config.block_size
-    requests = [encoder.pair(q.query, choice) for q in questions for choice in q.choices]
+    """Answer questions: [Question] -> a dictionary.
+
+    "acc" is the share of right answers by the summed log-probability of a choice, "acc_norm" by
+    that per character, "acc_bytes" per UTF-8 byte, both without the leading space of the choice.
+    Each has "_stderr", the standard error of the mean (NaN for one question). "loglikelihoods" are
+    the nats, a list per question. "tokens" are those that a loop over all choices runs,
+    "tokens_run" the nodes of our trees, "seconds" our time."""
+    start = time.perf_counter()
+    encoder = Encoder(tokenizer)
+    block_size = model.config.block_size
+    requests = []
+    for q in questions:
+        requests += [encoder.pair(q.query, choice) for choice in q.choices]
     scores = iter(loglikelihoods(model, requests, batch_tokens, progress))
-    nats = [[next(scores)[0] for _ in q.choices] for q in questions]
-    result = {"questions": len(questions), "loglikelihoods": nats, "seconds": time.perf_counter() - start,
-              "tokens": sum(min(len(context) + len(continuation) - 1, T) for context, continuation in requests),
-              "tokens_run": sum(len(tree.ids) for tree in grow(requests, T))}
-    for name, length in {"acc": lambda text: 1, "acc_norm": len, "acc_bytes": lambda text: len(text.encode())}.items():
-        right = [np.argmax([x / length(c.removeprefix(" ")) for x, c in zip(row, q.choices)]) == q.gold
-                 for row, q in zip(nats, questions)]
-        result[name] = float(np.mean(right))
-        result[name + "_stderr"] = math.nan if len(right) < 2 else float(np.std(right, ddof=1)) / len(right)**0.5
+    nats = []
+    for q in questions:
+        nats.append([next(scores)[0] for _ in q.choices])
+    seconds = time.perf_counter() - start
+    lengths = [len(context) + len(continuation) - 1 for context, continuation in requests]
+    result = {"questions": len(questions), "loglikelihoods": nats, "seconds": seconds,
+              "tokens": sum(min(length, block_size) for length in lengths),
+              "tokens_run": sum(len(tree.ids) for tree in grow(requests, block_size))}
+    for metric in METRICS:
+        right = []
+        for q, row in zip(questions, nats):
+            divisors = [divisor(metric, choice) for choice in q.choices]
+            right.append(np.argmax(np.array(row) / divisors) == q.gold)
+        result[metric] = float(np.mean(right))
+        result[metric + "_stderr"] = math.nan
+        if len(right) > 1:
+            result[metric + "_stderr"] = float(np.std(right, ddof=1)) / len(right)**0.5
     return result
 
 
 # -- lm_eval itself, with our model inside
-def complete(model, tokenizer, ids, until, most, temperature=0.0, top_k=0, generator=None):
-    """Continue the prompt's ids by up to `most` tokens, to the first of the texts `until` or EOT, which are left out,
-    as are special tokens -> text. A prompt that leaves no room in the context is cut from the left."""
-    if not 0 < most < model.config.block_size:
-        raise UserError(f"max_gen_toks {most} must be between 1 and {model.config.block_size - 1}, as the context has "
-                        f"{model.config.block_size} tokens; lower it by gen_kwargs")
-    ids = ids[-(model.config.block_size - most):]
-    skip = {tokenizer.eot, *tokenizer.specials.values()}
-    text = lambda idx: tokenizer.decode(i for i in idx[0, len(ids):].tolist() if i not in skip)
-    done = lambda idx: idx[0, -1] == tokenizer.eot or any(stop in text(idx) for stop in until)
+
+def complete(model, tokenizer, ids, until, budget, temperature=0.0, top_k=0, generator=None):
+    """Continue the prompt's ids by up to `budget` tokens: -> text. It ends before the first of the
+    texts `until` and before EOT, and special tokens are left out of it. A prompt that leaves no
+    room in the context is cut from the left. Raises UserError if the context has no room for the
+    budget."""
+    block_size = model.config.block_size
+    if not 0 < budget < block_size:
+        raise UserError(f"max_gen_toks {budget} must be between 1 and {block_size - 1}, as the "
+                        f"context has {block_size} tokens; lower it by gen_kwargs")
+    ids = ids[-(block_size - budget):]
+    special = {tokenizer.eot, *tokenizer.specials.values()}
+
+    def text_of(idx):
+        return tokenizer.decode(i for i in idx[0, len(ids):].tolist() if i not in special)
+
+    def done(idx):
+        return idx[0, -1] == tokenizer.eot or any(stop in text_of(idx) for stop in until)
+
     idx = torch.tensor([ids], device=model.embed.weight.device)
-    found = text(model.generate(idx, most, temperature, top_k, generator, done))
+    text = text_of(model.generate(idx, budget, temperature, top_k, generator, done))
     for stop in until:
-        found = found.split(stop)[0]
-    return found
+        text = text.split(stop)[0]
+    return text
 
 
 def lm_eval_adapter(model, tokenizer, batch_tokens=None, seed=1234):
-    """-> an lm_eval.api.model.LM that is our model. `seed`: of sampled generation. UserError: lm_eval is missing."""
+    """-> an lm_eval.api.model.LM that is our model. `seed` is that of sampled generation. Raises
+    UserError if lm_eval cannot be imported."""
     try:
         from lm_eval.api.model import LM
         from lm_eval.models.utils import normalize_gen_kwargs
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     except ImportError as problem:
-        raise UserError(f"tasks are run by lm-evaluation-harness, which cannot be imported ({problem}): pip install "
-                        "'lm_eval>=0.4.10'") from problem
-    encoder, device = Encoder(tokenizer), model.embed.weight.device
+        raise UserError("tasks are run by lm-evaluation-harness, which cannot be imported "
+                        f"({problem}): pip install 'lm_eval>=0.4.10'") from problem
+    encoder = Encoder(tokenizer)
+    device = model.embed.weight.device
 
     class Adapter(LM):
         def loglikelihood(self, requests):
             return loglikelihoods(model, [encoder.pair(*request.args) for request in requests], batch_tokens)
 
         def loglikelihood_rolling(self, requests):
-            windows = [[make_disjoint_window(window) for window in get_rolling_token_windows(
-                encoder(request.args[0]), encoder.prefix, model.config.block_size, 1)] for request in requests]
-            scores = iter(loglikelihoods(model, [window for row in windows for window in row], batch_tokens))
-            return [sum(next(scores)[0] for _ in row) for row in windows]
+            texts = []
+            for request in requests:
+                ids = encoder(request.args[0])
+                windows = get_rolling_token_windows(ids, encoder.prefix, model.config.block_size, 1)
+                texts.append([make_disjoint_window(window) for window in windows])
+            scores = iter(loglikelihoods(model, list(itertools.chain(*texts)), batch_tokens))
+            nats = []
+            for windows in texts:
+                nats.append(sum(next(scores)[0] for _ in windows))
+            return nats
 
         def generate_until(self, requests):
             generator = torch.Generator(device).manual_seed(seed)
-            return [self.generated(*request.args, generator) for request in tqdm(requests, leave=False, disable=None)]
+            texts = []
+            for request in tqdm(requests, leave=False, disable=None):
+                texts.append(self.generated(*request.args, generator))
+            return texts
 
         def generated(self, prompt, options, generator):
-            options = dict(normalize_gen_kwargs(options, 256))   # 256: HFLM's default; without do_sample temperature 0
-            until, most, temperature = options.pop("until"), options.pop("max_gen_toks"), options.pop("temperature", 0)
+            # 256 tokens are HFLM's default; without do_sample lm_eval makes the temperature 0.
+            options = dict(normalize_gen_kwargs(options, 256))
+            until = options.pop("until")
+            budget = options.pop("max_gen_toks")
+            temperature = options.pop("temperature", 0)
             top_k = options.pop("top_k", 0)
             options.pop("do_sample")
             if temperature and options:
-                raise UserError(f"generation options {', '.join(options)} are not here; drop them, or do_sample")
+                raise UserError(f"generation options {', '.join(options)} are not here; drop them, "
+                                "or do_sample")
             until = [stop for stop in [*until, tokenizer.decode([tokenizer.eot])] if stop]
-            return complete(model, tokenizer, encoder(prompt) or [encoder.prefix], until, most, temperature, top_k,
-                            generator)
+            ids = encoder(prompt) or [encoder.prefix]
+            return complete(model, tokenizer, ids, until, budget, temperature, top_k, generator)
 
     return Adapter()
 
 
 def run_tasks(model, tokenizer, names, include_path=None, batch_tokens=None, **options):
-    """Run lm_eval's tasks, or those of the YAML files under include_path -> (lm_eval's results, its table as text).
-    `options` are simple_evaluate's: limit, num_fewshot, … UserError: no lm_eval, no such task, no data."""
+    """Run tasks of lm_eval, or of the YAML files under include_path: -> (lm_eval's results, its
+    table as text). `options` are those of simple_evaluate: limit, num_fewshot, … Raises UserError
+    if lm_eval, a task or its data is missing."""
     adapter = lm_eval_adapter(model, tokenizer, batch_tokens)
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
-    manager = TaskManager(include_path=include_path, include_defaults=False)     # its own 14,000 take it many seconds
+
+    # lm_eval needs many seconds to list its own 14,000 tasks.
+    manager = TaskManager(include_path=include_path, include_defaults=False)
     if not set(names) <= set(manager.all_tasks):
         manager = TaskManager(include_path=include_path)
-    if unknown := [name for name in names if name not in manager.all_tasks]:
-        raise UserError(f"lm_eval has no task {unknown[0]!r}; `lm_eval ls tasks` lists {len(manager.all_tasks)}, and "
-                        "--include-path adds a folder of your own")
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        raise UserError(f"lm_eval has no task {unknown[0]!r}; `lm_eval ls tasks` lists "
+                        f"{len(manager.all_tasks)}, and --include-path adds a folder of your own")
     try:
         results = simple_evaluate(adapter, tasks=list(names), task_manager=manager, **options)
     except (ConnectionError, FileNotFoundError) as problem:
-        raise UserError(f"the data of {', '.join(names)} cannot be had ({' '.join(str(problem).split())[:150]}); run "
-                        "it once with a network, which caches it, or give a task with local data by --include-path"
+        raise UserError(f"the data of {', '.join(names)} cannot be had "
+                        f"({' '.join(str(problem).split())[:150]}); run it once with a network, "
+                        "which caches it, or give a task with local data by --include-path"
                         ) from problem
-    return results, "\n".join(make_table(results, kind) for kind in ("results", "groups") if results.get(kind))
+    tables = [make_table(results, kind) for kind in ("results", "groups") if results.get(kind)]
+    return results, "\n".join(tables)
 
 
 # -- the command: eval.py hands over its flags
+
 def check(config):
     """Raise UserError if --limit, --num-fewshot or --batch-tokens is too small."""
-    for name, least in (("limit", 1), ("num_fewshot", 0), ("batch_tokens", 1)):
+    for name, least in {"limit": 1, "num_fewshot": 0, "batch_tokens": 1}.items():
         value = getattr(config, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
 
 
 def main(config, model, tokenizer):
-    """Print what --multiple-choice and --tasks ask for."""
+    """Print the answers that --multiple-choice and --tasks ask for."""
     if config.multiple_choice:
         print_choices(config, model, tokenizer)
     if config.tasks:
-        _, table = run_tasks(model, tokenizer, config.tasks.split(","), config.include_path, config.batch_tokens,
-                             limit=config.limit, num_fewshot=config.num_fewshot)
+        _, table = run_tasks(model, tokenizer, config.tasks.split(","), config.include_path,
+                             config.batch_tokens, limit=config.limit, num_fewshot=config.num_fewshot)
         print(table)
 
 
@@ -348,6 +499,6 @@ def print_choices(config, model, tokenizer):
     print(f"{'file':40} questions  acc              acc_norm         acc_bytes        tokens/s")
     for file, questions in files:
         result = multiple_choice(model, tokenizer, questions, config.batch_tokens)
-        metrics = "  ".join(f"{result[m]:.4f} ± {result[m + '_stderr']:.4f}" for m in ("acc", "acc_norm", "acc_bytes"))
+        metrics = "  ".join(f"{result[m]:.4f} ± {result[m + '_stderr']:.4f}" for m in METRICS)
         rate = result["tokens"] / result["seconds"]
         print(f"{file:40} {result['questions']:9,}  {metrics}  {rate:8,.0f}")

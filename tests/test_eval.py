@@ -162,6 +162,8 @@ def test_a_report_pairs_runs_by_seed_and_draws(toy_runs):
         report.table([toy_runs])
     with pytest.raises(UserError, match="--against 'nieve' is none of these plans: idea, "):
         report.table(sorted(toy_runs.iterdir()), "nieve")
+    with pytest.raises(UserError, match="give the folder of a run"):
+        report.main(report.Report(()))
     with pytest.raises(UserError, match="--against has no effect on one run"):
         report.main(report.Report((str(toy_runs / "idea-0"),), "idea"))
 
