@@ -67,13 +67,13 @@ def bytes_per_token(config, context, size):
 
 # -- what is measured
 
-def build(settings, config):
-    """A model with random weights and a random prompt (1, T)."""
+def build(config, device, dtype, tokens):
+    """A model with random weights and a random prompt of so many tokens."""
     torch.manual_seed(0)
-    with torch.device(settings.device):
-        model = models.GPT(config).to(getattr(torch, settings.dtype)).eval().requires_grad_(False)
-    prompt = torch.randint(config.vocab_size, (1, settings.prompt), generator=torch.Generator().manual_seed(0))
-    return model, prompt.to(settings.device)
+    with torch.device(device):
+        model = models.GPT(config).to(getattr(torch, dtype)).eval().requires_grad_(False)
+    prompt = torch.randint(config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    return model, prompt.to(device)
 
 
 def generate(model, prompt, tokens):
@@ -94,11 +94,11 @@ def llamacpp_generate(path, prompt, tokens):
     return {"first": prompt / rates["prompt"], "decode": 1 / rates["decode"]}
 
 
-def memory(settings, config):
+def memory(config, device, dtype, tokens, decode):
     """The bytes before a generation (the weights) and at its peak. To be called in a process of its own."""
-    model, prompt = build(settings, config)
-    with peak(settings.device) as measured:
-        model.generate(prompt, settings.decode, temperature=0)
+    model, prompt = build(config, device, dtype, tokens)
+    with peak(device) as measured:
+        model.generate(prompt, decode, temperature=0)
     return measured
 
 
@@ -130,8 +130,9 @@ def infer(settings, preset, vocab_size):
     peaks = {}
     generations = {}
     for name, config in configs.items():
-        peaks["ours", name] = own_process(memory, settings, config)
-        generations["ours", name] = functools.partial(generate, *build(settings, config), settings.decode)
+        arguments = (config, settings.device, settings.dtype, settings.prompt)
+        peaks["ours", name] = own_process(memory, *arguments, settings.decode)
+        generations["ours", name] = functools.partial(generate, *build(*arguments), settings.decode)
     left_out = None
     if settings.device.startswith("cuda"):
         left_out = "asked on the CPU only: --device cpu"

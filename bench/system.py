@@ -4,7 +4,6 @@
 
 `scale` measures nothing. Every number that it assumes is below and in its table.
 """
-import dataclasses
 import os
 import statistics
 import subprocess
@@ -37,13 +36,13 @@ median = statistics.median
 
 # -- start
 
-def one_step_run(flags, cwd=ROOT):
-    """Run train.py for one step in a process of its own, with both of its evaluations, the checkpoints and the summary:
+def one_step_run(flags):
+    """Run train.py for one step in a process of its own, with the corpus, two evaluations, checkpoints and a summary:
     -> seconds from launch to exit, {part: seconds} of them that the run counts itself. Raises UserError if it fails."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "train.py"), "--plan", "scratch", "--steps", "1", "--out", folder, *flags]
+        command = [sys.executable, "train.py", "--plan", "scratch", "--steps", "1", "--out", folder, *flags]
         start = time.perf_counter()
-        ended = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         seconds = time.perf_counter() - start
         if ended.returncode:
             raise UserError(f"train.py {' '.join(flags)} ended with {ended.returncode}: {ended.stderr.strip()[-200:]}")
@@ -51,25 +50,20 @@ def one_step_run(flags, cwd=ROOT):
 
 
 def start(settings, preset, vocab_size):
-    """The seconds of `train.py --help`, and of a whole run of one step. The bytes of the text are its tokens."""
-    flags = ("--preset", preset, "--device", settings.device)
-    with tempfile.TemporaryDirectory() as empty:
-        cold, _ = one_step_run(flags, cwd=empty)
+    """The seconds of `train.py --help`, and of a whole run of one step. The tokens are bytes, whatever `vocab_size`."""
     runs = []
-    command = [sys.executable, str(ROOT / "train.py"), "--help"]
-    calls = {"help": lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL),
+    command = [sys.executable, "train.py", "--help"]
+    flags = ("--preset", preset, "--device", settings.device)
+    calls = {"help": lambda: subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL),
              "one step": lambda: runs.append(one_step_run(flags))}
-    helps = interleave(calls, settings.rounds)["help"]
-    runs = runs[1:]                          # the first one filled the caches
-    seconds = [whole for whole, _ in runs]
-    warm = {"what": f"python train.py --plan scratch --steps 1 --preset {preset}", "s": median(seconds)}
-    for part in runs[0][1]:
-        part_seconds = median([parts[part] for _, parts in runs])
+    seconds = interleave(calls, settings.rounds)
+    step_row = {"what": f"python train.py --plan scratch --steps 1 --preset {preset}", "s": median(seconds["one step"])}
+    counted = [parts for _, parts in runs[1:]]           # the first round does not count
+    for part in counted[0]:
+        part_seconds = median([parts[part] for parts in counted])
         if part_seconds:
-            warm[f"of which {part}"] = part_seconds
-    rows = [{"what": "python train.py --help", "s": median(helps)},
-            {"what": "the one-step run in an empty folder, which first prepares the corpus", "s": cold}, warm]
-    return {"rows": rows, "seconds": {"help": helps, "one step": seconds}}
+            step_row[f"of which {part}"] = part_seconds
+    return {"rows": [{"what": "python train.py --help", "s": median(seconds["help"])}, step_row], "seconds": seconds}
 
 
 # -- disk

@@ -79,13 +79,27 @@ def tokens_per_forward(device, params, vocab_size):
     return 2048 if vocab_size < 4096 else 1024
 
 
+@dataclass(frozen=True)
+class Load:
+    """How the variants of a cell train, and how often each of them is timed. Other processes are sent this."""
+    device: str
+    dtype: str
+    compile: bool
+    micro_batch: int
+    micro_steps: int
+    steps: int                   # in a round
+    rounds: int
+
+
 def fitted(settings, preset, vocab_size):
-    """The settings with --micro-batch and --steps filled in, alike for all of a cell: -> settings, target, enlarged."""
+    """What to train, with --micro-batch and --steps filled in alike for all of a cell: -> load, target, enlarged."""
     target, enlarged = shapes(preset, vocab_size, settings.enlarge_ff)
     tokens = tokens_per_forward(settings.device, enlarged.num_params()["total"], vocab_size)
     micro_batch = settings.micro_batch or max(1, tokens // enlarged.block_size)
     steps = settings.steps or (CUT_EVERY if vocab_size < 4096 else 3)
-    return dataclasses.replace(settings, micro_batch=micro_batch, steps=steps), target, enlarged
+    load = Load(settings.device, settings.dtype, settings.compile, micro_batch, settings.micro_steps, steps,
+                settings.rounds)
+    return load, target, enlarged
 
 
 # -- variants
@@ -134,21 +148,21 @@ def one_stage(stage, steps, cuts=(), slice_at=None):
     return schedule.Timeline(steps, ((stage, 0, steps),), cuts, ((0, steps),), slice_at)
 
 
-def bare_setup(settings, timeline, start, target, rank=0, world=1):
+def bare_setup(load, timeline, start, target, rank=0, world=1):
     """The Setup of a run on random tokens that evaluates, records and saves nothing."""
     T = start.block_size
     config = train.Train(
-        steps=timeline.steps, micro_batch=settings.micro_batch, lr=1e-4, device=settings.device, dtype=settings.dtype,
-        compile=settings.compile, batch_tokens=settings.micro_batch * settings.micro_steps * T,
+        steps=timeline.steps, micro_batch=load.micro_batch, lr=1e-4, device=load.device, dtype=load.dtype,
+        compile=load.compile, batch_tokens=load.micro_batch * load.micro_steps * T,
         # The variant brings its teacher, so the loop does not make one at the first cut.
         teacher="random weights", drop_teacher=False)
     width = np.uint16 if start.vocab_size <= 2**16 else np.uint32
     tokens = np.random.default_rng(0).integers(start.vocab_size, size=1024 * T + 1, dtype=width)
-    return train.Setup(train.resolve(config, settings.device), timeline, start, target, SimpleNamespace(train=tokens),
-                       None, settings.device, rank, world)
+    return train.Setup(train.resolve(config, load.device), timeline, start, target, SimpleNamespace(train=tokens),
+                       None, load.device, rank, world)
 
 
-def stage_variant(settings, name, target, enlarged, rounds, rank=0, world=1):
+def stage_variant(load, name, target, enlarged, rounds, rank=0, world=1):
     """A Variant that stays in the stage `name` of STAGES for `rounds` rounds of --steps steps and a few steps more. In
     "prune" the last step of every round begins with a cut. The last cut ends at the target size, and the step behind it
     begins with the slice."""
@@ -158,30 +172,30 @@ def stage_variant(settings, name, target, enlarged, rounds, rank=0, world=1):
     final = target.removable_params() / enlarged.removable_params()
     cuts = []
     for i in range(1, rounds + 1):
-        cuts.append((i * settings.steps - 1, 1 - (1 - final) * i / rounds))
-    steps = (rounds + 1) * settings.steps + 8
-    timeline = one_stage(stage, steps, tuple(cuts), rounds * settings.steps) if prunes else one_stage(stage, steps)
-    setup = bare_setup(settings, timeline, start, target if prunes else start, rank, world)
+        cuts.append((i * load.steps - 1, 1 - (1 - final) * i / rounds))
+    steps = (rounds + 1) * load.steps + 8
+    timeline = one_stage(stage, steps, tuple(cuts), rounds * load.steps) if prunes else one_stage(stage, steps)
+    setup = bare_setup(load, timeline, start, target if prunes else start, rank, world)
 
     torch.manual_seed(0)
     teacher = None
-    with torch.device(settings.device):          # a CPU takes a minute for 2.8B random numbers
+    with torch.device(load.device):          # a CPU takes a minute for 2.8B random numbers
         model = models.GPT(start)
         if stage.kd:
             teacher = distill.freeze(models.GPT(enlarged))
-    if teacher and settings.dtype == "bfloat16" and settings.device.startswith("cuda"):
+    if teacher and load.dtype == "bfloat16" and load.device.startswith("cuda"):
         train.halve_matrices(teacher)            # as train.open_teacher does
     optimizer = train.make_optimizer(model, setup.config)
     return Variant(setup, State(model, optimizer, prune.everything(start), teacher=teacher))
 
 
-def peer_variant(settings, name, target, rounds):
+def peer_variant(load, name, target, rounds):
     """A Variant with a peer of the target in its place, trained as in stage "recover"."""
     torch.manual_seed(0)
-    with torch.device(settings.device):
+    with torch.device(load.device):
         model = Llama(target) if name == LLAMA else gpt2_peer.GPT2(gpt2_peer.peer_of(target))
-    timeline = one_stage(STAGES["recover"], (rounds + 1) * settings.steps + 8)
-    setup = bare_setup(settings, timeline, model.config, model.config)
+    timeline = one_stage(STAGES["recover"], (rounds + 1) * load.steps + 8)
+    setup = bare_setup(load, timeline, model.config, model.config)
     return Variant(setup, State(model, train.make_optimizer(model, setup.config), alive={}), WholeLogits)
 
 
@@ -280,12 +294,12 @@ def flops_per_step(variant):
     return state.flops["executed"] / state.step - variant.setup.config.batch_tokens * square / 2
 
 
-def memory_of(settings, name, target, enlarged):
+def memory_of(load, name, target, enlarged):
     """The bytes before two steps of a stage and at their peak, with gradients, activations and logits, and the bytes of
     the teacher. To be called in a process of its own."""
-    variant = stage_variant(settings, name, target, enlarged, rounds=2)
+    variant = stage_variant(load, name, target, enlarged, rounds=2)
     variant.go(1)
-    with peak(settings.device) as memory:
+    with peak(load.device) as memory:
         variant.go(2)
     teacher = variant.state.teacher
     return {**memory, "teacher_bytes": sum(p.nbytes for p in teacher.parameters()) if teacher else 0}
@@ -308,31 +322,31 @@ class Measured:
 def stages(settings, preset, vocab_size, names, memory=False):
     """Time the named stages and peers in turns, with a matrix product as their limit. With `memory` also measure the
     peaks of the steps without and with distillation."""
-    settings, target, enlarged = fitted(settings, preset, vocab_size)
+    load, target, enlarged = fitted(settings, preset, vocab_size)
     peaks = {}
     if memory:
-        peaks = {name: own_process(memory_of, settings, name, target, enlarged) for name in KD}
+        peaks = {name: own_process(memory_of, load, name, target, enlarged) for name in KD}
     variants = {}
-    rounds = 1 + settings.rounds + APART
+    rounds = 1 + load.rounds + APART
     for name in names:
         if name in STAGES:
-            variants[name] = stage_variant(settings, name, target, enlarged, rounds)
+            variants[name] = stage_variant(load, name, target, enlarged, rounds)
         elif name != LLAMA or find_spec("transformers"):
-            variants[name] = peer_variant(settings, name, target, rounds)
+            variants[name] = peer_variant(load, name, target, rounds)
 
-    product, product_flops = matmul(getattr(torch, settings.dtype), settings.device)
+    product, product_flops = matmul(getattr(torch, load.dtype), load.device)
     calls = {"matmul": product}
     for name, variant in variants.items():
-        calls[name] = functools.partial(variant.go, settings.steps)
+        calls[name] = functools.partial(variant.go, load.steps)
     if GPT2 in variants:
-        calls[PLAIN] = functools.partial(plain_loop, variants[GPT2], settings.steps)
-    seconds = interleave(calls, settings.rounds, settings.device)
+        calls[PLAIN] = functools.partial(plain_loop, variants[GPT2], load.steps)
+    seconds = interleave(calls, load.rounds, load.device)
     parts = {}
     for name, variant in variants.items():
-        parts[name] = [take_apart(variant, settings.steps) for _ in range(APART)]
+        parts[name] = [take_apart(variant, load.steps) for _ in range(APART)]
 
-    about = {"shape": preset, "V": vocab_size, "dtype": settings.dtype, "compiled": settings.compile}
-    measured = Measured(about, settings.steps, variants, seconds, product_flops, parts, peaks)
+    about = {"shape": preset, "V": vocab_size, "dtype": load.dtype, "compiled": load.compile}
+    measured = Measured(about, load.steps, variants, seconds, product_flops, parts, peaks)
     rows = [{"table": "training", **row(measured, name)} for name in calls if name != "matmul"]
     for name in names:
         if name not in variants:
@@ -352,12 +366,12 @@ def row(measured, name):
     flops = flops_per_step(variant)
     rounds = measured.seconds[name]
     rate = measured.steps / median(rounds)                           # steps per second
-    product_rate = measured.matmul_flops * median_ratio(rounds, measured.seconds["matmul"])
+    products = measured.steps * flops / measured.matmul_flops        # as many matrix products have its FLOPs
     columns = {**measured.about, "variant": name, "params": params,
                "of them embedding %": 100 * start.vocab_size * start.d_model / params,
                "tokens/step": tokens, "FLOPs/step, causal": float(flops), "tokens/s": rate * tokens,
                "FLOP/s, causal": rate * flops}
-    columns["of matmul's FLOP/s, causal"] = measured.steps * flops / product_rate
+    columns["of matmul's FLOP/s, causal"] = products * median_ratio(measured.seconds["matmul"], rounds)
     if "recover" in measured.variants:
         slower = median_ratio(rounds, measured.seconds["recover"])
         columns["tokens/s: recover's ÷ this"] = slower
@@ -399,13 +413,13 @@ def slice_pause(variant):
 def cuts(settings, preset, vocab_size):
     """The pauses of scoring, cutting and slicing; the time of the prune stage at train.py's own cadence; what the moment
     of slicing is worth in a run with plan idea's shares. Ratios are within a round, as zeros may change a GPU's clock."""
-    settings, target, enlarged = fitted(settings, preset, vocab_size)
-    steps = settings.steps
-    late = stage_variant(settings, "prune", target, enlarged, 1 + settings.rounds)
-    early = stage_variant(settings, "recover", target, enlarged, 1 + settings.rounds)
+    load, target, enlarged = fitted(settings, preset, vocab_size)
+    steps = load.steps
+    late = stage_variant(load, "prune", target, enlarged, 1 + load.rounds)
+    early = stage_variant(load, "recover", target, enlarged, 1 + load.rounds)
     spent = []
     calls = {"not sliced": lambda: spent.append(spend(late, steps)), "sliced": lambda: early.go(steps)}
-    seconds = interleave(calls, settings.rounds, settings.device)
+    seconds = interleave(calls, load.rounds, load.device)
     spent = spent[1:]                                    # the first round does not count
     slicing, first = slice_pause(late)
 
@@ -416,7 +430,7 @@ def cuts(settings, preset, vocab_size):
     for each, step_seconds in zip(spent, before):
         pauses = each["cut"] + SCORES_PER_CUT * each["score"] / scored
         longer.append(1 + pauses / (CUT_EVERY * step_seconds))
-    about = {"shape": preset, "V": vocab_size, "dtype": settings.dtype, "compiled": settings.compile}
+    about = {"shape": preset, "V": vocab_size, "dtype": load.dtype, "compiled": load.compile}
     step_before = median(before)
     step_behind = step_before / median_ratio(before, behind)
     compiling = max(0.0, first - step_behind)
@@ -447,27 +461,27 @@ def moments_of_slicing(before, behind, pause):
 
 # -- the suite ddp
 
-def ddp_worker(rank, settings, folder, target, threads):
+def ddp_worker(rank, load, folder, target, threads):
     """One of two gloo processes. In turns: the first process alone with the whole batch in two micro-steps, both with
     one micro-step each, both only exchanging as many bytes as there are gradients. The first process writes
     {name: [seconds]}."""
     torch.set_num_threads(threads)
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(minutes=10))
-    alone = stage_variant(settings, "recover", target, target, 1 + settings.rounds)
-    both = stage_variant(settings, "recover", target, target, 1 + settings.rounds, rank, world=2)
+    alone = stage_variant(load, "recover", target, target, 1 + load.rounds)
+    both = stage_variant(load, "recover", target, target, 1 + load.rounds, rank, world=2)
     gradient = torch.zeros(target.num_params()["total"])
 
     def one_process():
         if rank == 0:
-            alone.go(settings.steps)
+            alone.go(load.steps)
         dist.barrier()
 
     def exchange():
-        for _ in range(settings.steps):
+        for _ in range(load.steps):
             dist.all_reduce(gradient)
 
-    calls = {"one process": one_process, "two": lambda: both.go(settings.steps), "all-reduce": exchange}
-    seconds = interleave(calls, settings.rounds)
+    calls = {"one process": one_process, "two": lambda: both.go(load.steps), "all-reduce": exchange}
+    seconds = interleave(calls, load.rounds)
     if rank == 0:
         Path(folder, "seconds").write_text(json.dumps(seconds))
     dist.barrier()
@@ -477,17 +491,17 @@ def ddp_worker(rank, settings, folder, target, threads):
 def ddp(settings, preset, vocab_size):
     """Two processes with half of the batch each against one process with all of it; every process has as many threads.
     An efficiency of 1 would be twice as fast. An overlap of 1 would be an exchange that is never waited for."""
-    settings, target, _ = fitted(dataclasses.replace(settings, micro_steps=2), preset, vocab_size)
+    load, target, _ = fitted(dataclasses.replace(settings, micro_steps=2), preset, vocab_size)
     threads = max(1, torch.get_num_threads() // 2)
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(ddp_worker, (settings, folder, target, threads), nprocs=2)
+        torch.multiprocessing.spawn(ddp_worker, (load, folder, target, threads), nprocs=2)
         seconds = json.loads(Path(folder, "seconds").read_text())
     one, two, exchange = seconds.values()
     overlaps = [1 - (both - alone / 2) / transfer for alone, both, transfer in zip(one, two, exchange)]
     row = {"shape": preset, "V": vocab_size, "params": target.num_params()["total"],
-           "tokens/step": 2 * settings.micro_batch * target.block_size, "threads each": threads}
+           "tokens/step": 2 * load.micro_batch * target.block_size, "threads each": threads}
     for name, rounds in seconds.items():
-        row[f"{name}: s/step"] = median(rounds) / settings.steps
+        row[f"{name}: s/step"] = median(rounds) / load.steps
     row["efficiency"] = median_ratio(one, two) / 2
     row["overlap of the exchange"] = median(overlaps)
     return {"rows": [row], "seconds": seconds}
