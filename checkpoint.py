@@ -2,15 +2,17 @@
 
     python -c "import checkpoint; print(checkpoint.load('runs/idea-laptop-0')[0].config)"
 
-`load` opens every kind of model for every script: our checkpoint, a run's folder, a Hugging Face folder or a hub id.
-Our checkpoint is one self-describing file. A run is a folder, and `RunFolder` knows its files:
+`load` opens every kind of model for every script: our checkpoint, a run's folder, a Hugging Face
+folder or a hub id. Our checkpoint is one self-describing file. A run is a folder, and `RunFolder`
+knows its files:
 
     ckpt_<step>.pt   the newest two; each is the state *before* that step's events, all that a step changes (`State`)
     teacher.pt       the enlarged model before the first cut, where it became the teacher; it is never rotated away
     metrics.jsonl    the records that train.py lists, rewound on resume to the moment of the checkpoint
 
-No state of a random-number generator is kept. After the initial weights nothing draws from one, and batches are a function
-of the step. Not here: the loop (train.py), the files of Hugging Face (formats/huggingface.py).
+No state of a random-number generator is kept. After the initial weights nothing draws from one, and
+batches are a function of the step. Not here: the loop (train.py), the files of Hugging Face
+(formats/huggingface.py).
 """
 import hashlib
 import json
@@ -41,16 +43,18 @@ PARTS = ("train", "score", "cut", "slice", "eval", "save")
 # -- a model on disk
 
 def save(path, model, **state):
-    """Write {"format", "config", "model", **state} to `path`, under a temporary name that is fsynced and then renamed.
+    """Write {"format", "config", "model", **state} to `path`, under a temporary name that is
+    fsynced and then renamed.
 
-    `state` is plain Python and tensors (the tokenizer's name, step, optimizer …), so that it loads with
-    weights_only=True. Raises UserError for a model that no GPTConfig describes."""
+    `state` is plain Python and tensors (the tokenizer's name, step, optimizer …), so that it loads
+    with weights_only=True. Raises UserError for a model that no GPTConfig describes."""
     # torch.compile's wrapper would prefix every name.
     plain = getattr(model, "_orig_mod", model)
     refuse_evaluation_only(plain)
     content = {"format": FORMAT, "config": asdict(plain.config), "model": plain.state_dict(), **state}
 
-    # torch.load never reads the checksums, and they would take a third of the time. (unzip misses them.)
+    # torch.load never reads the checksums, and they would take a third of the time. (unzip misses
+    # them.)
     checksums = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -60,8 +64,8 @@ def save(path, model, **state):
 
 
 def refuse_evaluation_only(model):
-    """Raise UserError for a baseline that is more than its GPTConfig."""
-    if hasattr(model, "evaluation_only"):
+    """Raise UserError for a baseline that is more than its GPTConfig: a subclass of GPT."""
+    if type(model) is not GPT:
         raise UserError(f"this model is for evaluation only, as {model.evaluation_only}, which no GPTConfig and no "
                         "runtime has; cut another way to save or export it")
 
@@ -77,12 +81,14 @@ def newest(folder):
 
 
 def load(path, device="cpu", dtype=None, block_size=None):
-    """Open a checkpoint, a run's folder (its newest), a Hugging Face folder or a hub id: -> (GPT, about).
+    """Open a checkpoint, a run's folder (its newest), a Hugging Face folder or a hub id: -> (GPT,
+    about).
 
-    `dtype` None keeps the stored one. With the device "meta" no weights are read, only their config. `block_size` is the
-    context that is wanted, at most the trained one; None takes all. `about` holds what `save` was given besides the
-    model; for a Hugging Face folder {"huggingface": its config.json, "tokenizer_files"}. Raises UserError for a file that
-    is missing, truncated, of another version or of another shape than it says."""
+    `dtype` None keeps the stored one. With the device "meta" no weights are read, only their
+    config. `block_size` is the context that is wanted, at most the trained one; None takes all.
+    `about` holds what `save` was given besides the model; for a Hugging Face folder {"huggingface":
+    its config.json, "tokenizer_files"}. Raises UserError for a file that is missing, truncated, of
+    another version or of another shape than it says."""
     folder = find(path)
     if folder.is_dir() and (folder / "config.json").exists():
         return huggingface.load(folder, device, dtype, block_size)
@@ -91,8 +97,8 @@ def load(path, device="cpu", dtype=None, block_size=None):
 
 
 def find(path):
-    """`path` if it exists, else the local copy of the hub's repository of that name. Raises UserError if neither is to be
-    had."""
+    """`path` if it exists, else the local copy of the hub's repository of that name. Raises
+    UserError if neither is to be had."""
     local = Path(path)
     could_be_a_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not local.parent.exists()
     if local.exists() or not could_be_a_hub_id:
@@ -108,8 +114,8 @@ def find(path):
 
 
 def tokenizer_of(about, path):
-    """The Tokenizer of the model that `load(path)` returned with `about`. Raises UserError if it has none that we can
-    read."""
+    """The Tokenizer of the model that `load(path)` returned with `about`. Raises UserError if it
+    has none that we can read."""
     if "huggingface" in about and not about["tokenizer_files"]:
         raise UserError(f"{path} has no tokenizer.json; add the file (train.py takes --tokenizer, too)")
     name = about["run"]["tokenizer"] if "run" in about else str(path)
@@ -117,8 +123,9 @@ def tokenizer_of(about, path):
 
 
 def load_ours(path, device, block_size=None):
-    """Open our own checkpoint, or the newest of a run's folder: -> (GPT on the device, everything else that `save` was
-    given). What is not the model stays in main memory: a script that needs only the model has no optimizer on a GPU."""
+    """Open our own checkpoint, or the newest of a run's folder: -> (GPT on the device, everything
+    else that `save` was given). What is not the model stays in main memory: a script that needs
+    only the model has no optimizer on a GPU."""
     file = newest(path) if path.is_dir() else path
     if file is None or not file.exists():
         raise UserError(f"no checkpoint at {path}; give a ckpt_*.pt file, the folder of a run, a Hugging Face folder "
@@ -139,9 +146,10 @@ def load_ours(path, device, block_size=None):
 
 
 def read_pickled_tensors(file, map_location):
-    """What torch.save wrote, if it is plain tensors and numbers. Raises UserError for anything else; no code that a file
-    holds is run."""
-    # What the system refuses (no permission) passes through here as an OSError and is not called truncated below.
+    """What torch.save wrote, if it is plain tensors and numbers. Raises UserError for anything
+    else; no code that a file holds is run."""
+    # What the system refuses (no permission) passes through here as an OSError and is not called
+    # truncated below.
     open(file, "rb").close()
     try:
         return torch.load(file, map_location=map_location, weights_only=True)
@@ -157,7 +165,8 @@ def read_pickled_tensors(file, map_location):
 
 
 def fingerprint(model):
-    """sha256 over a model's config and weights. (Two files of the same model may differ in their bytes.)"""
+    """sha256 over a model's config and weights. (Two files of the same model may differ in their
+    bytes.)"""
     digest = hashlib.sha256(repr(model.config).encode())
     for p in model.parameters():
         digest.update(p.detach().cpu().view(torch.uint8).numpy())
@@ -213,8 +222,8 @@ class RunFolder:
             append_record(self.metrics, tag=tag, step=step, tokens=step * self.batch_tokens, **record)
 
     def save(self, state, masks):
-        """Write ckpt_<step>.pt and keep the newest two. A checkpoint of this step that exists is the same one. `masks`:
-        those of the state, packed."""
+        """Write ckpt_<step>.pt and keep the newest two. A checkpoint of this step that exists is
+        the same one. `masks`: those of the state, packed."""
         path = self.path / f"ckpt_{state.step:08d}.pt"
         if not self.writes or path.exists():
             return
@@ -226,8 +235,8 @@ class RunFolder:
             old.unlink()
 
     def resume(self, device, make_optimizer):
-        """The State in the newest checkpoint, without its teacher and with packed masks; None if the folder holds no
-        checkpoint. Raises UserError if the folder holds another run."""
+        """The State in the newest checkpoint, without its teacher and with packed masks; None if
+        the folder holds no checkpoint. Raises UserError if the folder holds another run."""
         if newest(self.path) is None:
             if self.metrics.exists():
                 # Killed before its first checkpoint, or not ours.
@@ -240,15 +249,15 @@ class RunFolder:
             raise UserError(f"{self.path} was begun by an older version of this code; finish it with that, or give "
                             "another --out")
         state = State(model, make_optimizer(model), by_key(saved["alive"]), by_key(saved["averages"], device),
-                      saved["masks"])
+                      saved.get("masks"))
         state.optimizer.load_state_dict(saved["optimizer"])
         for name in PLAIN:
             setattr(state, name, saved[name])
         return state
 
     def refuse_another_run(self, recorded):
-        """Raise UserError if the recorded settings are not ours. A setting that is not recorded, as the code that wrote
-        them did not have it, had its default."""
+        """Raise UserError if the recorded settings are not ours. A setting that is not recorded, as
+        the code that wrote them did not have it, had its default."""
         recorded = {**self.defaults, **recorded}
         differ = [f"{name} is {recorded.get(name)!r} there and {value!r} here"
                   for name, value in self.identity.items() if recorded.get(name) != value]
@@ -257,9 +266,9 @@ class RunFolder:
                             "give another --out or delete it")
 
     def rewind(self, step, **about):
-        """Make metrics.jsonl what it was when the checkpoint of `step` was taken. What came after it will be written
-        again. `about` goes into the config record, with the commit of the code; if the run was begun by another one,
-        both are named."""
+        """Make metrics.jsonl what it was when the checkpoint of `step` was taken. What came after
+        it will be written again. `about` goes into the config record, with the commit of the code;
+        if the run was begun by another one, both are named."""
         if not self.writes:
             return
         first, *rest = read_records(self.metrics) or [{}]
@@ -268,7 +277,8 @@ class RunFolder:
             commits.append(commit())
         config = {"tag": "config", "step": 0, "tokens": 0, **self.identity, **about, "code": "+".join(commits)}
 
-        # The step record of the checkpoint's own step was written before it, its other records after it.
+        # The step record of the checkpoint's own step was written before it, its other records
+        # after it.
         kept = [r for r in rest if r["step"] < step or (r["step"] == step and r["tag"] == "step")]
         lines = [json.dumps(record) + "\n" for record in [config, *kept]]
         write_atomic(self.metrics, lambda file: file.write("".join(lines).encode()))
@@ -281,8 +291,8 @@ class RunFolder:
         return path
 
     def open_teacher(self, path, state):
-        """Load the teacher at `path`, frozen, into the state. Raises UserError for one with another tokenizer or a
-        shorter context, and for one that has changed since the run began."""
+        """Load the teacher at `path`, frozen, into the state. Raises UserError for one with another
+        tokenizer or a shorter context, and for one that has changed since the run began."""
         student = state.model
         weight = student.embed.weight
         teacher, about = load(path, weight.device, weight.dtype)
@@ -306,13 +316,15 @@ class RunFolder:
 
 
 def identity_of(config, corpus_fingerprint):
-    """What makes a run this run: its resolved settings and its corpus, without where and how far it is to run."""
+    """What makes a run this run: its resolved settings and its corpus, without where and how far it
+    is to run."""
     identity = {name: value for name, value in asdict(config).items() if name not in NOT_IDENTITY}
     return {**identity, "fingerprint": corpus_fingerprint}
 
 
 def listed(tensors):
-    """{(layer, kind): tensor} as a list of (layer, kind, tensor), which a checkpoint of plain values can hold."""
+    """{(layer, kind): tensor} as a list of (layer, kind, tensor), which a checkpoint of plain
+    values can hold."""
     return None if tensors is None else [(layer, kind, tensor) for (layer, kind), tensor in tensors.items()]
 
 

@@ -48,8 +48,8 @@ def parse(settings, argv=None):
 
 
 def check_choices(config):
-    """Raise UserError if a field whose type is a `Literal` has another value. `parse` refuses it on the command line; this
-    is for callers that make their settings themselves."""
+    """Raise UserError if a field whose type is a `Literal` has another value. `parse` refuses it on
+    the command line; this is for callers that make their settings themselves."""
     for name, kind in get_type_hints(type(config)).items():
         options = [part for part in (kind, *get_args(kind)) if get_origin(part) is Literal]
         value = getattr(config, name)

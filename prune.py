@@ -1,4 +1,4 @@
-"""Structured pruning: choose units, zero them in place or slice them off, mend what is left; while training or once.
+"""Structured pruning: choose units, zero them in place, slice them off; while a model trains, or once by command.
 
     python prune.py --init runs/scratch-laptop-0 --keep 0.5 --score taylor --allocate adaptive
     python -m pytest tests/test_prune.py           # the two facts below, and what breaks them
@@ -9,29 +9,29 @@ k, v and q rows and biases, o columns). Two facts make pruning inside a training
      exactly 0; with its Adam moments set to 0 as well, AdamW (eps > 0, decay multiplies) leaves it at 0. So a cut
      only writes zeros: no masks, no new optimizer, nothing for torch.compile or DDP to notice.
   2. So slicing is exact, whenever it comes: the smaller model has the same logits and takes the same next step.
-The command cuts a model once, or in --iterations, and saves it. What a unit is worth: score.py;
-who pays: allocate.py. Not here: training (train.py), SliceGPT (methods/slicegpt.py), the baselines side by side (experiments/compare.py).
+`choose`, `zero_` and `slice` are all that training needs. The rest is the command: it cuts a given model once, or in
+several --iterations, and saves it. What a unit is worth: score.py. How a budget is shared: allocate.py. Whole layers,
+channels, 2:4, measured damage, mending: methods/. Not here: training (train.py), methods compared (experiments/).
 """
-import contextlib
 import dataclasses
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from tqdm import tqdm
 
 import allocate
 import checkpoint
 import data
 import score
-from common import UserError, parse, peak_memory, pick_device, refuse_idle, run
+from allocate import ALLOCATIONS, RESOURCES
+from common import UserError, parse, pick_device, refuse_idle, run
 from eval import evaluate
-from methods import two_four
+from methods import channels, depth, measured, mend, two_four
 from model import GPT, by_unit, coupled
+from score import SCORES
 
 
 def everything(config):
@@ -42,142 +42,80 @@ def everything(config):
 # -- choose
 
 def choose(scores, widths):
-    """The best-scored units of each layer: {(layer, kind): indices (widths[layer, kind],), ascending}. Pure; ties by
-    index."""
-    return {key: worth.cpu().argsort(descending=True, stable=True)[:widths[key]].sort().values
-            for key, worth in scores.items()}
+    """The best-scored units of each layer: {(layer, kind): indices (widths[layer, kind],), ascending}. A pure function;
+    ties go to the lower index."""
+    alive = {}
+    for key, values in scores.items():
+        ranked = values.cpu().argsort(descending=True, stable=True)
+        alive[key] = ranked[:widths[key]].sort().values
+    return alive
 
 
 # -- zero and slice
 
 @torch.no_grad()
 def zero_(model, optimizer, alive):
-    """Kill, in place, every unit that is not in `alive`: its weights and its Adam moments become 0. optimizer may be
+    """Kill, in place, every unit that is not in `alive`: its weights and its Adam moments become 0. `optimizer` may be
     None."""
     parameters = dict(model.named_parameters())
     for (layer, kind), units in model.config.widths().items():
-        living = alive.get((layer, kind), torch.arange(units))
-        dead = torch.ones(units, dtype=torch.bool).index_fill_(0, living, False).nonzero().flatten()
+        indices = alive.get((layer, kind), torch.arange(units))
+        dead = torch.ones(units, dtype=torch.bool).index_fill_(0, indices, False).nonzero().flatten()
         if dead.numel() == 0:
             continue
         for name, dim in coupled(model.config, layer, kind):
             p = parameters[name]
-            moments = optimizer.state.get(p, {}).values() if optimizer else ()
-            for tensor in (p, *(m for m in moments if m.shape == p.shape)):
+            state = optimizer.state.get(p, {}) if optimizer else {}
+            moments = [value for value in state.values() if value.shape == p.shape]
+            for tensor in (p, *moments):
                 by_unit(tensor, dim, units).index_fill_(dim, dead.to(p.device), 0)
 
 
 @torch.no_grad()
 def slice(model, optimizer, alive):
-    """Cut dead units off for good: -> (model, optimizer) with only the entries of units in `alive`, same dtype, device,
-    hyperparameters, moments and step counts. optimizer may be None. A sub-block that keeps no unit goes, with the
-    norm in front of it."""
-    config = model.config.resized({key: len(indices) for key, indices in alive.items()})
-    units = model.config.widths()
-    cuts = {name: (dim, units[key], indices) for key, indices in alive.items()
-            for name, dim in coupled(model.config, *key)}
+    """Cut dead units off for good. Returns (model, optimizer) with only the entries of the units in `alive`, and the
+    same dtype, device, hyperparameters, moments and step counts. `optimizer` may be None. A sub-block that keeps no
+    unit goes, together with the norm in front of it."""
+    widths = model.config.widths()
+    cuts = {}
+    for key, indices in alive.items():
+        for name, dim in coupled(model.config, *key):
+            cuts[name] = (dim, widths[key], indices)
 
-    def cut(name, tensor):
+    def smaller(name, tensor):
         if name not in cuts:
             return tensor.clone()
-        dim, n, indices = cuts[name]
-        return by_unit(tensor, dim, n).index_select(dim, indices.to(tensor.device)).flatten(dim, dim + 1)
+        dim, units, indices = cuts[name]
+        return by_unit(tensor, dim, units).index_select(dim, indices.to(tensor.device)).flatten(dim, dim + 1)
 
     with torch.device("meta"):
-        small = GPT(config)
-    old = dict(model.named_parameters())
-    small.load_state_dict({name: cut(name, old[name]) for name, _ in small.named_parameters()}, assign=True)
+        small = GPT(model.config.resized({key: len(indices) for key, indices in alive.items()}))
+    large = dict(model.named_parameters())
+    small.load_state_dict({name: smaller(name, large[name]) for name, _ in small.named_parameters()}, assign=True)
     for name, p in small.named_parameters():
-        p.requires_grad_(old[name].requires_grad)
+        p.requires_grad_(large[name].requires_grad)
     if optimizer is None:
         return small, None
-    new, name_of = dict(small.named_parameters()), {p: name for name, p in old.items()}
-    groups = [{**group, "params": [new[name_of[p]] for p in group["params"] if name_of[p] in new]}
-              for group in optimizer.param_groups]
-    smaller = type(optimizer)(groups)
+
+    # The same optimizer around the smaller parameters, with the smaller moments.
+    new = dict(small.named_parameters())
+    name_of = {p: name for name, p in large.items()}
+    groups = []
+    for group in optimizer.param_groups:
+        names = [name_of[p] for p in group["params"]]
+        groups.append({**group, "params": [new[name] for name in names if name in new]})
+    small_optimizer = type(optimizer)(groups)
     for p, state in optimizer.state.items():
-        if (name := name_of[p]) in new:
-            smaller.state[new[name]] = {k: cut(name, v) if v.shape == p.shape else v.clone() for k, v in state.items()}
-    return small, smaller
-
-
-# -- mend: what the readers make of the channels that are left
-
-def mended(w, gram, kept, damping=0.01):
-    """Least squares: the columns `kept` of the matrix w (C, n) that reads a sub-block's channels, changed so that over
-    the calibration text they give what all of w gave: W_S + W_D G_DS (G_SS + λ I)^-1, D what goes, G = gram (n, n), λ =
-    damping · mean of G's diagonal. -> (C, kept). Channel pruning's closed form (arXiv 1707.06168, eq. 3)."""
-    g = gram.double()
-    gone = torch.ones(w.size(1), dtype=torch.bool, device=w.device).index_fill_(0, kept, False).nonzero().flatten()
-    g_ss = g[kept][:, kept]
-    g_ss.diagonal().add_(damping * g.diagonal().mean())
-    change = torch.linalg.solve(g_ss, g[kept][:, gone] @ w[:, gone].double().T)               # (kept, C)
-    return w[:, kept] + change.T.to(w.dtype)
-
-
-class Constant(nn.Module):
-    """An absent sub-block whose mean output stays: whatever comes in, (C,) comes out."""
-    def __init__(self, bias):
-        super().__init__()
-        self.bias = nn.Parameter(bias)
-
-    def forward(self, x, *_):
-        return self.bias
-
-
-@torch.no_grad()
-def cut(model, alive, mend="none", stats=None):
-    """-> the smaller GPT that keeps the units in `alive`; the model given stays as it is. mend "least-squares": what
-    reads the units that are left makes up for the others (`mended`, from stats.gram). "bias": FLAP's compensation
-    (arXiv 2312.11983, section 3.3), the mean output of what went (stats.mean) as an explicit bias behind `o` and
-    `down`; a GPTConfig has no such bias, so that model is for evaluation only."""
-    small, _ = slice(model, None, alive)
-    for (layer, kind), kept in alive.items() if mend != "none" else ():
-        units, sub_block = model.config.widths()[layer, kind], "attn" if kind == "kv" else "ffn"
-        if len(kept) == units:
+        name = name_of[p]
+        if name not in new:
             continue
-        name = coupled(model.config, layer, kind)[-1][0]
-        w, block = model.get_parameter(name), small.blocks[layer]
-        channels = score.channels_of(kept.to(w.device), w.size(1) // units)
-        if mend == "bias":
-            bias = w @ stats.mean[name].index_fill(0, channels, 0).to(w.dtype)
-            small.evaluation_only = "it has FLAP's biases behind o and down"
-            if len(kept):
-                getattr(block, sub_block).get_submodule(name.split(".")[-2]).bias = nn.Parameter(bias)
-            else:
-                setattr(block, sub_block, Constant(bias))
-                setattr(block, f"{sub_block}_norm", nn.Identity())
-        elif len(kept):
-            small.get_parameter(name).copy_(mended(w, stats.gram[name], channels))
-    return small
+        small_state = small_optimizer.state[new[name]]
+        for key, value in state.items():
+            small_state[key] = smaller(name, value) if value.shape == p.shape else value.clone()
+    return small, small_optimizer
 
 
-@torch.no_grad()
-def slice_channels(model, kept):
-    """-> GPT with the channels `kept` (C',) of the residual stream. A dead channel is 0 everywhere in the stream; the
-    norms' mean of squares then runs over C' channels instead of C, so gains · √(C/C') and eps · C/C' give the same
-    logits. Of QK norms, whose eps is the same number, the q and k before them are scaled by √(C/C') instead."""
-    C, n = model.config.d_model, len(kept)
-    config = dataclasses.replace(model.config, d_model=n, norm_eps=model.config.norm_eps * C / n)
-    with torch.device("meta"):
-        small = GPT(config)
-    weights = {}
-    for name, w in model.named_parameters():
-        part = name.removesuffix(".weight").rsplit(".", 1)[-1]
-        if part in ("attn_norm", "ffn_norm", "norm"):
-            w = w[kept] * math.sqrt(C / n)
-        elif part in ("o", "down"):
-            w = w[kept]
-        elif w.dim() == 2:
-            w = w[:, kept]
-        if config.qk_norm and ".attn.q." in name or config.qk_norm and ".attn.k." in name:
-            w = w * math.sqrt(C / n)
-        weights[name] = w.clone()
-    small.load_state_dict(weights, assign=True)
-    return small
-
-
-# -- the command: one cut of a model that is there
+# -- the command: cut a model that is there
 
 @dataclass(frozen=True)
 class Prune:
@@ -202,239 +140,294 @@ class Prune:
     device: str = "auto"          # auto, cpu, cuda, mps
 
 
-SHARES = (0, .4, .7, .85)         # of a sub-block's width: where allocate measured measures
+@dataclass(frozen=True)
+class Structure:
+    """What a --structure may be combined with; each field is named as its flag."""
+    score: tuple[str, ...]
+    allocate: tuple[str, ...] = ("global",)
+    budget: tuple[str, ...] = ("params",)
+    mend: tuple[str, ...] = ("none",)
 
 
-def check(c):
-    """Refuse a recipe that means nothing."""
-    kinds = tuple(c.structure.split(","))
-    alone = kinds[0] if len(kinds) == 1 and kinds[0] in ("layer", "sublayer", "channel", "2:4") else None
-    depth = alone in ("layer", "sublayer")
-    scores = {"channel": ("activation", "magnitude", "taylor"), "2:4": ("magnitude", "wanda")}.get(alone, score.SCORES)
-    if depth:                                                # flap's sum to 0 in every layer
-        scores = [name for name in (*scores, "influence", "perplexity") if name != "flap"]
-    ways = ("global", "middle") if depth else ("global",) if alone else (*allocate.ALLOCATIONS, "measured")
-    for name, value, allowed in (("score", c.score, scores), ("allocate", c.allocate, ways),
-                                 ("budget", c.budget, allocate.RESOURCES[:1 if alone and not depth else None]),
-                                 ("mend", c.mend, ("none",) if alone else ("none", "bias", "least-squares"))):
+UNITS = Structure(tuple(SCORES), (*ALLOCATIONS, "measured"), RESOURCES, ("none", "bias", "least-squares"))
+# FLAP's scores sum to 0 in every layer, so they cannot rank layers.
+LAYER_SCORES = [name for name in SCORES if name != "flap"]
+DEPTH = Structure((*LAYER_SCORES, "influence", "perplexity"), ("global", "middle"), RESOURCES)
+STRUCTURES = {
+    "ffn": UNITS,
+    "kv": UNITS,
+    "ffn,kv": UNITS,
+    "kv,ffn": UNITS,
+    "layer": DEPTH,
+    "sublayer": DEPTH,
+    "channel": Structure(("activation", "magnitude", "taylor")),
+    "2:4": Structure(("magnitude", "wanda")),
+}
+
+
+def check(recipe):
+    """Raise UserError for a recipe that means nothing."""
+    if recipe.structure not in STRUCTURES:
+        raise UserError(f"--structure {recipe.structure!r} must be ffn, kv, ffn,kv, layer, sublayer, channel or 2:4")
+    for flag in ("score", "allocate", "budget", "mend"):
+        value = getattr(recipe, flag)
+        allowed = getattr(STRUCTURES[recipe.structure], flag)
         if value not in allowed:
-            raise UserError(f"--{name} {value!r} with --structure {c.structure} must be one of {', '.join(allowed)}")
-    if not alone and not {*kinds} <= {"ffn", "kv"} or not 0 < c.keep < 1 or not 0 <= c.amplitude < math.inf:
-        raise UserError(f"--structure {c.structure!r} must be ffn, kv, ffn,kv, layer, sublayer, channel or 2:4, --keep "
-                        f"{c.keep} between 0 and 1, --amplitude {c.amplitude} finite and not negative")
-    if c.mend == "bias" and c.iterations > 1:
-        raise UserError(f"--mend bias makes a model that cannot be cut again; --iterations {c.iterations} must be 1")
-    for name in ("windows", "measured_windows", "eval_windows", "micro_batch", "multiple_of", "iterations"):
-        if getattr(c, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)} must be at least 1")
-    if not 0 <= c.seed < 2**63:
-        raise UserError(f"--seed {c.seed} must be between 0 and {2**63 - 1}")
-    again = c.allocate == "measured" or c.score == "perplexity"
-    if again and (c.measured_windows % c.micro_batch or c.measured_windows > c.windows):
-        raise UserError(f"--measured-windows {c.measured_windows} must be a multiple of --micro-batch {c.micro_batch} "
-                        f"and at most --windows {c.windows}")
-    for name, used in (("amplitude", c.allocate == "adaptive"), ("multiple_of", "ffn" in kinds or alone == "channel"),
-                       ("keep", alone != "2:4"), ("iterations", alone != "2:4"),
-                       ("measured_windows", again)):
-        refuse_idle(c, [] if used else [name],
-                    f"with --structure {c.structure} --score {c.score} --allocate {c.allocate}")
+            raise UserError(f"--{flag} {value!r} with --structure {recipe.structure} must be one of "
+                            f"{', '.join(allowed)}")
+    check_numbers(recipe)
+
+    idle = []
+    if recipe.allocate != "adaptive":
+        idle.append("amplitude")
+    if recipe.structure in ("kv", "layer", "sublayer", "2:4"):
+        idle.append("multiple_of")
+    if recipe.structure == "2:4":
+        idle += ["keep", "iterations"]
+    if not runs_again(recipe):
+        idle.append("measured_windows")
+    refuse_idle(recipe, idle, f"with --structure {recipe.structure} --score {recipe.score} --allocate "
+                              f"{recipe.allocate}")
 
 
-def needs(c):
-    """What the recipe asks of score.collect. The layers' cosines are always among it, for the table."""
-    of_score = set(score.SCORES[c.score].needs) if c.score in score.SCORES else set()
-    if c.structure == "channel" and c.score == "activation":
-        of_score = {"channel"}
-    return of_score | {"cosine"} | {"least-squares": {"gram"}, "bias": {"mean"}, "none": set()}[c.mend]
+def check_numbers(recipe):
+    """Raise UserError for a number out of its range."""
+    if not 0 < recipe.keep < 1:
+        raise UserError(f"--keep {recipe.keep} must be between 0 and 1")
+    if not 0 <= recipe.amplitude < math.inf:
+        raise UserError(f"--amplitude {recipe.amplitude} must be finite and not negative")
+    if recipe.mend == "bias" and recipe.iterations > 1:
+        raise UserError(f"--mend bias makes a model that cannot be cut again; --iterations {recipe.iterations} must "
+                        "be 1")
+    for name in ("windows", "measured_windows", "eval_windows", "micro_batch", "multiple_of", "iterations",
+                 "block_size"):
+        value = getattr(recipe, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if not 0 <= recipe.seed < 2**63:
+        raise UserError(f"--seed {recipe.seed} must be between 0 and {2**63 - 1}")
+    fits = recipe.measured_windows % recipe.micro_batch == 0 and recipe.measured_windows <= recipe.windows
+    if runs_again(recipe) and not fits:
+        raise UserError(f"--measured-windows {recipe.measured_windows} must be a multiple of --micro-batch "
+                        f"{recipe.micro_batch} and at most --windows {recipe.windows}")
 
 
-@torch.no_grad()
-def measure(model, stats, batches, c):
-    """What the recipe wants to see by running the model again, on its measured_windows: score.without of layers or
-    sub-blocks; score.damage at SHARES of each FFN and every number of KV groups."""
-    batches = batches[:c.measured_windows // batches[0][0].size(0)]
-    if c.score == "perplexity":
-        return score.without(model, batches, ("layer",) if c.structure == "layer" else ("kv", "ffn"))
-    kinds, scores = c.structure.split(","), score.SCORES[c.score].function(model, stats)
-    at = {(layer, kind): sorted({round(share * n) for share in SHARES} if kind == "ffn" else {*range(n)})
-          for (layer, kind), n in model.config.widths().items() if kind in kinds}
-    return score.damage(model, batches, scores, at, lambda name, w, kept: mended(w, stats.gram[name], kept)
-                        if c.mend == "least-squares" else w[:, kept])
+def runs_again(recipe):
+    """Whether the recipe measures by running the model again with something left out."""
+    return recipe.allocate == "measured" or recipe.score == "perplexity"
 
 
-@torch.no_grad()
-def decide(model, stats, batches, c, most, whole=None, damage=None):
-    """The units that the recipe leaves alive: {(layer, kind): indices}, for a budget of `most`; `batches` is what it may
-    measure on, `damage` what `measure` found already, `whole` the widths before earlier cuts. UserError: what allocate refuses."""
-    kinds, config = c.structure.split(","), model.config
-    if c.allocate == "measured" or c.score == "perplexity":
-        damage = damage or measure(model, stats, batches, c)
-    if kinds[0] in ("layer", "sublayer"):
-        scores = layer_scores(model, stats, damage, c)
-        widths = allocate.widths_for(config, most, c.allocate, scores, kinds, resource=c.budget)
-        return {key: torch.arange(n) for key, n in widths.items()}
-    scores = score.SCORES[c.score].function(model, stats)
-    if c.allocate == "measured":
-        widths = allocate.measured(config, most, damage, kinds, multiple_of=c.multiple_of, resource=c.budget)
-    else:
-        importance = score.importance(stats, config.n_layer) if c.allocate == "adaptive" else None
-        widths = allocate.widths_for(config, most, c.allocate, scores, kinds, multiple_of=c.multiple_of,
-                                     resource=c.budget, importance=importance, amplitude=c.amplitude, whole=whole)
-    return choose(scores, widths)
+def window_of(recipe, model):
+    """Tokens of a window."""
+    return min(512, model.config.block_size) if recipe.block_size is None else recipe.block_size
 
 
-def layer_scores(model, stats, damage, c):
-    """{(layer, "layer" | kind): what the whole of it is worth}: for layers as published; for sub-blocks, which differ
-    in size, per parameter (our choice)."""
-    kinds, config = ("layer",) if c.structure == "layer" else ("kv", "ffn"), model.config
-    parts = {(layer, kind): [(layer, k) for k in ("ffn", "kv") if kind in ("layer", k)]
-             for layer in range(config.n_layer) for kind in kinds}
-    params = {key: sum(config.widths()[part] * config.unit_params(*part) for part in part_of)
-              for key, part_of in parts.items()}
-    if c.score == "influence":
-        worth = {key: score.influence(stats, *key) for key in parts}
-    elif c.score == "perplexity":
-        worth = damage
-    else:                                                                       # the sum over all their entries
-        units = score.SCORES[c.score].function(model, stats)
-        worth = {key: sum(units[part].sum().item() * config.unit_params(*part) for part in part_of)
-                 for key, part_of in parts.items()}
-    return {key: worth[key] / (1 if c.structure == "layer" else max(1, params[key])) for key in parts}
+def priced(recipe, model):
+    """The model's config at the window's length, at which the FLOPs of a budget are counted."""
+    return dataclasses.replace(model.config, block_size=window_of(recipe, model))
 
 
-def collect(model, batches, c):
+# -- the command, step by step
+
+def needs(recipe):
+    """The fields of score.Stats that the recipe reads."""
+    fields = {"cosine"}                                  # always: the table at the end prints it
+    if recipe.structure == "channel" and recipe.score == "activation":
+        fields.add("channel")
+    elif recipe.score in SCORES:
+        fields |= SCORES[recipe.score].needs
+    if recipe.mend == "least-squares":
+        fields.add("gram")
+    elif recipe.mend == "bias":
+        fields.add("mean")
+    return fields
+
+
+def collect(model, batches, recipe):
     """The recipe's statistics of one calibration pass."""
-    readers = two_four.MATRICES if c.structure == "2:4" else score.READERS
-    stats = score.collect(model, tqdm(batches, desc="calibrate", leave=False, disable=None), needs(c), readers)
-    stats.seed = c.seed
+    readers = two_four.MATRICES if recipe.structure == "2:4" else score.READERS
+    progress = tqdm(batches, desc="calibrate", leave=False, disable=None)
+    stats = score.collect(model, progress, needs(recipe), readers)
+    stats.seed = recipe.seed
     return stats
 
 
-def one_shot(model, stats, batches, c, most, whole=None, damage=None):
-    """-> the smaller GPT of the recipe c; with 2:4 the same one, with zeros."""
-    if c.structure == "2:4":
-        norms = {name: square.sqrt() for name, square in stats.square.items()} if c.score == "wanda" else None
+@torch.no_grad()
+def measure(model, stats, batches, recipe):
+    """What the recipe learns by running the model again, on its measured_windows: how the loss rises without each
+    layer or sub-block (depth.without), or the damage of several widths of each sub-block (measured.damage)."""
+    batches = batches[:recipe.measured_windows // batches[0][0].size(0)]
+    if recipe.score == "perplexity":
+        return depth.without(model, batches, depth.PARTS[recipe.structure])
+
+    def reader(name, w, kept):
+        if recipe.mend == "least-squares":
+            return mend.mended(w, stats.gram[name], kept)
+        return w[:, kept]
+
+    scores = SCORES[recipe.score].function(model, stats)
+    widths = measured.widths_to_measure(model.config, recipe.structure.split(","))
+    return measured.damage(model, batches, scores, widths, reader)
+
+
+@torch.no_grad()
+def decide(model, stats, batches, recipe, budget, whole=None, damage=None):
+    """The units that stay under the budget: {(layer, kind): indices}. `batches`: what the recipe may measure on.
+    `damage`: what `measure` returned, if it ran already. `whole`: the widths before earlier cuts. Raises UserError if
+    the budget cannot be met."""
+    config = priced(recipe, model)
+    if runs_again(recipe) and damage is None:
+        damage = measure(model, stats, batches, recipe)
+    if recipe.structure in depth.PARTS:
+        scores = depth.part_scores(model, stats, damage, recipe.structure, recipe.score)
+        widths = depth.widths_for(config, budget, recipe.allocate, scores, recipe.structure, recipe.budget)
+        return {key: torch.arange(n) for key, n in widths.items()}
+
+    kinds = recipe.structure.split(",")
+    scores = SCORES[recipe.score].function(model, stats)
+    if recipe.allocate == "measured":
+        widths = measured.widths_for(config, budget, damage, kinds, multiple_of=recipe.multiple_of,
+                                     resource=recipe.budget)
+    else:
+        importance = score.importance(stats, config.n_layer) if recipe.allocate == "adaptive" else None
+        widths = allocate.widths_for(config, budget, recipe.allocate, scores, kinds, multiple_of=recipe.multiple_of,
+                                     resource=recipe.budget, importance=importance, amplitude=recipe.amplitude,
+                                     whole=whole)
+    return choose(scores, widths)
+
+
+@torch.no_grad()
+def cut(model, alive, how="none", stats=None):
+    """The smaller model that keeps the units in `alive`; the given model stays as it is. `how` it is mended: "none";
+    "least-squares", which reads stats.gram; "bias", which reads stats.mean and makes a mend.BiasedGPT."""
+    small, _ = slice(model, None, alive)
+    if how == "least-squares":
+        mend.mend_by_least_squares_(small, model, alive, stats.gram)
+    elif how == "bias":
+        small = mend.with_biases(small, model, alive, stats.mean)
+    return small
+
+
+def one_shot(model, stats, batches, recipe, budget, whole=None, damage=None):
+    """The smaller model of the recipe. With 2:4 it is the given model, with zeros."""
+    if recipe.structure == "2:4":
+        norms = None
+        if recipe.score == "wanda":
+            norms = {name: square.sqrt() for name, square in stats.square.items()}
         two_four.hold_(model, None, two_four.masks(model, norms))
         return model
-    if c.structure != "channel":
-        return cut(model, decide(model, stats, batches, c, most, whole, damage), c.mend, stats)
-    C, block = model.config.d_model, c.multiple_of
-    n = max((n for n in range(block, C + 1, block)                              # biases do not shrink with C
-             if dataclasses.replace(model.config, d_model=n).removable_params() <= most), default=0)
-    if not n:
-        raise UserError(f"a budget of {most:,} parameters is less than {block} of the {C} channels; keep more")
-    worth = score.residual_channels(model, stats, c.score)
-    return slice_channels(model, worth.argsort(descending=True, stable=True)[:n].sort().values)
+    if recipe.structure == "channel":
+        return channels.narrowed(model, stats, recipe.score, budget, recipe.multiple_of)
+    alive = decide(model, stats, batches, recipe, budget, whole, damage)
+    return cut(model, alive, recipe.mend, stats)
 
 
-class Phases:
-    """Seconds and peak memory (bytes, of the whole process; on a GPU of its memory) of named parts of a program,
-    printed as they end and kept in `last`."""
-    def __init__(self, device):
-        self.device, self.last = device, {}
+def open_model(recipe, device):
+    """The model in float32, as (GPT, what its file says besides). Raises UserError if the recipe cannot cut it."""
+    model, about = checkpoint.load(recipe.init, device, torch.float32)
+    config = model.config
+    T = window_of(recipe, model)
+    if about.get("masks"):
+        raise UserError(f"{recipe.init} is 2:4 already, and what is cut from it would be no longer; cut first")
+    if T > config.block_size:
+        raise UserError(f"{recipe.init} was trained with a context of {config.block_size} tokens, not {T}; ask for at "
+                        "most that")
+    if recipe.mend == "least-squares":
+        if device == "mps":
+            raise UserError("--mend least-squares is solved in float64, which Apple's GPUs lack; give --device cpu")
+        widest = max(*config.d_ff, config.head_dim * max(config.n_head))
+        tokens = recipe.windows * T
+        if tokens < widest:
+            enough = math.ceil(widest / T / recipe.micro_batch) * recipe.micro_batch
+            raise UserError(f"--mend least-squares fits matrices of {widest:,} inputs to {recipe.windows} windows x "
+                            f"{T} = {tokens:,} tokens; give --windows {enough} or, better, several times as many")
+    return model, about
 
-    @contextlib.contextmanager
-    def __call__(self, name):
-        on_gpu = self.device.startswith("cuda")
-        own = Path("/proc/self/clear_refs")                  # Linux: 5 resets the process's own peak
-        own = own if os.access(own, os.W_OK) and not on_gpu else None
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        elif own:
-            own.write_text("5")
-        start = time.perf_counter()
-        yield
-        if on_gpu:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        if on_gpu:
-            peak = torch.cuda.max_memory_allocated()
-        elif own:
-            lines = Path("/proc/self/status").read_text().splitlines()
-            peak = 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-        else:                                                # elsewhere: of the program so far
-            peak = peak_memory()
-        self.last[name] = seconds, peak
-        print(f"  {name:10} {seconds:8.1f} s   peak {peak / 2**30:.2f} GiB", flush=True)
+
+def report(recipe, model, corpus, when):
+    """Print the size and the hold-out's loss."""
+    result = evaluate(model, corpus.val, corpus.tokenizer.byte_lengths(), recipe.eval_windows,
+                      batch=recipe.micro_batch, block_size=window_of(recipe, model))
+    print(f"{when:6} {model.config.num_params()['total']:13,} parameters   {result['loss']:.4f} nats per token   "
+          f"perplexity {result['perplexity']:.2f}   (hold-out of {recipe.data}, {result['tokens']:,} tokens)")
 
 
 def table(before, after, stats):
     """Layer by layer: ShortGPT's influence 1 - cos(in, out) as measured last, and the widths."""
     lines = ["layer  influence  KV groups   neurons"]
-    for layer, (k, k_left, f, f_left) in enumerate(zip(before.n_kv_head, after.n_kv_head, before.d_ff, after.d_ff)):
-        lines.append(f"{layer:5}  {score.influence(stats, layer):9.4f}  {k:3} -> {k_left:<3}  {f:5} -> {f_left}")
+    old = before.widths()
+    new = after.widths()
+    for layer in range(before.n_layer):
+        kv = f"{old[layer, 'kv']:3} -> {new[layer, 'kv']:<3}"
+        ffn = f"{old[layer, 'ffn']:5} -> {new[layer, 'ffn']}"
+        lines.append(f"{layer:5}  {depth.influence(stats, layer):9.4f}  {kv}  {ffn}")
     return "\n".join(lines)
 
 
 def picture(path, before, after):
-    """Widths by layer, kept in front of what was there, as a PNG file; a sentence where matplotlib is missing."""
+    """Widths by layer, what is kept in front of what was there, as a PNG file. Without matplotlib: a sentence."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return print("no picture: pip install matplotlib")
-    axes = Figure(figsize=(8, 4), layout="constrained").subplots(2, 1, sharex=True)
-    for axis, name, was, now in ((axes[0], "neurons", before.d_ff, after.d_ff),
-                                 (axes[1], "KV groups", before.n_kv_head, after.n_kv_head)):
-        axis.bar(range(len(was)), was, color="0.88")
-        axis.bar(range(len(now)), now, color="tab:blue")
+        print("no picture: pip install matplotlib")
+        return
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    ffn, kv = figure.subplots(2, 1, sharex=True)
+    for axis, name, old, new in ((ffn, "neurons", before.d_ff, after.d_ff),
+                                 (kv, "KV groups", before.n_kv_head, after.n_kv_head)):
+        axis.bar(range(len(old)), old, color="0.88")
+        axis.bar(range(len(new)), new, color="tab:blue")
         axis.set_ylabel(name)
-    axes[1].set_xlabel("layer")
-    axes[0].figure.savefig(path, dpi=120)
+    kv.set_xlabel("layer")
+    figure.savefig(path, dpi=120)
 
 
-def main(c):
-    if c.init is None:
+def save(recipe, model, out, tokenizer, fingerprint):
+    """Write the smaller model as a checkpoint that says what made it. A 2:4 model has its masks beside it."""
+    masks = two_four.pack(two_four.masks(model)) if recipe.structure == "2:4" else None
+    about = {"tokenizer": tokenizer.name, "data": recipe.data, "fingerprint": fingerprint, "cut_from": recipe.init,
+             "recipe": dataclasses.asdict(recipe)}
+    checkpoint.save(out / "ckpt_00000000.pt", model, step=0, tokenizer_files=tokenizer.files, masks=masks, run=about)
+
+
+def main(recipe):
+    if recipe.init is None:
         raise UserError("say what to cut by --init: a checkpoint, a run folder, a Hugging Face folder or a hub id")
-    check(c)
-    what = c.structure.replace(":", "-") if c.structure == "2:4" else f"{c.keep:g}"
-    out = Path(c.out or f"runs/pruned-{Path(c.init).name}-{what}")
+    check(recipe)
+    name = "2-4" if recipe.structure == "2:4" else f"{recipe.keep:g}"
+    out = Path(recipe.out or f"runs/pruned-{Path(recipe.init).name}-{name}")
     if out.exists():
         raise UserError(f"{out} is there already; give another --out or delete it")
-    context = checkpoint.load(c.init, "meta")[0].config.block_size
-    T, device = c.block_size if c.block_size is not None else min(512, context), pick_device(c.device)
-    model, about = checkpoint.load(c.init, device, torch.float32, T)
-    if about.get("masks"):
-        raise UserError(f"{c.init} is 2:4 already, and what is cut from it would be no longer; cut first")
-    tokenizer = checkpoint.tokenizer_of(about, c.init)
-    corpus = data.load(c.data, tokenizer, block_size=T)
-    batches = score.batches(corpus.train, T, c.windows, c.micro_batch, c.seed)
-    start, phase = model.config, Phases(device)
-    if c.mend == "least-squares" and device == "mps":
-        raise UserError("--mend least-squares is solved in float64, which Apple's GPUs lack; give --device cpu")
-    widest = max(*start.d_ff, *(h * start.head_dim for h in start.n_head))
-    if c.mend == "least-squares" and c.windows * T < widest:
-        raise UserError(f"--mend least-squares fits matrices of {widest:,} inputs to {c.windows} windows x {T} = "
-                        f"{c.windows * T:,} tokens; give --windows {-(-widest // T // c.micro_batch) * c.micro_batch} "
-                        "or, better, several times as many")
-    total = allocate.total(start, c.budget)
+    model, about = open_model(recipe, pick_device(recipe.device))
+    tokenizer = checkpoint.tokenizer_of(about, recipe.init)
+    T = window_of(recipe, model)
+    corpus = data.load(recipe.data, tokenizer, block_size=T)
+    batches = score.batches(corpus.train, T, recipe.windows, recipe.micro_batch, recipe.seed)
+    start = model.config
+    total = allocate.total(priced(recipe, model), recipe.budget)
+    if STRUCTURES[recipe.structure] is UNITS:            # refuse an impossible budget before the work begins
+        budget = math.floor(recipe.keep * total + 1e-6)
+        allocate.split_budget(priced(recipe, model), budget, recipe.structure.split(","), recipe.budget)
 
-    def report(model, what):
-        with phase("evaluate"):
-            found = evaluate(model, corpus.val, tokenizer.byte_lengths(), c.eval_windows, batch=c.micro_batch)
-        print(f"{what:6} {model.config.num_params()['total']:13,} parameters   {found['loss']:.4f} nats per token   "
-              f"perplexity {found['perplexity']:.2f}   (hold-out of {c.data}, {found['tokens']:,} tokens)")
-
-    if c.structure not in ("channel", "2:4"):               # what no calibration can mend
-        allocate.split_budget(start, math.floor(c.keep * total + 1e-6), c.structure.split(","), c.budget)
-    report(model, "before")
-    for i in range(1, c.iterations + 1):
-        with phase("calibrate"):
-            stats = collect(model, batches, c)
-        with phase("cut"):
-            most = math.floor(total * (1 - (1 - c.keep) * i / c.iterations) + 1e-6)
-            model = one_shot(model, stats, batches, c, most, start.widths())
+    report(recipe, model, corpus, "before")
+    begin = time.perf_counter()
+    for i in range(1, recipe.iterations + 1):
+        keep = 1 - (1 - recipe.keep) * i / recipe.iterations
+        stats = collect(model, batches, recipe)
+        model = one_shot(model, stats, batches, recipe, math.floor(total * keep + 1e-6), start.widths())
+    print(f"calibrated and cut in {time.perf_counter() - begin:.1f} seconds")
     print(table(start, model.config, stats))
-    report(model, "after")
-    left = allocate.total(model.config, c.budget)
-    print(f"2 of each 4 weights are zero in {two_four.share(model):.0%} of the blocks' matrices" if c.structure == "2:4"
-          else f"{left:,} of {total:,} {c.budget} kept: {left / total:.4f}, asked {c.keep:g}")
-    if hasattr(model, "evaluation_only"):
-        return print(f"not saved, as {model.evaluation_only}, which no GPTConfig and no runtime has")
-    model.config = dataclasses.replace(model.config, block_size=context)    # windows were shorter, the model is not
-    masks = two_four.pack(two_four.masks(model)) if c.structure == "2:4" else None
-    checkpoint.save(out / "ckpt_00000000.pt", model, step=0, tokenizer_files=tokenizer.files, masks=masks, run={
-        "tokenizer": tokenizer.name, "data": c.data, "fingerprint": corpus.fingerprint, "cut_from": c.init,
-        "recipe": dataclasses.asdict(c)})
+    report(recipe, model, corpus, "after")
+
+    if recipe.structure == "2:4":
+        print(f"2 of each 4 weights are zero in {two_four.share(model):.0%} of the blocks' matrices")
+    else:
+        left = allocate.total(priced(recipe, model), recipe.budget)
+        print(f"{left:,} of {total:,} {recipe.budget} kept: {left / total:.4f}, asked {recipe.keep:g}")
+    if type(model) is not GPT:
+        print(f"not saved, as {model.evaluation_only}, which no GPTConfig and no runtime has")
+        return
+    save(recipe, model, out, tokenizer, corpus.fingerprint)
     picture(out / "widths.png", start, model.config)
     print(f"saved in {out}")
 

@@ -3,13 +3,14 @@
     python prune.py --init runs/scratch-laptop-0 --keep 0.5 --score flap          # any name in SCORES
     python -m pytest tests/test_score.py           # against leave-one-out, and against units that are planted useless
 
-`collect` runs the model over the calibration windows and keeps only what the asked scores need. A score is a small
-pure function (model, stats) -> {(layer, kind): (units,)}, higher is better. **A new criterion is one function and one
-row of SCORES.** Scores are means over a unit's entries or channels, so that kinds compare. A KV group's score takes
-the entries of the query heads it serves (the released code of Adapt-Pruner and LLM-Pruner sums other ones).
+`collect` runs the model over the calibration windows and keeps only the statistics that a score needs. A score is a
+small pure function (model, stats) -> {(layer, kind): (units,)}; higher is better. **A new criterion is one function
+and one row of SCORES.** Scores are means over a unit's entries or channels, so that neurons and KV groups compare. A KV
+group's score takes the entries of the query heads that the group serves (the released code of Adapt-Pruner and
+LLM-Pruner sums other ones). While a model trains, scores of single steps go into a moving average (`average`).
 
 Shapes: B windows, T tokens, C d_model, n inputs of a matrix, "units" of one (layer, kind). Not here: how much each
-layer keeps (allocate.py), the cut (prune.py).
+layer keeps (allocate.py), the cut (prune.py), scores of whole layers (methods/depth.py).
 """
 import contextlib
 import math
@@ -18,105 +19,120 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 from common import UserError
 from distill import chunked_loss
-from model import by_unit, coupled, rotary
+from model import by_unit, coupled, reader_of
 
-READERS = ("attn.o", "ffn.down")                  # the matrices that read the units' outputs: their inputs are channels
+READERS = ("attn.o", "ffn.down")                            # the matrices that read the outputs of units
+GRADIENTS = {"grad", "grad_sq", "sensitivity"}              # fields of Stats that take a backward pass
+INPUTS = {"mean", "square", "position", "gram"}             # fields of Stats about what comes into a matrix
 
 
 # -- statistics
 
 @dataclass
 class Stats:
-    """Of one calibration pass; empty where not asked for. Names are those of parameters."""
+    """Statistics of one calibration pass. A field that was not asked for is empty. Names are those of parameters."""
     tokens: int = 0
     windows: int = 0
-    seed: int = 0                                         # of the score "random"
-    grad: dict = field(default_factory=dict)              # {name: dL/dw (shape of w), mean over batches}
-    grad_sq: dict = field(default_factory=dict)           # {name: mean square of one window's gradient, as far as the
-    #                                                        windows of a batch are independent}
-    sensitivity: dict = field(default_factory=dict)       # {(layer, kind): (units,), mean over batches of |w · dL/dw|}
-    mean: dict = field(default_factory=dict)              # {name: (n,), of a matrix's inputs over tokens}
-    square: dict = field(default_factory=dict)            # {name: (n,), mean square of them}
-    position: dict = field(default_factory=dict)          # {name: (T, n), sum over windows of their squares}
-    gram: dict = field(default_factory=dict)              # {name: (n, n), mean over tokens of x xᵀ}
-    cosine: dict = field(default_factory=dict)            # {(layer, "layer" | kind): the residual stream's, mean over
-    #                                                        tokens, in front of and behind the layer or sub-block}
-    channel: dict = field(default_factory=dict)           # {norm: (T, C), sum over windows of its outputs' squares}
-
-
-def sums_by_unit(tensor, dim, units):
-    """(units,): sum over the entries of each unit."""
-    return by_unit(tensor, dim, units).movedim(dim, 0).flatten(1).sum(1)
+    # The seed of the score "random".
+    seed: int = 0
+    # {name: dL/dw (shape of w)}, the mean over batches.
+    grad: dict = field(default_factory=dict)
+    # {name: (shape of w)}, the mean square of one window's gradient, if the windows of a batch are independent.
+    grad_sq: dict = field(default_factory=dict)
+    # {(layer, kind): (units,)}, the mean over batches of |w · dL/dw|.
+    sensitivity: dict = field(default_factory=dict)
+    # {name: (n,)}, mean and mean square over tokens of a matrix's inputs.
+    mean: dict = field(default_factory=dict)
+    square: dict = field(default_factory=dict)
+    # {name: (T, n)}, the sum over windows of the inputs' squares at each position.
+    position: dict = field(default_factory=dict)
+    # {name: (n, n)}, the mean over tokens of x xᵀ for the inputs x.
+    gram: dict = field(default_factory=dict)
+    # {(layer, "layer" | kind): number}, the cosine of the residual stream in front of a layer or sub-block and behind
+    # it, mean over tokens.
+    cosine: dict = field(default_factory=dict)
+    # {norm: (T, C)}, the sum over windows of the squares of a norm's outputs at each position.
+    channel: dict = field(default_factory=dict)
 
 
 def collect(model, batches, needs, readers=READERS):
-    """One pass over `batches`, a list of token ids (x, y), each (B, T) -> Stats with the fields named in `needs`.
+    """One pass over `batches`, an iterable of token ids (x, y), each (B, T). Returns Stats with the fields in `needs`.
 
-    Peak memory: weights, the sums asked for (gradients are freed one by one as they come), activations of one batch.
-    A batch's loss is its mean in nats per token. `readers`: ends of the names of the matrices whose inputs are taken.
-    Leaves the model, its gradients and their flags as they were."""
-    stats, device = Stats(), model.embed.weight.device
-    wants_grad = bool({"grad", "grad_sq", "sensitivity"} & {*needs})
-    owner = {name: (key, dim, n) for key, n in model.config.widths().items() if n
-             for name, dim in coupled(model.config, *key)}
-    parameters = dict(model.named_parameters())
-    saved = {p: (p.requires_grad, p.grad) for p in parameters.values()}
-    with contextlib.ExitStack() as hooks:
-        for name, p in parameters.items():
-            p.requires_grad_(wants_grad and name in owner)
-            p.grad = None
-            if p.requires_grad:
-                hooks.callback(p.register_post_accumulate_grad_hook(take_gradient(stats, needs, name, owner)).remove)
-        for name, module in model.named_modules():
-            if name.endswith(readers) and {"mean", "square", "position", "gram"} & {*needs}:
-                hooks.callback(module.register_forward_pre_hook(take_inputs(stats, needs, f"{name}.weight")).remove)
-            if name.endswith("norm") and not name.endswith(("q_norm", "k_norm")) and "channel" in needs:
-                hooks.callback(module.register_forward_hook(take_channels(stats, name)).remove)
-        for layer, block in enumerate(model.blocks) if "cosine" in needs else ():
-            for module, take in take_cosines(stats, layer, block):
-                hooks.callback(module.register_forward_hook(take).remove)
-        try:
-            for x, y in batches:                                                # a list, or a progress bar around one
-                with torch.set_grad_enabled(wants_grad):
-                    hidden = model.hidden(x.to(device))
-                    if wants_grad:
-                        chunked_loss(hidden, model.head_weight, y.to(device))[0].backward()
-                stats.tokens, stats.windows = stats.tokens + x.numel(), stats.windows + len(x)
-        finally:
-            for p, (flag, grad) in saved.items():
-                p.requires_grad_(flag)
-                p.grad = grad
-    return averaged(stats, model.config, len(batches))
+    Memory: the weights, the sums that were asked for, and the activations of one batch. Gradients are freed one by one
+    as they come. A batch's loss is its mean in nats per token. `readers`: ends of the names of the matrices whose
+    inputs are taken. The model, its gradients and their flags are left as they were."""
+    stats = Stats()
+    device = model.embed.weight.device
+    backward = not GRADIENTS.isdisjoint(needs)
+    count = 0
+    with restored_gradients(model), contextlib.ExitStack() as hooks:
+        if backward:
+            hook_gradients(model, stats, needs, hooks)
+        else:
+            model.requires_grad_(False)
+        hook_activations(model, stats, needs, readers, hooks)
+        for x, y in batches:
+            with torch.set_grad_enabled(backward):
+                hidden = model.hidden(x.to(device))
+                if backward:
+                    loss, _ = chunked_loss(hidden, model.head_weight, y.to(device))
+                    loss.backward()
+            stats.tokens += x.numel()
+            stats.windows += len(x)
+            count += 1
+    return averaged(stats, model.config, count)
 
 
-def averaged(stats, config, n):
-    """Sums -> means: of gradients over the n batches, of everything else over tokens. The mean of m independent
-    windows' gradients has 1/m of the mean square of one's."""
-    for sums, count in ((stats.grad, n), (stats.grad_sq, n * n / stats.windows), (stats.mean, stats.tokens),
-                        (stats.square, stats.tokens), (stats.gram, stats.tokens), (stats.cosine, stats.tokens)):
-        for key in sums:
-            sums[key] = sums[key] / count
-    if stats.sensitivity:
-        stats.sensitivity = means_by_unit(config, lambda name, dim, units: stats.sensitivity[name] / n)
-    return stats
+@contextlib.contextmanager
+def restored_gradients(model):
+    """Inside of a `with` no parameter has a gradient; afterwards all gradients and requires_grad flags are back."""
+    before = {p: (p.requires_grad, p.grad) for p in model.parameters()}
+    for p in before:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, (flag, grad) in before.items():
+            p.requires_grad_(flag)
+            p.grad = grad
 
 
-def add(sums, key, value):
-    sums[key] = sums[key].add_(value) if key in sums else value
+def hook_gradients(model, stats, needs, hooks):
+    """Take the gradients of all entries of units, frozen ones too, and of nothing else."""
+    model.requires_grad_(False)
+    for (layer, kind), units in model.config.widths().items():
+        if units == 0:
+            continue
+        for name, dim in coupled(model.config, layer, kind):
+            p = model.get_parameter(name).requires_grad_(True)
+            hook = take_gradient(stats, needs, name, dim, units)
+            hooks.callback(p.register_post_accumulate_grad_hook(hook).remove)
 
 
-def take_gradient(stats, needs, name, owner):
-    """Hook: as soon as a parameter's gradient is whole it goes into the sums and is freed."""
-    _, dim, units = owner[name]
+def hook_activations(model, stats, needs, readers, hooks):
+    """Watch the inputs of the matrices in `readers`, the outputs of norms and the residual stream, as far as needed."""
+    for name, module in model.named_modules():
+        if name.endswith(readers) and not INPUTS.isdisjoint(needs):
+            hook = take_inputs(stats, needs, f"{name}.weight")
+            hooks.callback(module.register_forward_pre_hook(hook).remove)
+        if "channel" in needs and name.endswith("norm") and not name.endswith(("q_norm", "k_norm")):
+            hooks.callback(module.register_forward_hook(take_channels(stats, name)).remove)
+    if "cosine" in needs:
+        for layer, block in enumerate(model.blocks):
+            for module, hook in take_cosines(stats, layer, block):
+                hooks.callback(module.register_forward_hook(hook).remove)
 
+
+def take_gradient(stats, needs, name, dim, units):
+    """Hook of a parameter: as soon as its gradient is complete, it goes into the sums and is freed."""
     @torch.no_grad()
     def hook(p):
-        g, p.grad = p.grad, None
+        g = p.grad
+        p.grad = None
         if "sensitivity" in needs:
             add(stats.sensitivity, name, sums_by_unit((p * g).abs(), dim, units))
         if "grad_sq" in needs:
@@ -127,9 +143,10 @@ def take_gradient(stats, needs, name, owner):
 
 
 def take_inputs(stats, needs, name):
+    """Hook of a matrix: sums over its inputs (B, T, n)."""
     @torch.no_grad()
     def hook(module, args):
-        x = args[0].detach().float()                                            # (B, T, n)
+        x = args[0].detach().float()
         rows = x.flatten(0, 1)
         if "mean" in needs:
             add(stats.mean, name, rows.sum(0))
@@ -144,6 +161,7 @@ def take_inputs(stats, needs, name):
 
 
 def take_channels(stats, name):
+    """Hook of a norm: sums over its outputs (B, T, C)."""
     @torch.no_grad()
     def hook(module, args, out):
         add(stats.channel, name, out.detach().float().square().sum(0))
@@ -151,66 +169,108 @@ def take_channels(stats, name):
 
 
 def take_cosines(stats, layer, block):
-    """[(module, hook)]: the residual stream in front of a layer, between its sub-blocks, and behind it."""
-    stream = {}
-
-    def cosine(a, b):
-        return F.cosine_similarity(a.float(), b.float(), dim=-1).sum().item()
+    """[(module, hook)] that compare the residual stream (B, T, C) in front of a layer, between its sub-blocks, and
+    behind the layer."""
+    outputs = {}
 
     @torch.no_grad()
-    def attention(module, args, out):
-        stream["attn"] = out.detach()
+    def attention_hook(module, args, out):
+        outputs["attention"] = out.detach()
 
     @torch.no_grad()
-    def whole(module, args, out):
-        middle = args[0] + stream.pop("attn") if block.attn is not None else args[0]
-        for key, a, b in (("kv", args[0], middle), ("ffn", middle, out), ("layer", args[0], out)):
-            stats.cosine[layer, key] = stats.cosine.get((layer, key), 0.0) + cosine(a.detach(), b.detach())
+    def block_hook(module, args, out):
+        before = args[0].detach()
+        middle = before if block.attn is None else before + outputs.pop("attention")
+        after = out.detach()
+        add_cosine("kv", before, middle)
+        add_cosine("ffn", middle, after)
+        add_cosine("layer", before, after)
 
-    return ([(block.attn, attention)] if block.attn is not None else []) + [(block, whole)]
+    def add_cosine(part, a, b):
+        cosine = F.cosine_similarity(a.float(), b.float(), dim=-1).sum().item()
+        stats.cosine[layer, part] = stats.cosine.get((layer, part), 0.0) + cosine
+
+    if block.attn is None:
+        return [(block, block_hook)]
+    return [(block.attn, attention_hook), (block, block_hook)]
+
+
+def add(sums, key, value):
+    """sums[key] += value, in place from the second time on."""
+    sums[key] = sums[key].add_(value) if key in sums else value
+
+
+def averaged(stats, config, count):
+    """Turn sums into means: of gradients over `count` batches, of everything else over tokens."""
+    divide(stats.grad, count)
+    # The mean of m independent windows' gradients has 1/m of the mean square of one window's gradient.
+    divide(stats.grad_sq, count * count / stats.windows)
+    for sums in (stats.mean, stats.square, stats.gram, stats.cosine):
+        divide(sums, stats.tokens)
+    if stats.sensitivity:
+        stats.sensitivity = means_by_unit(config, lambda name, dim, units: stats.sensitivity[name] / count)
+    return stats
+
+
+def divide(sums, count):
+    for key in sums:
+        sums[key] = sums[key] / count
 
 
 def batches(tokens, block_size, windows, micro_batch, seed, flag="--windows"):
-    """`windows` windows of `tokens` as a list of (x, y), each (micro_batch, block_size); which ones: `seed`. UserError,
-    which names the `flag`: the text holds fewer, or they do not fill whole batches."""
+    """So many windows of `tokens` (N,), chosen by `seed`, as a list of (x, y), each (micro_batch, block_size). Raises
+    UserError, which names the `flag`, if the text holds fewer windows or if they do not fill whole batches."""
     if data.windows(tokens, block_size, "the calibration text") < windows:
         raise UserError(f"the calibration text has {len(tokens):,} tokens, {windows} windows of {block_size} need "
                         f"{windows * block_size + 1:,}: give more text, or fewer {flag}")
     if windows % micro_batch:
         raise UserError(f"{flag} {windows} is no multiple of --micro-batch {micro_batch}; try "
-                        f"{-(-windows // micro_batch) * micro_batch}")
+                        f"{math.ceil(windows / micro_batch) * micro_batch}")
     return [data.batch(tokens, block_size, seed, step, 0, micro_batch=micro_batch, micro_steps=1)
             for step in range(windows // micro_batch)]
 
 
-# -- means over units
+# -- from entries and channels to units
+
+def sums_by_unit(tensor, dim, units):
+    """The sum over each unit's entries of a parameter: (units,)."""
+    return by_unit(tensor, dim, units).movedim(dim, 0).flatten(1).sum(1)
+
 
 def means_by_unit(config, sums):
-    """{(layer, kind): (units,) float32}: mean over each unit's entries in all its parameters, of `sums(name, dim,
-    units)`, which gives their sum (units,). An absent sub-block gives an empty tensor."""
+    """The mean over each unit's entries in all of its parameters: {(layer, kind): (units,) float32}. A function
+    sums(name, dim, units) -> (units,) gives the sums over one parameter. An absent sub-block gives an empty tensor."""
     scores = {}
     for (layer, kind), units in config.widths().items():
-        parts = [sums(name, dim, units) for name, dim in coupled(config, layer, kind)] if units else []
-        scores[layer, kind] = sum(parts).float() / config.unit_params(layer, kind) if parts else torch.zeros(0)
+        if units == 0:
+            scores[layer, kind] = torch.zeros(0)
+            continue
+        total = 0
+        for name, dim in coupled(config, layer, kind):
+            total = total + sums(name, dim, units)
+        scores[layer, kind] = total.float() / config.unit_params(layer, kind)
     return scores
 
 
 @torch.no_grad()
 def by_entry(model, entry):
-    """Score units by their weights: mean of `entry(name, w)`, which has w's shape, over a unit's entries."""
+    """Score units by their weights: the mean of entry(name, w), which has w's shape, over a unit's entries."""
     parameters = dict(model.named_parameters())
     return means_by_unit(model.config, lambda name, dim, units: sums_by_unit(entry(name, parameters[name]), dim, units))
 
 
 @torch.no_grad()
 def by_channel(model, channels):
-    """Score units by their outputs: mean of `channels(name, w)`, (n,), over a unit's channels, where w (C, n) is the
-    matrix that reads them."""
-    parameters, scores = dict(model.named_parameters()), {}
+    """Score units by their outputs: the mean of channels(name, w) -> (n,) over a unit's channels. The matrix w (C, n)
+    reads the channels."""
+    scores = {}
     for (layer, kind), units in model.config.widths().items():
-        name = coupled(model.config, layer, kind)[-1][0]
-        scores[layer, kind] = channels(name, parameters[name]).float().unflatten(0, (units, -1)).mean(1) \
-            if units else torch.zeros(0)
+        if units == 0:
+            scores[layer, kind] = torch.zeros(0)
+            continue
+        name = reader_of(model.config, layer, kind)
+        values = channels(name, model.get_parameter(name)).float()
+        scores[layer, kind] = values.unflatten(0, (units, -1)).mean(1)
     return scores
 
 
@@ -241,17 +301,21 @@ def taylor2(model, stats):
 def sensitivity(model, stats=None):
     """|w · g| per batch, averaged over batches: what IDEA Prune (arXiv 2503.05920) is known to use, in the form of
     LoSparse (arXiv 2306.11222). Without stats: from the gradients in place (train.py, averaged by `average`)."""
-    return stats.sensitivity if stats else by_entry(model, lambda name, w: (w * w.grad).abs())
+    if stats is not None:
+        return stats.sensitivity
+    return by_entry(model, lambda name, w: (w * w.grad).abs())
 
 
 def activation(model, stats):
-    """Size of a unit's output: L2 over windows (and a head's channels), mean over positions. Minitron
+    """Size of a unit's output: L2 over windows, mean over positions, and over a head's channels in between. Minitron
     (arXiv 2407.14679, eq. 1 and section 2.2)."""
     scores = {}
     for (layer, kind), units in model.config.widths().items():
-        name = coupled(model.config, layer, kind)[-1][0]
-        scores[layer, kind] = stats.position[name].unflatten(1, (units, -1)).mean(2).sqrt().mean(0) \
-            if units else torch.zeros(0)
+        if units == 0:
+            scores[layer, kind] = torch.zeros(0)
+            continue
+        squares = stats.position[reader_of(model.config, layer, kind)]              # (T, n)
+        scores[layer, kind] = squares.unflatten(1, (units, -1)).mean(2).sqrt().mean(0)
     return scores
 
 
@@ -265,160 +329,70 @@ def flap(model, stats):
     """Var(x_j) · ‖W_:j‖², standardised over the channels of one layer and kind, so that layers and kinds compete: FLAP
     (arXiv 2312.11983, eq. 5-6)."""
     def channels(name, w):
-        metric = (stats.square[name] - stats.mean[name].square()).clamp(min=0) * w.square().sum(0)
+        variance = (stats.square[name] - stats.mean[name].square()).clamp(min=0)
+        metric = variance * w.square().sum(0)
         return (metric - metric.mean()) / metric.std(correction=0).clamp(min=1e-30)
     return by_channel(model, channels)
 
 
 @dataclass(frozen=True)
 class Score:
-    function: Callable        # (model, stats) -> {(layer, kind): (units,)}
-    needs: frozenset          # the fields of Stats that it reads, as `collect` takes them
+    """A criterion: the function (model, stats) -> {(layer, kind): (units,)}, and the fields of Stats that it reads."""
+    function: Callable
+    needs: set
 
 
 SCORES = {
-    "sensitivity": Score(sensitivity, frozenset({"sensitivity"})),
-    "taylor": Score(taylor, frozenset({"grad"})),
-    "taylor2": Score(taylor2, frozenset({"grad", "grad_sq"})),
-    "activation": Score(activation, frozenset({"position"})),
-    "wanda": Score(wanda, frozenset({"square"})),
-    "flap": Score(flap, frozenset({"mean", "square"})),
-    "magnitude": Score(magnitude, frozenset()),
-    "random": Score(random, frozenset()),
+    "sensitivity": Score(sensitivity, {"sensitivity"}),
+    "taylor": Score(taylor, {"grad"}),
+    "taylor2": Score(taylor2, {"grad", "grad_sq"}),
+    "activation": Score(activation, {"position"}),
+    "wanda": Score(wanda, {"square"}),
+    "flap": Score(flap, {"mean", "square"}),
+    "magnitude": Score(magnitude, set()),
+    "random": Score(random, set()),
 }
 
 
-# -- whole layers
-
-def influence(stats, layer, kind="layer"):
-    """1 - cos(residual stream in front of a layer or sub-block, behind it), mean over tokens: ShortGPT's block
-    influence (arXiv 2403.03853, eq. 1)."""
-    return 1 - stats.cosine[layer, kind]
-
-
-def importance(stats, layers):
-    """[I_l in [-1, 1]]: -cos of layer input and output, less its mean over layers, by the largest size: Adapt-Pruner's
-    relative importance (arXiv 2502.03460)."""
-    cosine = torch.tensor([-stats.cosine[layer, "layer"] for layer in range(layers)], dtype=torch.float64)
-    cosine = cosine - cosine.mean()
-    return (cosine / cosine.abs().max().clamp(min=1e-30)).tolist()
-
-
-# -- measured: the model with something left out, run again from there on
-
-@torch.no_grad()
-def reruns(model, x, y, every=1):
-    """-> run(layer, block) -> (loss, KL(dense ‖ it)), nats per token: the model with `block` as it is now in the place
-    of that layer, run from there on. Losses of every so many tokens: logits are half of the work."""
-    device, dtype = model.embed.weight.device, model.embed.weight.dtype
-    x, y = x.to(device), y.to(device)
-    cos, sin = rotary(model.config, 0, x.size(1), device, dtype)
-    streams = [model.embed(x)]
-    for block in model.blocks:
-        streams.append(block(streams[-1], cos, sin))
-    dense, y = model.norm(streams[-1])[:, ::every], y[:, ::every]
-
-    def run(layer, block):
-        stream = block(streams[layer], cos, sin)
-        for later in model.blocks[layer + 1:]:
-            stream = later(stream, cos, sin)
-        hidden = model.norm(stream)[:, ::every]
-        ce, kl, _ = chunked_loss(hidden, model.head_weight, y, dense, model.head_weight)[1].tolist()
-        return ce, kl
-    return run
-
-
-def without(model, batches, kinds=("layer",)):
-    """{(layer, kind): by how many nats per token the loss rises without that layer or sub-block}: Shortened LLaMA's
-    perplexity criterion (arXiv 2402.02834, section 3.2). kinds: "layer", "kv" (the attention), "ffn"."""
-    found = {(layer, kind): 0.0 for layer in range(model.config.n_layer) for kind in kinds}
-    for x, y in batches:
-        run = reruns(model, x, y)
-        dense = run(model.config.n_layer - 1, model.blocks[-1])[0]
-        for layer, kind in tqdm(found, desc="measure", leave=False, disable=None):
-            block = model.blocks[layer]
-            with absent(block, kind):
-                found[layer, kind] += (run(layer, block)[0] - dense) / len(batches)
-    return found
-
-
-@contextlib.contextmanager
-def absent(block, kind):
-    """A layer's attention, its FFN or both switched off."""
-    was = block.attn, block.ffn
-    block.attn, block.ffn = was[0] if kind == "ffn" else None, was[1] if kind == "kv" else None
-    try:
-        yield
-    finally:
-        block.attn, block.ffn = was
-
-
-def damage(model, batches, scores, widths, reader):
-    """{(layer, kind): [(units, nats per token)]}: KL(model ‖ model whose one sub-block keeps only its best units), for
-    the numbers of units widths[layer, kind], and 0 for all. `reader(name, w, kept)` gives the columns, (C, kept), that
-    read the channels which are left. Our choice: a KL needs fewer tokens than a difference of losses; every 4th."""
-    config, found = model.config, {key: [(n, 0.0)] for key, n in model.config.widths().items() if n and key in widths}
-    runs = [reruns(model, x, y, every=4) for x, y in batches]
-    for (layer, kind), points in tqdm(found.items(), desc="measure", leave=False, disable=None):
-        name = coupled(config, layer, kind)[-1][0]
-        p = model.get_parameter(name)
-        ranked = scores[layer, kind].argsort(descending=True, stable=True).to(p.device)
-        whole = p.data
-        for units in widths[layer, kind]:
-            kept = channels_of(ranked[:units], p.size(1) // points[0][0])
-            p.data = torch.zeros_like(whole).index_copy_(1, kept, reader(name, whole, kept))
-            torch.clear_autocast_cache()                                        # autocast goes on with its copy of p
-            points.append((units, sum(run(layer, model.blocks[layer])[1] for run in runs) / len(runs)))
-        p.data = whole
-        torch.clear_autocast_cache()
-    return found
-
-
-def channels_of(units, each):
-    """Indices of the channels of these units, `each` of them side by side: (units,) -> (units · each,)."""
-    return (units[:, None] * each + torch.arange(each, device=units.device)).flatten()
-
-
-# -- channels of the residual stream
-
-@torch.no_grad()
-def residual_channels(model, stats, name):
-    """(C,): what each channel of the residual stream is worth, by the score of that name: magnitude or taylor, means
-    over the entries that read or write it (LLM-Pruner's channel-wise cut; embeddings left out: our choice), or
-    activation, the norms' outputs, L2 over windows, mean over positions, summed over norms (Minitron, arXiv
-    2407.14679)."""
-    if name == "activation":
-        return sum(square.sqrt().mean(0) for square in stats.channel.values())
-    entry = {"magnitude": lambda name, w: w.abs(), "taylor": lambda name, w: (w * stats.grad[name]).abs()}[name]
-    return sum(entry(name, w).sum(dim).float() for name, w in model.named_parameters()
-               for dim in [0 if name.endswith(("q.weight", "k.weight", "v.weight", "gate.weight", "up.weight")) else 1]
-               if name.startswith("blocks.") and w.dim() == 2)
+def importance(stats, n_layer):
+    """How much each layer turns the residual stream, [I_l in [-1, 1]]: -cos of layer input and output, less its mean
+    over layers, divided by the largest size. Adapt-Pruner's relative importance (arXiv 2502.03460)."""
+    turns = torch.tensor([-stats.cosine[layer, "layer"] for layer in range(n_layer)], dtype=torch.float64)
+    turns = turns - turns.mean()
+    return (turns / turns.abs().max().clamp(min=1e-30)).tolist()
 
 
 # -- moving averages while a model trains
 
 def average(averages, fresh, beta=0.85, beta_uncertainty=0.95):
-    """Moving averages of the score I and of its change U (PLATON, arXiv 2206.12562, eq. 6-7): Ī <- β Ī + (1-β) I, U <-
-    β' U + (1-β') |I - Ī|. {(layer, kind): (2, units)}; the first call starts at (I, 0). Returns new tensors."""
-    if averages is None:
-        return {key: torch.stack((i, torch.zeros_like(i))) for key, i in fresh.items()}
+    """Moving averages of the score I and of its change U (PLATON, arXiv 2206.12562, eq. 6-7): Ī <- β Ī + (1-β) I and
+    U <- β' U + (1-β') |I - Ī|. Both are held in {(layer, kind): (2, units)}. The first call, with averages None,
+    starts at (I, 0). Returns new tensors."""
     new = {}
-    for key, i in fresh.items():
-        mean = beta * averages[key][0] + (1 - beta) * i
-        new[key] = torch.stack((mean, beta_uncertainty * averages[key][1] + (1 - beta_uncertainty) * (i - mean).abs()))
+    for key, score in fresh.items():
+        if averages is None:
+            new[key] = torch.stack((score, torch.zeros_like(score)))
+            continue
+        old_mean, old_change = averages[key]
+        mean = beta * old_mean + (1 - beta) * score
+        change = beta_uncertainty * old_change + (1 - beta_uncertainty) * (score - mean).abs()
+        new[key] = torch.stack((mean, change))
     return new
 
 
 def ranking(averages, uncertainty=False):
-    """What `choose` ranks by: Ī (LoSparse), or Ī · U with `uncertainty` (PLATON; there by weight, here by unit, our
-    choice: changes that cancel within a unit are none)."""
-    return {key: mean * change if uncertainty else mean for key, (mean, change) in averages.items()}
+    """What `choose` ranks by: the mean Ī (LoSparse), or with `uncertainty` Ī · U. PLATON multiplies weight by weight.
+    Multiplying by unit is our choice: changes that cancel within a unit count as none."""
+    scores = {}
+    for key, (mean, change) in averages.items():
+        scores[key] = mean * change if uncertainty else mean
+    return scores
 
 
 def mask_dead(scores, alive):
-    """The scores of the units in `alive`, {(layer, kind): indices}; of all others, which are dead already, -inf."""
+    """The scores of the units in `alive`, {(layer, kind): indices}. All other units are dead already and get -inf."""
     masked = {}
-    for key, worth in scores.items():
-        living = alive[key].to(worth.device)
-        masked[key] = torch.full_like(worth, -math.inf).index_copy_(0, living, worth[living])
+    for key, values in scores.items():
+        indices = alive[key].to(values.device)
+        masked[key] = torch.full_like(values, -math.inf).index_copy_(0, indices, values[indices])
     return masked

@@ -6,30 +6,14 @@
     python train.py --init FOLDER --enlarge-ff 1.25 --block-size 512 --micro-batch 2       # the large one is given
     torchrun --nproc-per-node 8 train.py --preset 124m --tokenizer gpt2 --batch-tokens 524288
 
-A larger model than wanted is trained. It loses units while it trains (prune.py) and recovers at the target size. If the
-plan says so, a teacher helps: the model itself as it stood before the first cut (distill.py). This is IDEA Prune, arXiv
-2503.05920. `train` is the method; read it first. A run is a folder (checkpoint.py), and the same command goes on where a
-killed run stopped, bit for bit on a CPU.
+A larger model than wanted is trained. It loses units while it trains (prune.py) and recovers at the
+target size. If the plan says so, a teacher helps: the model itself as it stood before the first cut
+(distill.py). This is IDEA Prune, arXiv 2503.05920. `train` is the method; read it first. A run is a
+folder (checkpoint.py), and the same command goes on where a killed run stopped, bit for bit on a
+CPU.
 
-metrics.jsonl has one JSON object a line with `tag`, `step` (updates done before it) and `tokens` (trained on by then):
-  config   the resolved settings, `target` and `start` model configs, corpus `fingerprint`, `documents` and
-           `corpus_tokens` (train, hold-out), `cut`: the `recipe` and `cut_from` of an --init that prune.py wrote,
-           `code`: the git commit (joined by + if it changed on the way)
-           (adapt: of `target` only the number of removable parameters counts, the last cut ends at most there)
-  step     `loss` `ce` `grad_norm`, means since the last such record, and `kl` (times temperature²) `teacher_ce`, means
-           of the steps with a teacher, null without; losses in nats per token; `lr` `stage` `params` (live)
-           `tokens_per_second` (of forward, backward and update) `flops_executed` `flops_credited` (so far)
-  eval     `val_loss` (nats per token) `bits_per_byte` `stage` `params` `n_kv_head` `d_ff` `flops_executed`
-  prune    `size` (kept fraction of removable parameters) and, right after the cut, what eval records
-  slice    `params` `n_kv_head` `d_ff`; in plan adapt at every cut
-  teacher  `file` `sha256` when captured; `dropped` `student_ce` `teacher_ce` when the student has overtaken it
-  sample   `when` `prompt` `text`
-  summary  final loss and sizes, `epochs`, FLOPs, `seconds` by part, `pruning_share` of them, `peak_bytes`, `device`
-FLOPs are model.flops_per_token times tokens. `executed` counts what the hardware did: units that are dead and not yet
-sliced off, the teacher's forward passes, scoring, calibration; `credited` counts live units only. Neither counts
-evaluation, nor the training of a teacher that was given. The zeros of a 2:4 model (methods/two_four.py), which a run keeps
-if its --init has them, count in `params` and as executed and credited: no sparse kernels run here.
-Not here: sharding of one model over several devices.
+The records that a run writes into metrics.jsonl are listed in docs/records.md. Not here: sharding
+of one model over several devices.
 """
 import contextlib
 import dataclasses
@@ -139,10 +123,11 @@ class Train:
 
 # -- the method
 
-def train(setup, state, stop, progress=None, objective_of=distill.Objective):
-    """Enlarge, prune, recover: one optimizer step after the other, up to the step `stop`. Returns whether a signal
-    interrupted it. `setup` never changes; every change of `state` is visible here. `objective_of` makes the module whose
-    forward pass gives the loss; benchmarks give other models their own."""
+def train(setup, state, stop, progress=None, objective_of=distill.Objective):     # noqa: C901, PLR0912, PLR0915
+    """Enlarge, prune, recover: one optimizer step after the other, up to the step `stop`. Returns
+    whether a signal interrupted it. `setup` never changes; every change of `state` is visible here.
+    `objective_of` makes the module whose forward pass gives the loss; benchmarks give other models
+    their own."""
     config = setup.config
     timeline = setup.timeline
     stage_starts = [start for _, start, _ in timeline.stages]
@@ -183,7 +168,7 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):
             clock.lap("score")
             widths = widths_at(setup, state, size, scores, importance)
             state.alive = prune.choose(score.mask_dead(scores, state.alive), widths)
-            prune.zero_(state.model, state.optimizer, state.alive)     # zeros in place; nothing else changes
+            prune.zero_(state.model, state.optimizer, state.alive)     # in place; nothing else changes
             clock.lap("cut")
             log_eval(setup, state, "prune", size=size)
             if state.step == timeline.events[-1][0]:
@@ -193,24 +178,26 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):
             state.model, state.optimizer = prune.slice(state.model, state.optimizer, state.alive)
             state.alive = prune.everything(state.model.config)
             state.averages = None
+            assert timeline.interleaved or state.model.config == setup.target
             if config.compile:
-                # The compiler gives up on a function after 8 graphs, and plan adapt has as many sizes.
+                # The compiler gives up on a function after 8 graphs; plan adapt has as many sizes.
                 torch.compiler.reset()
-            objective = wrap(setup, state.model, objective_of)         # around the physically smaller model
+            objective = wrap(setup, state.model, objective_of)         # around the smaller model
             setup.log("slice", state.step, **shape_record(state))
             clock.lap("slice")
 
         # 3. The learning rate.
-        lr = schedule.lr_at(state.step, timeline, config.lr, config.min_lr, config.warmup_share, config.shape,
-                            rewarm=config.rewarm)
+        lr = schedule.lr_at(state.step, timeline, config.lr, config.min_lr, config.warmup_share,
+                            config.shape, rewarm=config.rewarm)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
 
-        # 4. Forward and backward over the micro-batches: cross-entropy, or a mix of it and distillation.
+        # 4. Forward and backward over the micro-batches: cross-entropy | a mix of it and distillation.
+        # `sums` becomes the means of the loss, cross-entropy, KL and the teacher's cross-entropy.
         teacher = state.teacher if stage.kd else None
-        sums = setup.zeros(4)        # means of: the loss, cross-entropy, KL, the teacher's cross-entropy
+        sums = setup.zeros(4)
         for micro in range(setup.micro_steps):
-            x, y = setup.batch(state.step, micro)                      # (B, T) each, a pure function of its arguments
+            x, y = setup.batch(state.step, micro)        # (B, T) each, a pure function of its arguments
             if setup.world > 1:
                 # DDP exchanges gradients once a step, behind the last micro-batch.
                 objective.require_backward_grad_sync = micro == setup.micro_steps - 1
@@ -228,14 +215,14 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):
         step_seconds = clock.lap("train")
 
         # 5. Score the units while their gradients are there; clip; update.
-        scores_now = setup.averages_scores and schedule.score_at(state.step, timeline, config.score_every,
-                                                                 config.score_window)
+        scores_now = schedule.score_at(state.step, timeline, config.score_every, config.score_window)
+        scores_now = scores_now and setup.averages_scores
         if scores_now:
             state.averages = score.average(state.averages, score.sensitivity(state.model))
             clock.lap("score")
         nn.utils.clip_grads_with_norm_(state.model.parameters(), config.clip, norm)
         state.optimizer.step()
-        two_four.hold_(state.model, state.optimizer, state.masks)      # the zeros of a 2:4 model do get gradients
+        two_four.hold_(state.model, state.optimizer, state.masks)      # 2:4 zeros do get gradients
         state.optimizer.zero_grad(set_to_none=True)
         step_seconds += clock.lap("train")
 
@@ -244,8 +231,8 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):
         if teacher:
             judge_teacher(setup, state, losses)
         state.step += 1
-        log_step(setup, state, stage, losses, norm.item(), lr, step_seconds, taught=teacher is not None,
-                 progress=progress)
+        log_step(setup, state, stage, losses, norm.item(), lr, step_seconds,
+                 taught=teacher is not None, progress=progress)
 
 
 class NotFinite(UserError):
@@ -289,7 +276,8 @@ class Setup:
 
     @property
     def averages_scores(self):
-        """Whether units are scored while the model trains (IDEA Prune), and not measured at every cut."""
+        """Whether units are scored while the model trains (IDEA Prune), and not measured at every
+        cut."""
         return calibration_score(self.config) is None
 
     def batch(self, step, micro):
@@ -316,7 +304,8 @@ class Setup:
             self.folder.log(tag, step, **record)
 
     def calibration_batches(self, step):
-        """Windows of the training text for the cut at `step`. No training batch has a pair as its seed."""
+        """Windows of the training text for the cut at `step`. No training batch has a pair as its
+        seed."""
         return score.batches(self.corpus.train, self.block_size, self.config.calibration_windows,
                              self.config.micro_batch, (self.config.seed, step), "--calibration-windows")
 
@@ -354,7 +343,8 @@ def make_optimizer(model, config):
 
 
 def wrap(setup, model, objective_of=distill.Objective):
-    """The module of a training step around the model as it is now: compiled and made parallel as the settings say."""
+    """The module of a training step around the model as it is now: compiled and made parallel as
+    the settings say."""
     objective = objective_of(model, setup.config.kd_weight, setup.config.kd_temperature)
     if setup.config.compile:
         objective = torch.compile(objective, dynamic=False)
@@ -372,18 +362,12 @@ def compile_teacher(setup, teacher):
 
 
 def open_teacher(setup, state, path):
-    """Load the teacher into the state. On a GPU with bfloat16 its matrices are stored in bfloat16: autocast would cast
-    them to the same values in every step, as it caches casts only for parameters that need gradients."""
+    """Load the teacher into the state. On a GPU with bfloat16 its matrices are stored in bfloat16:
+    autocast would cast them to the same values in every step, as it caches casts only for
+    parameters that need gradients."""
     setup.folder.open_teacher(path, state)
     if setup.config.dtype == "bfloat16" and setup.device.startswith("cuda"):
-        halve_matrices(state.teacher)
-
-
-def halve_matrices(model):
-    """Store the model's linear layers in bfloat16. Embedding, norms and so the residual stream stay as they are."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.to(torch.bfloat16)
+        distill.halve_matrices(state.teacher)
 
 
 def capture_teacher(setup, state):
@@ -396,7 +380,8 @@ def capture_teacher(setup, state):
 
 
 def judge_teacher(setup, state, losses):
-    """Drop the teacher for good once the student's smoothed loss on the same batches is as low as the teacher's."""
+    """Drop the teacher for good once the student's smoothed loss on the same batches is as low as
+    the teacher's."""
     _, student_ce, _, teacher_ce = losses
     before = state.judged
     state.judged = {"student": distill.smooth(before["student"], student_ce),
@@ -409,8 +394,8 @@ def judge_teacher(setup, state, losses):
 
 
 def agree(setup, sums):
-    """The losses of a step as numbers, means over all processes, and whether any of them has received a signal: then all
-    stop after this step."""
+    """The losses of a step as numbers, means over all processes, and whether any of them has
+    received a signal: then all stop after this step."""
     sums = torch.cat((sums, sums.new_full((1,), bool(setup.signals))))
     if setup.world > 1:
         dist.all_reduce(sums)
@@ -422,15 +407,16 @@ def agree(setup, sums):
 # -- what the loop calls: a cut
 
 def calibration_score(config):
-    """The name of the score that a cut measures on calibration text; None where it is the moving average of the training
-    steps' |w · g| (IDEA Prune). Adapt-Pruner's is taylor."""
+    """The name of the score that a cut measures on calibration text; None where it is the moving
+    average of the training steps' |w · g| (IDEA Prune). Adapt-Pruner's is taylor."""
     if config.score is None and schedule.interleaved(config.plan):
         return "taylor"
     return config.score
 
 
 def calibration_needs(config):
-    """The statistics that a cut asks of score.collect. If there are none, no calibration text is run."""
+    """The statistics that a cut asks of score.collect. If there are none, no calibration text is
+    run."""
     needs = set()
     if schedule.interleaved(config.plan):
         needs.add("cosine")                  # the importance of layers
@@ -440,7 +426,8 @@ def calibration_needs(config):
 
 
 def score_units(setup, state):
-    """What each unit is worth, {(layer, kind): (units,)}, and in plan adapt the importance of each layer, else None."""
+    """What each unit is worth, {(layer, kind): (units,)}, and in plan adapt the importance of each
+    layer, else None."""
     if setup.averages_scores:
         return score.ranking(state.averages, setup.config.uncertainty), None
 
@@ -469,8 +456,9 @@ def calibrate(setup, state):
 
 
 def widths_at(setup, state, size, scores, importance):
-    """How many units each layer keeps when at most `size` of the removable parameters stays. In plan adapt the layers
-    that turn the residual stream least lose most; otherwise every layer is on the straight way to the target."""
+    """How many units each layer keeps when at most `size` of the removable parameters stays. In
+    plan adapt the layers that turn the residual stream least lose most; otherwise every layer is on
+    the straight way to the target."""
     whole = setup.start.widths()
     if setup.timeline.interleaved:
         budget = math.floor(size * setup.start.removable_params() + 1e-6)     # as in allocate.widths_on_the_way
@@ -492,7 +480,8 @@ def shape_record(state):
 
 
 def count_flops(setup, state, teacher, scored):
-    """Add the FLOPs of a step: executed (the model as it is, its teacher, scoring) and credited (live units)."""
+    """Add the FLOPs of a step: executed (the model as it is, its teacher, scoring) and credited
+    (live units)."""
     tokens = setup.config.batch_tokens
     per_token = state.model.config.flops_per_token(setup.block_size)
     if teacher:
@@ -534,7 +523,8 @@ def log_sample(setup, state, when):
 
 
 def log_step(setup, state, stage, losses, norm, lr, seconds, taught, progress):
-    """Add a step to the window; every LOG_EVERY steps record the window's means and begin another."""
+    """Add a step to the window; every LOG_EVERY steps record the window's means and begin
+    another."""
     step = dict(zip(("loss", "ce", "kl", "teacher_ce"), losses), grad_norm=norm, seconds=seconds, steps=1, taught=taught)
     state.window = {key: state.window.get(key, 0) + value for key, value in step.items()}
     if state.step % LOG_EVERY == 0:
@@ -563,8 +553,8 @@ def save(setup, state):
 # -- from a command line to a run
 
 def resolve(config, device):
-    """Fill the defaults that depend on the machine or on other settings. Raises UserError for values that no later check
-    would name."""
+    """Fill the defaults that depend on the machine or on other settings. Raises UserError for
+    values that no later check would name."""
     check_choices(config)
     for name in ("init", "teacher", "tokenizer", "out"):
         if getattr(config, name) == "":
@@ -606,7 +596,8 @@ def check_ranges(config):
 
 
 def refuse_idle_flags(config):
-    """Raise UserError for a flag that the plan has no use for: it would be believed to have had an effect."""
+    """Raise UserError for a flag that the plan has no use for: it would be believed to have had an
+    effect."""
     stages = schedule.PLANS[config.plan]
     prunes = schedule.prunes(config.plan)
     taught = any(stage.kd for stage in stages)
@@ -635,8 +626,9 @@ def refuse_idle_flags(config):
 
 
 def open_init(config):
-    """The run's Tokenizer, the GPTConfig of --init, and what prune.py wrote of the cut that made it (the last two None
-    without --init). Raises UserError if model and tokenizer, or a 2:4 model and the plan, do not fit each other."""
+    """The run's Tokenizer, the GPTConfig of --init, and what prune.py wrote of the cut that made it
+    (the last two None without --init). Raises UserError if model and tokenizer, or a 2:4 model and
+    the plan, do not fit each other."""
     if not config.init:
         return open_tokenizer(config.tokenizer or "bytes"), None, None
     model, about = checkpoint.load(config.init, "meta", block_size=config.block_size)
@@ -655,8 +647,9 @@ def open_init(config):
 
 
 def plan_run(config, vocab_size, given=None):
-    """The GPTConfigs that the run starts and ends with, and its Timeline: -> start, target, timeline. `given` is the
-    config of --init. Raises UserError if the plan and the sizes do not fit each other."""
+    """The GPTConfigs that the run starts and ends with, and its Timeline: -> start, target,
+    timeline. `given` is the config of --init. Raises UserError if the plan and the sizes do not fit
+    each other."""
     if given:
         enlarged = given
         target = models.shrunk(given, config.enlarge_ff, config.enlarge_kv)
@@ -690,8 +683,8 @@ def plan_run(config, vocab_size, given=None):
 
 
 def check_uncertainty(config, timeline):
-    """Raise UserError if there is only one score before the first cut: it has no variation, and all units would rank
-    alike."""
+    """Raise UserError if there is only one score before the first cut: it has no variation, and all
+    units would rank alike."""
     first_cut, _ = timeline.events[0]
     scores = sum(schedule.score_at(step, timeline, config.score_every, config.score_window) for step in range(first_cut))
     if scores < 2:
@@ -845,8 +838,8 @@ def finish(setup, state):
 
 @contextlib.contextmanager
 def stop_on_signals(received):
-    """Ctrl-C and SIGTERM are noted in the list `received`, which lets the step finish, save and end the run. A second one
-    ends the run at once."""
+    """Ctrl-C and SIGTERM are noted in the list `received`, which lets the step finish, save and end
+    the run. A second one ends the run at once."""
     handlers = {}
 
     def note(number, _):

@@ -22,7 +22,7 @@ import model as models
 from bench.timing import interleave, median_ratio, own_process, peak, traffic
 from bench.training import shapes
 from common import UserError
-from formats import llamacpp
+from formats import gguf_export, llamacpp
 from formats.tokenizer import open_tokenizer
 
 median = statistics.median
@@ -136,8 +136,8 @@ def infer(settings, preset, vocab_size):
     left_out = None
     if settings.device.startswith("cuda"):
         left_out = "asked on the CPU only: --device cpu"
-    elif not find_spec("xllamacpp"):
-        left_out = "pip install xllamacpp"
+    elif not (find_spec("xllamacpp") and find_spec("gguf")):
+        left_out = "pip install xllamacpp gguf"
 
     with tempfile.TemporaryDirectory() as folder:
         if not left_out:
@@ -145,7 +145,7 @@ def infer(settings, preset, vocab_size):
                 path = f"{folder}/{name}.gguf"
                 torch.manual_seed(0)
                 # The tokenizer only fills the file: its vocabulary of bytes is padded.
-                llamacpp.write_gguf(models.GPT(config), open_tokenizer("bytes"), path, "f16")
+                gguf_export.write_gguf(models.GPT(config), open_tokenizer("bytes"), path, "f16")
                 peaks["llama.cpp", name] = own_process(llamacpp_memory, path, settings.prompt, settings.decode)
                 generations["llama.cpp", name] = functools.partial(llamacpp_generate, path, settings.prompt, settings.decode)
         bandwidth, seconds = time_in_turns(generations, settings.rounds, settings.device)

@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 import platform
 import time
 from dataclasses import dataclass
@@ -32,12 +33,12 @@ import checkpoint
 import data
 import prune
 import score
-from common import UserError, append_record, parse, read_records, refuse_idle, run, write_atomic
+from checkpoint import fingerprint
+from common import UserError, append_record, parse, peak_memory, read_records, refuse_idle, run, write_atomic
 from distill import chunked_loss
 from eval import evaluate
-from folder import fingerprint
-from methods import torch_pruning_peer, two_four
-from methods.slicegpt import slicegpt
+from methods import measured, torch_pruning_peer, two_four
+from methods.slicegpt import Sliced, slicegpt
 from prune import Prune
 from report import markdown
 from tasks import questions
@@ -227,7 +228,7 @@ class Bench:
     def measure(self, recipe, seed, batches, stats):
         """prune.measure of a recipe, from the records or into them."""
         about = dict(tag="measured", score=recipe.score, mend=recipe.mend, structure=recipe.structure, seed=seed,
-                     shares=list(prune.SHARES), windows=recipe.measured_windows)
+                     shares=list(measured.SHARES), windows=recipe.measured_windows)
         if not self.found(**about):
             start = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16):
@@ -237,7 +238,7 @@ class Bench:
 
     def evaluate(self, model, part):
         """{text: nats per token}."""
-        exact = "SliceGPT" in getattr(model, "evaluation_only", "")
+        exact = isinstance(model, Sliced)
         with contextlib.nullcontext() if exact else torch.autocast("cpu", torch.bfloat16):
             return {text: evaluate(model, parts[part], self.byte_lengths, self.c.tokens // self.c.block_size,
                                    batch=8)["loss"] for text, parts in self.texts.items()}
@@ -328,10 +329,41 @@ def main(c):
     print(report(bench.records, c.grid_keep))
 
 
+class Phases:
+    """Seconds and peak memory (bytes, of the whole process; on a GPU of its memory) of named parts of a program,
+    printed as they end and kept in `last`."""
+    def __init__(self, device):
+        self.device, self.last = device, {}
+
+    @contextlib.contextmanager
+    def __call__(self, name):
+        on_gpu = self.device.startswith("cuda")
+        own = Path("/proc/self/clear_refs")                  # Linux: 5 resets the process's own peak
+        own = own if os.access(own, os.W_OK) and not on_gpu else None
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        elif own:
+            own.write_text("5")
+        start = time.perf_counter()
+        yield
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        if on_gpu:
+            peak = torch.cuda.max_memory_allocated()
+        elif own:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            peak = 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+        else:                                                # elsewhere: of the program so far
+            peak = peak_memory()
+        self.last[name] = seconds, peak
+        print(f"  {name:10} {seconds:8.1f} s   peak {peak / 2**30:.2f} GiB", flush=True)
+
+
 def cost(bench, windows=16, rounds=3):
     """A whole one-shot cut beside the plain passes over the same calibration text, float32, in interleaved rounds ->
     medians of the ratios, as Markdown."""
-    model, c, phase, rows = bench.model, bench.c, prune.Phases("cpu"), []
+    model, c, phase, rows = bench.model, bench.c, Phases("cpu"), []
     for name, p in model.named_parameters():                # no more gradients than a score needs
         p.requires_grad_(name.startswith("blocks.") and p.dim() == 2)
     batches = score.batches(bench.texts["python"]["calibration"], c.block_size, windows, c.micro_batch, 0)

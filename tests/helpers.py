@@ -53,6 +53,11 @@ def entries(config, layer, kind, unit):
         (f"{attn}{x}.{part}", index) for x, index in rows for part in ("weight", "bias")[:1 + config.qkv_bias]]
 
 
+def channels_of_unit(config, layer, kind, unit):
+    """The unit's columns of the matrix that reads its output, `o` or `down`, by `entries`."""
+    return next(index[1] for name, index in entries(config, layer, kind, unit) if isinstance(index, tuple))
+
+
 def without(config, layer, kind, *units):
     """The keep that drops exactly these units."""
     return prune.everything(config) | {(layer, kind): torch.tensor(
@@ -90,9 +95,20 @@ def close(found, expected, rtol=1e-6):
     torch.testing.assert_close(found.double(), expected.double(), rtol=rtol, atol=1e-9)
 
 
-STRUCTURES = [("ffn",), ("kv",), ("ffn", "kv"), ("sublayer",), ("layer",)]
+def fingerprint(model):
+    """What `untouched` compares: parameters and their values, modules."""
+    return [(name, p, p.detach().clone()) for name, p in model.named_parameters()], list(model.named_modules())
 
 
+def untouched(model, was):
+    """Assert that the model is the same objects with the same values as when `was = fingerprint(model)` was taken."""
+    (parameters, modules), (now, modules_now) = was, fingerprint(model)
+    assert [(n, id(m)) for n, m in modules] == [(n, id(m)) for n, m in modules_now]
+    for (name, p, value), (name_now, p_now, value_now) in zip(parameters, now, strict=True):
+        assert name == name_now and p is p_now and torch.equal(value, value_now)
+
+
+STRUCTURES = [("ffn",), ("kv",), ("ffn", "kv")]
 EQUAL = GPTConfig(**SHAPE, n_head=(8,) * 8, n_kv_head=(4,) * 8, d_ff=(40,) * 8)
 
 
@@ -115,8 +131,7 @@ def random_config(rng, equal=False):
 def random_scores(config, seed, ties=False):
     g = torch.Generator().manual_seed(seed)
     scores = {key: torch.rand(n, generator=g, dtype=torch.float64) for key, n in config.widths().items()}
-    scores = {key: (s * 8).round() for key, s in scores.items()} if ties else scores
-    return scores | {(layer, "layer"): float(layer * 7 % 5) for layer in range(config.n_layer)}
+    return {key: (s * 8).round() for key, s in scores.items()} if ties else scores
 
 
 def imports(file):

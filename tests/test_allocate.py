@@ -1,5 +1,5 @@
 """Invariants of allocate.py: budgets are met under every allocation, structure and currency; each order is what its
-name says. Its knapsack: test_knapsack.py.
+name says. Whole layers: tests/methods/test_depth.py.
 
 The oracle of costs is `price`: the whole configuration's own accounting, not a unit's.
 """
@@ -17,45 +17,38 @@ from common import UserError
 from model import GPTConfig
 
 
-def worth(config, seed, ties, structure):
-    """Scores of units, or of whole layers and sub-blocks."""
-    scores = random_scores(config, seed, ties)
-    whole = {"sublayer", "layer"} & {*structure}
-    return {key: float(torch.as_tensor(s).sum()) for key, s in scores.items()} if whole else scores
-
-
-@pytest.mark.parametrize("how, structure, budget", [
-    (how, structure, budget) for how in allocate.ALLOCATIONS for structure in STRUCTURES for budget in allocate.RESOURCES
-    if (structure in STRUCTURES[:3] or how in ("global", "middle")) and (structure, budget) != (("ffn",), "kv_bytes")])
-def test_budgets_are_met_and_nothing_that_went_would_have_fitted(how, structure, budget):
-    whole, met = structure[0] in ("sublayer", "layer"), 0
-    kinds = ("ffn", "kv") if whole else structure
+@pytest.mark.parametrize("how, structure, resource", [
+    (how, structure, resource) for how in allocate.ALLOCATIONS for structure in STRUCTURES
+    for resource in allocate.RESOURCES if (structure, resource) != (("ffn",), "kv_bytes")])
+def test_budgets_are_met_and_nothing_that_went_would_have_fitted(how, structure, resource):
+    met = 0
     for seed in range(40):
         rng = random.Random(seed)
-        config, m = random_config(rng, how == "uniform-strict"), 1 if whole else rng.choice([1, 2, 4])
-        start, total = config.widths(), price(config, budget)
-        fixed = price(config.resized({key: 0 for key in start if key[1] in kinds}), budget)
-        most = math.floor(fixed + rng.uniform(.3, 1) * (total - fixed))
-        scores = worth(config, seed, seed % 2, structure)
-        call = lambda scores: allocate.widths_for(config, most, how, scores, structure, multiple_of=m, resource=budget,
-                                            importance=[rng.uniform(-1, 1)] * config.n_layer, amplitude=.1)
+        config, multiple = random_config(rng, how == "uniform-strict"), rng.choice([1, 2, 4])
+        start, total = config.widths(), price(config, resource)
+        fixed = price(config.resized({key: 0 for key in start if key[1] in structure}), resource)
+        budget = math.floor(fixed + rng.uniform(.3, 1) * (total - fixed))
+        scores = random_scores(config, seed, seed % 2)
+        call = lambda scores: allocate.widths_for(
+            config, budget, how, scores, structure, multiple_of=multiple, resource=resource,
+            importance=[rng.uniform(-1, 1)] * config.n_layer, amplitude=.1)
         try:
             before, widths = copy.deepcopy(scores), call(scores)
         except UserError as refusal:                                           # few large units can't have the share
             assert "less than one of" in str(refusal) or "that middle keeps whole" in str(refusal)
             continue
-        met += total > most
-        left = most - price(config.resized(widths), budget)
-        assert left >= 0 and widths == call(dict(reversed(scores.items()))) == call(before)
-        assert all(widths[key] == n for key, n in start.items() if key[1] not in kinds)
+        met += total > budget
+        assert price(config.resized(widths), resource) <= budget
+        assert widths == call(dict(reversed(scores.items()))) == call(before)
+        assert all(widths[key] == n for key, n in start.items() if key[1] not in structure)
         for (layer, kind), n in start.items():
-            step = n if whole else m if kind == "ffn" else 1
-            assert widths[layer, kind] == n or widths[layer, kind] % max(1, step) == 0
+            step = multiple if kind == "ffn" else 1
+            assert widths[layer, kind] == n or widths[layer, kind] % step == 0
             if widths[layer, kind] < n:
-                back = {(l, k): w for (l, k), w in start.items() if w and (k == kind or structure == ("layer",))
+                back = {(l, k): w for (l, k), w in start.items() if w and k == kind
                         and (l == layer or how == "uniform-strict")}
-                more = {key: widths[key] + min(step if not whole else w, w - widths[key]) for key, w in back.items()}
-                assert price(config.resized(widths | more), budget) > most     # the next block, or layer, is too much
+                more = {key: widths[key] + min(step, w - widths[key]) for key, w in back.items()}
+                assert price(config.resized(widths | more), resource) > budget     # the next block is too much
     assert met >= 5                                                            # the others were refused
 
 
@@ -94,7 +87,7 @@ def shared(how, keep, config=EQUAL, structure=("ffn", "kv"), scores=None, **more
     return allocate.widths_for(config, most, how, scores or random_scores(config, 0), structure, **more)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES[:3], ids=",".join)
+@pytest.mark.parametrize("structure", STRUCTURES, ids=",".join)
 @pytest.mark.parametrize("m", [1, 4, 7])
 def test_uniform_layers_differ_by_at_most_one_block_and_strict_ones_not_at_all(structure, m):
     seen = set()
@@ -117,15 +110,12 @@ def test_uniform_keeps_the_share_in_uneven_layers():
 
 def test_middle_keeps_the_first_eighth_and_the_last_sixteenth_whole():
     assert [l for l in range(32) if allocate.protected(l, 32)] == [0, 1, 2, 3, 30, 31]
-    for structure in STRUCTURES[:3]:
+    for structure in STRUCTURES:
         widths, start = shared("middle", .75, structure=structure), EQUAL.widths()
         assert all(widths[key] == n for key, n in start.items() if key[0] in (0, 7) or key[1] not in structure)
         for kind in structure:
             units = [widths[layer, kind] for layer in range(1, 7)]
             assert max(units) - min(units) <= 1 and max(units) < start[1, kind]
-    scores = {(layer, "layer"): layer / 8 for layer in range(8)}
-    widths = shared("middle", .5, structure=("layer",), scores=scores)
-    assert [layer for layer in range(8) if widths[layer, "ffn"]] == [0, 5, 6, 7]
 
 
 def test_middle_counts_only_what_may_go():
@@ -208,8 +198,6 @@ def test_what_cannot_be_is_refused_with_the_numbers():
             (300, "uniform", ("ffn", "kv"), {}, "less than one of its 2 KV groups under a budget of 300 params; keep"),
             (removable - 99, "uniform", ("ffn",), dict(multiple_of=9), "less than one of its 5 neurons.*--multiple"),
             (removable - 9, "uniform-strict", ("ffn",), {}, "keeps layers equal, and these differ"),
-            (removable // 2, "uniform", ("layer",), {}, "go by --allocate global or middle, not uniform"),
-            (removable // 2, "adaptive", ("sublayer",), {}, "go by --allocate global or middle, not adaptive"),
             (20, "global", ("ffn",), dict(resource="kv_bytes"), "budget of 20 kv_bytes is 60 less than .* only ffn")):
         with pytest.raises(UserError, match=sentence) as refusal:
             allocate.widths_for(config, most, how, scores, structure, **more)

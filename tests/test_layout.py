@@ -1,23 +1,26 @@
-"""The tree: which files the root holds, and that every file imports only what stands further down."""
+"""The tree: which files the root holds, and that every file imports only what stands above it in the list below."""
+import re
 from pathlib import Path
 
 import pytest
 from helpers import imports
 
 ROOT = Path(__file__).parent.parent
+LESSON = "model schedule score allocate prune distill train data checkpoint eval export report common".split()
 PACKAGES = ("methods", "formats", "tasks", "experiments", "bench")
 ROWS = [      # a file imports only from rows above its own
     "common",
-    "model schedule distill report allocate methods.two_four formats.tokenizer formats.modeling_nanoprune "
+    "model schedule distill report methods.two_four formats.tokenizer formats.modeling_nanoprune "
     "experiments.scaling_laws bench.gpt2_peer",
-    "data formats.huggingface formats.llamacpp experiments.scaling_curves bench.timing",
-    "checkpoint score",
+    "data allocate methods.mend methods.channels formats.huggingface formats.llamacpp "
+    "experiments.scaling_curves bench.timing",
+    "checkpoint score formats.gguf_export",
+    "methods.depth",
     "tasks.questions",
-    "eval methods.slicegpt",
-    "prune folder",
-    "flags",
-    "steps experiments.claims_runs",
+    "eval methods.slicegpt methods.measured",
+    "prune",
     "train methods.torch_pruning_peer",
+    "experiments.claims_runs",
     "export experiments.sweep bench.training",
     "experiments.scaling_runs experiments.claims_report bench.system bench.inference",
     "experiments.scaling bench.__main__",
@@ -32,3 +35,21 @@ def test_a_file_imports_only_what_stands_above_it(name):
     assert name in ROW_OF, f"give {name} a row in this test"
     wrong = {other for other in imports(FILES[name]) if other != name and ROW_OF.get(other, -1) >= ROW_OF[name]}
     assert not wrong, f"{name} must not import {wrong}"
+
+
+def test_the_root_holds_the_lesson_only():
+    assert sorted(file.stem for file in ROOT.glob("*.py")) == sorted(LESSON)
+
+
+@pytest.mark.parametrize("name", LESSON)
+def test_the_lesson_imports_neither_experiments_nor_benchmarks(name):
+    assert not {other.split(".")[0] for other in imports(FILES[name])} & {"experiments", "bench"}
+
+
+def test_an_installed_project_holds_every_module_and_folder():
+    project = (ROOT / "pyproject.toml").read_text()
+    modules = re.search(r"py-modules = \[(.*?)\]", project, re.S)[1]
+    packages = re.search(r"packages = \[(.*?)\]", project)[1]
+    assert sorted(re.findall(r'"(\w+)"', modules)) == sorted(LESSON)
+    assert sorted(re.findall(r'"(\w+)"', packages)) == sorted(PACKAGES)
+    assert sorted(PACKAGES) == sorted(file.parent.name for file in ROOT.glob("*/__init__.py"))

@@ -219,13 +219,13 @@ def test_it_refuses_in_a_sentence_and_overwrites_nothing(trained, tmp_path):
     (tmp_path / "short.txt").write_text("a few words " * 60)
     init = dict(init=trained)
     for settings, sentence in (
-            (dict(), "say what to cut by --init"), (init | dict(keep=1.), "--keep 1.0 between 0 and 1"),
+            (dict(), "say what to cut by --init"), (init | dict(keep=1.), "--keep 1.0 must be between 0 and 1"),
             (init | dict(allocate="fair"), "--allocate 'fair' .* must be one of global, standardised"),
             (init | dict(score="luck"), "--score 'luck' .* must be one of sensitivity, taylor"),
             (init | dict(structure="ffn,heads"), "--structure 'ffn,heads' must be ffn, kv"),
             (init | dict(structure="layer", score="influence", mend="bias"), "--mend 'bias' with .* be one of none"),
             (init | dict(allocate="measured", measured_windows=6), "--measured-windows 6 must be a multiple"),
-            (init | dict(amplitude=math.nan, allocate="adaptive"), "--amplitude nan finite"),
+            (init | dict(amplitude=math.nan, allocate="adaptive"), "--amplitude nan must be finite"),
             (init | dict(structure="kv", keep=.1), "less than what stays anyway, as only kv may go"),
             (init | dict(mend="least-squares", windows=1, micro_batch=1, block_size=8),
              "inputs to 1 windows x 8 = 8 tokens; give --windows"),

@@ -1,27 +1,34 @@
-"""Invariants of score.py: scores take exactly a unit's entries, useless units rank last, good scores agree with leaving
-units out, measured damage is the whole model's. Its statistics: test_statistics.py.
+"""Invariants of score.py: scores take exactly a unit's entries, useless units rank last, and good scores agree with
+leaving units out. Its statistics: test_statistics.py.
 
-Oracles: `entries` of test_prune.py (explicit indices), formulas on the inputs that a plain forward pass shows, the
-whole model run again with something missing.
+Oracles: `entries` of helpers.py (explicit indices), and formulas on the inputs that a plain forward pass shows.
 """
 import copy
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import FIELDS, SHAPE, WITH_HOLES, batch, close, entries, gradients, inputs, loss_of, new, text, without
+from helpers import (
+    FIELDS,
+    SHAPE,
+    WITH_HOLES,
+    batch,
+    channels_of_unit,
+    close,
+    entries,
+    gradients,
+    inputs,
+    loss_of,
+    new,
+    text,
+    without,
+)
 
 import prune
 import score
 from model import GPT, GPTConfig, coupled
 
 DATA_AWARE = [name for name in score.SCORES if name not in ("magnitude", "random")]
-
-
-def rows(config, layer, kind, unit):
-    """The unit's channels, by the oracle: its columns of `o` or `down`."""
-    return next(index[1] for name, index in entries(config, layer, kind, unit) if isinstance(index, tuple))
 
 
 @pytest.mark.parametrize("name", WITH_HOLES)
@@ -43,7 +50,7 @@ def test_scores_take_exactly_the_entries_of_a_unit_and_the_query_heads_it_serves
         assert {key: len(s) for key, s in scores.items()} == config.widths()
     for (layer, kind), n in config.widths().items():
         for unit in range(n):
-            own, channels = entries(config, layer, kind, unit), rows(config, layer, kind, unit)
+            own, channels = entries(config, layer, kind, unit), channels_of_unit(config, layer, kind, unit)
             reader = coupled(config, layer, kind)[-1][0]
             for name, entry in by_entry.items():
                 values = torch.cat([entry(key)[index].flatten() for key, index in own])
@@ -113,26 +120,6 @@ def test_random_is_its_seeds():
     assert all(torch.equal(a[key], b[key]) and not torch.equal(a[key], c[key]) for key in a)
 
 
-@pytest.mark.parametrize("name", ["magnitude", "taylor", "activation"])
-def test_a_channel_of_the_stream_is_worth_what_reads_and_writes_it(name):
-    model, _ = new(WITH_HOLES["all"])
-    stats = score.collect(model, text(model.config), {"grad", "channel"})
-    found = score.residual_channels(model, stats, name)
-    for c in range(model.config.d_model) if name != "activation" else ():
-        total = 0
-        for block, matrix in ((b, m) for b in range(3) for m in ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate",
-                                                               "ffn.up", "ffn.down")):
-            key, index = f"blocks.{block}.{matrix}.weight", c if matrix in ("attn.o", "ffn.down") else (slice(None), c)
-            w = model.get_parameter(key).detach()
-            total += ((w * stats.grad[key] if name == "taylor" else w)[index]).abs().sum().item()
-        assert found[c].item() == pytest.approx(total, rel=1e-5)
-    norms = {n: v for n, v in inputs(model, text(model.config)).items() if n.endswith("norm.weight") and "k_n" not in n
-             and "q_n" not in n}
-    assert norms.keys() == {f"{n}.weight" for n in stats.channel}
-    if name == "activation":
-        close(found, sum(out.square().sum(0).sqrt().mean(0) for out in norms.values()), 1e-4)
-
-
 # -- do scores mean anything?
 
 @pytest.fixture(scope="module")
@@ -198,79 +185,6 @@ def test_scores_agree_with_leaving_one_out(learned):
     print(f"loss {base:.3f} of {math.log(11):.3f} nats per token; Spearman of score and loss change over 32 neurons: "
           + ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
     assert base < math.log(11) - .5 and min(found[name] for name in DATA_AWARE) >= .5 > found["random"]
-
-
-# -- measured: against the whole model run again
-
-def kl(dense, other):
-    return F.kl_div(other.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="sum").item() \
-        / dense[..., 0].numel()
-
-
-def fingerprint(model):
-    return [(name, p, p.detach().clone()) for name, p in model.named_parameters()], list(model.named_modules())
-
-
-def untouched(model, was):
-    (parameters, modules), (now, modules_now) = was, fingerprint(model)
-    assert [(n, id(m)) for n, m in modules] == [(n, id(m)) for n, m in modules_now]
-    for (name, p, value), (name_now, p_now, value_now) in zip(parameters, now, strict=True):
-        assert name == name_now and p is p_now and torch.equal(value, value_now)
-
-
-@pytest.mark.parametrize("name", ["all", "holes"])
-def test_without_is_the_loss_of_the_whole_model_without_that_part(name):
-    model, _ = new(WITH_HOLES[name])
-    batches, was = text(model.config), fingerprint(model)
-    found = score.without(model, batches, ("layer", "kv", "ffn"))
-    untouched(model, was)
-    assert found.keys() == {(layer, kind) for layer in range(3) for kind in ("layer", "kv", "ffn")}
-    losses = lambda model: sum(loss_of(model, x, y).item() for x, y in batches) / 3
-    for (layer, kind), rise in found.items():
-        less = copy.deepcopy(model)
-        if kind != "ffn":
-            less.blocks[layer].attn = None
-        if kind != "kv":
-            less.blocks[layer].ffn = None
-        assert rise == pytest.approx(losses(less) - losses(model), abs=1e-12)
-        assert (abs(rise) > 1e-6) == (sum(p.numel() for p in less.parameters()) < sum(
-            p.numel() for p in model.parameters()))                            # what is absent already is worth 0
-
-
-@pytest.mark.parametrize("name", ["all", "holes"])
-@pytest.mark.parametrize("factor", [1, 2])
-def test_damage_is_the_divergence_of_the_whole_model_with_other_columns(name, factor):
-    model, _ = new(WITH_HOLES[name])
-    batches, was, config = text(model.config, 2), fingerprint(model), model.config
-    scores = {key: torch.rand(n, generator=torch.Generator().manual_seed(key[0])) for key, n in config.widths().items()}
-    at = {key: range(n) for key, n in config.widths().items() if key != (0, "ffn")}
-    found = score.damage(model, batches, scores, at, lambda name, w, kept: factor * w[:, kept])
-    untouched(model, was)
-    assert found.keys() == {key for key, n in config.widths().items() if n and key != (0, "ffn")}
-    for (layer, kind), points in found.items():
-        n = config.widths()[layer, kind]
-        assert points[0] == (n, 0.) and [units for units, _ in points[1:]] == [*range(n)]
-        for units, nats in points[1:]:
-            best = sorted(range(n), key=lambda i: -scores[layer, kind][i].item())[:units]
-            less, columns = copy.deepcopy(model), [c for i in best for c in rows(config, layer, kind, i)]
-            w = less.get_parameter(coupled(config, layer, kind)[-1][0]).data
-            gone = [c for c in range(w.size(1)) if c not in columns]
-            w[:, gone], w[:, columns] = 0, factor * w[:, columns]
-            exact = sum(kl(model(x)[:, ::4], less(x)[:, ::4]) for x, _ in batches) / 2        # of every 4th token
-            assert nats == pytest.approx(exact, abs=1e-12) and nats > 0
-
-
-def test_damage_under_autocast_is_of_the_weights_as_they_are_now():
-    """autocast keeps bfloat16 copies of the weights, and would go on with those from before a cut."""
-    model, _ = new(WITH_HOLES["gqa"], torch.float32)
-    scores = {key: torch.arange(n) for key, n in model.config.widths().items()}
-    at, columns = {key: [0, n // 2] for key, n in model.config.widths().items()}, lambda name, w, kept: w[:, kept]
-    exact = score.damage(model, text(model.config, 2), scores, at, columns)
-    with torch.autocast("cpu", torch.bfloat16):
-        model(torch.zeros(1, 4, dtype=torch.int64))
-        rounded = score.damage(model, text(model.config, 2), scores, at, columns)
-    for key, points in exact.items():
-        assert [nats for _, nats in rounded[key]] == pytest.approx([nats for _, nats in points], rel=.2, abs=1e-3)
 
 
 # -- moving averages while a model trains

@@ -12,6 +12,7 @@ from helpers import FIELDS, WITH_HOLES, close, gradients, inputs, loss_of, new, 
 
 import score
 from common import UserError
+from methods import depth
 from model import coupled
 
 
@@ -70,14 +71,14 @@ def test_cosines_are_those_of_the_stream_and_1_around_what_is_absent(name):
             else:
                 assert stats.cosine[layer, kind] == pytest.approx(1, abs=1e-6)
         assert stats.cosine[layer, "layer"] == pytest.approx(cosine(behind, end), abs=1e-6)
-        assert score.influence(stats, layer, "kv") == 1 - stats.cosine[layer, "kv"]
+        assert depth.influence(stats, layer, "kv") == 1 - stats.cosine[layer, "kv"]
 
 
 def test_importance_is_centred_and_scaled():
     stats = score.Stats(cosine={(0, "layer"): .5, (1, "layer"): .9, (2, "layer"): .7, (2, "kv"): 0.})
     assert score.importance(stats, 3) == pytest.approx([1, -1, 0])          # -.5, -.9, -.7; mean -.7; largest .2
     assert score.importance(stats, 1) == [0]
-    assert score.influence(stats, 1) == pytest.approx(.1)
+    assert depth.influence(stats, 1) == pytest.approx(.1)
 
 
 @pytest.mark.parametrize("field", sorted(FIELDS))

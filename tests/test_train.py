@@ -16,6 +16,7 @@ import torch
 
 import checkpoint
 import common
+import distill
 import model as models
 import report
 import schedule
@@ -241,7 +242,7 @@ def test_a_teacher_in_bfloat16_says_what_autocast_says():
         config = models.GPTConfig(300, 64, 32, 8, (4, 2), (2, 2), (64, 40), tie_embeddings=tied, qkv_bias=True)
         given = models.GPT(config)
         teacher = copy.deepcopy(given)
-        train.halve_matrices(teacher)
+        distill.halve_matrices(teacher)
         assert teacher.embed.weight.dtype == teacher.norm.weight.dtype == torch.float32
         assert teacher.blocks[0].attn.q.weight.dtype == torch.bfloat16
         x = torch.randint(300, (2, 64))
@@ -624,12 +625,13 @@ def test_keeps_the_last_two_checkpoints_and_the_teacher(tmp_path):
 
 
 def test_records_are_as_documented(tmp_path):
+    documented = (ROOT / "docs" / "records.md").read_text()
     train_toy(tmp_path / "run", plan="idea-kd")
     for record in read_records(tmp_path / "run" / "metrics.jsonl"):
         for key in ("tag", "step", "tokens"):
             assert key in record
         if record["tag"] != "config":
             for key in record:
-                assert key in ("tag", "step", "tokens", "plan", "preset", "seed") or f"`{key}`" in train.__doc__, key
+                assert key in ("tag", "step", "tokens", "plan", "preset", "seed") or f"`{key}`" in documented, key
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["tag"] == "summary"
     assert checkpoint.provenance()["torch"] == torch.__version__

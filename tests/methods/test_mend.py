@@ -1,20 +1,18 @@
-"""Invariants of prune.py's mending and of the residual stream's channels: least squares is numpy's, FLAP's bias is the
-mean of what went, sliced channels are zeroed channels.
-"""
+"""Mending: least squares is numpy's, and FLAP's bias is the mean of what went."""
 import copy
-import dataclasses
 
 import numpy as np
 import pytest
 import torch
-from helpers import SHAPE, WITH_HOLES, inputs, new, text, without
+from helpers import WITH_HOLES, inputs, new, text, without
 
 import checkpoint
 import export
 import prune
 import score
 from common import UserError
-from model import GPTConfig, coupled
+from methods import mend
+from model import GPT, coupled
 
 
 def random_problem(seed, n=9, tokens=200):
@@ -29,12 +27,12 @@ def test_mended_columns_are_numpys_least_squares_as_damping_goes_to_0(seed):
     x, gram, w = random_problem(seed)
     kept = torch.tensor([0, 3, 4, 8])
     best = torch.from_numpy(np.linalg.lstsq(x[:, kept].numpy(), (x @ w.T).numpy(), rcond=None)[0]).T        # (5, 4)
-    found = prune.mended(w, gram, kept, damping=1e-13)
+    found = mend.mended(w, gram, kept, damping=1e-13)
     assert found.shape == (5, 4) and (found - best).abs().max() <= 1e-8
     error = lambda columns: (x[:, kept] @ columns.T - x @ w.T).square().mean().item()
-    assert error(found) < error(prune.mended(w, gram, kept)) < .9 * error(w[:, kept])     # 1 % damping costs little
-    assert (prune.mended(w, gram, torch.arange(9)) - w).abs().max() == 0                  # nothing gone
-    assert prune.mended(w, gram, torch.tensor([], dtype=torch.long)).shape == (5, 0)
+    assert error(found) < error(mend.mended(w, gram, kept)) < .9 * error(w[:, kept])     # 1 % damping costs little
+    assert (mend.mended(w, gram, torch.arange(9)) - w).abs().max() == 0                  # nothing gone
+    assert mend.mended(w, gram, torch.tensor([], dtype=torch.long)).shape == (5, 0)
 
 
 def test_mending_is_exact_where_what_goes_is_a_combination_of_what_stays():
@@ -42,7 +40,7 @@ def test_mending_is_exact_where_what_goes_is_a_combination_of_what_stays():
     x[:, [2, 6]] = x[:, [0, 1, 3]] @ torch.tensor([[1., -2], [.5, 0], [0, 3]], dtype=torch.float64)
     kept, gram = torch.tensor([0, 1, 3, 4, 5, 7, 8]), x.T @ x / len(x)
     dense, scale = x @ w.T, (x @ w.T).abs().max()
-    assert (x[:, kept] @ prune.mended(w, gram, kept, damping=1e-13).T - dense).abs().max() <= 1e-9 * scale
+    assert (x[:, kept] @ mend.mended(w, gram, kept, damping=1e-13).T - dense).abs().max() <= 1e-9 * scale
     assert (x[:, kept] @ w[:, kept].T - dense).abs().max() > .1 * scale
 
 
@@ -53,7 +51,7 @@ def test_a_mended_cut_changes_only_the_readers_and_comes_nearer(name):
     keep |= {(0, "ffn"): torch.tensor([0, 2, 3]), (1, "kv"): torch.tensor([0, 2]), (1, "ffn"): torch.tensor([]).long()}
     stats, seen = score.collect(model, batches, {"gram", "mean"}), inputs(model, batches)
     plain, mended = prune.cut(model, keep), prune.cut(model, keep, "least-squares", stats)
-    assert plain.config == mended.config and not hasattr(mended, "evaluation_only")
+    assert plain.config == mended.config and type(mended) is GPT
     changed = {a for (a, p), q in zip(plain.named_parameters(), mended.parameters()) if not torch.equal(p, q)}
     assert changed == {"blocks.0.ffn.down.weight", "blocks.1.attn.o.weight"}
     for layer, kind in ((0, "ffn"), (1, "kv")):
@@ -92,60 +90,10 @@ def test_bias_puts_the_mean_in_the_place_of_what_went(kind, kept):
 def test_a_model_with_biases_is_neither_saved_nor_exported(tmp_path):
     model, _ = new(WITH_HOLES["gqa"])
     stats = score.collect(model, text(model.config), {"mean"})
-    assert not hasattr(prune.cut(model, prune.everything(model.config), "bias", stats), "evaluation_only")   # none went
+    assert type(prune.cut(model, prune.everything(model.config), "bias", stats)) is GPT   # none went
     small = prune.cut(model, without(model.config, 0, "ffn", 1), "bias", stats)
     for write in (lambda path: checkpoint.save(path, small),
                   lambda path: export.write(export.Export("x", out="y"), small, {}, path)):
         with pytest.raises(UserError, match="for evaluation only, as it has FLAP's biases behind o and down"):
             write(tmp_path / "cut.pt")
     assert not any(tmp_path.iterdir())
-
-
-# -- channels of the residual stream
-
-@pytest.mark.parametrize("name", WITH_HOLES)
-@pytest.mark.parametrize("tied", [True, False])
-def test_sliced_channels_are_zeroed_channels(name, tied):
-    model, _ = new(dataclasses.replace(WITH_HOLES[name], tie_embeddings=tied))
-    kept, idx = torch.tensor([0, 1, 4, 5, 6, 9, 11]), text(model.config)[0][0]
-    small, zeroed = prune.slice_channels(model, kept), copy.deepcopy(model)
-    gone = [c for c in range(12) if c not in kept.tolist()]
-    with torch.no_grad():                      # a channel that nobody writes is 0 everywhere, whatever would read it
-        zeroed.embed.weight[:, gone] = 0
-        for key, w in zeroed.named_parameters():
-            if key.endswith(("attn.o.weight", "ffn.down.weight")):
-                w[gone] = 0
-    assert small.config == dataclasses.replace(model.config, d_model=7, norm_eps=small.config.norm_eps)
-    assert small.config.num_params()["total"] == sum(p.numel() for p in small.parameters())
-    assert (small(idx) - zeroed(idx)).abs().max() <= 1e-10 < 1e-3 < (small(idx) - model(idx)).abs().max()
-    same = prune.slice_channels(model, torch.arange(12))
-    assert same.config == model.config and torch.equal(same(idx), model(idx))
-    small.embed.weight.data.zero_()                                            # nothing shared
-    assert (model.embed.weight != 0).all()
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("multiple", [1, 4])
-def test_channels_meet_the_budget_biases_or_not(bias, multiple):
-    config = GPTConfig(**SHAPE | dict(d_model=24), n_head=(4, 6), n_kv_head=(2, 3), d_ff=(5, 7), qkv_bias=bias)
-    model, c = new(config)[0], prune.Prune(structure="channel", score="magnitude", multiple_of=multiple)
-    whole = config.removable_params()
-    for most in range(whole // 3, whole, 97):
-        small = prune.one_shot(model, score.Stats(), [], c, most).config
-        assert small.d_model % multiple == 0 and small.removable_params() <= most
-        assert dataclasses.replace(small, d_model=small.d_model + multiple).removable_params() > most
-        assert small.widths() == config.widths()
-    with pytest.raises(UserError, match=f"a budget of 9 parameters is less than {multiple} of the 24 channels"):
-        prune.one_shot(model, score.Stats(), [], c, 9)
-
-
-def test_the_channels_that_stay_are_the_best():
-    model, _ = new(WITH_HOLES["gqa"])
-    with torch.no_grad():
-        for key, w in model.named_parameters():
-            if key.startswith("blocks.") and w.dim() == 2:
-                (w if key.endswith(("o.weight", "down.weight")) else w.T)[[2, 3, 7]] *= .01
-    c = prune.Prune(structure="channel", score="magnitude")
-    nine = dataclasses.replace(model.config, d_model=9).removable_params()
-    small = prune.one_shot(model, score.Stats(), [], c, nine)
-    assert torch.equal(small.embed.weight, model.embed.weight[:, [0, 1, 4, 5, 6, 8, 9, 10, 11]])

@@ -15,7 +15,6 @@ import train
 from common import UserError
 from methods import two_four
 from model import GPT, GPTConfig, preset
-from steps import Run
 
 ROOT = Path(__file__).parents[2]
 CONFIG = GPTConfig(vocab_size=13, block_size=8, d_model=12, head_dim=4, n_head=(2, 0, 3), n_kv_head=(1, 0, 3),
@@ -222,22 +221,22 @@ class Killed(BaseException):
 
 
 def test_a_2_4_model_trains_on_as_2_4_killed_or_not_and_so_does_a_run_from_that_run(tmp_path, monkeypatch, given, init):
-    r = train_toy(tmp_path / "whole", **init)
-    assert obeys(tmp_path / "whole", given[2]) and r.state.masks.keys() == given[2].keys()
+    _, state = train_toy(tmp_path / "whole", **init)
+    assert obeys(tmp_path / "whole", given[2]) and state.masks.keys() == given[2].keys()
     losses = [e["val_loss"] for e in report.records(tmp_path / "whole")["eval"]]
     assert losses[-1] < losses[0] - .1
     first, last = (checkpoint.load(path)[0] for path in (given[1], tmp_path / "whole"))
     assert all((last.get_parameter(name) != first.get_parameter(name))[mask].float().mean() > .99
                for name, mask in given[2].items())
-    account = Run.account
+    count = train.count_flops
 
-    def kill(run, *args):
-        if run.state.step == 10:
+    def kill(setup, state, *args):
+        if state.step == 10:
             raise Killed
-        account(run, *args)
+        count(setup, state, *args)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Run, "account", kill)
+        patch.setattr(train, "count_flops", kill)
         train_toy(tmp_path / "run", **init)
     train_toy(tmp_path / "run", **init)
     assert same(state_of(tmp_path / "run"), state_of(tmp_path / "whole"))

@@ -1,0 +1,137 @@
+"""Whole layers and sub-blocks: what they are worth, and which of them go under a budget.
+
+    python prune.py --init runs/scratch-laptop-0 --keep 0.75 --structure layer --score influence
+    python prune.py --init runs/scratch-laptop-0 --keep 0.75 --structure sublayer --score perplexity
+
+Two criteria belong to whole layers only. ShortGPT's block influence reads the residual stream in front of a layer and
+behind it. Shortened LLaMA's perplexity leaves the layer out and runs the model again from there on. Every other score
+of score.py is summed over the units of the layer. A *part* is what goes whole: a "layer", or one sub-block of it, "kv"
+(the attention) or "ffn". Not here: the cut itself, which prune.py makes as any other, with no unit left in the part.
+"""
+import contextlib
+import math
+
+import torch
+from tqdm import tqdm
+
+import allocate
+from common import UserError
+from distill import chunked_loss
+from model import rotary
+from score import SCORES
+
+PARTS = {"layer": ("layer",), "sublayer": ("kv", "ffn")}        # --structure: the parts that it may remove
+
+
+def units_of(config, layer, part):
+    """The units that a part consists of: {(layer, kind): number}. An absent sub-block is left out."""
+    kinds = ("kv", "ffn") if part == "layer" else (part,)
+    widths = config.widths()
+    return {(layer, kind): widths[layer, kind] for kind in kinds if widths[layer, kind] > 0}
+
+
+# -- what a part is worth
+
+def influence(stats, layer, part="layer"):
+    """1 - cos(residual stream in front of the part, residual stream behind it), mean over tokens. This is the block
+    influence of ShortGPT (arXiv 2403.03853, eq. 1)."""
+    return 1 - stats.cosine[layer, part]
+
+
+def without(model, batches, parts=("layer",)):
+    """By how many nats per token the loss rises without a part: {(layer, part): nats}. This is the perplexity
+    criterion of Shortened LLaMA (arXiv 2402.02834, section 3.2). `batches` is a list of token ids (x, y)."""
+    rises = {(layer, part): 0.0 for layer in range(model.config.n_layer) for part in parts}
+    for x, y in batches:
+        run = reruns(model, x, y)
+        dense, _ = run(model.config.n_layer - 1, model.blocks[-1])
+        for layer, part in tqdm(rises, desc="measure", leave=False, disable=None):
+            block = model.blocks[layer]
+            with absent(block, part):
+                loss, _ = run(layer, block)
+            rises[layer, part] += (loss - dense) / len(batches)
+    return rises
+
+
+@contextlib.contextmanager
+def absent(block, part):
+    """Switch a block's attention, its FFN or both off inside of a `with`."""
+    attention, ffn = block.attn, block.ffn
+    if part != "ffn":
+        block.attn = None
+    if part != "kv":
+        block.ffn = None
+    try:
+        yield
+    finally:
+        block.attn = attention
+        block.ffn = ffn
+
+
+@torch.no_grad()
+def reruns(model, x, y, every=1):
+    """Run the model on token ids x, y (B, T) once and keep the residual stream in front of each layer. Returns a
+    function run(layer, block) -> (loss, KL(dense ‖ changed)) in nats per token: of the model with `block` as it is
+    now in the place of that layer, run from that layer on. `every`: losses are of every so many tokens, as logits
+    are half of the work."""
+    device = model.embed.weight.device
+    x, y = x.to(device), y.to(device)
+    cos, sin = rotary(model.config, 0, x.size(1), device, model.embed.weight.dtype)
+    streams = [model.embed(x)]
+    for block in model.blocks:
+        streams.append(block(streams[-1], cos, sin))
+    dense = model.norm(streams[-1])[:, ::every]
+    targets = y[:, ::every]
+
+    def run(layer, block):
+        stream = block(streams[layer], cos, sin)
+        for later in model.blocks[layer + 1:]:
+            stream = later(stream, cos, sin)
+        hidden = model.norm(stream)[:, ::every]
+        _, parts = chunked_loss(hidden, model.head_weight, targets, dense, model.head_weight)
+        loss, divergence, _ = parts.tolist()
+        return loss, divergence
+    return run
+
+
+def part_scores(model, stats, rises, structure, score):
+    """What each part that --structure may remove is worth: {(layer, part): number}. `score` is a name in SCORES,
+    "influence", or "perplexity", whose numbers are `rises` (see `without`)."""
+    config = model.config
+    units = SCORES[score].function(model, stats) if score in SCORES else None
+    scores = {}
+    for layer in range(config.n_layer):
+        for part in PARTS[structure]:
+            widths = units_of(config, layer, part)
+            if score == "influence":
+                worth = influence(stats, layer, part)
+            elif score == "perplexity":
+                worth = rises[layer, part]
+            else:                                # unit scores are means over parameters: back to a sum over all of them
+                worth = sum(units[key].sum().item() * config.unit_params(*key) for key in widths)
+            # Sub-blocks differ in size, so they compete per parameter (our choice). Whole layers compete as published.
+            params = sum(n * config.unit_params(*key) for key, n in widths.items())
+            scores[layer, part] = worth if structure == "layer" else worth / max(1, params)
+    return scores
+
+
+# -- which parts go
+
+def widths_for(config, budget, how, scores, structure, resource="params"):
+    """How many units each layer of `config` keeps when whole parts go, the lowest score first, until all units cost at
+    most `budget` of `resource`: {(layer, kind): units}. `how` is "global", or "middle", which keeps the first and last
+    layers whole. Raises UserError for another `how`, and if the layers that `middle` keeps cost more than the budget."""
+    if how not in ("global", "middle"):
+        raise UserError(f"whole layers and sub-blocks go by --allocate global or middle, not {how}")
+    costs, left, widths = allocate.split_budget(config, budget, ("ffn", "kv"), resource)
+    if how == "middle":
+        allocate.refuse_small_budget_of_middle(config, ("ffn", "kv"), costs, left, resource)
+    blocks = []
+    for layer in range(config.n_layer):
+        for part in PARTS[structure]:
+            stays = how == "middle" and allocate.protected(layer, config.n_layer)
+            order = -math.inf if stays else -float(scores[layer, part])
+            units = units_of(config, layer, part)
+            if units:
+                blocks.append((order, units))
+    return allocate.fill(blocks, costs, left, widths)
