@@ -21,8 +21,9 @@ ROWS = [      # a file imports only from rows above its own
     "prune",
     "train methods.torch_pruning_peer",
     "experiments.claims_runs",
-    "export experiments.sweep bench.training",
-    "experiments.scaling_runs experiments.claims_report bench.system bench.inference",
+    "export experiments.sweep bench.variants",
+    "experiments.scaling_runs experiments.claims_report bench.training bench.system "
+    "bench.inference",
     "experiments.scaling bench.__main__",
     "experiments.claims experiments.compare experiments.smollm2"]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}

@@ -3,7 +3,7 @@ import json
 import pickle
 
 from bench import __main__ as bench
-from bench import training
+from bench import variants
 from model import GPTConfig
 
 UNEVEN = GPTConfig(256, 64, 96, 16, (6, 4, 0), (2, 4, 0), (128, 200, 60))
@@ -13,11 +13,12 @@ def settings(suite, **flags):
     """Resolved settings of a suite at toy size."""
     toy = dict(presets=("toy",), vocab=(300,), rounds=1, steps=2, micro_batch=2, micro_steps=2)
     flags = {**toy, **flags}
-    return bench.resolve(bench.Bench(suite, **{name: flags[name] for name in flags if name in bench.SUITES[suite].reads}))
+    read = {name: flags[name] for name in flags if name in bench.SUITES[suite].reads}
+    return bench.resolve(bench.Bench(suite, **read))
 
 
 def load(suite="train", **flags):
-    return training.fitted(settings(suite, **flags), "toy", 300)[0]
+    return variants.fitted(settings(suite, **flags), "toy", 300)[0]
 
 
 def as_recorded(measured):
@@ -26,8 +27,8 @@ def as_recorded(measured):
 
 
 def same_process(function, *args):
-    """In the place of timing.own_process. What it is sent must not name the script, which another process cannot
-    import."""
+    """In the place of timing.own_process. What it is sent must not name the script, which another
+    process cannot import."""
     assert b"bench.__main__" not in pickle.dumps((function, args))
     return function(*args)
 

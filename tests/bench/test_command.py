@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import training
+from bench import variants
 from common import UserError, parse, read_records
 
 
@@ -73,7 +73,7 @@ def test_settings_are_recorded_without_shapes_and_minutes(tmp_path, monkeypatch)
 def test_default_vocabulary_is_the_shape_s():
     names = [name for name, _ in bench.cells(bench.resolve(bench.Bench("cuts")))]
     assert names == ["1m, V = 256", "135m, V = 49152"]
-    params = [training.shapes(name, v, 2.6)[1].num_params()["total"] for name, v in (("1m", 256), ("135m", 49152))]
+    params = [variants.shapes(name, v, 2.6)[1].num_params()["total"] for name, v in (("1m", 256), ("135m", 49152))]
     assert params == [1_017_216, 134_515_008]
     assert len(bench.cells(bench.resolve(bench.Bench("train", presets=("toy", "1m"))))) == 4
     assert len(bench.cells(bench.resolve(bench.Bench("gpu", device="cpu")))) == 2 * 4

@@ -8,7 +8,7 @@ import pytest
 import torch
 from bench_helpers import UNEVEN, as_recorded, by, same_process, settings
 
-from bench import inference, timing, training
+from bench import inference, timing, variants
 from common import UserError
 from model import GPT
 
@@ -24,7 +24,7 @@ def inferred():
 
 @pytest.mark.parametrize("name, keep", [("toy", .8), ("135m", .8), ("135m", .5), ("1.3b", .6), ("124m", .9)])
 def test_pruned_models_have_equal_parameters(name, keep):
-    dense, _ = training.shapes(name, 300)
+    dense, _ = variants.shapes(name, 300)
     neuron = dense.unit_params(0, "ffn")
     configs = inference.pruned(dense, keep)
     even = configs["even"]

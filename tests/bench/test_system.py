@@ -10,7 +10,7 @@ import checkpoint
 import distill
 import schedule
 import train
-from bench import system, timing, training
+from bench import system, timing, variants
 from common import UserError
 from model import GPT
 
@@ -45,7 +45,7 @@ def test_disk_compares_files_of_one_size(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "save", saved)
     monkeypatch.setattr(system, "own_process", same_process)
     record = system.disk(dataclasses.replace(settings("disk"), out=str(tmp_path / "new" / "out.jsonl")), "toy", 300)
-    config, _ = training.shapes("toy", 300)
+    config, _ = variants.shapes("toy", 300)
     assert len(sizes) == 3                                               # memory, a round that does not count, a round
     assert sizes[0] > 3 * 4 * config.num_params()["total"]
     assert len(states[0]["optimizer"]["state"]) == len([*GPT(config).parameters()])
@@ -57,7 +57,8 @@ def test_disk_compares_files_of_one_size(tmp_path, monkeypatch):
 
 
 def test_the_scale_table_is_what_a_calculation_by_hand_gives():
-    """1.3b: 24 layers, C = 2048, 16 heads and 8 KV heads of 128, d_ff 6,272; 2.6 times that to a multiple of 8."""
+    """1.3b: 24 layers, C = 2048, 16 heads and 8 KV heads of 128, d_ff 6,272; 2.6 times that to a
+    multiple of 8."""
     rows = system.scale(settings("scale", presets=("1.3b",), vocab=(50257,), micro_batch=1), "1.3b", 50257)["rows"]
     memory = by(rows[:2], "model")
     days = by(rows[2:], "plan", "GPUs")
@@ -83,7 +84,7 @@ def test_the_scale_table_is_what_a_calculation_by_hand_gives():
     assert days["idea", 512]["days at most"] == pytest.approx(1.877, abs=1e-3)
 
 
-@pytest.mark.parametrize("config", [UNEVEN, training.shapes("toy", 300, 2.6)[0]], ids=["uneven", "toy"])
+@pytest.mark.parametrize("config", [UNEVEN, variants.shapes("toy", 300, 2.6)[0]], ids=["uneven", "toy"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_accounted_activations_are_what_autograd_keeps(config, autocast):
     model = GPT(config)

@@ -1,4 +1,5 @@
-"""What the benchmarks time is train.train itself, with the model's own FLOPs, bytes and parameters."""
+"""What the benchmarks time is train.train itself, with the model's own FLOPs, bytes and
+parameters."""
 import copy
 import os
 import statistics
@@ -9,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._dynamo.testing import CompileCounter
 from bench_helpers import as_recorded, by, load, same_process, settings
+from torch._dynamo.testing import CompileCounter
 
 import data
 import prune
@@ -18,13 +19,13 @@ import schedule
 import score
 import train
 from bench import __main__ as bench
-from bench import gpt2_peer, inference, timing, training
+from bench import gpt2_peer, inference, timing, training, variants
 from common import parse, read_records
 from formats import huggingface
 from model import GPT
 
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
-TARGET, ENLARGED = training.shapes("toy", 300, 2.6)
+TARGET, ENLARGED = variants.shapes("toy", 300, 2.6)
 HALF_SQUARE = 2 * 64 * 8 * 4 * 2         # FLOPs per token of half a forward attention: 2 T · head_dim · sum of n_head
 
 
@@ -44,7 +45,7 @@ def assert_equal_models(a, b, atol):
 
 def test_timed_steps_are_those_of_a_plain_loop():
     """And a step that is taken apart is the step of the loop at the same step number."""
-    variant = training.stage_variant(load(steps=3), "recover", TARGET, ENLARGED, rounds=2)
+    variant = variants.stage_variant(load(steps=3), "recover", TARGET, ENLARGED, rounds=2)
     torch.manual_seed(0)
     model = GPT(TARGET)
     optimizer = adamw(model)
@@ -58,14 +59,14 @@ def test_timed_steps_are_those_of_a_plain_loop():
         optimizer.step()
         optimizer.zero_grad()
     variant.go(3)
-    seconds = training.take_apart(variant, 1)
-    assert variant.state.step == 4 and tuple(seconds) == training.PARTS
+    seconds = variants.take_apart(variant, 1)
+    assert variant.state.step == 4 and tuple(seconds) == variants.PARTS
     assert_equal_models(variant.state.model, model, atol=3e-6)
 
 
 @pytest.mark.parametrize("steps, rounds, scores", [(5, 3, 1), (2, 2, 1), (15, 2, 3)])
 def test_a_round_of_the_prune_stage_has_one_cut_and_its_scores(monkeypatch, steps, rounds, scores):
-    variant = training.stage_variant(load(steps=steps, micro_steps=1), "prune", TARGET, ENLARGED, rounds)
+    variant = variants.stage_variant(load(steps=steps, micro_steps=1), "prune", TARGET, ENLARGED, rounds)
     calls = []
     zero_ = prune.zero_
     sensitivity = score.sensitivity
@@ -74,7 +75,7 @@ def test_a_round_of_the_prune_stage_has_one_cut_and_its_scores(monkeypatch, step
     for _ in range(rounds):
         variant.go(steps)
     assert calls == (["score"] * scores + ["cut"]) * rounds
-    assert training.scored_steps(variant, steps) == scores
+    assert variants.scored_steps(variant, steps) == scores
     assert train.live_config(variant.state) == TARGET and variant.state.model.config == ENLARGED
     slicing, first = training.slice_pause(variant)
     assert variant.state.model.config == TARGET and slicing > 0 and first > 0
@@ -86,18 +87,19 @@ def test_another_round_compiles_nothing(monkeypatch):
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda module, **options: compile(module, backend=counter, fullgraph=True,
                                                                             **options))
-    variants = [training.stage_variant(load(compile=True), name, TARGET, ENLARGED, 3) for name in training.STAGES]
-    variants.append(training.peer_variant(load(compile=True), training.GPT2, TARGET, 3))
+    runs = [variants.stage_variant(load(compile=True), name, TARGET, ENLARGED, 3) for name in variants.STAGES]
+    runs.append(variants.peer_variant(load(compile=True), variants.GPT2, TARGET, 3))
     graphs = []
     for _ in range(3):
-        for variant in variants:
+        for variant in runs:
             variant.go(2)
         graphs.append(counter.frame_count)
     assert graphs[0] > 0 and graphs[0] == graphs[1] == graphs[2]
 
 
 def test_a_slice_compiles_with_an_empty_cache(monkeypatch):
-    """Else the graph of the same shapes that another variant compiled would be taken from the disk."""
+    """Else the graph of the same shapes that another variant compiled would be taken from the
+    disk."""
     from torch._inductor import utils
     calls = []
 
@@ -120,17 +122,17 @@ def test_a_slice_compiles_with_an_empty_cache(monkeypatch):
     ("train", "laptop", 256, 16, 15), ("train", "laptop", 50257, 8, 3), ("cuts", "135m", 49152, 1, 3),
     ("cuts", "1m", 256, 16, 15)])
 def test_one_batch_and_number_of_steps_for_all_of_a_cell(suite, preset, vocab_size, micro_batch, steps):
-    chosen, _, _ = training.fitted(bench.resolve(bench.Bench(suite, device="cpu")), preset, vocab_size)
+    chosen, _, _ = variants.fitted(bench.resolve(bench.Bench(suite, device="cpu")), preset, vocab_size)
     assert (chosen.micro_batch, chosen.steps) == (micro_batch, steps)
     given = bench.resolve(bench.Bench(suite, device="cpu", micro_batch=3, steps=7))
-    chosen, _, _ = training.fitted(given, preset, vocab_size)
+    chosen, _, _ = variants.fitted(given, preset, vocab_size)
     assert (chosen.micro_batch, chosen.steps) == (3, 7)
 
 
 # -- peers
 
 def test_the_plain_loop_trains_the_same_model():
-    variant = training.peer_variant(load(micro_steps=1), training.GPT2, TARGET, rounds=2)
+    variant = variants.peer_variant(load(micro_steps=1), variants.GPT2, TARGET, rounds=2)
     model = copy.deepcopy(variant.state.model)
     tokens = variant.setup.corpus.train
     optimizer = adamw(model)
@@ -143,7 +145,7 @@ def test_the_plain_loop_trains_the_same_model():
         optimizer.step()
         optimizer.zero_grad()
     torch.manual_seed(3)
-    training.plain_loop(variant, 2)
+    variants.plain_loop(variant, 2)
     assert variant.state.step == 0
     assert_equal_models(variant.state.model, model, atol=1e-6)
 
@@ -154,14 +156,14 @@ PEERS = [("toy", 300), ("laptop", 256), ("laptop", 50257), ("10m", 256), ("124m"
 
 @pytest.mark.parametrize("name, vocab_size", PEERS)
 def test_peers_have_our_number_of_parameters(name, vocab_size):
-    target, _ = training.shapes(name, vocab_size, 2.6)
+    target, _ = variants.shapes(name, vocab_size, 2.6)
     config = gpt2_peer.peer_of(target)
     ours = target.num_params()["total"]
     assert abs(config.num_params()["total"] / ours - 1) < .02
     with torch.device("meta"):
         assert sum(p.numel() for p in gpt2_peer.GPT2(config).parameters()) == config.num_params()["total"]
         if find_spec("transformers") and name in ("toy", "124m"):
-            assert sum(p.numel() for p in training.Llama(target).parameters()) == ours
+            assert sum(p.numel() for p in variants.Llama(target).parameters()) == ours
     assert config.d_ff % (64 if config.d_model > 512 else 8) == 0
     assert abs(config.flops_per_token(64) / target.flops_per_token(64) - 1) < .1
 
@@ -190,7 +192,7 @@ def test_the_gpt2_peer_is_transformers_gpt2():
             matrix = bool(block) and p.dim() == 2                            # theirs are (in, out)
             oracle.get_parameter(f"transformer.{layer}{GPT2_NAMES[part]}.weight").copy_(p.T if matrix else p)
     x, y = torch.randint(300, (2, 3, 64))
-    loss, stats = training.WholeLogits(model, 0.5, 1.0)(x, y)
+    loss, stats = variants.WholeLogits(model, 0.5, 1.0)(x, y)
     expected = F.cross_entropy(oracle(x).logits.flatten(0, 1), y.flatten())
     assert expected > 6 and torch.allclose(loss, expected, atol=1e-5)
     assert stats.tolist() == [loss.item(), 0, 0]
@@ -198,7 +200,7 @@ def test_the_gpt2_peer_is_transformers_gpt2():
 
 def test_the_llama_peer_is_our_model():
     pytest.importorskip("transformers")
-    peer = training.Llama(TARGET).eval()
+    peer = variants.Llama(TARGET).eval()
     model = GPT(TARGET)
     parameters = dict(peer.inner.named_parameters())
     with torch.no_grad():
@@ -211,8 +213,8 @@ def test_the_llama_peer_is_our_model():
 
 def test_without_transformers_its_row_says_so(monkeypatch):
     monkeypatch.setattr(training, "find_spec", lambda name: None)
-    (row,) = training.stages(settings("train"), "toy", 300, (training.LLAMA,))["rows"]
-    assert row["note"] == "pip install transformers" and row["variant"] == training.LLAMA
+    (row,) = training.stages(settings("train"), "toy", 300, (variants.LLAMA,))["rows"]
+    assert row["note"] == "pip install transformers" and row["variant"] == variants.LLAMA
 
 
 # -- the suite train
@@ -234,7 +236,7 @@ def test_rates_are_flops_over_seconds(trained):
     peer = gpt2_peer.peer_of(TARGET).flops_per_token(64) - 3 * 2 * 64 * 32 * 2
     expected = {"enlarge": tokens * enlarged, "recover": tokens * target, "recover, KD": tokens * (target + forward),
                 "prune": tokens * enlarged + scoring, "prune, KD": tokens * (enlarged + forward) + scoring,
-                training.LLAMA: tokens * target, training.GPT2: tokens * peer, training.PLAIN: tokens * peer}
+                variants.LLAMA: tokens * target, variants.GPT2: tokens * peer, training.PLAIN: tokens * peer}
     rows = by(trained["rows"], "variant")
     seconds = trained["seconds"]
     assert {*rows} == {*expected}
@@ -257,7 +259,7 @@ def test_rates_are_flops_over_seconds(trained):
 
 
 def test_the_parts_of_a_step_are_all_there(trained):
-    assert training.PARTS == ("data", "teacher", "forward", "backward", "optimizer", "scoring", "cut")
+    assert variants.PARTS == ("data", "teacher", "forward", "backward", "optimizer", "scoring", "cut")
     rows = by(trained["rows"], "variant")
     for name, rounds in trained["breakdown"].items():
         expected = {"data", "forward", "backward", "optimizer"}
@@ -267,10 +269,10 @@ def test_the_parts_of_a_step_are_all_there(trained):
             expected.add("teacher")
         assert len(rounds) == training.APART
         for seconds in rounds:
-            assert {part for part in training.PARTS if seconds[part] > 0} == expected, name
+            assert {part for part in variants.PARTS if seconds[part] > 0} == expected, name
         shares = [seconds["forward"] / sum(seconds.values()) for seconds in rounds]
         assert rows[name]["forward %"] == pytest.approx(100 * statistics.median(shares))
-        assert all(f"{part} %" in rows[name] for part in training.PARTS)
+        assert all(f"{part} %" in rows[name] for part in variants.PARTS)
     assert "forward %" not in rows[training.PLAIN]
 
 
@@ -278,7 +280,8 @@ def test_the_parts_of_a_step_are_all_there(trained):
 
 @pytest.fixture(scope="module")
 def gpu(tmp_path_factory):
-    """The file and the cells of the gpu suite on the CPU, as if torch and numpy were all there is."""
+    """The file and the cells of the gpu suite on the CPU, as if torch and numpy were all there
+    is."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("gpu") / "records.jsonl"
     with pytest.MonkeyPatch.context() as patch:
@@ -309,7 +312,7 @@ def test_distillation_is_held_against_the_flops_that_it_adds(gpu):
     row = rows["recover, KD"]
     (plain_seconds,) = record["seconds"]["recover"]
     (kd_seconds,) = record["seconds"]["recover, KD"]
-    assert {*rows} == {*training.KD, training.GPT2, training.PLAIN}
+    assert {*rows} == {*training.KD, variants.GPT2, training.PLAIN}
     assert row["FLOPs/step, causal"] == pytest.approx(2 * 64 * kd_flops)
     assert row["time over the roofline"] == pytest.approx(kd_seconds / plain_seconds * plain_flops / kd_flops)
     assert rows["recover"]["time over the roofline"] == 1
@@ -345,12 +348,13 @@ def test_cuts_name_every_part_and_price_the_moment_of_slicing(gpu):
 
 @needs_proc
 def test_memory_of_a_step_is_that_of_its_process():
-    """A larger vocabulary adds its weights, gradients and moments, and at least a chunk of logits, to the peak. What was
-    freed before may be counted in both numbers of a process, so processes are compared, not these two."""
+    """A larger vocabulary adds its weights, gradients and moments, and at least a chunk of logits,
+    to the peak. What was freed before may be counted in both numbers of a process, so processes are
+    compared, not these two."""
     memory = {}
     for vocab_size in (300, 40000):
-        target, enlarged = training.shapes("toy", vocab_size, 2.6)
-        memory[vocab_size] = timing.own_process(training.memory_of, load(), "recover", target, enlarged)
+        target, enlarged = variants.shapes("toy", vocab_size, 2.6)
+        memory[vocab_size] = timing.own_process(variants.memory_of, load(), "recover", target, enlarged)
     table = 4 * (40000 - 300) * TARGET.d_model                               # bytes of the embedding
     logits = 4 * (40000 - 300) * 2 * 64
     assert memory[40000]["peak_bytes"] - memory[300]["peak_bytes"] > 4 * table + logits
@@ -366,5 +370,5 @@ def test_two_processes_do_half_of_the_batch_each():
     assert row["tokens/step"] == 2 * 2 * 64
     assert row["overlap of the exchange"] == pytest.approx(1 - (two - one / 2) / exchange)
     assert row["efficiency"] == pytest.approx(one / two / 2)
-    both = training.bare_setup(load(), training.one_stage(None, 9), TARGET, TARGET, rank=1, world=2)
+    both = variants.bare_setup(load(), variants.one_stage(None, 9), TARGET, TARGET, rank=1, world=2)
     assert both.micro_steps == 1 and both.config.batch_tokens == 256
