@@ -88,11 +88,11 @@ class Bench:
     out: str = "runs/bench.jsonl"          # file of records
     presets: tuple[ShapeName, ...] = ()    # shapes; default: the suite's
     vocab: tuple[int, ...] = ()            # sizes of the vocabulary; default: the suite's or shape's
-    rounds: int | None = None              # that count, after one that does not; default: 5 or 3
-    steps: int | None = None               # in a round; default: 15, in gpu 5, large vocabulary 3
+    rounds: int | None = None              # timed ones, after one that is not; default: 5 or 3
+    steps: int | None = None               # in a round; default: 15, large vocabulary: 3, gpu: 5
     micro_batch: int | None = None         # sequences per forward pass; default: by the shape's size
     micro_steps: int = 1                   # forward passes per step
-    enlarge_ff: float = 2.6                # neurons of the enlarged model, in the target's
+    enlarge_ff: float = 2.6                # times the target's FFN neurons, in the enlarged model
     keep: float = 0.8                      # infer: kept fraction of the removable parameters
     prompt: int = 128                      # infer: tokens
     decode: int = 64                       # infer: tokens
@@ -108,8 +108,8 @@ LEAST = {"rounds": 1, "steps": 2, "micro_batch": 1, "micro_steps": 1, "enlarge_f
 
 
 def check_ranges(settings):
-    """Raise UserError for numbers that mean nothing. A step before a cut is needed to score in:
-    --steps 2."""
+    """Raise UserError for numbers that mean nothing. A round has at least 2 steps, as units are
+    scored in the step before a cut."""
     for name, least in LEAST.items():
         value = getattr(settings, name)
         if value is not None and not value >= least:

@@ -102,15 +102,13 @@ def write_file(path, config):
 
 
 def llamacpp_generate(path, prompt, tokens):
-    """The same of llama.cpp and a model's file. The seconds of the prompt count as those to the
-    first token."""
+    """`generate` for llama.cpp. The seconds of the prompt count as those to the first token."""
     rates = llamacpp.speed(path, prompt, tokens, 1)
     return {"first": prompt / rates["prompt"], "decode": 1 / rates["decode"]}
 
 
 def memory(config, device, dtype, tokens, decode):
-    """The bytes before a generation (the weights) and at its peak. To be called in a process of its
-    own."""
+    """The bytes before a generation (the weights) and at its peak, in a process of its own."""
     model, prompt = build(config, device, dtype, tokens)
     with peak(device) as measured:
         model.generate(prompt, decode, temperature=0)
@@ -118,8 +116,7 @@ def memory(config, device, dtype, tokens, decode):
 
 
 def llamacpp_memory(path, prompt, tokens):
-    """The same of llama.cpp, in a process of its own. The file that it maps into memory is
-    included."""
+    """`memory` for llama.cpp. The file that it maps into memory is included."""
     with peak("cpu") as measured:
         llamacpp.speed(path, prompt, tokens, 1)
     return measured
