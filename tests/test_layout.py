@@ -18,8 +18,8 @@ ROWS = [      # a file imports only from rows above its own
     "methods.measured",
     "prune",
     "train experiments.compare experiments.smollm2",
-    "bench.training experiments.claims_runs experiments.sweep",
-    "bench.inference bench.system experiments.claims_report experiments.scaling_runs",
+    "bench.variants experiments.claims_runs experiments.sweep",
+    "bench.inference bench.system bench.training experiments.claims_report experiments.scaling_runs",
     "bench.__main__ experiments.claims experiments.scaling"]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 FILES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file
