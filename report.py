@@ -2,6 +2,7 @@
 
     python report.py runs/idea-laptop-0            # one run: sizes, losses, FLOPs, samples; draws run.png beside it
     python report.py runs/*-laptop-*              # several: mean ± spread by plan, and paired differences by seed
+    python report.py results/smollm2.jsonl        # the same for a file of several runs, whose records name their run
 
 "±" is half the distance between the largest and the smallest seed: with few seeds it says more than a standard error.
 """
@@ -14,35 +15,50 @@ from common import UserError, parse, read_records, refuse_idle, run
 
 @dataclass(frozen=True)
 class Report:
-    runs: tuple[str, ...]     # folders of runs, or metrics.jsonl files
+    runs: tuple[str, ...]     # folders of runs, metrics.jsonl files, or files of several runs
     against: str = "scratch"  # the plan that paired differences are taken to, where it is among the runs
 
 
-def records(path):
-    """A run folder or metrics.jsonl -> {tag: [records]}. UserError where there is no run."""
+def read_runs(path):
+    """Read a run folder, its metrics.jsonl, or a file of several runs, whose records name their run.
+
+    Returns {name of the run: {tag: [records]}}, sorted by name. Raises UserError if there is no run."""
     path = Path(path)
+    file = path / "metrics.jsonl" if path.is_dir() else path
+    runs = {}
     try:
-        found = read_records(path / "metrics.jsonl" if path.is_dir() else path)
-        if found[0]["tag"] != "config":
-            raise ValueError
-    except (ValueError, LookupError, TypeError):
-        raise UserError(f"{path} has no records of a run; give a run folder or its metrics.jsonl") from None
-    by_tag = {}
-    for record in found:
-        by_tag.setdefault(record["tag"], []).append(record)
-    return by_tag
+        for record in read_records(file):
+            run = runs.setdefault(record.get("run", path.stem), {})
+            run.setdefault(record["tag"], []).append(record)
+            if "config" not in run:
+                raise ValueError
+    except (ValueError, LookupError, TypeError, AttributeError):
+        runs = {}
+    if not runs:
+        raise UserError(f"{path} has no records of a run; give a run folder or its metrics.jsonl")
+    return dict(sorted(runs.items()))
 
 
-def finished(folder, remedy=""):
-    """Every *.jsonl there -> {its name: {tag: [records]}} of the finished runs. UserError: they do not compare, as they
-    read another text, or differ in a setting that all of them share."""
-    runs = {path.stem: records(path) for path in sorted(Path(folder).glob("*.jsonl"))}
+def records(path):
+    """Read the records of one run: {tag: [records]}. Raises UserError if `path` holds no run, or several."""
+    runs = read_runs(path)
+    if len(runs) > 1:
+        raise UserError(f"{path} holds {len(runs)} runs; give a run folder or its metrics.jsonl")
+    return runs.popitem()[1]
+
+
+def finished(path, remedy=""):
+    """Read the finished runs of an experiment's file: {name: {tag: [records]}}, or {} if there is no such file.
+
+    Raises UserError if the runs do not compare: they read different texts, or differ in a setting that all share."""
+    if not Path(path).exists():
+        return {}
+    runs = read_runs(path)
     for key in ("fingerprint", "tokenizer", "block_size", "batch_tokens", "micro_batch", "eval_windows", "dtype"):
-        values = {r["config"][0].get(key) for r in runs.values()}
+        values = {run["config"][0].get(key) for run in runs.values()}
         if len(values) > 1:
-            raise UserError(f"the runs in {folder} do not compare: {key} is one of {', '.join(map(str, values))}"
-                            f"{remedy}")
-    return {name: r for name, r in runs.items() if "summary" in r}
+            raise UserError(f"the runs in {path} do not compare: {key} is one of {', '.join(map(str, values))}{remedy}")
+    return {name: run for name, run in runs.items() if "summary" in run}
 
 
 def summary(path):
@@ -119,8 +135,12 @@ def table(paths, against="scratch"):
     """Finished runs, grouped by plan and learning rate -> Markdown table: final loss, tokens, FLOPs, and the difference
     by seed to the best row of plan `against`."""
     rows, common = {}, None
+    runs = []
     for path in paths:
-        r = records(path)
+        in_file = read_runs(path)
+        for name, run in in_file.items():
+            runs.append((path if len(in_file) == 1 else f"{name} in {path}", run))
+    for path, r in runs:
         if "summary" in r:
             c = r["config"][0]
             common = common or c
@@ -161,8 +181,11 @@ def table(paths, against="scratch"):
 
 
 def main(config):
-    refuse_idle(config, ["against"] * (len(config.runs) == 1), "on one run")
-    print(summary(config.runs[0]) if len(config.runs) == 1 else table(config.runs, config.against))
+    if len(config.runs) == 1 and len(read_runs(config.runs[0])) == 1:
+        refuse_idle(config, ["against"], "on one run")
+        print(summary(config.runs[0]))
+    else:
+        print(table(config.runs, config.against))
 
 
 if __name__ == "__main__":

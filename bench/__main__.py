@@ -6,8 +6,8 @@
     python -m bench infer                          # prefill, decoding, memory; ours and llama.cpp's; dense and pruned
     python -m bench start                          # seconds to --help, and to the first step; likewise disk and ddp
     python -m bench scale                          # the paper's 2.8B -> 1.3B at 2T tokens, by accounting alone
-    python -m bench gpu --minutes 8 --out results/gpu     # what matters on a GPU; the same command goes on
-    python -m bench report --out results/gpu       # the tables again, from results/gpu/records.jsonl
+    python -m bench gpu --minutes 8 --out results/gpu.jsonl     # what matters on a GPU; the same command goes on
+    python -m bench report --out results/gpu.jsonl       # the tables again, from these records
 
 Limits are measured in the same run: a large matrix product in the same dtype, a large copy. Medians over --rounds, of
 ratios taken within a round. Random weights and tokens; a GPU draws less power on zeros, so its clock rises behind cuts:
@@ -35,7 +35,7 @@ from common import UserError, commit, parse, pick_device, refuse_idle, run
 @dataclass(frozen=True)
 class Bench:
     suite: str                             # train, kd, cuts, infer, start, disk, ddp, scale, gpu; report: the tables
-    out: str = "runs/bench"                # folder of records.jsonl
+    out: str = "runs/bench.jsonl"          # file of records
     presets: tuple[str, ...] = ()          # shapes: 1m, 135m, those of train.py --preset; () and None: see above
     vocab: tuple[int, ...] = ()            # tokens in the vocabulary; still (): 49,152 for 135m, else 256
     rounds: int | None = None              # that count, behind one that does not
@@ -46,7 +46,7 @@ class Bench:
     keep: float | None = None              # infer: kept fraction of the removable parameters
     prompt: int | None = None              # infer: tokens
     decode: int | None = None              # infer: tokens
-    disk: str | None = None                # disk: a folder on it; "": --out
+    disk: str | None = None                # disk: a folder on it; "": that of --out
     minutes: float | None = None           # gpu: then it stops; the same command goes on
     dtype: str | None = None               # float32, bfloat16 (autocast); auto: bfloat16 only on a GPU
     compile: bool | None = None            # torch.compile, ours and the peers'

@@ -117,7 +117,7 @@ def disk_rounds(c, config):
 def disk(c, preset, vocab_size):
     """Checkpoints with the optimizer's moments against a plain file of the same size on the same disk (a new one
     written, fsynced and renamed; read, from the disk where the system can be asked to forget it). Random weights."""
-    c = dataclasses.replace(c, disk=c.disk or c.out)
+    c = dataclasses.replace(c, disk=c.disk or str(Path(c.out).parent))
     Path(c.disk).mkdir(parents=True, exist_ok=True)
     size, seconds, memory = own_process(disk_rounds, c, shapes(preset, vocab_size)[0])
     rows = []

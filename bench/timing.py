@@ -148,9 +148,9 @@ def machine(device):
 
 
 class Records:
-    """records.jsonl in a folder: one line a cell, with the `rows` of its tables and a `note` for their titles."""
-    def __init__(self, out):
-        self.file = Path(out) / "records.jsonl"
+    """A file of records: one line a cell, with the `rows` of its tables and a `note` for their titles."""
+    def __init__(self, file):
+        self.file = Path(file)
 
     def all(self):
         """The last record of every cell: one that failed gives way to a later one."""

@@ -43,7 +43,7 @@ class Reproduce:
     tokens: float = 1.0               # of every run, times the preset's; a fraction shows that it works
     data: str | None = None           # the text, as in data.py; no run reads it more than 4 times
     again: bool = False               # make runs of another code, and what requires them, anew: the old are deleted
-    results: str | None = None        # records, a file each run; default results/claims, -gpu, runs/quick/records
+    results: str | None = None        # file of records; default results/claims.jsonl, -gpu, runs/quick/records.jsonl
     runs: str | None = None           # where the run folders go; default runs/claims, -gpu, runs/quick
 
 
@@ -72,7 +72,7 @@ def resolve(c):
     c = dataclasses.replace(
         c, jobs=(3 if on_gpu else os.cpu_count() or 1) if c.jobs is None else c.jobs,
         device=c.device or ("cuda" if on_gpu else "cpu"), runs=c.runs or ("runs/quick" if c.quick else f"runs/{place}"),
-        results=c.results or ("runs/quick/records" if c.quick else f"results/{place}"))
+        results=c.results or ("runs/quick/records.jsonl" if c.quick else f"results/{place}.jsonl"))
     for name, value in (("jobs", c.jobs), ("seeds", scale.seeds), ("minutes", c.minutes), ("tokens", c.tokens)):
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name} {value} must be positive")
@@ -95,8 +95,8 @@ def keep(c, name, **about):
             *({k: v for k, v in t.items() if k != "file"} for t in r.get("teacher", ())),
             r.get("summary", [last])[0] | about | {
                 "tag": "summary", "epochs": last["tokens"] / config["corpus_tokens"][0]}]
-    text = "".join(json.dumps(record) + "\n" for record in kept).replace(f'"{c.runs}/', '"')
-    write_atomic(f"{c.results}/{name}.jsonl", lambda file: file.write(text.encode()))
+    text = json.dumps(kept).replace(f'"{c.runs}/', '"')
+    sweep.keep_run(c.results, name, json.loads(text))
 
 
 def job(c, one, settings, cut, windows):
@@ -113,11 +113,11 @@ def job(c, one, settings, cut, windows):
          flops_executed=r.state.flops[0] + claims_runs.calibration_flops(one, cut), flops_credited=r.state.flops[1])
 
 
-def is_there(c, one, settings, cut):
+def is_there(c, one, runs, settings, cut):
     """Whether the records of a run are. UserError: they are of another one."""
     told = [{k: v.removeprefix(f"{c.runs}/") if isinstance(v, str) else v for k, v in some.items()
              if k not in folder.NOT_IDENTITY} for some in (settings, cut or {})]
-    return sweep.finished(f"{c.results}/{one.name}.jsonl", told[0], "--results", told[1])
+    return sweep.finished(f"{one.name} in {c.results}", runs.get(one.name), told[0], "--results", told[1])
 
 
 def gone(c, one, runs):
@@ -139,7 +139,7 @@ def ready(c, scale, wanted, runs):
         if not all([visit(other) for other in claims_runs.measures(run)]):
             return False
         settings, cut = claims_runs.settings(run, scale, runs, c.runs)
-        kept = is_there(c, run, settings, cut)
+        kept = is_there(c, run, runs, settings, cut)
         for other in run.needs():
             if kept and other.name not in runs:
                 raise UserError(f"{c.results} holds {run.name}, but not {other.name}, from which it came; remove both")
@@ -168,7 +168,7 @@ class Clock:
     def told(self, arguments):
         """After the run with these arguments."""
         self.left.pop(arguments[1].name, None)
-        self.here += report.records(f"{self.c.results}/{arguments[1].name}.jsonl")["summary"]
+        self.here += report.read_runs(self.c.results)[arguments[1].name]["summary"]
         return str(self)
 
     def __str__(self):
@@ -181,17 +181,22 @@ class Clock:
 def forget_another_code(c, everything):
     """--again: delete what is there, records and folders, of those of these runs that another code made or began, and
     of all that require one of them. everything: what is required first."""
-    old, deleted, here = set(), 0, commit()
+    old, deleted, here = set(), set(), commit()
+    runs = claims_report.read(c.results)
     for one in everything:
-        kept, own = Path(c.results, f"{one.name}.jsonl"), Path(c.runs, one.name)
-        paths = [path for path in (kept, own, Path(c.runs, f"from-{one.name}")) if path.exists()]
-        record = next(iter(read_records(kept) or read_records(own / "metrics.jsonl")), {})
-        if paths and record.get("code") != here or not old.isdisjoint(claims_runs.requires(one)):
+        own = Path(c.runs, one.name)
+        folders = [path for path in (own, Path(c.runs, f"from-{one.name}")) if path.exists()]
+        known = one.name in runs or bool(folders)
+        first = runs[one.name]["config"] if one.name in runs else read_records(own / "metrics.jsonl")
+        record = next(iter(first), {})
+        if known and record.get("code") != here or not old.isdisjoint(claims_runs.requires(one)):
             old.add(one)
-            deleted += bool(paths)
-            for path in paths:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    print(f"{deleted} runs are of another code, or require one that is, and are made again")
+            if known:
+                deleted.add(one.name)
+            for path in folders:
+                shutil.rmtree(path)
+    sweep.forget_runs(c.results, deleted)
+    print(f"{len(deleted)} runs are of another code, or require one that is, and are made again")
 
 
 def run_all(c):
@@ -226,10 +231,16 @@ def run_all(c):
 
 # -- the report
 
+def page_of(c, name):
+    """The path of a page beside the records: of results/claims.jsonl it is in results/claims."""
+    return Path(c.results).with_suffix("") / name
+
+
 def print_report(c, scale, runs):
     """Print the tables, draw the figure -> the text."""
-    drawn = claims_report.picture(runs, scale, f"{c.results}/figure.png")
-    text = claims_report.text(runs, scale, f"{c.results}/figure.png" if drawn else None)
+    figure = page_of(c, "figure.png")
+    drawn = claims_report.picture(runs, scale, figure)
+    text = claims_report.text(runs, scale, figure if drawn else None)
     print(text)
     return text
 
@@ -249,11 +260,11 @@ def refuse_strangers(c, scale, runs):
     wanted = {run.name: run for run in planned}
     for name, r in runs.items():
         if name not in wanted:
-            raise UserError(f"{c.results}/{name}.jsonl is of no run of this plan; move it elsewhere")
+            raise UserError(f"{name} in {c.results} is no run of this plan; move its records elsewhere")
         there, here = r["config"][0]["lr"], claims_runs.rate(wanted[name])
         if there != here:
-            raise UserError(f"{c.results}/{name}.jsonl has a learning rate of {there:g}, the plan one of {here:g}; "
-                            "remove it")
+            raise UserError(f"{name} in {c.results} has a learning rate of {there:g}, the plan one of {here:g}; "
+                            "remove its records")
 
 
 def main_report(c):
@@ -264,7 +275,7 @@ def main_report(c):
     refuse_strangers(c, scale, runs)
     text, page = print_report(c, scale, runs), Path("README.md")
     if runs and c.tokens == 1:
-        write_atomic(f"{c.results}/report.md", lambda file: file.write(f"{claims_report.details(runs, scale)}\n".encode()))
+        write_atomic(page_of(c, "report.md"), lambda file: file.write(f"{claims_report.details(runs, scale)}\n".encode()))
     if c.quick or c.preset != "cpu" or c.tokens != 1 or not page.exists():
         return
     new = replaced(page.read_text(), text)

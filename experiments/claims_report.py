@@ -107,9 +107,9 @@ def bootstrapped(statistic, seeds, samples=1000):
 
 # -- records
 
-def read(folder):
+def read(path):
     """report.finished: {name of the run: {tag: [records]}}."""
-    return report.finished(folder, "; give each its own --results and --runs")
+    return report.finished(path, "; give each its own --results and --runs")
 
 
 def of_kind(runs, kind, size, ratio):

@@ -1,7 +1,7 @@
 """Every criterion, every allocation and the published methods on one pretrained model, under one budget and protocol.
 
-    python -m experiments.compare smollm2 --out runs/compare                # 9 core-hours at --tokens 8192; it can go on
-    python -m experiments.compare smollm2 --out results/smollm2 --part report          # the tables from the committed records
+    python -m experiments.compare smollm2 --out runs/compare.jsonl          # 9 core-hours at --tokens 8192; it can go on
+    python -m experiments.compare smollm2 --out results/smollm2.jsonl --part report    # the tables from the committed records
 
 Two texts (the standard library's Python source; English prose, the language reference in `pydoc_data.topics`), each in
 three parts that share no document: calibration (one pass for all methods and a seed), validation (the grid, and so our
@@ -33,7 +33,7 @@ import checkpoint
 import data
 import prune
 import score
-from common import UserError, append_record, parse, peak_rss, read_records, refuse_idle, run
+from common import UserError, append_record, parse, peak_rss, read_records, refuse_idle, run, write_atomic
 from distill import chunked_loss
 from eval import evaluate
 from folder import fingerprint
@@ -47,7 +47,7 @@ from tasks import questions
 @dataclass(frozen=True)
 class Compare:
     init: str                     # the model: a Hugging Face folder or hub id, or a checkpoint
-    out: str = "runs/compare"     # folder of records.jsonl
+    out: str = "runs/compare.jsonl"    # file of records
     part: str = "all"             # grid, rows, questions, report, or all of these; or cost (seconds and memory)
     keeps: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6)    # kept fractions of the reported rows
     grid_keep: float = 0.8        # of the grid, and of the questions
@@ -132,10 +132,18 @@ def texts(tokenizer, block_size):
             "prose": {part: np.concatenate(ids) for part, ids in parts.items()}}
 
 
+RUN = "compare"                   # the name of these records in a file that holds other runs, too
+
+
+def read(file):
+    """The records of the comparison in a file."""
+    return [record for record in read_records(file) if record.get("run", RUN) == RUN]
+
+
 class Bench:
     """One model, its texts, and the records so far."""
     def __init__(self, c):
-        self.c, self.file = c, Path(c.out) / "records.jsonl"
+        self.c, self.file = c, Path(c.out)
         self.model, about = checkpoint.load(c.init, "cpu", torch.float32, c.block_size)
         self.tokenizer = checkpoint.tokenizer_of(about, c.init)
         self.texts = texts(self.tokenizer, c.block_size)
@@ -150,7 +158,7 @@ class Bench:
                     "block_size": c.block_size, "micro_batch": c.micro_batch, "tokens": c.tokens,
                     "params": self.model.config.num_params()["total"], "python": platform.python_version(),
                     "available": {text: {k: len(v) for k, v in parts.items()} for text, parts in self.texts.items()}}
-        self.records = read_records(self.file)
+        self.records = read(self.file)
         if not self.records:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.add(tag="config", **identity, torch=str(torch.__version__))
@@ -160,7 +168,7 @@ class Bench:
             raise UserError(f"{self.file} holds another comparison ({'; '.join(differ)}); give another --out")
 
     def add(self, **record):
-        append_record(self.file, **record)
+        append_record(self.file, run=RUN, **record)
         self.records.append(record)
 
     def found(self, **wanted):
@@ -287,7 +295,9 @@ def main(c):
     if c.part == "report":
         used = ("init", "out", "part", "grid_keep")
         refuse_idle(c, [f.name for f in dataclasses.fields(c) if f.name not in used], "on a report")
-        return print(report(read_records(Path(c.out) / "records.jsonl"), c.grid_keep))
+        text = report(read(c.out), c.grid_keep)
+        write_atomic(Path(c.out).with_suffix("") / "report.md", lambda file: file.write(f"{text}\n".encode()))
+        return print(text)
     if c.block_size < 1:
         raise UserError(f"--block-size {c.block_size} must be at least 1")
     if not all(0 < k < 1 for k in (*c.keeps, c.grid_keep)) or min(c.seeds, c.limit, c.tokens // c.block_size) < 1:

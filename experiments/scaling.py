@@ -2,7 +2,7 @@
 
     python -m experiments.scaling run                                     # the grid, 4 hours on 2 cores; goes on where killed
     python -m experiments.scaling run --minutes 20                        # a piece of it
-    python -m experiments.scaling fit results/scaling                     # constants, held-out errors and figures; 90 s
+    python -m experiments.scaling fit results/scaling.jsonl               # constants, held-out errors and figures; 90 s
     python -m experiments.scaling plan --n0 4e5 --rho 0.25 --before 1.14 --target-loss 1.19      # tokens for this loss
 
 Not here: the runs (experiments/scaling_runs.py), what they say without a law (experiments/scaling_curves.py), the laws and their fit (experiments/scaling_laws.py).
@@ -22,7 +22,7 @@ from report import markdown
 
 @dataclass(frozen=True)
 class Fit:
-    folder: str                       # of records, as `run` keeps them
+    records: str                      # file of records, as `run` keeps them
     first: float = 0.05               # points before this share of a recovery are left out
     loss: str = "linear"              # of the fits: linear (least squares), or huber beyond 0.01 nats
     starts: int = 32                  # of every fit
@@ -125,13 +125,18 @@ def average_law(whole, c):
                       "law with the average N, error"], rows)]
 
 
+def page_of(c, name):
+    """The path of a page beside the records: of results/scaling.jsonl it is in results/scaling."""
+    return Path(c.records).with_suffix("") / name
+
+
 def main_fit(c):
     if not 0 <= c.first < 1 or min(c.starts, c.samples) < 1:
         raise UserError(f"--first {c.first} must be at least 0 and below 1, --starts {c.starts} and --samples "
                         f"{c.samples} at least 1")
-    runs = scaling_curves.read(c.folder)
+    runs = scaling_curves.read(c.records)
     text = fit_report(c, runs)
-    write_atomic(Path(c.folder) / "report.md", lambda file: file.write(f"{text}\n".encode()))
+    write_atomic(page_of(c, "report.md"), lambda file: file.write(f"{text}\n".encode()))
     print(text)
     print(f"\n{picture(c, runs) if scaling_curves.recoveries(runs, c.first) else 'no recoveries yet, so no pictures'}")
 
@@ -183,8 +188,8 @@ def picture(c, runs):
         panel.get_legend_handles_labels()[0] and panel.legend(fontsize=7)
     panels[0].set_ylabel("predicted")
     for name, drawn in (("curves", figure), ("predicted", against)):
-        drawn.savefig(Path(c.folder) / f"{name}.png", dpi=100)
-    return f"pictures in {c.folder}/curves.png and predicted.png"
+        drawn.savefig(page_of(c, f"{name}.png"), dpi=100)
+    return f"pictures in {page_of(c, 'curves.png')} and predicted.png"
 
 
 # -- plan: what the fitted law says
@@ -197,7 +202,7 @@ class Plan:
     target_loss: float | None = None     # nats per token; or:
     budget_tokens: float | None = None   # of recovery
     before: float | None = None       # the loss before the cut; default: what the law of whole trainings says of n0
-    records: str = "results/scaling"  # of a grid: the law is fitted anew
+    records: str = "results/scaling.jsonl"  # of a grid: the law is fitted anew
     first: float = 0.05               # points before this share of a recovery are left out
     samples: int = 200                # bootstrap samples, for intervals of 90 %
     extrapolate: bool = False         # answer outside of what the grid measured

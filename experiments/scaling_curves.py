@@ -1,6 +1,6 @@
 """What a grid's records say without any law: recovery curves, whole trainings, two trends, the noise of seeds.
 
-    python -c "import curves; print(curves.wholes(curves.read('results/scaling')).keys())"
+    python -c "import curves; print(curves.wholes(curves.read('results/scaling.jsonl')).keys())"
 
 A run's records are train.py's metrics.jsonl; a recovery's hold the recipe of the cut before it, and its control is the
 recovery of the same model without one, with the same data in the same order. N is `removable`: parameters of attention
@@ -16,11 +16,11 @@ from experiments import scaling_laws
 from model import GPTConfig
 
 
-def read(folder):
+def read(path):
     """report.finished: {name: {tag: [records]}}. UserError: none, too."""
-    runs = report.finished(folder)
+    runs = report.finished(path)
     if not runs:
-        raise UserError(f"no finished runs in {folder}; python -m experiments.scaling run --out {folder} makes them")
+        raise UserError(f"no finished runs in {path}; python -m experiments.scaling run --out {path} makes them")
     return runs
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import checkpoint
 import data
+import report
 from common import UserError, write_atomic
 from experiments import sweep
 from flags import INIT_LR
@@ -42,7 +43,7 @@ class Grid:
     minutes: float | None = None      # stop then, and save; the same command goes on
     jobs: int | None = None           # runs side by side; default: one a core, 3 with preset gpu
     device: str | None = None         # cpu, cuda, mps; default: the preset's
-    out: str = "results/scaling"      # a file of records for each finished run
+    out: str = "results/scaling.jsonl"    # file of the finished runs' records
     runs: str = "runs/scaling"        # where the run folders go
 
 
@@ -106,7 +107,7 @@ def jobs(c):
 def job(c, name, settings, cut):
     """Cut if need be, train, keep the records."""
     sweep.one(f"{c.runs}/{name}", settings, c.device, cut)
-    sweep.keep_records(f"{c.runs}/{name}", f"{c.out}/{name}.jsonl")
+    sweep.keep_run(c.out, name, sweep.without_steps(f"{c.runs}/{name}"))
 
 
 def after_cut(c, name, settings, cut):
@@ -149,10 +150,10 @@ def run_grid(c):
     waves = jobs(c)
     refuse_another_grid(c, waves)
     for wave in waves:
-        todo = []
+        todo, finished = [], report.finished(c.out)
         for name, given, cut in wave:
             settings = after_cut(c, name, given, cut)
-            if sweep.finished(f"{c.out}/{name}.jsonl", settings, "--out"):
+            if sweep.finished(f"{name} in {c.out}", finished.get(name), settings, "--out"):
                 continue
             if not c.init and "init" in given and not checkpoint.checkpoints(given["init"]):
                 raise UserError(f"{given['init']} is gone, with which {name} begins; delete the records of that "

@@ -19,6 +19,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
 
+from filelock import FileLock
 from tqdm import tqdm
 
 from common import UserError, read_records, run, write_atomic
@@ -111,23 +112,48 @@ def side_by_side(function, arguments, jobs, until=None, told=None):
     return done
 
 
-def finished(file, settings, flag, cut=None):
-    """Whether the records of a run with these settings of train.py (None: any), and of prune.py's `cut` before it, are
-    in `file`. UserError, naming the flag of its folder: they are of another run."""
-    found = next(iter(read_records(file)), {})
+def finished(what, run, settings, flag, cut=None):
+    """Whether the records of a run, {tag: [records]} or None, are there, made with these settings of train.py (None:
+    any) and of prune.py's `cut` before it. UserError, naming `what` and the flag of its file: they are of another
+    run."""
+    found = run["config"][0] if run else {}
     recipe = (found.get("cut") or {}).get("recipe", {})
     differ = [f"{whose}{k} is {there.get(k)!r} there and {v!r} here"
               for whose, there, here in (("", found, settings), ("the cut's ", recipe, cut or {}))
               for k, v in here.items() if v is not None and there.get(k) != v]
     if found and differ:
-        raise UserError(f"{file} holds another run ({'; '.join(differ)}); give another {flag}, and another --runs")
+        raise UserError(f"{what} holds another run ({'; '.join(differ)}); give another {flag}, and another --runs")
     return bool(found)
 
 
-def keep_records(folder, path):
-    """Copy a finished run's records, but for its training steps, to the small file `path`. UserError: not finished."""
+def without_steps(folder):
+    """The records of a finished run, but for its training steps. Raises UserError if the run is not finished."""
     records = read_records(Path(folder) / "metrics.jsonl")
-    if not any(r["tag"] == "summary" for r in records):
+    if not any(record["tag"] == "summary" for record in records):
         raise UserError(f"{folder} is not finished; run the same command again to go on")
-    kept = [json.dumps(r) + "\n" for r in records if r["tag"] != "step"]
-    write_atomic(path, lambda file: file.write("".join(kept).encode()))
+    return [record for record in records if record["tag"] != "step"]
+
+
+def keep_run(path, name, records):
+    """Append the records of one run to the experiment's file `path`, each with the run's name as `run`.
+
+    Older records of the same run are replaced. The file is written anew and renamed under a lock, so that runs which
+    end at the same time do not lose each other's records."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        others = [record for record in read_records(path) if record["run"] != name]
+        own = [{"run": name, **record} for record in records]
+        write_records(path, others + own)
+
+
+def forget_runs(path, names):
+    """Delete the records of the runs with these names from the experiment's file."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        write_records(path, [record for record in read_records(path) if record["run"] not in names])
+
+
+def write_records(path, records):
+    """Write a file of records, one JSON object a line, whole or not at all."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    write_atomic(path, lambda file: file.write(text.encode()))

@@ -44,13 +44,13 @@ def shrunk(command, runs):
     if words[1:3] == ["experiments/scaling.py", "plan"]:
         words += ["--samples", "2"]
     if words[1:3] == ["experiments/scaling.py", "run"]:
-        words += ["--preset", "toy", "--minutes", ".05", "--out", str(runs / "grid"), "--runs", str(runs / "of-grid")]
+        words += ["--preset", "toy", "--minutes", ".05", "--out", str(runs / "grid.jsonl"), "--runs", str(runs / "of-grid")]
     if words[1] == "bench/__main__.py" and words[2] != "report":
-        words = [*words[:3], "--out", str(runs / "bench")]
+        words = [*words[:3], "--out", str(runs / "bench.jsonl")]
         words += shlex.split("--presets toy --vocab 300 --rounds 1 --steps 2 --micro-batch 2 --device cpu")
     if words[1] == "experiments/claims.py":
         words += shlex.split("--claims 4 --tokens .14 --jobs 1")                        # .ci/run runs all claims
-        words += ["--runs", str(runs / "again"), "--results", str(runs / "again" / "records")]
+        words += ["--runs", str(runs / "again"), "--results", str(runs / "again.jsonl")]
     return words
 
 
@@ -99,10 +99,10 @@ def test_losses_at_the_default_size_are_what_the_committed_records_say():
 
 def test_claims_are_what_the_committed_records_say():
     c, scale = claims.resolve(claims.Reproduce())
-    runs, figure = claims_report.read(ROOT / c.results), f"{c.results}/figure.png"
+    runs, figure = claims_report.read(ROOT / c.results), claims.page_of(c, "figure.png")
     text = claims_report.text(runs, scale, figure if (ROOT / figure).exists() else None)
     assert f"{claims.BEGIN}\n{text}\n{claims.END}" in README
-    assert not runs or (ROOT / c.results / "report.md").read_text() == claims_report.details(runs, scale) + "\n"
+    assert not runs or (ROOT / claims.page_of(c, "report.md")).read_text() == claims_report.details(runs, scale) + "\n"
     assert (ROOT / figure).exists() or not claims_report.of_kind(runs, "idea", scale.size, scale.ratio)
 
 
@@ -117,14 +117,14 @@ def test_effects_in_the_findings_are_those_of_the_records():
 
 
 def test_comparison_is_what_the_committed_records_say():
-    records = read_records(ROOT / "results" / "smollm2" / "records.jsonl")
+    records = compare.read(ROOT / "results" / "smollm2.jsonl")
     assert compare.overview(records, .8) in README
     assert (ROOT / "results" / "smollm2" / "report.md").read_text() == compare.report(records, .8) + "\n"
 
 
 def test_scaling_tables_are_the_report_s_and_the_report_is_the_records():
     """The tables literally; the trends anew; of the fits, which take a minute, one, as near as optimisers agree."""
-    told, records = (ROOT / "results" / "scaling" / "report.md").read_text(), scaling_curves.read(ROOT / "results" / "scaling")
+    told, records = (ROOT / "results" / "scaling" / "report.md").read_text(), scaling_curves.read(ROOT / "results" / "scaling.jsonl")
     tables = [part for part in told.split("\n\n") if part.startswith(("| cut | points", "| cut | law"))]
     assert len(tables) == 2 and all(table in README for table in tables)
     recoveries = scaling_curves.recoveries(records, .05)
@@ -138,7 +138,7 @@ def test_scaling_tables_are_the_report_s_and_the_report_is_the_records():
 
 def test_speed_figures_are_those_of_the_committed_records():
     section = README.partition("## How fast")[2].partition("\n## ")[0]
-    rows = [(r["suite"], row) for r in read_records(ROOT / "results" / "bench" / "records.jsonl") for row in r["rows"]]
+    rows = [(r["suite"], row) for r in read_records(ROOT / "results" / "bench.jsonl") for row in r["rows"]]
 
     def told(suite, key, digits=2, **where):
         found = [row[key] for of, row in rows if of == suite and key in row

@@ -105,7 +105,7 @@ def test_memory_is_that_of_the_block():
 
 
 def test_finished_cells_are_skipped_and_other_settings_and_other_code_are_not(tmp_path, capsys):
-    records, calls = timing.Records(tmp_path / "new"), []
+    records, calls = timing.Records(tmp_path / "new" / "records.jsonl"), []
     measure = lambda: calls.append(1) or {"rows": [{"x": len(calls)}], "note": "; as it is"}
     about = {"settings": {"rounds": 2, "disk": (1, 8)}, "machine": {"device": "d", "threads": 1}, "code": "c0de"}
     assert records.cell("train", "toy", about, measure) and records.cell("train", "toy", about, measure)
@@ -128,7 +128,7 @@ def test_a_cell_that_fails_is_told_in_one_line_and_tried_again(tmp_path, monkeyp
         return {"rows": [{"x": "well"}]}
 
     monkeypatch.setattr(bench, "cells", lambda c: [("a", fails), ("b", lambda: {"rows": [{"x": "b's"}]})])
-    command = bench.Bench("scale", out=str(tmp_path))
+    command = bench.Bench("scale", out=str(tmp_path / "records.jsonl"))
     with pytest.raises(SystemExit) as ended:
         bench.main(command)
     text = capsys.readouterr().out
@@ -159,7 +159,7 @@ def test_time_ends_a_suite_and_the_same_command_goes_on(tmp_path, monkeypatch, c
 
     monkeypatch.setattr(bench, "cells", lambda c: [cell(name) for name in "abc"])
     monkeypatch.setattr(bench, "AGAIN", .05)
-    command = bench.Bench("gpu", out=str(tmp_path), device="cpu", minutes=.01)
+    command = bench.Bench("gpu", out=str(tmp_path / "records.jsonl"), device="cpu", minutes=.01)
     bench.main(command)
     assert done == ["a"] and swallowed and "the same command goes on" in capsys.readouterr().out
     slow[0] = False
@@ -383,7 +383,7 @@ def test_the_llama_peer_is_our_model():
 def gpu(tmp_path_factory):
     """The gpu suite on the CPU, as if torch and numpy were all there is; KD's memory in this process."""
     torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("gpu")
+    out = tmp_path_factory.mktemp("gpu") / "records.jsonl"
     with pytest.MonkeyPatch.context() as patch:
         for name in ("transformers", "matplotlib", "tiktoken", "safetensors", "datasets", "xllamacpp", "gguf"):
             patch.setitem(os.sys.modules, name, None)
@@ -391,7 +391,7 @@ def gpu(tmp_path_factory):
             patch.setattr(suite, "own_process", lambda function, *args: function(*args))
         flags = "--presets toy --vocab 300 --rounds 1 --steps 2 --micro-batch 2 --prompt 12 --decode 5 --device cpu"
         bench.main(parse(bench.Bench, ["gpu", "--out", str(out), "--no-compile", *flags.split()]))
-    return out, {r["cell"]: r for r in read_records(out / "records.jsonl")}
+    return out, {r["cell"]: r for r in read_records(out)}
 
 
 def test_the_gpu_suite_needs_torch_only_and_prints_again(gpu, capsys):
@@ -401,7 +401,7 @@ def test_the_gpu_suite_needs_torch_only_and_prints_again(gpu, capsys):
     assert not any("failed" in r for r in records.values())
     bench.main(bench.Bench("report", out=str(out)))
     text = capsys.readouterr().out
-    assert text.strip() == timing.tables(read_records(out / "records.jsonl"))
+    assert text.strip() == timing.tables(read_records(out))
     assert all(f"**gpu, {table}**" in text for table in ("inference", "training", "pauses"))
 
 
@@ -512,7 +512,7 @@ def test_disk_compares_files_of_one_size(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "save", lambda path, *args, **state: (save(path, *args, **state),
                                                                           written.append((path.stat().st_size, state))))
     monkeypatch.setattr(system, "own_process", lambda function, *args: function(*args))
-    c = dataclasses.replace(settings("disk"), out=str(tmp_path / "out"))
+    c = dataclasses.replace(settings("disk"), out=str(tmp_path / "out" / "records.jsonl"))
     r = system.disk(c, "toy", 300)
     size, state = written[0]
     config = training.shapes("toy", 300, 1.0)[0]
@@ -700,7 +700,7 @@ def test_every_flag_has_an_effect_somewhere_and_the_report_needs_records(tmp_pat
     flags = {f.name for f in dataclasses.fields(bench.Bench)} - {"suite", "out"}
     assert flags == set().union(*bench.SUITES.values())
     with pytest.raises(UserError, match="has no records; give the --out of a suite that ran"):
-        bench.main(bench.Bench("report", out=str(tmp_path / "none")))
+        bench.main(bench.Bench("report", out=str(tmp_path / "none.jsonl")))
     assert not (tmp_path / "none").exists()
 
 

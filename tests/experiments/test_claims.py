@@ -20,7 +20,7 @@ import report
 import train
 from common import UserError, commit, read_records
 from eval import evaluate
-from experiments import claims, claims_report, claims_runs
+from experiments import claims, claims_report, claims_runs, sweep
 from experiments.claims import Reproduce
 from experiments.claims_runs import CLAIMS, KINDS, SCALES, Run
 from flags import refuse_idle_flags
@@ -194,7 +194,7 @@ def fast(tmp_path, monkeypatch):
     here, about = commit(), folder.provenance()
     monkeypatch.setattr(folder, "provenance", lambda: about)
     for module in (folder, train):
-        monkeypatch.setattr(module, "code", lambda: here)
+        monkeypatch.setattr(module, "commit", lambda: here)
     monkeypatch.setattr(report, "picture", lambda path: "")
 
 
@@ -216,9 +216,15 @@ def test_predicted_flops_are_those_that_a_run_spends(tmp_path, fast):
 PLACE = ("4x16", 100)
 
 
+@pytest.fixture
+def file(tmp_path):
+    """A file of records; there is none yet."""
+    return tmp_path / "records.jsonl"
+
+
 def plant(results, losses, scale=SCALES["cpu"], **config):
-    """Records of runs: {kind: (tokens, FLOPs, {seed: loss})} or {(kind, size, ratio): ...}."""
-    results.mkdir(exist_ok=True)
+    """Records of runs, put into the file: {kind: (tokens, FLOPs, {seed: loss})} or {(kind, size, ratio): ...}."""
+    planted = {}
     for kind, (tokens, flops, by_seed) in losses.items():
         kind, size, ratio = kind if isinstance(kind, tuple) else (kind, *PLACE)
         for seed, loss in by_seed.items():
@@ -230,18 +236,20 @@ def plant(results, losses, scale=SCALES["cpu"], **config):
                           flops_executed=flops * x) for x in (0, .25, .5, .75, 1)]
             summary = dict(evals[-1], tag="summary", epochs=.5, flops_credited=flops, seconds={"train": 2.0},
                            val_loss=9. - loss, final_loss=loss, final_windows=8)
-            (results / f"{run.name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (about, *evals, summary)))
+            planted[run.name] = [{"run": run.name, **record} for record in (about, *evals, summary)]
+    others = [record for record in read_records(results) if record["run"] not in planted]
+    sweep.write_records(results, others + [record for run in planted.values() for record in run])
 
 
 def spread(mean, by=.001):
     return {0: mean - by, 1: mean + by / 2, 2: mean + by / 3}
 
 
-def test_totals_count_what_a_run_needs(tmp_path):
-    plant(tmp_path, {"annealed": (50, 800., {0: 1., 1: 1.}), "kd": (100, 500., {0: 1., 1: 1.}),
+def test_totals_count_what_a_run_needs(file):
+    plant(file, {"annealed": (50, 800., {0: 1., 1: 1.}), "kd": (100, 500., {0: 1., 1: 1.}),
                      "idea-kd-annealed": (100, 900., {0: 1., 1: 1.})})
-    plant(tmp_path, {"idea-kd-annealed": (100, 1100., {1: 1.})})       # its teacher was dropped later: the mean counts
-    runs = claims_report.read(tmp_path)
+    plant(file, {"idea-kd-annealed": (100, 1100., {1: 1.})})       # its teacher was dropped later: the mean counts
+    runs = claims_report.read(file)
     assert claims_report.cost(runs, "kd", *PLACE, [0], total=False) == (100, 500)
     assert claims_report.cost(runs, "kd", *PLACE, [0, 1]) == (150, 1300)
     assert claims_report.multiples(runs, "idea-kd-annealed", "kd", *PLACE) == "1.00, 2.00; 1.00, 1.38"
@@ -269,17 +277,17 @@ def test_first_warmups_of_a_place_are_equally_long():
         assert max(steps.values()) - min(steps.values()) < 1 and min(steps.values()) > 69, steps
 
 
-def test_pairs_are_by_the_seed_of_the_place_where_a_cut_adds_to_it(tmp_path):
-    plant(tmp_path, {"cut-annealed": (50, 800., spread(1.))}, seed=100)
-    plant(tmp_path, {"cut-halfway": (50, 800., spread(.9))}, seed=101)
-    found = claims_report.differences(claims_report.read(tmp_path), "cut-halfway", "cut-annealed", *PLACE)
+def test_pairs_are_by_the_seed_of_the_place_where_a_cut_adds_to_it(file):
+    plant(file, {"cut-annealed": (50, 800., spread(1.))}, seed=100)
+    plant(file, {"cut-halfway": (50, 800., spread(.9))}, seed=101)
+    found = claims_report.differences(claims_report.read(file), "cut-halfway", "cut-annealed", *PLACE)
     assert found == pytest.approx({0: -.1, 1: -.1, 2: -.1})
 
 
-def test_pairs_are_by_seed_and_a_table_says_what_was_planted(tmp_path):
-    plant(tmp_path, {"idea": (100, 9., spread(1.)), "naive": (100, 8., {**spread(1.05), 7: 3.}),
+def test_pairs_are_by_seed_and_a_table_says_what_was_planted(file):
+    plant(file, {"idea": (100, 9., spread(1.)), "naive": (100, 8., {**spread(1.05), 7: 3.}),
                      "oneshot": (100, 8., {0: .9})})
-    runs, scale = claims_report.read(tmp_path), SCALES["cpu"]
+    runs, scale = claims_report.read(file), SCALES["cpu"]
     assert claims_report.differences(runs, "idea", "naive", *PLACE) == pytest.approx({0: -.05, 1: -.05, 2: -.05})
     text, table = claims_report.text(runs, scale), claims_report.details(runs, scale)
     rows = {row.split("|")[2].strip(): [cell.strip() for cell in row.split("|")[4:]] for row in table.splitlines()
@@ -294,60 +302,60 @@ def test_pairs_are_by_seed_and_a_table_says_what_was_planted(tmp_path):
                      r"1 not measured, 1 reproduced \|", text)
     assert "| tokens that" not in text and "times fewer" not in text
     assert "Claims 12 and 13 are no paper's" in text and "| 12. " not in text and "| 12. " in table
-    plant(tmp_path, {"journey": (100, 9., spread(1.)), "journey-5-25%": (100, 9., spread(1.002)),
+    plant(file, {"journey": (100, 9., spread(1.)), "journey-5-25%": (100, 9., spread(1.002)),
                      "journey-5-75%": (100, 9., spread(.992)), "journey-50-75%": (100, 9., spread(.9))})
-    text, table = claims_report.text(claims_report.read(tmp_path), scale), claims_report.details(claims_report.read(tmp_path), scale)
+    text, table = claims_report.text(claims_report.read(file), scale), claims_report.details(claims_report.read(file), scale)
     assert [re.search(rf"`journey` within 0.01 of `journey-{other}%` \|.*", table)[0].split("|")[4].strip()
             for other in ("5-25", "5-75", "50-75")] == ["reproduced", "reproduced", "contradicted"]
     assert "`journey` minus `journey-50-75%` +0.100 ± 0.000, 3 seeds: contradicted" in text
     assert "(up to 0.01 above) |" in text and "| 2 reproduced, 1 not measured, 1 contradicted |" in text
 
 
-def test_equal_loss_and_the_headline_return_what_was_planted(tmp_path):
+def test_equal_loss_and_the_headline_return_what_was_planted(file):
     """A curve of scratch that falls by .1 for every factor of 4 in tokens; idea at D is worth a factor of 2."""
     scale, size = SCALES["cpu"], "4x16"
     loss = lambda tokens: 2 - .1 * math.log(tokens / 1000, 4)
     tokens = {25: 1000, 100: 4000, 400: 16000}
-    plant(tmp_path, {("scratch", size, r): (t, 6. * t, spread(loss(t))) for r, t in tokens.items()}
+    plant(file, {("scratch", size, r): (t, 6. * t, spread(loss(t))) for r, t in tokens.items()}
           | {("scratch-kd-flops", size, 400): (32000, 192000., spread(loss(32000)))}
           | {("idea", size, r): (t, 9. * t, spread(loss(2 * t))) for r, t in tokens.items()})
-    runs = claims_report.read(tmp_path)
+    runs = claims_report.read(file)
     for ratio in tokens:
         (x, low, high), more, own, whole = claims_report.equal_loss(runs, "idea", size, ratio, scale)
         assert (x, low, high) == pytest.approx((2, 2, 2), abs=.05) and own == whole == pytest.approx(1.5) and more == 1
     assert claims_report.equal_loss(runs, "idea-kd", size, 100, scale) is None
-    plant(tmp_path, {("annealed", size, r): (t / 2, 5. * t, spread(1.)) for r, t in tokens.items()}
+    plant(file, {("annealed", size, r): (t / 2, 5. * t, spread(1.)) for r, t in tokens.items()}
           | {("idea-kd-annealed", size, r): (t, 9. * t, spread(loss(3 * t))) for r, t in tokens.items() if r < 400})
-    lines = claims_report.lengths_table(claims_report.read(tmp_path), scale)
+    lines = claims_report.lengths_table(claims_report.read(file), scale)
     assert re.search(r"\| `idea-kd-annealed` \| 100 \| 3 \| -0\.\d+ ± .* \|  \| (3\.0|2\.9).* "
                      r"\| 1.50 \(2.33 on 1.5 times the tokens\) \|", lines)
     assert re.search(r"\| `idea` \| 25 \| 3 \| -0.050 .* \| 1.50 \|", lines) and lines in claims_report.text(
-        claims_report.read(tmp_path), scale)
-    plant(tmp_path, {("idea", size, 25): (1000, 1., spread(2.1)), ("idea", size, 400): (16000, 1., spread(1.))})
-    runs = claims_report.read(tmp_path)
+        claims_report.read(file), scale)
+    plant(file, {("idea", size, 25): (1000, 1., spread(2.1)), ("idea", size, 400): (16000, 1., spread(1.))})
+    runs = claims_report.read(file)
     assert [claims_report.factor(*claims_report.equal_loss(runs, "idea", size, r, scale)[0]) for r in (25, 400)] == [
         "below what was run", "beyond what was run"]
     at = scale.size, scale.long
-    plant(tmp_path, {("scratch", *at): (6400, 6400., spread(1.7)), ("large", *at): (6400, 20000., spread(1.5))} | {
+    plant(file, {("scratch", *at): (6400, 6400., spread(1.7)), ("large", *at): (6400, 20000., spread(1.5))} | {
         (f"large-cut-1/{k}", *at): (6400 / k, 6400. / k, spread(1.5 + .1 * math.log(k, 4))) for k in (64, 16, 4, 1)})
-    found, least = claims_report.headline(claims_report.read(tmp_path), scale)
+    found, least = claims_report.headline(claims_report.read(file), scale)
     only, whole, flops = found.values()
     assert not least
     assert only == pytest.approx((16, 16, 16), rel=.05) and whole[0] == pytest.approx(6400 / 6800, rel=.01)
     assert flops[0] == pytest.approx(6400 / 20400, rel=.01)
-    text = claims_report.text(claims_report.read(tmp_path), scale)
+    text = claims_report.text(claims_report.read(file), scale)
     assert re.search(r'recovery only, to the loss of `scratch`: 1\d\.\d\d.*: reproduced \("far fewer" is more than 2 ',
                      text)
     assert re.search(r"tokens, with the larger model's training, to the loss of `scratch`: 0\.94[^:]*\.$", text, re.M)
     assert "`large-cut-1/64` minus `scratch`" in text and "| `idea` | 25 | 3 | +0.100 ± 0.000 |  | below" in text
-    plant(tmp_path, {("scratch-flops", size, 25): (1500, 1., {k: spread(1.9)[k] for k in (0, 1)})})
-    lines = claims_report.lengths_table(claims_report.read(tmp_path), scale)
+    plant(file, {("scratch-flops", size, 25): (1500, 1., {k: spread(1.9)[k] for k in (0, 1)})})
+    lines = claims_report.lengths_table(claims_report.read(file), scale)
     assert "| `idea` | 25 | 3 | +0.100 ± 0.000 | +0.200 ± 0.000 (`scratch-flops`, 2 seeds) | below" in lines
-    plant(tmp_path, {("scratch", *at): (6400, 6400., spread(1.9))})
-    lines = "\n".join(claims_report.sentences(claims_report.read(tmp_path), scale))
+    plant(file, {("scratch", *at): (6400, 6400., spread(1.9))})
+    lines = "\n".join(claims_report.sentences(claims_report.read(file), scale))
     assert "recovery only, to the loss of `scratch`: at least 64.00: reproduced" in lines
-    plant(tmp_path, {("scratch", *at): (6400, 6400., spread(1.2))})
-    lines = "\n".join(claims_report.sentences(claims_report.read(tmp_path), scale))
+    plant(file, {("scratch", *at): (6400, 6400., spread(1.2))})
+    lines = "\n".join(claims_report.sentences(claims_report.read(file), scale))
     assert "recovery only, to the loss of `scratch`: not even by the longest: contradicted" in lines
 
 
@@ -357,50 +365,50 @@ def test_far_fewer_is_more_than_twice(low, high, verdict):
     assert claims_report.verdict_of_factor(5, low, high) == verdict
 
 
-def test_report_writes_the_readme_between_its_markers_and_nothing_else(tmp_path, capsys, monkeypatch):
+def test_report_writes_the_readme_between_its_markers_and_nothing_else(file, tmp_path, capsys, monkeypatch):
     scale = SCALES["cpu"]
     page = tmp_path / "README.md"
     page.write_text(f"before\n{claims.BEGIN}\nold\n{claims.END}\nafter\n")
-    c = Reproduce(results=str(tmp_path / "records"))
+    c = Reproduce(results=str(file))
     monkeypatch.chdir(tmp_path)
     claims.main_report(c)
     empty = page.read_text()
     assert empty.startswith(f"before\n{claims.BEGIN}\nNot measured yet")
     assert empty.endswith(f"{claims.END}\nafter\n")
     assert empty.count("not measured") == sum(not claim.ours for claim in CLAIMS.values())
-    plant(tmp_path / "records", {kind: (100, 9., spread(1. + i / 50)) for i, kind in enumerate(claims_report.FIGURE)})
-    for strange, config, words in (("idea-4x16-1600-s0", {}, "is of no run of this plan; move it"),
+    plant(file, {kind: (100, 9., spread(1. + i / 50)) for i, kind in enumerate(claims_report.FIGURE)})
+    for strange, config, words in (("idea-4x16-1600-s0", {}, "is no run of this plan; move its"),
                                    ("naive-4x16-100-s9", dict(lr=.5), "a learning rate of 0.5, the plan one of 0.02")):
         kind, size, ratio, seed = strange.split("-")
-        plant(tmp_path / "records", {(kind, size, int(ratio)): (9, 9., {int(seed[1:]): 1.})}, **config)
-        with pytest.raises(UserError, match=f"{strange}.jsonl .*{words}"):
+        plant(file, {(kind, size, int(ratio)): (9, 9., {int(seed[1:]): 1.})}, **config)
+        with pytest.raises(UserError, match=f"{strange} in .*{words}"):
             claims.main_report(c)
-        (tmp_path / "records" / f"{strange}.jsonl").unlink()
+        sweep.forget_runs(file, [strange])
     assert page.read_text() == empty and not (tmp_path / "records" / "report.md").exists()
     claims.main_report(c)
-    text = claims_report.text(claims_report.read(c.results), scale, f"{c.results}/figure.png")
+    text = claims_report.text(claims_report.read(c.results), scale, tmp_path / "records" / "figure.png")
     assert page.read_text() == f"before\n{claims.BEGIN}\n{text}\n{claims.END}\nafter\n"
     assert (tmp_path / "records" / "figure.png").stat().st_size > 10_000 and "![" in text
     told = (tmp_path / "records" / "report.md").read_text()
-    with pytest.raises(UserError, match="is of no run of this plan"):
+    with pytest.raises(UserError, match="is no run of this plan"):
         claims.main_report(dataclasses.replace(c, tokens=.5))                      # not what the README is about
     assert text in page.read_text() and (tmp_path / "records" / "report.md").read_text() == told
     page.write_text("no markers\n")
     claims.main_report(c)
-    assert page.read_text() == "no markers\n" and "it has no <!-- reproduce" in capsys.readouterr().err
+    assert page.read_text() == "no markers\n" and "it has no <!-- experiments" in capsys.readouterr().err
 
 
-def test_power_says_what_is_needed_from_the_spread_that_is_there(tmp_path, capsys):
+def test_power_says_what_is_needed_from_the_spread_that_is_there(file, tmp_path, capsys):
     with pytest.raises(UserError, match="no pair has two seeds yet"):
-        claims.main_power(Reproduce(results=str(tmp_path)))
+        claims.main_power(Reproduce(results=str(file)))
     for key in ("fingerprint", "tokenizer", "block_size", "batch_tokens", "micro_batch", "eval_windows", "dtype"):
         plant(tmp_path / key, {"idea": (1, 1., {0: 1.})}, **{key: "a"})
         plant(tmp_path / key, {"naive": (1, 1., {0: 1.})}, **{key: "b"})
         with pytest.raises(UserError, match=f"do not compare: {key} is one of"):
             claims.main_power(Reproduce(results=str(tmp_path / key)))
-    plant(tmp_path, {"idea": (1, 1., {s: 1. + .01 * (-1) ** s for s in range(4)}),
+    plant(file, {"idea": (1, 1., {s: 1. + .01 * (-1) ** s for s in range(4)}),
                      "naive": (1, 1., dict.fromkeys(range(4), 1.))})
-    claims.main_power(Reproduce(results=str(tmp_path)))
+    claims.main_power(Reproduce(results=str(file)))
     sd = .01 * math.sqrt(4 / 3)
     row = re.search(r".*`idea` minus `naive`.*", capsys.readouterr().out)[0].split("|")
     assert [cell.strip() for cell in row[4:9]] == ["4", f"{sd:.4f}", f"{claims_report.least_seen(sd, 4):.4f}",
@@ -445,6 +453,15 @@ def here(function, arguments, jobs, until=None, told=None):
     return len(arguments)
 
 
+def of_another_code(file, name):
+    """Change the commit in a run's config record."""
+    records = read_records(file)
+    for record in records:
+        if record["run"] == name and record["tag"] == "config":
+            record["code"] = "another"
+    sweep.write_records(file, records)
+
+
 def test_a_grid_is_made_once_in_order_with_all_that_it_needs(tmp_path, fast, shrunk, monkeypatch, capsys):
     """Parts of claims 2 and 4 at toy size: teachers and models to cut first, then what needs them. Nothing
     is made twice; what is needed and gone, or half made again, is made whole; records of other settings, another cut or
@@ -452,7 +469,7 @@ def test_a_grid_is_made_once_in_order_with_all_that_it_needs(tmp_path, fast, shr
     made, real = [], claims.job
     for number, pair in ((2, ("cut-halfway", "cut-annealed")), (4, ("idea-kd", "kd-flops"))):
         monkeypatch.setitem(CLAIMS, number, dataclasses.replace(CLAIMS[number], pairs=(pair,)))
-    c = Reproduce(claims="2,4", data=TEXT, runs=f"{tmp_path}/runs", results=f"{tmp_path}/results", jobs=1)
+    c = Reproduce(claims="2,4", data=TEXT, runs=f"{tmp_path}/runs", results=f"{tmp_path}/results.jsonl", jobs=1)
     monkeypatch.setattr(claims.sweep, "side_by_side", here)
     monkeypatch.setattr(claims, "job", lambda *given: made.append(given[1].name) or real(*given))
     claims.run_all(c)
@@ -475,21 +492,22 @@ def test_a_grid_is_made_once_in_order_with_all_that_it_needs(tmp_path, fast, shr
     found = evaluate(model, corpus.val, corpus.tokenizer.byte_lengths(), 9, batch=4)["loss"]
     ended = runs["idea-kd-toy-1-s0"]["summary"][0]
     assert (ended["final_loss"], ended["final_windows"]) == (found, 9) and found != ended["val_loss"]
-    assert str(tmp_path) not in "".join(p.read_text() for p in Path(c.results).glob("*.jsonl"))
-    assert max(p.stat().st_size for p in Path(c.results).glob("*.jsonl")) < 5000
+    assert str(tmp_path) not in Path(c.results).read_text()
+    assert Path(c.results).stat().st_size < 5000 * len(runs)
 
     made.clear()
     claims.run_all(c)
     assert not made and "all runs are there" in capsys.readouterr().out
-    lost = [Path(c.results, "kd-flops-toy-1-s1.jsonl"), Path(c.runs, "annealed-toy-1-s1")]
-    kept = Path(c.results, "annealed-toy-1-s1.jsonl").read_text()
-    lost[0].unlink()
-    max(lost[1].glob("ckpt_*.pt")).unlink()                       # as if it were being made again, and killed
-    assert checkpoint.checkpoints(lost[1])
+    kept, begun = runs["annealed-toy-1-s1"]["summary"][0], Path(c.runs, "annealed-toy-1-s1")
+    sweep.forget_runs(c.results, ["kd-flops-toy-1-s1"])
+    max(begun.glob("ckpt_*.pt")).unlink()                         # as if it were being made again, and killed
+    assert checkpoint.checkpoints(begun)
     claims.run_all(c)
     assert made == ["annealed-toy-1-s1", "kd-flops-toy-1-s1"]          # finished, but for its records
-    again = read_records(Path(c.results, "annealed-toy-1-s1.jsonl"))[-1]
-    assert again["final_loss"] == json.loads(kept.splitlines()[-1])["final_loss"] and lost[0].exists()
+    again = claims_report.read(c.results)
+    assert again["annealed-toy-1-s1"]["summary"][0]["final_loss"] == kept["final_loss"]
+    assert again.keys() == runs.keys() and len(read_records(c.results)) == sum(
+        len(records) for run in runs.values() for records in run.values())
     with monkeypatch.context() as patch, pytest.raises(UserError, match="the cut's score is .* another --results"):
         patch.setitem(KINDS, "cut-halfway", claims_runs.cut("halfway", score="taylor"))
         claims.run_all(c)
@@ -505,23 +523,21 @@ def test_a_grid_is_made_once_in_order_with_all_that_it_needs(tmp_path, fast, shr
 
     made.clear()
     claims.main_report(c)
-    old = Path(c.results, "idea-kd-toy-1-s0.jsonl")
-    old.write_text(old.read_text().replace(commit(), "another"))
+    of_another_code(c.results, "idea-kd-toy-1-s0")
     begun = Path(c.runs, "kd-toy-1-s1", "metrics.jsonl")               # has no records, and is of another code
     begun.write_text(begun.read_text().replace(commit(), "another"))
-    Path(c.results, "kd-toy-1-s1.jsonl").unlink()
+    sweep.forget_runs(c.results, ["kd-toy-1-s1"])
     claims.main_report(c)
     claims.forget_another_code(c, wanted)
     assert "3 runs are of another code, or require one that is" in capsys.readouterr().out
     forgotten = {"idea-kd-toy-1-s0", "kd-toy-1-s1", "kd-flops-toy-1-s1"}          # the last is as long as kd says
-    assert {p.stem for p in Path(c.results).glob("*.jsonl")} == {run.name for run in wanted} - forgotten
+    assert {*claims_report.read(c.results)} == {run.name for run in wanted} - forgotten
     assert not forgotten & {p.name for p in Path(c.runs).iterdir()}
-    first = Path(c.results, "annealed-toy-1-s0.jsonl")
-    first.write_text(first.read_text().replace(commit(), "another"))
+    of_another_code(c.results, "annealed-toy-1-s0")
     claims.forget_another_code(c, wanted)
-    assert not list(Path(c.results).glob("*annealed-toy-1-s0.jsonl"))
+    assert not any(name.endswith("annealed-toy-1-s0") for name in claims_report.read(c.results))
     assert not Path(c.runs, "from-cut-annealed-toy-1-s0").exists()
-    assert Path(c.results, "cut-halfway-toy-1-s0.jsonl").exists()
+    assert "cut-halfway-toy-1-s0" in claims_report.read(c.results)
 
 
 def test_a_teacher_is_the_captured_one(tmp_path, fast, shrunk, monkeypatch):
@@ -529,29 +545,30 @@ def test_a_teacher_is_the_captured_one(tmp_path, fast, shrunk, monkeypatch):
     monkeypatch.setattr(claims.sweep, "side_by_side", here)
     monkeypatch.setitem(CLAIMS, 4, dataclasses.replace(CLAIMS[4], pairs=(("idea-kd", "captured"),)))
     shrunk(seeds=1)
-    c = Reproduce(claims="4", data=TEXT, runs=f"{tmp_path}/runs", results=f"{tmp_path}/results", jobs=1)
+    c = Reproduce(claims="4", data=TEXT, runs=f"{tmp_path}/runs", results=f"{tmp_path}/results.jsonl", jobs=1)
     claims.run_all(c)
     a, b = (checkpoint.load(f"{c.runs}/{name}")[0].state_dict()
             for name in ("idea-kd-toy-1-s0/teacher.pt", "captured-toy-1-s0"))
     assert a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
 
 
-def test_a_stopped_command_goes_on_and_reports_one_seed_as_no_proof(tmp_path):
+def test_a_stopped_command_goes_on_and_reports_one_seed_as_no_proof(file, tmp_path, monkeypatch):
     """As a user runs it: --quick, ended by a signal while it trains, gone on with, reported."""
     flags = f"--quick --claims 3 --tokens .14 --jobs 2 --data {TEXT}"
-    words = [sys.executable, str(ROOT / "experiments/claims.py"), *flags.split(), "--runs", "runs", "--results", "records"]
+    words = [sys.executable, "-m", "experiments.claims", *flags.split(), "--runs", "runs", "--results", "records.jsonl"]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list(tmp_path.glob("runs/*/metrics.jsonl")) and process.poll() is None:
         time.sleep(.02)
     process.send_signal(signal.SIGTERM)
     process.wait()
-    assert len(list(tmp_path.glob("records/*.jsonl"))) < 2
+    assert len(claims_report.read(file)) < 2
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "One seed proves nothing" in done.stdout and done.stdout.count("not measured") == 1
-    assert len(list(tmp_path.glob("records/*.jsonl"))) == 2 and (tmp_path / "records" / "figure.png").exists()
+    assert len(claims_report.read(file)) == 2 and (tmp_path / "records" / "figure.png").exists()
     scale = claims.resolve(Reproduce(quick=True, claims="3", tokens=.14))[1]
-    assert claims_report.text(claims_report.read(tmp_path / "records"), scale, "records/figure.png") in done.stdout
+    assert claims_report.text(claims_report.read(file), scale, "records/figure.png") in done.stdout
 
 
 def test_claims_of_a_gpu_run_on_a_cpu_when_shrunk(tmp_path, fast, shrunk, monkeypatch):
@@ -562,7 +579,7 @@ def test_claims_of_a_gpu_run_on_a_cpu_when_shrunk(tmp_path, fast, shrunk, monkey
     real = data.sysconfig.get_paths()
     monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {**real, "purelib": str(tmp_path / "text")})
     monkeypatch.setattr(claims.sweep, "side_by_side", here)
-    c = Reproduce(preset="gpu", claims="3", device="cpu", runs="runs", results="records", jobs=1, seeds=1)
+    c = Reproduce(preset="gpu", claims="3", device="cpu", runs="runs", results="records.jsonl", jobs=1, seeds=1)
     claims.run_all(c)
-    config = report.records("records/idea-toy-1-s0.jsonl")["config"][0]
+    config = claims_report.read("records.jsonl")["idea-toy-1-s0"]["config"][0]
     assert config["data"] == "packages" and config["corpus_tokens"][0] > 100_000 and config["dtype"] == "float32"

@@ -1,11 +1,10 @@
 """experiments/compare.py on a tiny model: disjoint texts, kept budgets, records that go on where they stopped, claims."""
 import json
 import math
-import shutil
 
 import pytest
 
-from common import UserError, read_records
+from common import UserError, append_record
 from experiments import compare
 from formats import huggingface
 from formats.tokenizer import open_tokenizer
@@ -59,9 +58,9 @@ def test_a_comparison_meets_its_budgets_and_goes_on_where_it_stopped(folder, tmp
     questions = tmp_path / "q.jsonl"
     questions.write_text("".join(json.dumps({"query": f"{i} is", "choices": [" odd", " even"], "gold": i % 2}) + "\n"
                                  for i in range(8)))
-    settings = compare.Compare(str(folder), out=str(tmp_path / "all"), questions=(str(questions),), **SMALL)
+    settings = compare.Compare(str(folder), out=str(tmp_path / "all.jsonl"), questions=(str(questions),), **SMALL)
     compare.main(settings)
-    printed, records = capsys.readouterr().out, read_records(tmp_path / "all" / "records.jsonl")
+    printed, records = capsys.readouterr().out, compare.read(tmp_path / "all.jsonl")
     cells = [r for r in records if r["tag"] == "cell"]
     assert all(r["kept"] <= r["keep"] for r in cells if "perplexity" in r)
     assert all(math.isfinite(r["perplexity"]) for r in cells if "refused" not in r)
@@ -75,28 +74,35 @@ def test_a_comparison_meets_its_budgets_and_goes_on_where_it_stopped(folder, tmp
 
     monkeypatch.setattr(compare.Bench, "cut", None)                             # nothing is left to cut
     compare.main(settings)
-    assert read_records(tmp_path / "all" / "records.jsonl") == records
+    assert compare.read(tmp_path / "all.jsonl") == records
     monkeypatch.undo()
 
-    shutil.copytree(tmp_path / "all", tmp_path / "killed")                      # killed in the middle of a line
-    lines = (tmp_path / "killed" / "records.jsonl").read_text().splitlines(keepends=True)
+    compare.main(compare.Compare(str(folder), out=settings.out, part="report"))
+    assert (tmp_path / "all" / "report.md").read_text() == capsys.readouterr().out.split("Test perplexity", 1)[0] + \
+        compare.report(records, .8) + "\n"
+    others = [{"run": "adapt", "tag": "config"}, {"run": "adapt", "tag": "cell"}]          # of another run
+    for record in others:
+        append_record(tmp_path / "all.jsonl", **record)
+    assert compare.read(tmp_path / "all.jsonl") == records
+
+    lines = (tmp_path / "all.jsonl").read_text().splitlines(keepends=True)       # killed in the middle of a line
     cut_at = next(i for i, line in enumerate(lines) if '"part": "test"' in line) + 20
-    (tmp_path / "killed" / "records.jsonl").write_text("".join(lines[:cut_at]) + lines[cut_at][:30])
-    again = read_records(tmp_path / "killed" / "records.jsonl")
-    assert len(again) == cut_at
+    (tmp_path / "killed.jsonl").write_text("".join(lines[:cut_at]) + lines[cut_at][:30])
+    assert len(compare.read(tmp_path / "killed.jsonl")) == cut_at
 
 
 def test_another_comparison_is_refused_and_its_records_stay(folder, tmp_path, few):
-    first = compare.Compare(str(folder), out=str(tmp_path), part="grid", **SMALL)
+    file = tmp_path / "records.jsonl"
+    first = compare.Compare(str(folder), out=str(file), part="grid", **SMALL)
     compare.main(first)
-    before = (tmp_path / "records.jsonl").read_bytes()
+    before = file.read_bytes()
     with pytest.raises(UserError, match="tokens is 256 there and 512 here"):
-        compare.main(compare.Compare(str(folder), out=str(tmp_path), part="grid", **{**SMALL, "tokens": 512}))
+        compare.main(compare.Compare(str(folder), out=str(file), part="grid", **{**SMALL, "tokens": 512}))
     with pytest.raises(UserError, match="'nothing' is not one of grid, rows"):
-        compare.main(compare.Compare(str(folder), out=str(tmp_path), part="nothing", **SMALL))
+        compare.main(compare.Compare(str(folder), out=str(file), part="nothing", **SMALL))
     with pytest.raises(UserError, match="--seeds has no effect on a report"):
-        compare.main(compare.Compare(str(folder), out=str(tmp_path), part="report", seeds=7))
-    assert (tmp_path / "records.jsonl").read_bytes() == before
+        compare.main(compare.Compare(str(folder), out=str(file), part="report", seeds=7))
+    assert file.read_bytes() == before
 
 
 def test_documents_with_a_long_run_of_words_in_common_are_one_family():
@@ -143,7 +149,7 @@ def test_overview_has_every_method_once_the_dense_model_first_and_then_the_best(
 
 
 def test_cost_is_a_ratio_of_one_run(folder, tmp_path):
-    bench = compare.Bench(compare.Compare(str(folder), out=str(tmp_path), **SMALL))
+    bench = compare.Bench(compare.Compare(str(folder), out=str(tmp_path / "cost.jsonl"), **SMALL))
     before = {name: p.clone() for name, p in bench.model.named_parameters()}
     table = compare.cost(bench, windows=4, rounds=1)
     assert table.count("\n") == 5 and "| `taylor2` | forward, backward |" in table

@@ -1,6 +1,6 @@
 """The grid is what it says; records of planted laws come back as those laws; a plan inverts the law it fits."""
 import dataclasses
-import json
+import fnmatch
 import os
 import re
 
@@ -9,7 +9,7 @@ import pytest
 
 import checkpoint
 import flags
-from common import UserError, read_records
+from common import UserError, append_record, read_records
 from experiments import scaling, scaling_curves, scaling_laws, sweep
 from experiments import scaling_runs as grid_
 from experiments.scaling import Fit, Plan
@@ -34,40 +34,48 @@ def control_loss(before, tokens):
     return before - .01 * np.log1p(tokens / 1e6)
 
 
-def write(folder, name, start, evals, **config):
-    """One run's records."""
+def write(file, name, start, evals, **config):
+    """Append one run's records."""
     about = dict(tag="config", init=None, cut=None, fingerprint="f", tokenizer="bytes", block_size=None, eval_windows=4,
                  batch_tokens=4096, preset="laptop", seed=0, plan="scratch", start=dataclasses.asdict(start),
                  target=dataclasses.asdict(start)) | config
     lines = [about, *(dict(tag="eval", step=int(t), tokens=int(t), val_loss=float(v)) for t, v in evals)]
     lines.append(dict(tag="summary", step=int(evals[-1][0]), tokens=int(evals[-1][0]), val_loss=float(evals[-1][1]),
                       epochs=.5))
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for line in lines:
+        append_record(file, run=name, **line)
+
+
+def some(grid, file, *patterns):
+    """Copy the runs whose names match one of the patterns into another file."""
+    records = [r for r in read_records(grid) if any(fnmatch.fnmatch(r["run"], p) for p in patterns)]
+    sweep.write_records(file, read_records(file) + records)
+    return file
 
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory):
-    """A folder of records as `run` would leave it, its losses from the laws above with a little noise."""
-    folder, rng = tmp_path_factory.mktemp("grid"), np.random.default_rng(0)
+    """A file of records as `run` would leave it, its losses from the laws above with a little noise."""
+    file, rng = tmp_path_factory.mktemp("grid") / "grid.jsonl", np.random.default_rng(0)
     for size in ("8x16", "8x32", "8x48", "8x64"):
         start = preset(size, 256, 1.0)[0]
         n0 = start.removable_params()
         for k in (1, 2, 4, 8):
             ends = [(0, 5.5), (2 ** 24 / k, whole_loss(n0, 2 ** 24 / k))]
-            write(folder, f"{size}-0" + f"-of-{k}" * (k > 1), start, ends, preset=size)
+            write(file, f"{size}-0" + f"-of-{k}" * (k > 1), start, ends, preset=size)
         before = whole_loss(n0, 2 ** 24)
         for seed in (100, 101):
             about = dict(init=f"runs/{size}", seed=seed)
-            write(folder, f"control-{size}-{seed}", start,
+            write(file, f"control-{size}-{seed}", start,
                   [(0, before), *zip(TOKENS, control_loss(before, TOKENS))], **about)
             for share in (.2, .35, .5):
                 cut = start.resized({(l, "ffn"): round(n * (1 - share)) for l, n in enumerate(start.d_ff)})
                 rho = 1 - cut.removable_params() / n0
                 losses = cut_loss(before, n0, rho, TOKENS) + rng.normal(0, .0005, len(TOKENS))
-                write(folder, f"width-{share}-{size}-{seed}", cut, [(0, before + 2), *zip(TOKENS, losses)],
+                write(file, f"width-{share}-{size}-{seed}", cut, [(0, before + 2), *zip(TOKENS, losses)],
                       **about | {"cut": {"cut_from": f"runs/{size}", "recipe": {"structure": "ffn"}},
                                  "init": f"runs/cut-{size}"})
-    return folder
+    return file
 
 
 def test_the_grid_is_as_large_as_it_says():
@@ -103,7 +111,7 @@ def test_the_gpu_preset_runs_on_one_unless_told():
 
 def test_a_job_cuts_trains_and_keeps_records_that_say_what_was_cut(tmp_path):
     """With a run that is finished, and refused where the records are of another one."""
-    c = Grid(preset="toy", device="cpu", out=f"{tmp_path}/out", runs=f"{tmp_path}/runs", tokens=400 * 256,
+    c = Grid(preset="toy", device="cpu", out=f"{tmp_path}/out.jsonl", runs=f"{tmp_path}/runs", tokens=400 * 256,
              recover_tokens=8 * 256, batch_tokens=256, micro_batch=2, eval_windows=2)
     wholes, after = grid_.jobs(c)
     todo = {name: (settings, cut) for name, settings, cut in wholes + after}
@@ -124,14 +132,15 @@ def test_a_job_cuts_trains_and_keeps_records_that_say_what_was_cut(tmp_path):
         assert records[0]["before"] == runs["8x16-0"]["summary"][0]["val_loss"]
         assert records[-1]["control"] == runs["control-8x16-0"]["summary"][0]["val_loss"]
     settings, cut = todo["control-8x16-0"]
-    assert sweep.finished(f"{c.out}/control-8x16-0.jsonl", settings, "--out")
+    control = runs["control-8x16-0"]
+    assert sweep.finished("control-8x16-0", control, settings, "--out")
     with pytest.raises(UserError, match="steps is 8 there and 9 here.*another --out"):
-        sweep.finished(f"{c.out}/control-8x16-0.jsonl", dict(settings, steps=9), "--out")
-    assert not sweep.finished(f"{c.out}/nothing.jsonl", settings, "--out")
+        sweep.finished("control-8x16-0", control, dict(settings, steps=9), "--out")
+    assert not sweep.finished("nothing", None, settings, "--out")
 
 
 def test_run_says_what_is_left_and_refuses_nonsense(tmp_path, capsys, monkeypatch):
-    c = Grid(preset="toy", out=f"{tmp_path}/out", runs=f"{tmp_path}/runs")
+    c = Grid(preset="toy", out=f"{tmp_path}/out.jsonl", runs=f"{tmp_path}/runs")
     monkeypatch.setattr(sweep, "side_by_side", lambda job, todo, *_: len(todo) - 1)
     grid_.run_grid(c)
     assert "1 runs of this wave are left" in capsys.readouterr().out
@@ -159,20 +168,19 @@ def test_curves_have_their_control_and_begin_behind_the_first_share(grid):
 
 
 def test_a_curve_waits_for_its_control_and_others_controls_and_mixed_texts_are_refused(grid, tmp_path):
-    for name in ("width-0.2-8x16-100", "8x16-0"):
-        (tmp_path / f"{name}.jsonl").write_text((grid / f"{name}.jsonl").read_text())
-    assert scaling_curves.recoveries(scaling_curves.read(tmp_path), .05) == {}
-    control = (grid / "control-8x16-100.jsonl").read_text()
-    (tmp_path / "control-8x16-100.jsonl").write_text(control)
-    assert len(scaling_curves.recoveries(scaling_curves.read(tmp_path), .05)["width"]) == sum(TOKENS >= .05 * TOKENS[-1])
-    (tmp_path / "8x16.jsonl").write_text((grid / "8x16-0-of-2.jsonl").read_text())        # another model's training
+    file = some(grid, tmp_path / "some.jsonl", "width-0.2-8x16-100", "8x16-0")
+    assert scaling_curves.recoveries(scaling_curves.read(file), .05) == {}
+    some(grid, file, "control-8x16-100")
+    assert len(scaling_curves.recoveries(scaling_curves.read(file), .05)["width"]) == sum(TOKENS >= .05 * TOKENS[-1])
+    text = file.read_text()
+    some(grid, file, "8x16-0-of-2")                                                       # another model's training
+    file.write_text(file.read_text().replace("8x16-0-of-2", "8x16"))
     with pytest.raises(UserError, match="control-8x16-100 begins at .* another model's"):
-        scaling_curves.recoveries(scaling_curves.read(tmp_path), .05)
-    (tmp_path / "8x16.jsonl").unlink()
-    other = (grid / "8x32-0.jsonl").read_text().replace('"fingerprint": "f"', '"fingerprint": "g"')
-    (tmp_path / "8x32-0.jsonl").write_text(other)
+        scaling_curves.recoveries(scaling_curves.read(file), .05)
+    file.write_text(text.replace('"fingerprint": "f"', '"fingerprint": "g"'))
+    some(grid, file, "8x32-0")
     with pytest.raises(UserError, match="fingerprint is one of"):
-        scaling_curves.read(tmp_path)
+        scaling_curves.read(file)
     with pytest.raises(UserError, match="no finished runs"):
         scaling_curves.read(tmp_path / "nothing")
 
@@ -180,13 +188,14 @@ def test_a_curve_waits_for_its_control_and_others_controls_and_mixed_texts_are_r
 def test_average_size_of_a_training_that_prunes(tmp_path):
     """Half of the steps at 100 %, a quarter each at two smaller sizes."""
     start = preset("8x16", 256, 2.0)[1]
-    write(tmp_path, "idea", start, [(0, 5), (100, 2)], plan="idea")
-    lines = read_records(tmp_path / "idea.jsonl")
+    file = tmp_path / "idea.jsonl"
+    write(file, "idea", start, [(0, 5), (100, 2)], plan="idea")
+    lines = read_records(file)
     n, total = start.removable_params(), start.num_params()["total"]
-    cuts = [dict(tag="prune", step=50, tokens=50, params=total - 1000), dict(tag="prune", step=75, tokens=75,
-                                                                             params=total - 3000)]
-    (tmp_path / "idea.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (*lines[:-1], *cuts, lines[-1])))
-    found = scaling_curves.wholes(scaling_curves.read(tmp_path))["idea"][0]
+    cuts = [dict(run="idea", tag="prune", step=step, tokens=step, params=total - less)
+            for step, less in ((50, 1000), (75, 3000))]
+    sweep.write_records(file, [*lines[:-1], *cuts, lines[-1]])
+    found = scaling_curves.wholes(scaling_curves.read(file))["idea"][0]
     assert found["average"] == pytest.approx(n - 1000 * .25 - 3000 * .25)
 
 
@@ -207,14 +216,12 @@ def test_report_has_every_law_and_the_trends_that_were_planted(grid):
 
 
 def test_a_grid_that_is_not_finished_says_what_it_has(grid, tmp_path, capsys):
-    for file in grid.glob("8x*.jsonl"):
-        (tmp_path / file.name).write_text(file.read_text())
-    scaling.main_fit(Fit(str(tmp_path), **QUICK))
-    assert "no recoveries yet" in capsys.readouterr().out
-    for name in ("control-8x16-100", "width-0.2-8x16-100", "width-0.5-8x16-100", "control-8x32-100",
-                 "width-0.2-8x32-100"):
-        (tmp_path / f"{name}.jsonl").write_text((grid / f"{name}.jsonl").read_text())
-    lines = scaling_curves.trends(scaling_curves.recoveries(scaling_curves.read(tmp_path), .05)["width"])        # one model has one rate only
+    file = some(grid, tmp_path / "some.jsonl", "8x*")
+    scaling.main_fit(Fit(str(file), **QUICK))
+    assert "no recoveries yet" in capsys.readouterr().out and (tmp_path / "some" / "report.md").exists()
+    some(grid, file, "control-8x16-100", "width-0.2-8x16-100", "width-0.5-8x16-100", "control-8x32-100",
+         "width-0.2-8x32-100")                                                            # one model has one rate only
+    lines = scaling_curves.trends(scaling_curves.recoveries(scaling_curves.read(file), .05)["width"])
     assert lines[0].endswith("in 1 of 1 models") and lines[1].startswith("  - N₀ 32,768, to")
     assert lines[2].startswith("- *A larger model needs fewer tokens*: in 0 of 1 rates") and len(lines) == 4
 
@@ -240,7 +247,7 @@ def test_rates_are_compared_with_those_that_are_near(grid):
 
 
 def test_a_grid_of_other_settings_or_too_little_text_is_refused(tmp_path, monkeypatch):
-    c = Grid(preset="toy", out=f"{tmp_path}/out", runs=f"{tmp_path}/runs")
+    c = Grid(preset="toy", out=f"{tmp_path}/out.jsonl", runs=f"{tmp_path}/runs")
     monkeypatch.setattr(sweep, "side_by_side", lambda job, todo, *_: 0)
     grid_.run_grid(c)
     grid_.run_grid(dataclasses.replace(c, seeds=3, jobs=1, minutes=1.))                       # these may change
@@ -311,17 +318,18 @@ def test_a_plan_says_so_where_a_loss_is_out_of_reach(grid, capsys):
 
 
 def test_a_plan_without_whole_trainings_needs_the_loss_before_and_one_model_is_enough(grid, tmp_path, capsys):
-    for file in grid.glob("*-8x32-10?.jsonl"):
-        (tmp_path / file.name).write_text(file.read_text())
+    file = some(grid, tmp_path / "some.jsonl", "*-8x32-10?")
     with pytest.raises(UserError, match="give --before"):
-        plan(tmp_path, capsys, n0=131_072., budget_tokens=1e6)
+        plan(file, capsys, n0=131_072., budget_tokens=1e6)
     before = whole_loss(131_072, 2 ** 24)
-    out = plan(tmp_path, capsys, n0=131_072., budget_tokens=1e6, before=before)
+    out = plan(file, capsys, n0=131_072., budget_tokens=1e6, before=before)
     assert "from scratch" not in out
     told = float(re.search(r"tokens: ([\d.]+) nats", out)[1])
     assert told == pytest.approx(cut_loss(before, 131_072, .25, 1e6), abs=.01)
 
 
 def test_pictures_are_drawn(grid):
+    grid.with_suffix("").mkdir(exist_ok=True)
     assert "curves.png" in scaling.picture(Fit(str(grid), **QUICK), scaling_curves.read(grid))
-    assert (grid / "curves.png").stat().st_size > 10_000 and (grid / "predicted.png").stat().st_size > 5_000
+    pages = grid.with_suffix("")
+    assert (pages / "curves.png").stat().st_size > 10_000 and (pages / "predicted.png").stat().st_size > 5_000

@@ -84,7 +84,7 @@ def test_time_ends_a_job_that_does_not_train(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_jobs_end_with_their_parent(tmp_path, number):
     """A job that went on alone would write into the folder of the one that the same command starts again."""
-    code = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\nimport sweep, test_sweep\n" \
+    code = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests' / 'experiments')]}\nfrom experiments import sweep\nimport test_sweep\n" \
            f"if __name__ == '__main__': sweep.side_by_side(test_sweep.stay, [({str(tmp_path)!r},)], 1)"
     (tmp_path / "parent.py").write_text(code)
     parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], stderr=subprocess.DEVNULL)
@@ -110,8 +110,7 @@ def test_a_run_that_was_stopped_is_saved_and_goes_on(tmp_path, monkeypatch):
         sweep.one(folder, dict(TOY, steps=12))
     assert end.value.code in sweep.STOPPED and "summary" not in report.records(folder)
     with pytest.raises(UserError, match="is not finished"):
-        sweep.keep_records(folder, tmp_path / "kept.jsonl")
-    assert not (tmp_path / "kept.jsonl").exists()
+        sweep.without_steps(folder)
     monkeypatch.setattr(schedule, "lr_at", real)
     sweep.one(folder, dict(TOY, steps=12))
     sweep.one(tmp_path / "b", dict(TOY, steps=12))
@@ -157,9 +156,25 @@ def test_a_model_of_another_cut_is_made_again_and_what_began_with_it(tmp_path):
 
 def test_records_are_kept_without_training_steps(tmp_path):
     sweep.one(tmp_path / "a", dict(TOY, steps=12))
-    sweep.keep_records(tmp_path / "a", tmp_path / "kept" / "a.jsonl")
-    every, kept = read_records(tmp_path / "a" / "metrics.jsonl"), read_records(tmp_path / "kept" / "a.jsonl")
+    every, kept = read_records(tmp_path / "a" / "metrics.jsonl"), sweep.without_steps(tmp_path / "a")
     assert kept == [r for r in every if r["tag"] != "step"] and len(kept) < len(every)
+
+
+def keep(file, name):
+    for loss in (2., 1.):                                              # the second time in place of the first
+        sweep.keep_run(file, name, [{"tag": "config"}, {"tag": "summary", "loss": loss}])
+
+
+def test_runs_that_end_at_the_same_time_are_all_in_the_file(tmp_path):
+    file = tmp_path / "new" / "all.jsonl"
+    names = [f"run-{i}" for i in range(6)]
+    assert sweep.side_by_side(keep, [(file, name) for name in names], 6) == 6
+    runs = report.finished(file)
+    assert [*runs] == names and all(run["summary"][0]["loss"] == 1 for run in runs.values())
+    assert len(file.read_text().splitlines()) == 12
+    sweep.forget_runs(file, names[1:])
+    assert [*report.finished(file)] == names[:1] and report.records(file) == runs["run-0"]
+    assert report.finished(tmp_path / "none.jsonl") == {}
 
 
 def test_evaluations_by_growth_are_evenly_spaced_on_a_logarithmic_axis():
