@@ -1,13 +1,14 @@
 """The papers' claims at small scale, by one command: paired runs, counted FLOPs, intervals over seeds.
 
-    python -m experiments.claims --quick                    # a few minutes: everything once at toy size; proves nothing
-    python -m experiments.claims                            # all claims on a CPU, hours; --minutes 20 is a piece of it
-    python -m experiments.claims report                     # the README's part, from the committed records
-    python -m experiments.claims power                      # how many seeds would see how small an effect
+    python -m experiments.claims --quick              # a few minutes: everything once at toy size; it proves nothing
+    python -m experiments.claims                      # all claims on a CPU, hours; --minutes 20 makes a piece of it
+    python -m experiments.claims report               # the README's part, from the committed records
+    python -m experiments.claims power                # how many seeds would see how small an effect
 
-`--preset gpu` does the same with a target of ten million parameters, several runs side by side on one card. A run that
-has its records in --results is not made again, one that was killed goes on; what the runs of a claim need, teachers and
-models to cut, is made before them. Not here: what is compared (experiments/claims_runs.py), what it says (experiments/claims_report.py).
+`--preset gpu` does the same with a target of ten million parameters and runs several runs side by side on one card. A
+run whose records exist is not made again, and one that was killed goes on. The teachers and the models to cut that a
+claim's runs need are made first. Not here: what is compared (experiments/claims_runs.py), what it says
+(experiments/claims_report.py).
 """
 import dataclasses
 import json
@@ -18,227 +19,326 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-import folder
+import checkpoint
+import common
 import report
 import train
-from common import UserError, commit, parse, read_records, refuse_idle, run, write_atomic
+from common import UserError, check_choices, commit, parse, read_records, write_atomic
 from eval import evaluate
 from experiments import claims_report, claims_runs, sweep
 from experiments.claims_runs import SCALES
 
-BEGIN, END = "<!-- experiments/claims.py report -->", "<!-- end -->"          # around the part of the README that report writes
-MOST_EVALS = 15                                                      # that are kept of a run
+# The part of the README that `report` writes stands between these lines.
+BEGIN = "<!-- experiments/claims.py report -->"
+END = "<!-- end -->"
+MAX_EVALS = 15             # of a run are kept
 
 
 @dataclass(frozen=True)
-class Reproduce:
-    preset: str = "cpu"               # sizes, tokens, seeds (claims.SCALES): cpu, gpu
-    quick: bool = False               # instead: toy size, one seed, a few minutes; it proves nothing
-    claims: str | None = None         # 1,3,4 for example, in this order at each place; default: all
-    seeds: int | None = None          # 0, 1, ... of every claim; default: the preset's
+class Report:
+    preset: Literal["cpu", "gpu"] = "cpu"    # sizes, tokens and seeds (claims_runs.SCALES)
+    quick: bool = False               # instead: toy size and one seed, a few minutes; it proves nothing
+    tokens: float = 1.0               # of every run, times the preset's; a fraction shows that everything works
+    results: str | None = None        # file of records; default: results/claims.jsonl, -gpu.jsonl
+
+
+@dataclass(frozen=True)
+class RunAll(Report):
+    claims: str | None = None         # their numbers, as in 1,3,4, which is also their order at a place; default: all
+    seeds: int | None = None          # of every claim, from 0 on; default: the preset's
     minutes: float | None = None      # stop then, and save; the same command goes on
     jobs: int | None = None           # runs side by side; default: one a core, 3 on a GPU
     device: str | None = None         # cpu, cuda, mps; default: the preset's
-    tokens: float = 1.0               # of every run, times the preset's; a fraction shows that it works
     data: str | None = None           # the text, as in data.py; no run reads it more than 4 times
-    again: bool = False               # make runs of another code, and what requires them, anew: the old are deleted
-    results: str | None = None        # file of records; default results/claims.jsonl, -gpu, runs/quick/records.jsonl
-    runs: str | None = None           # where the run folders go; default runs/claims, -gpu, runs/quick
+    again: bool = False               # delete the runs of another code, and what requires them, and make them anew
+    runs: str | None = None           # folder of the run folders; default: runs/claims, runs/claims-gpu or runs/quick
 
 
-READ = "preset", "quick", "tokens", "results"                        # the flags that report and power read
+def select(config):
+    """The settings with the file of records filled in, and the Scale that they choose. Raises UserError for settings
+    that mean nothing."""
+    check_choices(config)
+    if config.quick and config.preset != "cpu":
+        raise UserError(f"--preset {config.preset} has no effect with --quick; leave one of them out")
+    refuse_unless_positive("tokens", config.tokens)
+    scale = SCALES["quick" if config.quick else config.preset]
+    scale = dataclasses.replace(scale, ratio=scale.ratio * config.tokens, long=scale.long * config.tokens,
+                                ratios=tuple(ratio * config.tokens for ratio in scale.ratios))
+    if config.results is None:
+        results = "runs/quick/records.jsonl" if config.quick else f"results/{name_of(config)}.jsonl"
+        config = dataclasses.replace(config, results=results)
+    return config, scale
 
 
-def resolve(c):
-    """-> the settings with their defaults filled in, and the Scale they ask for. UserError: nonsense."""
-    if c.preset not in ("cpu", "gpu"):
-        raise UserError(f"--preset {c.preset!r} is not one of cpu, gpu")
-    if c.quick and c.preset != "cpu":
-        raise UserError(f"--preset {c.preset} has no effect with --quick; leave one of them out")
-    scale, on_gpu = SCALES["quick" if c.quick else c.preset], c.preset == "gpu"
-    try:
-        numbers = scale.claims if c.claims is None else tuple(int(word) for word in c.claims.split(","))
-    except ValueError:
-        numbers = (0,)
-    if not {*numbers} <= {*scale.claims}:
-        raise UserError(f"--claims {c.claims!r} must be numbers of {', '.join(map(str, sorted(scale.claims)))}, "
-                        "separated by commas")
-    scale = dataclasses.replace(
-        scale, claims=numbers, data=c.data or scale.data, seeds=scale.seeds if c.seeds is None else c.seeds,
-        ratios=tuple(ratio * c.tokens for ratio in scale.ratios),
-        ratio=scale.ratio * c.tokens, long=scale.long * c.tokens)
-    place = "claims-gpu" if on_gpu else "claims"
-    c = dataclasses.replace(
-        c, jobs=(3 if on_gpu else os.cpu_count() or 1) if c.jobs is None else c.jobs,
-        device=c.device or ("cuda" if on_gpu else "cpu"), runs=c.runs or ("runs/quick" if c.quick else f"runs/{place}"),
-        results=c.results or ("runs/quick/records.jsonl" if c.quick else f"results/{place}.jsonl"))
-    for name, value in (("jobs", c.jobs), ("seeds", scale.seeds), ("minutes", c.minutes), ("tokens", c.tokens)):
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name} {value} must be positive")
-    if scale.seeds > claims_runs.RECOVERY_SEED:
-        raise UserError(f"--seeds {scale.seeds} must be at most {claims_runs.RECOVERY_SEED}, the first seed behind a cut")
-    return c, scale
+def resolve(config):
+    """`select` for RunAll, with all of its defaults filled in."""
+    config, scale = select(config)
+    for name in ("jobs", "seeds", "minutes"):
+        refuse_unless_positive(name, getattr(config, name))
+    chosen = {}
+    if config.claims is not None:
+        chosen["claims"] = numbers_of(config.claims, scale)
+    if config.data is not None:
+        chosen["data"] = config.data
+    if config.seeds is not None:
+        chosen["seeds"] = config.seeds
+    scale = dataclasses.replace(scale, **chosen)
+    limit = claims_runs.RECOVERY_SEED
+    if scale.seeds > limit:
+        raise UserError(f"--seeds {scale.seeds} must be at most {limit}, the first seed behind a cut")
+
+    on_gpu = config.preset == "gpu"
+    filled = {}
+    if config.jobs is None:
+        filled["jobs"] = 3 if on_gpu else os.cpu_count() or 1
+    if config.device is None:
+        filled["device"] = "cuda" if on_gpu else "cpu"
+    if config.runs is None:
+        filled["runs"] = "runs/quick" if config.quick else f"runs/{name_of(config)}"
+    return dataclasses.replace(config, **filled), scale
+
+
+def name_of(config):
+    return "claims-gpu" if config.preset == "gpu" else "claims"
+
+
+def refuse_unless_positive(name, value):
+    if value is not None and not 0 < value < math.inf:
+        raise UserError(f"--{name} {value} must be positive")
+
+
+def numbers_of(text, scale):
+    """The claims of "1,3,4". Raises UserError if one of them is not a claim of the scale."""
+    words = text.split(",")
+    known = [str(number) for number in sorted(scale.claims)]
+    if not set(words) <= set(known):
+        raise UserError(f"--claims {text!r} must be numbers of {', '.join(known)}, separated by commas")
+    return tuple(int(word) for word in words)
 
 
 # -- one run
 
-def keep(c, name, **about):
-    """Write what the report needs of a run, about 3 kB: its config, MOST_EVALS evaluations, when its teacher was
-    dropped, its summary with what is known `about` it. Paths are relative to the runs."""
-    r = report.records(f"{c.runs}/{name}")
-    config, last = r["config"][0], r["eval"][-1]
-    every = -(-len(r["eval"]) // MOST_EVALS)
-    evals = [e for i, e in enumerate(r["eval"]) if i % every == 0 and e is not last] + [last]
-    kept = [{k: v for k, v in config.items() if v is not None},
-            *({k: e[k] for k in ("tag", "step", "tokens", "val_loss", "params", "flops_executed")} for e in evals),
-            *({k: v for k, v in t.items() if k != "file"} for t in r.get("teacher", ())),
-            r.get("summary", [last])[0] | about | {
-                "tag": "summary", "epochs": last["tokens"] / config["corpus_tokens"][0]}]
-    text = json.dumps(kept).replace(f'"{c.runs}/', '"')
-    sweep.keep_run(c.results, name, json.loads(text))
-
-
-def job(c, one, settings, cut, windows):
-    """Make a run; keep its records, with the loss on so many windows of the hold-out at its end. One of claim 13's
-    rates that is no longer finite is kept as infinitely bad, and stops no other."""
+def job(config, run, settings, cut, windows):
+    """Make a run and keep its records, with the loss on `windows` windows of the hold-out at its end."""
     try:
-        r = sweep.one(f"{c.runs}/{one.name}", settings, c.device, cut)
+        setup, state = sweep.run_plan(f"{config.runs}/{run.name}", settings, config.device, cut)
     except train.NotFinite:
-        if "-lr-" not in one.kind:
+        if "-lr-" not in run.kind:
             raise
-        return keep(c, one.name, val_loss=math.inf, final_loss=math.inf, flops_executed=0, flops_credited=0, seconds={})
-    found = evaluate(r.state.model, r.corpus.val, r.byte_lengths, windows, batch=settings["micro_batch"])
-    keep(c, one.name, final_loss=found["loss"], final_windows=found["tokens"] // r.T, seconds=r.state.seconds,
-         flops_executed=r.state.flops[0] + claims_runs.calibration_flops(one, cut), flops_credited=r.state.flops[1])
+        # A rate of claim 13 at which training diverges is infinitely bad. It must not stop the other runs.
+        keep_records(config, run.name, val_loss=math.inf, final_loss=math.inf, flops_executed=0, flops_credited=0,
+                     seconds={})
+        return
+    final = evaluate(state.model, setup.corpus.val, setup.byte_lengths, windows, batch=settings["micro_batch"])
+    keep_records(config, run.name, final_loss=final["loss"], final_windows=final["tokens"] // setup.block_size,
+                 flops_executed=state.flops["executed"] + claims_runs.calibration_flops(run, cut),
+                 flops_credited=state.flops["credited"], seconds=state.seconds)
 
 
-def is_there(c, one, runs, settings, cut):
-    """Whether the records of a run are. UserError: they are of another one."""
-    told = [{k: v.removeprefix(f"{c.runs}/") if isinstance(v, str) else v for k, v in some.items()
-             if k not in folder.NOT_IDENTITY} for some in (settings, cut or {})]
-    return sweep.finished(f"{one.name} in {c.results}", runs.get(one.name), told[0], "--results", told[1])
+def keep_records(config, name, **about):
+    """Keep what the report needs of a run, about 3 kB: its config, at most MAX_EVALS evaluations, when its teacher was
+    dropped, and its summary together with `about`. Paths become relative to the folder of runs."""
+    run = report.records(f"{config.runs}/{name}")
+    settings = {key: value for key, value in run["config"][0].items() if value is not None}
+    last = run["eval"][-1]
+    kept = [settings]
+
+    every = math.ceil(len(run["eval"]) / MAX_EVALS)
+    fields = ("tag", "step", "tokens", "val_loss", "params", "flops_executed")
+    for evaluation in [*run["eval"][:-1][::every], last]:
+        kept.append({key: evaluation[key] for key in fields})
+    for teacher in run.get("teacher", ()):
+        kept.append({key: value for key, value in teacher.items() if key != "file"})
+    # A run of one stage, or one that diverged, has no summary of its own.
+    summary = run.get("summary", [last])[0]
+    kept.append({**summary, **about, "tag": "summary", "epochs": last["tokens"] / settings["corpus_tokens"][0]})
+    relative = json.dumps(kept).replace(f'"{config.runs}/', '"')
+    sweep.put_runs(config.results, {name: json.loads(relative)})
 
 
-def gone(c, one, runs):
-    """Whether a run has records, but its folder not its last checkpoint (any more, or not yet again)."""
-    step = runs[one.name]["summary"][0]["step"] if one.name in runs else None
-    return step is not None and not Path(c.runs, one.name, f"ckpt_{step:08d}.pt").exists()
+def is_recorded(config, run, runs, settings, cut):
+    """Whether the records of a run exist. Raises UserError if they are of another run with the same name."""
+    def as_recorded(own):
+        recorded = {}
+        for key, value in own.items():
+            if isinstance(value, str):
+                value = value.removeprefix(f"{config.runs}/")
+            if key not in checkpoint.NOT_IDENTITY:
+                recorded[key] = value
+        return recorded
+
+    return sweep.is_finished(f"{run.name} in {config.results}", runs.get(run.name), as_recorded(settings), "--results",
+                             as_recorded(cut or {}))
 
 
-def ready(c, scale, wanted, runs):
-    """Of the runs that are wanted, and of all they require, those that are not there and can be made now -> [arguments
-    of job], the longest first. A teacher, or a model to cut, that is gone is made again, or gone on with."""
-    found, seen = {}, set()
+def is_lost(config, run, runs):
+    """Whether the records of a run exist, but its final checkpoint does not: it was deleted, or is being made again."""
+    if run.name not in runs:
+        return False
+    step = runs[run.name]["summary"][0]["step"]
+    return not Path(config.runs, run.name, f"ckpt_{step:08d}.pt").exists()
 
-    def visit(run, again=False):
-        """-> whether its records are there."""
-        if (run, again) in seen:
-            return run.name in runs
-        seen.add((run, again))
-        if not all([visit(other) for other in claims_runs.measures(run)]):
-            return False
-        settings, cut = claims_runs.settings(run, scale, runs, c.runs)
-        kept = is_there(c, run, runs, settings, cut)
+
+class Jobs:
+    """The runs that can be made now, as {run: arguments of `job`}."""
+    def __init__(self, config, scale, recorded):
+        self.config = config
+        self.scale = scale
+        self.recorded = recorded             # {name: {tag: [records]}}
+        self.ready = {}
+        self.visited = set()
+
+    def without_records(self, runs):
+        return [run for run in runs if run.name not in self.recorded]
+
+    def add(self, run, again=False):
+        """Add a run, or instead what it still waits for. A run with records is left out, unless it is to be made
+        `again`, because a run that needs its checkpoint does not find it."""
+        if (run, again) in self.visited:
+            return
+        self.visited.add((run, again))
+        measures = claims_runs.measures(run)
+        for other in measures:
+            self.add(other)
+        if self.without_records(measures):
+            return
+        settings, cut = claims_runs.settings(run, self.scale, self.recorded, self.config.runs)
+        if is_recorded(self.config, run, self.recorded, settings, cut):
+            for other in self.without_records(run.needs()):
+                raise UserError(f"{self.config.results} holds {run.name}, but not {other.name}, from which it came; "
+                                "remove both")
+            if not again:
+                return
+        lost = [other for other in run.needs() if is_lost(self.config, other, self.recorded)]
         for other in run.needs():
-            if kept and other.name not in runs:
-                raise UserError(f"{c.results} holds {run.name}, but not {other.name}, from which it came; remove both")
-        if kept and not again:
-            return True
-        lost = [gone(c, other, runs) for other in run.needs()]
-        there = [visit(other, again=none) for other, none in zip(run.needs(), lost)]
-        if all(there) and not any(lost):
-            found[run] = c, run, settings, cut, scale.final_windows
-        return run.name in runs
+            self.add(other, again=other in lost)
+        if not lost and not self.without_records(run.needs()):
+            self.ready[run] = self.config, run, settings, cut, self.scale.final_windows
 
-    for one in wanted:
-        visit(one)
-    return [found[one] for one in sorted(found, key=lambda one: -claims_runs.expected(one, scale)[1]["flops_executed"])]
+    def longest_first(self):
+        flops = {run: claims_runs.expected(run, self.scale)[1]["flops_executed"] for run in self.ready}
+        return [self.ready[run] for run in sorted(self.ready, key=flops.get, reverse=True)]
+
+
+def ready(config, scale, wanted, recorded):
+    """What can be made now of the wanted runs and of all that they require: arguments of `job`, the longest run
+    first."""
+    jobs = Jobs(config, scale, recorded)
+    for run in wanted:
+        jobs.add(run)
+    return jobs.longest_first()
 
 
 # -- all runs
 
-class Clock:
-    """How long what is missing will take: its FLOPs by the FLOPs per second of the runs that ended in this session, or
-    before, of those whose records are there."""
-    def __init__(self, c, missing, runs):
-        self.c, self.left, self.jobs = c, dict(missing), c.jobs
-        self.here, self.before = [], [r["summary"][0] for r in runs.values()]
+class Progress:
+    """The FLOPs that are left, and how long they take at the rate of the runs that ended in this session. Before the
+    first one has ended it is the rate of the runs whose records exist."""
+    def __init__(self, config, missing, runs):
+        self.config = config
+        self.missing = dict(missing)             # {name: expected FLOPs}
+        self.recorded = [run["summary"][0] for run in runs.values()]
+        self.ended = []
 
-    def told(self, arguments):
-        """After the run with these arguments."""
-        self.left.pop(arguments[1].name, None)
-        self.here += report.read_runs(self.c.results)[arguments[1].name]["summary"]
+    def after(self, arguments):
+        """The text for the progress bar after the run with these arguments has ended."""
+        name = arguments[1].name
+        self.missing.pop(name, None)
+        self.ended += report.read_runs(self.config.results)[name]["summary"]
         return str(self)
 
     def __str__(self):
-        known, left = self.here or self.before, sum(self.left.values())
-        flops, seconds = sum(s["flops_executed"] for s in known), sum(sum(s["seconds"].values()) for s in known)
-        time_left = f", about {left * seconds / flops / self.jobs / 60:.0f} min" if flops else ""
-        return f"{left:.3g} FLOPs left{time_left}"
+        left = sum(self.missing.values())
+        known = self.ended or self.recorded
+        flops = sum(summary["flops_executed"] for summary in known)
+        seconds = sum(sum(summary["seconds"].values()) for summary in known)
+        text = f"{left:.3g} FLOPs left"
+        if flops:
+            text += f", about {left * seconds / flops / self.config.jobs / 60:.0f} min"
+        return text
 
 
-def forget_another_code(c, everything):
-    """--again: delete what is there, records and folders, of those of these runs that another code made or began, and
-    of all that require one of them. everything: what is required first."""
-    old, deleted, here = set(), set(), commit()
-    runs = claims_report.read(c.results)
-    for one in everything:
-        own = Path(c.runs, one.name)
-        folders = [path for path in (own, Path(c.runs, f"from-{one.name}")) if path.exists()]
-        known = one.name in runs or bool(folders)
-        first = runs[one.name]["config"] if one.name in runs else read_records(own / "metrics.jsonl")
-        record = next(iter(first), {})
-        if known and record.get("code") != here or not old.isdisjoint(claims_runs.requires(one)):
-            old.add(one)
-            if known:
-                deleted.add(one.name)
-            for path in folders:
-                shutil.rmtree(path)
-    sweep.forget_runs(c.results, deleted)
-    print(f"{len(deleted)} runs are of another code, or require one that is, and are made again")
+def forget_another_code(config, everything):
+    """--again: delete the records and folders of the runs that another code made or began, and of all runs that require
+    one of them. `everything`: the runs in an order in which what is required comes first."""
+    runs = claims_report.read(config.results)
+    forgotten = set()
+    existing = 0
+    deleted = {}
+    for run in everything:
+        folders = [Path(config.runs, name) for name in (run.name, f"from-{run.name}")]
+        records = read_records(folders[0] / "metrics.jsonl")
+        if run.name in runs:
+            records = runs[run.name]["config"]
+        exists = bool(records) or any(folder.exists() for folder in folders)
+        another_code = exists and (not records or records[0].get("code") != commit())
+        if another_code or not forgotten.isdisjoint(claims_runs.requires(run)):
+            forgotten.add(run)
+            deleted[run.name] = ()
+            existing += exists
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+    sweep.put_runs(config.results, deleted)
+    print(f"{existing} runs are of another code, or require one that is, and are made again")
 
 
-def run_all(c):
+def run_all(config):
     """Make what is missing, claim by claim and place by place."""
-    c, scale = resolve(c)
-    until = None if c.minutes is None else time.time() + 60 * c.minutes
-    wanted = claims_runs.in_order(scale, scale.seeds)
-    everything = claims_runs.everything([run for _, runs in wanted for run in runs])
-    fingerprint = claims_runs.corpus_of(everything, scale)
-    if c.again:
-        forget_another_code(c, everything)
-    runs = claims_report.read(c.results)
-    for theirs in {r["config"][0]["fingerprint"] for r in runs.values()} - {fingerprint}:
-        raise UserError(f"{c.results} holds runs of another text (fingerprint {theirs}) than {scale.data} is here "
-                        f"({fingerprint}); give another --results and --runs")
-    missing = {run.name: claims_runs.expected(run, scale)[1]["flops_executed"] for run in everything if run.name not in runs}
-    clock = Clock(c, missing, runs)
-    print(f"{len(missing)} of {len(everything)} runs are missing: {clock}")
-    for number, compared in wanted:
-        while todo := ready(c, scale, compared, runs):
-            print(f"claim {number}: {len(todo)} runs", flush=True)
-            done = sweep.side_by_side(job, todo, c.jobs, until, clock.told)
-            runs = claims_report.read(c.results)
-            if done < len(todo):
+    config, scale = resolve(config)
+    until = None
+    if config.minutes is not None:
+        until = time.time() + 60 * config.minutes
+    everything = claims_runs.all_runs(scale, scale.seeds)
+    fingerprint = claims_runs.fingerprint_of(everything, scale)
+    if config.again:
+        forget_another_code(config, everything)
+    runs = claims_report.read(config.results)
+    refuse_another_text(config, scale, runs, fingerprint)
+
+    missing = {}
+    for run in everything:
+        if run.name not in runs:
+            missing[run.name] = claims_runs.expected(run, scale)[1]["flops_executed"]
+    progress = Progress(config, missing, runs)
+    print(f"{len(missing)} of {len(everything)} runs are missing: {progress}")
+    for number, group in claims_runs.in_order(scale, scale.seeds):
+        while jobs := ready(config, scale, group, runs):
+            print(f"claim {number}: {len(jobs)} runs", flush=True)
+            done = sweep.side_by_side(job, jobs, config.jobs, until, progress.after)
+            runs = claims_report.read(config.results)
+            if done < len(jobs):
                 left = sum(run.name not in runs for run in everything)
-                return print(f"{left} runs are left; the same command goes on")
-    if not c.quick:
-        return print(f"all runs are there; python -m experiments.claims report says what {c.results} holds")
-    print_report(c, scale, runs)
-    print("\nOne seed proves nothing: seeds differ by as much as plans do. python -m experiments.claims runs several.")
+                print(f"{left} runs are left; the same command goes on")
+                return
+    if config.quick:
+        print_report(config, scale, runs)
+        print("\nOne seed proves nothing: seeds differ by as much as plans do. python -m experiments.claims runs "
+              "several.")
+    else:
+        print(f"all runs are finished; python -m experiments.claims report says what {config.results} holds")
+
+
+def refuse_another_text(config, scale, runs, fingerprint):
+    """Raise UserError if a run has read another text than this one is."""
+    for run in runs.values():
+        recorded = run["config"][0]["fingerprint"]
+        if recorded != fingerprint:
+            raise UserError(f"{config.results} holds runs of another text (fingerprint {recorded}) than {scale.data} "
+                            f"is here ({fingerprint}); give another --results and --runs")
 
 
 # -- the report
 
-def page_of(c, name):
-    """The path of a page beside the records: of results/claims.jsonl it is in results/claims."""
-    return Path(c.results).with_suffix("") / name
+def page_of(config, name):
+    """The path of a page beside the records: those of results/claims.jsonl are in results/claims."""
+    return Path(config.results).with_suffix("") / name
 
 
-def print_report(c, scale, runs):
-    """Print the tables, draw the figure -> the text."""
-    figure = page_of(c, "figure.png")
+def print_report(config, scale, runs):
+    """Draw the figure and print the tables. Returns the text."""
+    figure = page_of(config, "figure.png")
     drawn = claims_report.picture(runs, scale, figure)
     text = claims_report.text(runs, scale, figure if drawn else None)
     print(text)
@@ -246,62 +346,68 @@ def print_report(c, scale, runs):
 
 
 def replaced(page, text):
-    """A page with `text` between the markers instead of what stood there; None where it has no markers."""
-    before, found, rest = page.partition(BEGIN)
-    _, closed, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{text}\n{END}{after}" if found and closed else None
+    """A page with `text` between the markers in place of what stood there, or None if it has no markers."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        return None
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
-def refuse_strangers(c, scale, runs):
-    """UserError where a record is of no run of the plan, or has another learning rate than the plan: a table would show
-    it beside the others as if it had not."""
-    seeds = 1 + max((int(name.rpartition("-s")[2]) for name in runs), default=0)
-    planned = claims_runs.everything([run for _, compared in claims_runs.in_order(scale, seeds) for run in compared])
-    wanted = {run.name: run for run in planned}
-    for name, r in runs.items():
-        if name not in wanted:
-            raise UserError(f"{name} in {c.results} is no run of this plan; move its records elsewhere")
-        there, here = r["config"][0]["lr"], claims_runs.rate(wanted[name])
-        if there != here:
-            raise UserError(f"{name} in {c.results} has a learning rate of {there:g}, the plan one of {here:g}; "
+def refuse_strangers(config, scale, runs):
+    """Raise UserError if a recorded run does not belong to the plan, or has another learning rate than the plan. A
+    table would show it beside the others as if it did."""
+    seeds = 1 + max((claims_report.seed_of(name) for name in runs), default=0)
+    planned = {run.name: run for run in claims_runs.all_runs(scale, seeds)}
+    for name, recorded in runs.items():
+        if name not in planned:
+            raise UserError(f"{name} in {config.results} is no run of this plan; move its records elsewhere")
+        lr = recorded["config"][0]["lr"]
+        peak = claims_runs.peak_rate(planned[name])
+        if lr != peak:
+            raise UserError(f"{name} in {config.results} has a learning rate of {lr:g}, the plan one of {peak:g}; "
                             "remove its records")
 
 
-def main_report(c):
-    """Print it, write the details beside the records; of preset cpu, with all of its tokens, write it into the README
-    here, between its markers."""
-    c, scale = resolve(c)
-    runs = claims_report.read(c.results)
-    refuse_strangers(c, scale, runs)
-    text, page = print_report(c, scale, runs), Path("README.md")
-    if runs and c.tokens == 1:
-        write_atomic(page_of(c, "report.md"), lambda file: file.write(f"{claims_report.details(runs, scale)}\n".encode()))
-    if c.quick or c.preset != "cpu" or c.tokens != 1 or not page.exists():
+def main_report(config):
+    """Print the report and write the details beside the records. The report of preset cpu with all of its tokens also
+    goes into the README of this folder, between its markers."""
+    config, scale = select(config)
+    runs = claims_report.read(config.results)
+    refuse_strangers(config, scale, runs)
+    text = print_report(config, scale, runs)
+    if runs and config.tokens == 1:
+        details = claims_report.details(runs, scale)
+        write_atomic(page_of(config, "report.md"), lambda file: file.write(f"{details}\n".encode()))
+    page = Path("README.md")
+    if config.quick or config.preset != "cpu" or config.tokens != 1 or not page.exists():
         return
     new = replaced(page.read_text(), text)
     if new is None:
-        return print(f"{page} was left as it is: it has no {BEGIN} … {END}", file=sys.stderr)
+        print(f"{page} was left as it is: it has no {BEGIN} … {END}", file=sys.stderr)
+        return
     write_atomic(page, lambda file: file.write(new.encode()))
     print(f"written into {page}", file=sys.stderr)
 
 
-def main_power(c):
-    c, scale = resolve(c)
-    found = claims_report.power(claims_report.read(c.results), scale)
-    if not found:
+def main_power(config):
+    config, scale = select(config)
+    table = claims_report.power(claims_report.read(config.results), scale)
+    if not table:
         raise UserError("no pair has two seeds yet; python -m experiments.claims --claims 1 --seeds 3 makes some")
-    print(found)
+    print(table)
 
 
-COMMANDS = {"run": run_all, "report": main_report, "power": main_power}
+COMMANDS = {"run": (RunAll, run_all), "report": (Report, main_report), "power": (Report, main_power)}
 
 
 def main(argv):
-    name, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("run", argv)
-    c = parse(Reproduce, rest)
-    refuse_idle(c, [f.name for f in dataclasses.fields(c) if name != "run" and f.name not in READ], f"in {name}")
-    COMMANDS[name](c)
+    command = "run"
+    if argv and argv[0] in COMMANDS:
+        command, *argv = argv
+    settings, function = COMMANDS[command]
+    function(parse(settings, argv))
 
 
 if __name__ == "__main__":
-    run(main, sys.argv[1:])
+    common.run(main, sys.argv[1:])

@@ -1,17 +1,16 @@
-"""What the claims' runs say: paired differences with intervals, verdicts, what equal loss takes, tables, the figure.
+"""What the claims' runs say: paired differences with intervals, verdicts, tokens to equal loss, tables, the figure.
 
     python -m experiments.claims report                     # from the committed records
     python -m experiments.claims power                      # how many seeds would see how small an effect
 
-All comparisons are paired by seed: same data in the same order (but where only one of two begins with a cut), same
-hold-out. Losses are those at the end, on Scale.final_windows of it. An interval is Student's, 95 %, of the mean
-difference over seeds, and one seed has none, so it proves nothing. Of tokens to equal loss it is a percentile bootstrap
-over seeds, which is too narrow where there are few. Neither knows that the learning rates were chosen with these seeds.
-Nothing is corrected for the number of comparisons: of 20 rows without any effect one is expected to look like one. Not
-here: what is compared (experiments/claims_runs.py), the runs (experiments/claims.py).
+All comparisons are paired by seed: the two runs read the same data in the same order (unless only one of them begins
+with a cut) and are judged on the same hold-out, by their losses at the end. An interval is Student's 95 % interval of
+the mean difference over seeds; one seed has no interval and proves nothing. For tokens to equal loss the interval is a
+percentile bootstrap over seeds, which is too narrow for few seeds. No interval accounts for the learning rates, which
+were chosen with these seeds, or for the number of comparisons: of 20 rows without any effect one is expected to look
+like an effect. Not here: what is compared (experiments/claims_runs.py), the runs (experiments/claims.py).
 """
 import bisect
-import functools
 import math
 import random
 import statistics
@@ -19,429 +18,572 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from scipy import stats
+
 import report
 import schedule
 from experiments import claims_runs
-from experiments.claims_runs import CLAIMS, Run
+from experiments.claims_runs import CLAIMS, Claim, Run
 from experiments.scaling_curves import reach
 
-LEVEL, POWER = .95, .8
+LEVEL = .95                            # of the intervals
+POWER = .8
 UNDECIDED = "not at this scale"
+FAR = 2                                # this many times fewer tokens are "far fewer" (claim 9); the number is ours
 FIGURE = ("scratch", "naive", "idea", "idea-kd")
-FAR = 2                                # times fewer tokens are "far fewer" (claim 9): the number is ours
-INGREDIENTS = (("one cosine, not two cycles", "oneshot", "naive"), ("iterative cuts, not one", "idea", "oneshot"),
-               ("IDEA's score, not a coin", "idea", "idea-random"),
-               ("the enlarged phase, not only the target", "idea", "scratch"),
-               ("distillation, the enlarged model as it stood", "idea-kd", "idea"),
-               ("distillation, the enlarged model at the end of its own cosine", "idea-kd-annealed", "idea"))
+INGREDIENTS = (                        # (what it is, a kind with it, a kind without it)
+    ("one cosine instead of two cycles", "oneshot", "naive"),
+    ("iterative cuts instead of one", "idea", "oneshot"),
+    ("IDEA's score instead of a random one", "idea", "idea-random"),
+    ("enlarging first instead of training the target only", "idea", "scratch"),
+    ("distillation from the enlarged model before its first cut", "idea-kd", "idea"),
+    ("distillation from the enlarged model at the end of its own cosine", "idea-kd-annealed", "idea"))
 
 
 # -- statistics
 
-@functools.cache
-def t_quantile(p, df):
-    """Quantile of Student's t with df degrees of freedom, p in (.5, 1). With t = √df · tan θ the density is c ·
-    cos^(df-1) θ, integrated by Simpson's rule and inverted by bisection."""
-    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
-
-    def above_half(theta, n=200):
-        values = [math.cos(theta * i / n) ** (df - 1) * (1 if i in (0, n) else 4 if i % 2 else 2) for i in range(n + 1)]
-        return scale * theta / (3 * n) * sum(values)
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if above_half(middle) < p - .5 else (low, middle)
-    return math.sqrt(df) * math.tan(low)
-
-
 @dataclass(frozen=True)
 class Effect:
-    """Mean of paired differences, nats per token; negative: the first is better. nan where seeds are too few."""
+    """The mean of paired differences in nats per token; below 0 the first kind is better. What needs more seeds than
+    there are is nan."""
     seeds: int
     mean: float = math.nan
-    sd: float = math.nan               # between seeds
+    sd: float = math.nan               # of the differences, between seeds
     low: float = math.nan
     high: float = math.nan
 
     def verdict(self, margin=0):
-        """Of the claim that the difference is below the margin."""
+        """On the claim that the difference is below the margin."""
         if self.seeds < 2:
             return "not measured"
-        return "reproduced" if self.high < margin else "contradicted" if self.low > margin else UNDECIDED
+        if self.high < margin:
+            return "reproduced"
+        if self.low > margin:
+            return "contradicted"
+        return UNDECIDED
 
 
 def effect(differences):
-    """{seed: difference} or a list of them -> Effect with Student's interval."""
+    """The Effect of paired differences, {seed: difference} or a list, with Student's interval."""
     values = list(differences.values()) if isinstance(differences, dict) else list(differences)
     if len(values) < 2:
         return Effect(len(values), *values)
     mean = statistics.mean(values)
-    if not math.isfinite(mean):                                      # a run of one of both ended so
+    if not math.isfinite(mean):
+        # One of the runs diverged.
         return Effect(len(values), mean, math.nan, mean, mean)
     sd = statistics.stdev(values)
-    half = t_quantile((1 + LEVEL) / 2, len(values) - 1) * sd / math.sqrt(len(values))
+    half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * sd / math.sqrt(len(values))
     return Effect(len(values), mean, sd, mean - half, mean + half)
 
 
 def least_seen(sd, seeds):
-    """The smallest true difference that so many seeds call one with probability POWER, two-sided at 5 %, where paired
-    differences spread by sd: (t_.975 + t_.8) · sd / √n with Student's t, an approximation of the noncentral one."""
-    return (t_quantile((1 + LEVEL) / 2, seeds - 1) + t_quantile(POWER, seeds - 1)) * sd / math.sqrt(seeds)
+    """The smallest true difference that this many seeds show with probability POWER, tested two-sided at 5 %, if paired
+    differences have the standard deviation sd: (t_.975 + t_.8) · sd / √n. Student's t approximates the noncentral t."""
+    quantiles = stats.t.ppf([(1 + LEVEL) / 2, POWER], seeds - 1)
+    return quantiles.sum() * sd / math.sqrt(seeds)
 
 
-def seeds_for(sd, difference, most=1000):
-    """How many seeds see it (least_seen)."""
-    return 2 + bisect.bisect_left(range(2, most), True, key=lambda n: least_seen(sd, n) <= difference)
+def seeds_for(sd, difference, limit=1000):
+    """How many seeds show this difference (`least_seen`)."""
+    return 2 + bisect.bisect_left(range(2, limit), True, key=lambda seeds: least_seen(sd, seeds) <= difference)
 
 
 def bootstrapped(statistic, seeds, samples=1000):
-    """statistic(list of seeds) and its 95 % percentile interval over resampled seeds -> (value, low, high); of one seed
+    """(value, low, high): statistic(list of seeds) with its 95 % percentile interval over resampled seeds. One seed has
     no interval (nan)."""
-    seeds, dice = sorted(seeds), random.Random(0)
+    seeds = sorted(seeds)
+    value = statistic(seeds)
     if len(seeds) < 2:
-        return statistic(seeds), math.nan, math.nan
-    found = sorted(statistic(dice.choices(seeds, k=len(seeds))) for _ in range(samples))
-    return statistic(seeds), found[round(.025 * (samples - 1))], found[round(.975 * (samples - 1))]
+        return value, math.nan, math.nan
+    dice = random.Random(0)
+    values = [statistic(dice.choices(seeds, k=len(seeds))) for _ in range(samples)]
+    # Values may be infinite. So the interval ends at samples: scipy.stats.bootstrap would interpolate, which gives nan.
+    low, high = np.quantile(values, ((1 - LEVEL) / 2, (1 + LEVEL) / 2), method="nearest")
+    return value, low, high
 
 
 # -- records
 
 def read(path):
-    """report.finished: {name of the run: {tag: [records]}}."""
-    return report.finished(path, "; give each its own --results and --runs")
+    """The finished runs in a file: {name of the run: {tag: [records]}}."""
+    runs = report.finished(path, "; give each its own --results and --runs")
+    for run in runs.values():
+        config = run["config"][0]
+        if "law" in config:
+            config["size_curve"] = config.pop("law")      # the setting's name when the committed records were made
+    return runs
+
+
+def seed_of(name):
+    """The seed in the name of a run."""
+    return int(name.rpartition("-s")[2])
 
 
 def of_kind(runs, kind, size, ratio):
-    """{seed: summary} of the finished runs of a kind at a place."""
-    seeds = sorted({int(name.rpartition("-s")[2]) for name in runs})
-    return {seed: runs[name]["summary"][0] for seed in seeds if (name := Run(kind, size, ratio, seed).name) in runs}
+    """The finished runs of a kind at a place, as {seed: summary}."""
+    summaries = {}
+    for seed in sorted({seed_of(name) for name in runs}):
+        name = Run(kind, size, ratio, seed).name
+        if name in runs:
+            summaries[seed] = runs[name]["summary"][0]
+    return summaries
 
 
-def differences(runs, a, b, size, ratio):
-    """{seed: loss of kind a minus that of kind b}, nats per token."""
-    a, b = of_kind(runs, a, size, ratio), of_kind(runs, b, size, ratio)
-    return {seed: a[seed]["final_loss"] - b[seed]["final_loss"] for seed in a if seed in b}
+def differences(runs, first, second, size, ratio):
+    """{seed: final loss of the first kind minus that of the second}, nats per token."""
+    of_first = of_kind(runs, first, size, ratio)
+    of_second = of_kind(runs, second, size, ratio)
+    seeds = [seed for seed in of_first if seed in of_second]
+    return {seed: of_first[seed]["final_loss"] - of_second[seed]["final_loss"] for seed in seeds}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two kinds at a place."""
+    claim: Claim
+    first: str
+    second: str
+    size: str
+    ratio: float
+    effect: Effect
+
+
+def comparisons(runs, scale):
+    """The Comparisons of all claims of the scale, in the order of the claims' numbers."""
+    rows = []
+    for number in sorted(scale.claims):
+        for pair in claims_runs.pairs(CLAIMS[number], scale):
+            rows.append(Comparison(CLAIMS[number], *pair, effect(differences(runs, *pair))))
+    return rows
+
+
+# -- costs
+
+@dataclass(frozen=True)
+class Cost:
+    """What runs take, on average over seeds (a teacher is dropped sooner in some than in others)."""
+    tokens: float
+    flops: float                       # executed
+
+    def over(self, other):
+        """This cost as a multiple of another."""
+        return Cost(self.tokens / other.tokens, self.flops / other.flops)
 
 
 def cost(runs, kind, size, ratio, seeds, total=True):
-    """(tokens, FLOPs executed) of a kind, means over these seeds (a teacher is dropped sooner with one than with
-    another), if `total` with those of the runs it needs; nan where one has no records."""
-    def one(run):
-        if run.name not in runs:
-            return math.nan, math.nan
-        summary = runs[run.name]["summary"][0]
-        parts = [(summary["tokens"], summary["flops_executed"]), *(one(need) for need in run.needs() if total)]
-        return tuple(map(sum, zip(*parts)))
-
-    return tuple(map(statistics.mean, zip(*(one(Run(kind, size, ratio, seed)) for seed in seeds))))
+    """The Cost of a kind, if `total` with the runs that it needs; nan if one of them has no records."""
+    costs = [cost_of_run(runs, Run(kind, size, ratio, seed), total) for seed in seeds]
+    return Cost(statistics.mean(one.tokens for one in costs), statistics.mean(one.flops for one in costs))
 
 
-def mean(found, key, seeds):
-    """Over these seeds of {seed: summary}."""
-    return statistics.fmean(found[seed][key] for seed in seeds)
+def cost_of_run(runs, run, total):
+    if run.name not in runs:
+        return Cost(math.nan, math.nan)
+    summary = runs[run.name]["summary"][0]
+    parts = [Cost(summary["tokens"], summary["flops_executed"])]
+    if total:
+        parts += [cost_of_run(runs, need, total) for need in run.needs()]
+    return Cost(sum(part.tokens for part in parts), sum(part.flops for part in parts))
 
 
-def curve(kinds, seeds, spent="tokens"):
-    """[(tokens or "flops_executed", loss)], means over these seeds of each {seed: summary}, ascending."""
-    return sorted((mean(found, spent, seeds), mean(found, "final_loss", seeds)) for found in kinds)
+# -- equal loss
+
+def mean(summaries, key, seeds):
+    """The mean over these seeds of one number of {seed: summary}."""
+    return statistics.fmean(summaries[seed][key] for seed in seeds)
+
+
+def curve(lengths, seeds, spent="tokens"):
+    """The points (tokens or "flops_executed", final loss) of several lengths of run, each {seed: summary}: means over
+    these seeds, in ascending order."""
+    return sorted((mean(summaries, spent, seeds), mean(summaries, "final_loss", seeds)) for summaries in lengths)
+
+
+@dataclass(frozen=True)
+class EqualLoss:
+    """What a kind at a place is worth beside training from scratch (claim 5)."""
+    worth: tuple[float, float, float]  # scratch takes so many times the kind's tokens to its loss; low, high
+    tokens: float                      # the kind's tokens with what it needs, as a multiple of its own
+    flops: float                       # its own FLOPs as a multiple of those of scratch at equal own tokens
+    total_flops: float                 # the same with what it needs
 
 
 def equal_loss(runs, kind, size, ratio, scale):
-    """Claim 5: D tokens of this kind are worth x · D of training from scratch -> ((x, low, high), total tokens as a
-    multiple of D, own FLOPs, total FLOPs as multiples of scratch's at D), or None where runs are missing. Scratch is
-    measured at every length, straight lines over the logarithm of the tokens between, which lie above a
-    convex curve, so that x is rather too large; it is 0 below the shortest and inf beyond the longest."""
-    ours, theirs = of_kind(runs, kind, size, ratio), of_kind(runs, "scratch", size, ratio)
-    seeds = [s for s in ours if s in theirs]
+    """The EqualLoss of a kind at a place, or None if runs are missing.
+
+    Scratch is measured at every length and interpolated by straight lines over the logarithm of the tokens. Straight
+    lines lie above a convex curve, so `worth` is rather too large. It is 0 below the shortest length and inf beyond
+    the longest."""
+    own = of_kind(runs, kind, size, ratio)
+    scratch = of_kind(runs, "scratch", size, ratio)
+    seeds = [seed for seed in own if seed in scratch]
     if not seeds:
         return None
-
-    lengths = [of_kind(runs, k, size, r) for k in ("scratch", "scratch-flops", "scratch-kd-flops")
-               for r in {*scale.ratios, scale.ratio, scale.long}]
-    lengths = [found for found in lengths if {*seeds} <= {*found}]
+    lengths = []
+    for longer in ("scratch", "scratch-flops", "scratch-kd-flops"):
+        for other in {*scale.ratios, scale.ratio, scale.long}:
+            summaries = of_kind(runs, longer, size, other)
+            if set(seeds) <= set(summaries):
+                lengths.append(summaries)
 
     def worth(seeds):
-        points, loss = curve(lengths, seeds), mean(ours, "final_loss", seeds)
-        return reach(points, loss) / ours[seeds[0]]["tokens"] if loss <= points[0][1] else 0
+        points = curve(lengths, seeds)
+        loss = mean(own, "final_loss", seeds)
+        if loss > points[0][1]:
+            return 0
+        return reach(points, loss) / own[seeds[0]]["tokens"]
 
-    own, whole, base = (cost(runs, k, size, ratio, seeds, total)
-                        for k, total in ((kind, False), (kind, True), ("scratch", True)))
-    return bootstrapped(worth, seeds), whole[0] / own[0], own[1] / base[1], whole[1] / base[1]
+    alone = cost(runs, kind, size, ratio, seeds, total=False)
+    whole = cost(runs, kind, size, ratio, seeds)
+    base = cost(runs, "scratch", size, ratio, seeds)
+    return EqualLoss(bootstrapped(worth, seeds), whole.tokens / alone.tokens, alone.flops / base.flops,
+                     whole.flops / base.flops)
 
 
 def headline(runs, scale):
-    """Claim 9: how many times fewer tokens a cut model takes to the loss of training from scratch, and with the larger
-    model's training fewer tokens and FLOPs -> {what: (times, low, high)} (0: the longest recovery is not enough), and
-    whether the shortest is enough already, so that it is at least so many times; or (None, False)."""
-    place, kinds = (scale.size, scale.long), [a for a, _ in CLAIMS[9].pairs]
-    base, large, *others = (of_kind(runs, kind, *place) for kind in ("scratch", "large", *kinds))
-    seeds = [s for s in base if all(s in found for found in (large, *others))]
+    """Claim 9: how many times fewer tokens or FLOPs a cut model takes to the loss of training from scratch.
+
+    Returns {what is counted: (times, low, high)} and whether the shortest recovery is enough already, so that it is at
+    least so many times; (None, False) if runs are missing. 0 times: the longest recovery is not enough."""
+    kinds = [first for first, _ in CLAIMS[9].pairs]
+    scratch, large, *recoveries = [of_kind(runs, kind, scale.size, scale.long) for kind in ("scratch", "large", *kinds)]
+    seeds = sorted(set(scratch).intersection(large, *recoveries))
     if not seeds:
         return None, False
+    first = seeds[0]
 
-    def times(spent, before=0):
-        return bootstrapped(lambda seeds: base[seeds[0]][spent] / (before + reach(
-            curve(others, seeds, spent), mean(base, "final_loss", seeds))), seeds)
+    def times(spent, before):
+        def ratio(seeds):
+            needed = reach(curve(recoveries, seeds, spent), mean(scratch, "final_loss", seeds))
+            return scratch[seeds[0]][spent] / (before + needed)
 
-    shortest = curve(others, seeds)[0]
-    return {"tokens, recovery only": times("tokens"),
-            "tokens, with the larger model's training": times("tokens", large[seeds[0]]["tokens"]),
-            "FLOPs, with the larger model's training": times("flops_executed", large[seeds[0]]["flops_executed"]),
-            }, shortest[1] <= mean(base, "final_loss", seeds)
+        return bootstrapped(ratio, seeds)
+
+    counted = {"Tokens, counting the recovery only": times("tokens", 0),
+               "Tokens, counting the larger model's training": times("tokens", large[first]["tokens"]),
+               "FLOPs, counting the larger model's training": times("flops_executed", large[first]["flops_executed"])}
+    _, shortest_loss = curve(recoveries, seeds)[0]
+    return counted, shortest_loss <= mean(scratch, "final_loss", seeds)
+
+
+# -- cells of tables
+
+def interval(effect):
+    """An Effect's mean with its interval."""
+    if not effect.seeds:
+        return "-"
+    if effect.seeds == 1:
+        return f"{effect.mean:+.4f}"
+    return f"{effect.mean:+.4f} ({effect.low:+.4f} to {effect.high:+.4f})"
+
+
+def brief(effect):
+    """The same with half of the interval, which is symmetric."""
+    if not effect.seeds:
+        return "-"
+    if effect.seeds == 1:
+        return f"{effect.mean:+.3f}"
+    return f"{effect.mean:+.3f} ± {(effect.high - effect.low) / 2:.3f}"
+
+
+def factor(value, low, high, below="less than the shortest run"):
+    """A bootstrapped factor. 0 and inf lie outside of the lengths that were run."""
+    def show(x):
+        if x == 0:
+            return below
+        return "more than the longest run" if x == math.inf else f"{x:.2f}"
+
+    if math.isnan(low) or low == high == value:
+        return show(value)
+    return f"{show(value)} ({show(low)} to {show(high)})"
+
+
+def verdict_of_factor(value, low, high):
+    """On the claim that a factor is well above 1, at least FAR."""
+    if math.isnan(low):
+        return "not measured"
+    if low > FAR:
+        return "reproduced"
+    return "contradicted" if high < 1 else UNDECIDED
+
+
+def verdict(row):
+    """The verdict on a Comparison."""
+    if row.claim.by_factor and row.effect.seeds:
+        return "by tokens, see below"
+    return row.effect.verdict(row.claim.margin)
+
+
+def pair(row):
+    """What a Comparison's claim says of its two kinds."""
+    if row.claim.margin:
+        return f"`{row.first}` within {row.claim.margin:g} of `{row.second}`"
+    return f"`{row.first}` below `{row.second}`"
+
+
+def titles(rows):
+    """For each Comparison the text of its claim, but only in the claim's first row."""
+    seen = set()
+    for row in rows:
+        yield "" if row.claim in seen else f"{row.claim.number}. {row.claim.text}"
+        seen.add(row.claim)
+
+
+def multiples(runs, row):
+    """Tokens and FLOPs of the first kind as multiples of the second's, over the seeds that both have: their own, and if
+    that differs with what they need."""
+    place = row.size, row.ratio
+    seeds = differences(runs, row.first, row.second, *place)
+    if not seeds:
+        return "-"
+    own = cost(runs, row.first, *place, seeds, total=False).over(cost(runs, row.second, *place, seeds, total=False))
+    total = cost(runs, row.first, *place, seeds).over(cost(runs, row.second, *place, seeds))
+    text = f"{own.tokens:.2f}, {own.flops:.2f}"
+    if total != own:
+        text += f"; {total.tokens:.2f}, {total.flops:.2f}"
+    return text
 
 
 # -- tables
 
-def shown(found):
-    """An Effect's mean and interval."""
-    if not found.seeds:
-        return "-"
-    return f"{found.mean:+.4f}" + (f" ({found.low:+.4f} to {found.high:+.4f})" if found.seeds > 1 else "")
-
-
-def brief(found):
-    """The same in little space: half of Student's interval, which is symmetric."""
-    if not found.seeds:
-        return "-"
-    return f"{found.mean:+.3f}" + (f" ± {(found.high - found.low) / 2:.3f}" if found.seeds > 1 else "")
-
-
-def factor(value, low, high, below="below what was run"):
-    """A bootstrapped factor; 0 and inf: outside of the lengths that were run."""
-    def one(x):
-        return "beyond what was run" if x == math.inf else below if x == 0 else f"{x:.2f}"
-    return one(value) + ("" if math.isnan(low) or low == high == value else f" ({one(low)} to {one(high)})")
-
-
-def verdict_of_factor(value, low, high):
-    """Of the claim that a factor is well above 1, FAR."""
-    return "not measured" if math.isnan(low) else "reproduced" if low > FAR else "contradicted" if high < 1 \
-        else UNDECIDED
-
-
-def places(scale):
-    """[(size, ratio)] of all claims of the scale."""
-    return list(dict.fromkeys(place for number in scale.claims for place in claims_runs.places(CLAIMS[number], scale)))
-
-
-def claim_rows(runs, scale):
-    """-> [(claim, first kind, second kind, size, ratio, Effect)] of all pairs of the scale."""
-    return [(claim, *pair, effect(differences(runs, *pair))) for number in sorted(scale.claims)
-            for claim in [CLAIMS[number]] for pair in claims_runs.pairs(claim, scale)]
-
-
-def multiples(runs, a, b, size, ratio):
-    """Tokens and FLOPs of a as multiples of b's, their own and with what they need, over the seeds that both have."""
-    seeds = differences(runs, a, b, size, ratio)
-    if not seeds:
-        return "-"
-    (t, f), (tt, ff) = (tuple(x / y for x, y in zip(*(cost(runs, kind, size, ratio, seeds, total) for kind in (a, b))))
-                        for total in (False, True))
-    return f"{t:.2f}, {f:.2f}" + (f"; {tt:.2f}, {ff:.2f}" if (tt, ff) != (t, f) else "")
-
-
 def claims_table(runs, scale):
-    """A row for every pair at every place; one for a claim without runs."""
-    rows, seen, every = [], set(), claim_rows(runs, scale)
-    for claim, a, b, size, ratio, found in every:
-        measured = any(e.seeds for other, *_, e in every if other == claim)
-        if not measured and claim in seen:
-            continue
-        verdict = "see below" if claim.by_factor and found.seeds else found.verdict(claim.margin)
-        if verdict == UNDECIDED:
-            verdict += f" ({found.seeds} seeds see {least_seen(found.sd, found.seeds):.4f})"
-        how = f"within {claim.margin:g} of" if claim.margin else "below"
-        rows.append((f"{claim.number}. {claim.text}" if claim not in seen else "",
-                     f"`{a}` {how} `{b}`" if measured else "", f"{size}, {ratio:g}" if measured else "", found.seeds,
-                     shown(found), verdict, multiples(runs, a, b, size, ratio)))
-        seen.add(claim)
+    """A row for every pair of every claim at every place."""
+    rows = comparisons(runs, scale)
+    cells = []
+    for row, title in zip(rows, titles(rows)):
+        decision = verdict(row)
+        if decision == UNDECIDED:
+            smallest = least_seen(row.effect.sd, row.effect.seeds)
+            decision += f" ({row.effect.seeds} seeds see {smallest:.4f})"
+        cells.append((title, pair(row), f"{row.size}, {row.ratio:g}", row.effect.seeds, interval(row.effect), decision,
+                      multiples(runs, row)))
     return report.markdown(("claim", "compared", "size, tokens per parameter", "seeds", "difference (95 %)", "verdict",
-                            "tokens, FLOPs as multiples: own; with what it needs"), rows)
-
-
-def main_place(claim, scale):
-    """Of a claim's places the one that short_table shows."""
-    return (scale.size, scale.ratio) if claim.place == "ratios" else claims_runs.places(claim, scale)[0]
+                            "tokens, FLOPs as multiples: own; with what is needed"), cells)
 
 
 def short_table(runs, scale):
-    """A row for every paper's claim, its pairs at one place in one cell. Of claim 5 the other places are
-    lengths_table's."""
+    """A row for every pair of the papers' claims. Claim 5 is shown at one place; `lengths_table` shows the others."""
     rows = []
-    for claim in (CLAIMS[number] for number in sorted(scale.claims) if not CLAIMS[number].ours):
-        place = main_place(claim, scale)
-        pairs = [(a, b, effect(differences(runs, a, b, *place))) for a, b, *at in claims_runs.pairs(claim, scale)
-                 if tuple(at) == place]
-        verdicts = Counter(e.verdict(claim.margin) for *_, e in pairs)
-        if claim.by_factor and any(e.seeds for *_, e in pairs):
-            times = (headline(runs, scale)[0] or {}).get("tokens, recovery only", (math.nan,) * 3)
-            verdicts = Counter([verdict_of_factor(*times)])
-        lines = [f"`{a}` minus `{b}` {brief(e)}"
-                 + (f", {e.seeds} seed{'s' * (e.seeds > 1)}" if 0 < e.seeds != scale.seeds else "")
-                 + (f": {v}" if len(verdicts) > 1 and (v := e.verdict(claim.margin)) != UNDECIDED else "")
-                 for a, b, e in pairs if e.seeds]
-        elsewhere = f" ({place[1]:g} tokens per parameter)" if place != (scale.size, scale.ratio) and lines else ""
-        near = f" (up to {claim.margin:g} above)" if claim.margin else ""
-        rows.append((f"{claim.number}. {claim.text}{near}{elsewhere}", "<br>".join(lines),
-                     ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items()) if len(verdicts) > 1
-                     else next(iter(verdicts))))
-    return report.markdown(("claim", "nats per token (95 %)", "verdict"), rows)
+    for row in comparisons(runs, scale):
+        elsewhere = row.claim.place == "ratios" and row.ratio != scale.ratio
+        if not row.claim.ours and not elsewhere:
+            rows.append(row)
+    cells = []
+    for row, title in zip(rows, titles(rows)):
+        if title and row.ratio != scale.ratio:
+            title += f" ({row.ratio:g} tokens per parameter)"
+        cells.append((title, pair(row), row.effect.seeds, brief(row.effect), verdict(row)))
+    return report.markdown(("claim", "compared", "seeds", "nats per token (95 %)", "verdict"), cells)
 
 
 def lengths_table(runs, scale):
     """Claim 5 at every length: a row for every kind that has seeds there."""
-    rows, equal_flops = [], {a: b for a, b in CLAIMS[5].pairs if b != "scratch"}
-    for kind in ("idea", "idea-kd", "idea-kd-annealed") if 5 in scale.claims and len(scale.ratios) > 1 else ():
+    if 5 not in scale.claims or len(scale.ratios) < 2:
+        return ""
+    equal_flops = {first: second for first, second in CLAIMS[5].pairs if second != "scratch"}
+    cells = []
+    for kind in ("idea", "idea-kd", "idea-kd-annealed"):
         for ratio in scale.ratios:
-            found = equal_loss(runs, kind, scale.size, ratio, scale)
-            if not found:
+            equal = equal_loss(runs, kind, scale.size, ratio, scale)
+            if not equal:
                 continue
-            x, more, own, whole = found
-            e, other = effect(differences(runs, kind, "scratch", scale.size, ratio)), equal_flops.get(kind)
-            f = effect(differences(runs, kind, other, scale.size, ratio)) if other else None
-            rows.append((f"`{kind}`", f"{ratio:g}", e.seeds, brief(e), f"{brief(f)} (`{other}`"
-                         + f", {f.seeds} seeds" * (f.seeds != e.seeds) + ")" if f and f.seeds else "", factor(*x),
-                         f"{own:.2f}" + (f" ({whole:.2f} on {more:.2g} times the tokens)" if more > 1 else "")))
-    return rows and report.markdown((
-        "plan", "tokens per parameter", "seeds", "minus `scratch` at equal own tokens", "at equal FLOPs, minus",
-        "tokens that `scratch` takes to its loss, as a multiple of its own",
-        "FLOPs as a multiple of those of `scratch` at equal own tokens (with the teacher's training)"), rows)
+            effect_at_tokens = effect(differences(runs, kind, "scratch", scale.size, ratio))
+            at_flops = ""
+            if kind in equal_flops:
+                at_flops = beside_equal_flops(runs, kind, equal_flops[kind], scale.size, ratio, effect_at_tokens.seeds)
+            flops = f"{equal.flops:.2f}"
+            if equal.tokens > 1:
+                flops += f" ({equal.total_flops:.2f} on {equal.tokens:.2g} times the tokens)"
+            cells.append((f"`{kind}`", f"{ratio:g}", effect_at_tokens.seeds, brief(effect_at_tokens), at_flops,
+                          factor(*equal.worth), flops))
+    if not cells:
+        return ""
+    return report.markdown((
+        "kind", "tokens per parameter", "seeds", "minus `scratch` at equal own tokens", "at equal FLOPs, minus",
+        "tokens that `scratch` takes to the same loss, as a multiple of the kind's",
+        "FLOPs as a multiple of those of `scratch` at equal own tokens (with the teacher's training)"), cells)
+
+
+def beside_equal_flops(runs, kind, other, size, ratio, usual_seeds):
+    """A cell: the effect against the kind that spends as many FLOPs."""
+    difference = effect(differences(runs, kind, other, size, ratio))
+    if not difference.seeds:
+        return ""
+    if difference.seeds == usual_seeds:
+        return f"{brief(difference)} (`{other}`)"
+    return f"{brief(difference)} (`{other}`, {difference.seeds} seeds)"
 
 
 def ingredients_table(runs, scale):
-    """What each thing is worth: a kind with it minus one without."""
-    found = [(what, a, b, effect(differences(runs, a, b, scale.size, scale.ratio))) for what, a, b in INGREDIENTS]
-    rows = [(what, f"`{a}` minus `{b}`", e.seeds, brief(e)) for what, a, b, e in found if e.seeds]
-    return rows and report.markdown(("ingredient", "measured as", "seeds", "nats per token (95 %)"), rows)
-
-
-def taught(r):
-    """The share of a run's steps that had a teacher; of a plan without one 0."""
-    c, _, _, t = claims_runs.timeline(r["config"][0])
-    dropped = min((record["step"] for record in r.get("teacher", ()) if record.get("dropped")), default=c.steps)
-    return sum(max(0, min(end, dropped) - begin) for stage, begin, end in t.stages if stage.kd) / c.steps
+    """What each ingredient is worth: a kind with it minus one without it."""
+    cells = []
+    for what, first, second in INGREDIENTS:
+        difference = effect(differences(runs, first, second, scale.size, scale.ratio))
+        if difference.seeds:
+            cells.append((what, f"`{first}` minus `{second}`", difference.seeds, brief(difference)))
+    if not cells:
+        return ""
+    return report.markdown(("ingredient", "measured as", "seeds", "nats per token (95 %)"), cells)
 
 
 def kinds_table(runs, scale):
-    """Every kind at every place: its learning rate, tokens, FLOPs, steps with a teacher and loss."""
-    rows = []
-    for size, ratio in places(scale):
+    """Every kind at every place: its learning rate, tokens, FLOPs, steps with a teacher, and loss."""
+    places = []
+    for number in scale.claims:
+        places += claims_runs.places(CLAIMS[number], scale)
+    cells = []
+    for size, ratio in dict.fromkeys(places):
         for kind in claims_runs.KINDS:
-            found = of_kind(runs, kind, size, ratio)
-            if not found:
-                continue
-            run = Run(kind, size, ratio, min(found))
-            losses = [s["final_loss"] for s in found.values()]
-            spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 and max(losses) < math.inf else ""
-            (t, f), (tt, ff) = (cost(runs, kind, size, ratio, found, total) for total in (False, True))
-            more = (f" ({tt / 1e6:.2f})", f" ({ff:.3g})") if tt != t else ("", "")
-            rate = runs[run.name]["config"][0]["lr"]
-            steps = [taught(runs[Run(kind, size, ratio, seed).name]) for seed in found] \
-                if any(row.kd for row in schedule.PLANS[claims_runs.KINDS[kind].plan]) else []
-            rows.append((f"`{kind}`", f"{size}, {ratio:g}", f"{rate:g}", len(found), f"{found[run.seed]['params']:,}",
-                         f"{t / 1e6:.2f}{more[0]}", f"{f:.3g}{more[1]}",
-                         f"{100 * statistics.mean(steps):.0f} %" if steps else "",
-                         f"{statistics.mean(losses):.4f}{spread}"))
+            summaries = of_kind(runs, kind, size, ratio)
+            if summaries:
+                cells.append(kind_cells(runs, kind, size, ratio, summaries))
     return report.markdown(("kind", "size, tokens per parameter", "peak lr", "seeds", "parameters",
-                            "tokens (M), with what it needs", "FLOPs executed, with what it needs",
-                            "steps with a teacher", "val loss (nats/token) ± between seeds"), rows)
+                            "tokens (M), with what is needed", "FLOPs executed, with what is needed",
+                            "steps with a teacher", "val loss (nats/token) ± between seeds"), cells)
 
+
+def kind_cells(runs, kind, size, ratio, summaries):
+    """A row of `kinds_table` from {seed: summary}."""
+    own_runs = [runs[Run(kind, size, ratio, seed).name] for seed in summaries]
+    own = cost(runs, kind, size, ratio, summaries, total=False)
+    total = cost(runs, kind, size, ratio, summaries)
+    tokens = f"{own.tokens / 1e6:.2f}"
+    flops = f"{own.flops:.3g}"
+    if total.tokens != own.tokens:
+        tokens += f" ({total.tokens / 1e6:.2f})"
+        flops += f" ({total.flops:.3g})"
+    steps = ""
+    if any(stage.kd for stage in schedule.PLANS[claims_runs.KINDS[kind].plan]):
+        steps = f"{100 * statistics.mean(taught_share(run) for run in own_runs):.0f} %"
+    losses = [summary["final_loss"] for summary in summaries.values()]
+    loss = f"{statistics.mean(losses):.4f}"
+    if len(losses) > 1 and max(losses) < math.inf:
+        loss += f" ± {statistics.stdev(losses):.4f}"
+    params = summaries[min(summaries)]["params"]
+    return (f"`{kind}`", f"{size}, {ratio:g}", f"{own_runs[0]['config'][0]['lr']:g}", len(summaries), f"{params:,}",
+            tokens, flops, steps, loss)
+
+
+def taught_share(run):
+    """The share of a run's steps that had a teacher; 0 for a plan without one."""
+    config, _, _, timeline = claims_runs.plan_of(run["config"][0])
+    end_of_teaching = config.steps
+    for record in run.get("teacher", ()):
+        if record.get("dropped"):
+            end_of_teaching = record["step"]
+    steps = 0
+    for stage, begin, end in timeline.stages:
+        if stage.kd:
+            steps += max(0, min(end, end_of_teaching) - begin)
+    return steps / config.steps
+
+
+def power(runs, scale):
+    """The spread of the paired differences, and how many seeds small effects need, as Markdown; "" if no pair has two
+    seeds."""
+    cells = []
+    for row in comparisons(runs, scale):
+        sd = row.effect.sd
+        if row.effect.seeds > 1:
+            cells.append((row.claim.number, f"`{row.first}` minus `{row.second}`", f"{row.size}, {row.ratio:g}",
+                          row.effect.seeds, f"{sd:.4f}", f"{least_seen(sd, row.effect.seeds):.4f}",
+                          seeds_for(sd, .01), seeds_for(sd, .005)))
+    if not cells:
+        return ""
+    table = report.markdown(("claim", "pair", "size, tokens per parameter", "seeds", "sd of differences",
+                             "smallest effect seen", "seeds for 0.01", "seeds for 0.005"), cells)
+    return f"Nats per token, tested two-sided at 5 % with power 80 %, by Student's t.\n\n{table}"
+
+
+# -- pages
 
 def sentences(runs, scale):
-    """Claim 9 in tokens to equal loss, as Markdown lines."""
+    """Claim 9 in tokens to equal loss, as lines of Markdown."""
+    if 9 not in scale.claims:
+        return []
+    counted, at_least = headline(runs, scale)
     lines = []
-    if 9 in scale.claims:
-        found, least = headline(runs, scale)
-        for what, times in (found or {}).items():
-            verdict = f": {verdict_of_factor(*times)} (\"far fewer\" is more than {FAR} times, which is ours to say)" \
-                if what == "tokens, recovery only" else ""
-            lines.append(f"- Cut from a larger trained model, times fewer {what}, to the loss of `scratch`: "
-                         f"{'at least ' * least}{factor(*times, below='not even by the longest')}{verdict}.")
+    for what, times in (counted or {}).items():
+        limit = "at least " if at_least else ""
+        line = f"- {what}: {limit}{factor(*times, below='not reached')}"
+        if "recovery only" in what:
+            line += f", {verdict_of_factor(*times)} (\"far fewer\" means more than {FAR} times; the number is ours)"
+        lines.append(f"{line}.")
+    if lines:
+        lines.insert(0, "A model that is cut from a larger trained one reaches the loss of `scratch` with fewer tokens "
+                        "or FLOPs by these factors (\"not reached\": the longest recovery ends above that loss):\n")
     return lines
 
 
-def state(runs, scale):
-    """How much has been run, on what it was judged, how often the text was read, by which code, at which rates."""
-    first, summaries = next(iter(runs.values()))["config"][0], [r["summary"][0] for r in runs.values()]
-    code = Counter(r["config"][0].get("code", "unknown") for r in runs.values())
-    windows = ", ".join(map(str, sorted({s["final_windows"] for s in summaries if "final_windows" in s})))
-    epochs, trains = max(s["epochs"] for s in summaries), first["eval_windows"]
-    cosine, wsd = (claims_runs.rate(Run(kind, scale.size, scale.ratio, 0)) for kind in ("idea", "idea-wsd"))
-    return (f"{len(runs)} runs of {first['data']}, read at most {epochs:.1f} times; losses of {windows} windows of "
-            f"the hold-out at the end, of {trains} while training; code "
-            f"{', '.join(f'{name} ({count})' for name, count in sorted(code.items()))}.\n"
-            f"Peak learning rate {cosine:g}, with WSD instead of a cosine {wsd:g}; claim 13 is about them, intervals "
-            "leave out that they were chosen.")
+def basis(runs, scale):
+    """What was run: how many runs of which text, judged on what, by which code, at which rates."""
+    config = next(iter(runs.values()))["config"][0]
+    summaries = [run["summary"][0] for run in runs.values()]
+    epochs = max(summary["epochs"] for summary in summaries)
+    windows = sorted({summary["final_windows"] for summary in summaries if "final_windows" in summary})
+    codes = Counter(run["config"][0].get("code", "unknown") for run in runs.values())
+    code = ", ".join(f"{name} ({count})" for name, count in sorted(codes.items()))
+    final = ", ".join(map(str, windows))
+    cosine = claims_runs.peak_rate(Run("idea", scale.size, scale.ratio, 0))
+    wsd = claims_runs.peak_rate(Run("idea-wsd", scale.size, scale.ratio, 0))
+    return (f"The tables come from {len(runs)} runs on the text {config['data']!r}, which no run reads more than "
+            f"{epochs:.1f} times. Losses at the end are over {final} windows of the hold-out, those while training "
+            f"over {config['eval_windows']}. The peak learning rate is {cosine:g}, and {wsd:g} with WSD "
+            "instead of a cosine; claim 13 is about these rates, and the intervals do not account for their choice. "
+            f"Code of the runs (a hash of the sources in older records, the git commit in newer ones): {code}.")
 
 
 def text(runs, scale, figure=None):
-    """The README's part, from the records alone. figure: the link to the picture."""
+    """The README's part, from the records alone. `figure` is the path of the picture."""
     if not runs:
-        return "Not measured yet: `python -m experiments.claims` runs what is missing, `python -m experiments.claims report` writes " \
-               "this.\n\n" + short_table(runs, scale)
-    caption = f"*While training, mean over seeds and their range, at {scale.size}, {scale.ratio:g} per parameter.*"
+        return ("Nothing has been measured yet: `python -m experiments.claims` runs what is missing, and "
+                f"`python -m experiments.claims report` writes this part.\n\n{short_table(runs, scale)}")
+    picture = ""
+    if figure:
+        picture = (f"![loss, learning rate and size against FLOPs]({figure})\n\n*Losses while training, at "
+                   f"{scale.size} and {scale.ratio:g} tokens per parameter: mean and range over seeds.*")
+    about = (f"Each row compares two kinds of run at {scale.size} and {scale.ratio:g} tokens per parameter, unless it "
+             "names another length. The numbers are differences in the final loss: below 0 the first kind is better. "
+             f"A verdict of \"{UNDECIDED}\" means that the interval contains both answers.")
     ours = [str(number) for number in sorted(scale.claims) if CLAIMS[number].ours]
-    about = f"Differences at {scale.size} and {scale.ratio:g} tokens per parameter over {scale.seeds} seeds, where " \
-            "nothing else is said; negative: the first is better. In a row of several verdicts a pair without a word " \
-            f"is {UNDECIDED}." + f" Claims {' and '.join(ours)} are no paper's: report.md." * bool(ours)
-    blocks = [state(runs, scale),
-              figure and f"![loss, learning rate and size against FLOPs]({figure})\n\n{caption}", about,
-              short_table(runs, scale), "\n".join(sentences(runs, scale)), lengths_table(runs, scale),
-              ingredients_table(runs, scale)]
+    if ours:
+        about += f" Claims {' and '.join(ours)} are our own; report.md shows them."
+    blocks = [basis(runs, scale), picture, about, short_table(runs, scale), "\n".join(sentences(runs, scale)),
+              lengths_table(runs, scale), ingredients_table(runs, scale)]
     return "\n\n".join(block for block in blocks if block)
 
 
 def details(runs, scale):
     """What the README has no room for: every claim at every place, every kind, the spread of the differences."""
-    return "\n\n".join(filter(None, (
-        claims_table(runs, scale), "Seeds differ by more than kinds do: compare means of the same seeds only.",
-        kinds_table(runs, scale), power(runs, scale))))
-
-
-def power(runs, scale):
-    """The spread of the paired differences that are there, and the seeds that small effects need, as Markdown; nothing
-    where no pair has two seeds."""
-    rows = [(claim.number, f"`{a}` minus `{b}`", f"{size}, {ratio:g}", found.seeds, f"{found.sd:.4f}",
-             f"{least_seen(found.sd, found.seeds):.4f}", *(seeds_for(found.sd, d) for d in (.01, .005)))
-            for claim, a, b, size, ratio, found in claim_rows(runs, scale) if found.seeds > 1]
-    return rows and "Nats per token; two-sided 5 %, power 80 %, Student's t.\n\n" + report.markdown(
-        ("claim", "pair", "size, tokens per parameter", "seeds", "sd of differences", "smallest effect seen",
-         "seeds for 0.01", "seeds for 0.005"), rows)
+    blocks = [claims_table(runs, scale),
+              "Seeds differ by more than kinds do, so compare only means over the same seeds.",
+              kinds_table(runs, scale), power(runs, scale)]
+    return "\n\n".join(block for block in blocks if block)
 
 
 # -- the figure
 
 def picture(runs, scale, path):
-    """Loss, learning rate and live parameters against executed FLOPs, over the seeds that all drawn kinds have ->
-    whether it was drawn: there are such runs and a matplotlib."""
-    seeds = {kind: set(of_kind(runs, kind, scale.size, scale.ratio)) for kind in FIGURE}
-    common = set.intersection(*filter(None, seeds.values())) if any(seeds.values()) else set()
-    drawn = {kind: [runs[Run(kind, scale.size, scale.ratio, seed).name] for seed in sorted(common & found)]
-             for kind, found in seeds.items()}
-    try:
-        import numpy as np
-        from matplotlib.figure import Figure
-    except ImportError:
+    """Draw loss, learning rate and live parameters against executed FLOPs, over the seeds that all drawn kinds have.
+    Returns whether there is anything to draw."""
+    seeds = {}
+    for kind in FIGURE:
+        summaries = of_kind(runs, kind, scale.size, scale.ratio)
+        if summaries:
+            seeds[kind] = set(summaries)
+    common = set.intersection(*seeds.values()) if seeds else set()
+    if not common:
         return False
-    if not any(drawn.values()):
-        return False
+    from matplotlib.figure import Figure  # slow to import, and only needed here
     canvas = Figure(figsize=(8, 8), layout="constrained")
-    loss, rate, size = canvas.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
+    axes = canvas.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
     lowest = []
-    for color, (kind, found) in enumerate(item for item in drawn.items() if item[1]):
-        evals = [[e for e in r["eval"] if e["step"]] for r in found]
-        flops = [e["flops_executed"] for e in evals[0]]
-        losses = np.array([[e["val_loss"] for e in row] for row in evals])              # (seeds, evaluations)
-        lowest += [losses.min(), *losses[:, 2:].mean(0)]
-        loss.plot(flops, losses.mean(0), color=f"C{color}", label=f"{kind} ({len(found)} seeds)")
-        loss.fill_between(flops, losses.min(0), losses.max(0), color=f"C{color}", alpha=.2)
-        c, target, start, t = claims_runs.timeline(found[0]["config"][0])
-        steps = np.arange(c.steps)
-        at = np.interp(steps, [0, *(e["step"] for e in evals[0])], [0, *flops])
-        rate.plot(at, [schedule.lr_at(s, t, c.lr, c.min_lr, c.warmup_share, c.shape) for s in steps], color=f"C{color}")
-        params = {kept: claims_runs.live(start, target, kept).num_params()["total"] for _, kept in ((0, 1.0), *t.events)}
-        size.step(at, [params[schedule.size_at(s, t)] / 1e3 for s in steps], color=f"C{color}", where="post")
+    for i, kind in enumerate(seeds):
+        drawn = [runs[Run(kind, scale.size, scale.ratio, seed).name] for seed in sorted(common)]
+        lowest += draw(axes, kind, drawn, f"C{i}")
+    loss, rate, size = axes
     loss.set(ylim=(min(lowest) - .02, max(lowest) + .02), ylabel="hold-out loss (nats per token)")
     loss.legend()
     rate.set(ylabel="learning rate")
@@ -450,3 +592,28 @@ def picture(runs, scale, path):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(path, dpi=110)
     return True
+
+
+def draw(axes, kind, drawn, color):
+    """Draw the runs of a kind. Returns the losses that must be inside of the picture."""
+    loss, rate, size = axes
+    evals = [record for record in drawn[0]["eval"] if record["step"]]
+    flops = [record["flops_executed"] for record in evals]
+    losses = []
+    for run in drawn:
+        losses.append([record["val_loss"] for record in run["eval"] if record["step"]])
+    losses = np.array(losses)                                  # (seeds, evaluations)
+    loss.plot(flops, losses.mean(0), color=color, label=f"{kind} ({len(drawn)} seeds)")
+    loss.fill_between(flops, losses.min(0), losses.max(0), color=color, alpha=.2)
+
+    config, start, target, timeline = claims_runs.plan_of(drawn[0]["config"][0])
+    steps = range(config.steps)
+    flops_at = np.interp(steps, [0, *(record["step"] for record in evals)], [0, *flops])
+    rates = [schedule.lr_at(step, timeline, config.lr, config.min_lr, config.warmup_share, config.shape)
+             for step in steps]
+    rate.plot(flops_at, rates, color=color)
+    params = {}
+    for kept in (1.0, *(kept for _, kept in timeline.events)):
+        params[kept] = claims_runs.config_at(start, target, kept).num_params()["total"] / 1e3
+    size.step(flops_at, [params[schedule.size_at(step, timeline)] for step in steps], color=color, where="post")
+    return [losses.min(), *losses[:, 2:].mean(0)]

@@ -1,93 +1,99 @@
-"""What the papers claim, and which runs can tell: kinds of runs, the claims as pairs of them, sizes and tokens. Pure.
+"""What the papers claim, and which runs can tell: kinds of runs, claims as pairs of kinds, sizes and tokens.
 
-    python -c "import claims; print(*claims.CLAIMS, sep='\\n')"
+    python -c "from experiments.claims_runs import CLAIMS; print(*CLAIMS.values(), sep='\\n')"
 
-A run is a *kind* (how it is trained: a row of KINDS) at a *place* (a size and how many tokens per parameter of the
-target: `Scale`) with a seed. What a run needs, the teacher or the model that is cut for it, is another run of the same
-place and seed, so that all of it is counted. A claim is a list of pairs: the loss of the first kind is said to be below
-the second's, or at most `margin` above it. Claims 1 to 6, 11: IDEA Prune (arXiv 2503.05920); 7, 9: Adapt-Pruner
-(2502.03460); 8: The Journey Matters (2501.12486); 10: score.py's sources; 12 and 13 are ours.
-Not here: running (experiments/claims.py), statistics (experiments/claims_report.py).
+A run is a *kind* (how it is trained: a row of KINDS) at a *place* (a size, and a number of tokens per parameter of the
+target: `Scale`) with a seed. A run may need others: a teacher, or a model that is cut for it. They are runs of the same
+place and seed, so that all of their cost is counted. A claim is a list of pairs: it says that the first kind ends with
+a lower loss than the second, or at most `margin` above it. Claims 1 to 6 and 11 are from IDEA Prune (arXiv 2503.05920),
+7 and 9 from Adapt-Pruner (2502.03460), 8 from The Journey Matters (2501.12486), 10 from the sources that score.py
+names; 12 and 13 are ours. Not here: running (experiments/claims.py), statistics (experiments/claims_report.py).
 """
 from dataclasses import dataclass, field, fields, replace
+from typing import Literal
 
 import allocate
 import data
-import flags
 import model as models
 import prune
-import schedule
+import train
 from common import UserError
 from formats.tokenizer import open_tokenizer
+from schedule import PLANS
 
-RECOVERY_SEED = 100                    # is added after a cut: not the order of data of before it (as in experiments/scaling_runs.py)
-WARM = 70                              # steps, of a first warm-up, at least
-MOST_EPOCHS = 4                        # repeated text is nearly as good as new text up to here (arXiv 2305.16264)
+RECOVERY_SEED = 100                    # is added behind a cut, where the data come in another order than before it
+WARM = 70                              # steps: the shortest first warm-up
+MAX_EPOCHS = 4                         # repeated text is nearly as good as new text up to here (arXiv 2305.16264)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A size (model.PRESETS), tokens and seeds. Ratios are tokens per parameter of the target, all of them counted."""
+    """A size (a preset of model.py), tokens and seeds. Ratios are tokens per parameter of the target."""
     size: str
     ratio: float                       # of all claims but 9
     long: float                        # of claim 9
     ratios: tuple[float, ...]          # of claim 5
     batch_tokens: int                  # per step
     micro_batch: int                   # sequences per forward pass
-    seeds: int                         # python -m experiments.claims power says how small an effect so many see
+    seeds: int                         # `python -m experiments.claims power` says how small an effect so many see
     eval_windows: int = 64             # of the hold-out, while a run trains
-    final_windows: int = 2048          # of the hold-out at its end: rates are chosen and claims compared by these
+    final_windows: int = 2048          # of the hold-out at the end: claims are judged, and rates chosen, by these
     data: str = "stdlib"
-    claims: tuple[int, ...] = (1, 3, 4, 5, 2, 11, 13, 10, 6, 7, 8, 9, 12)             # in this order at each place
-    only: tuple[str, ...] = ()         # kinds; none: all that the claims compare
+    claims: tuple[int, ...] = (1, 3, 4, 5, 2, 11, 13, 10, 6, 7, 8, 9, 12)             # the order of work at a place
+    only: tuple[str, ...] = ()         # the only kinds to run; empty: all that the claims compare
 
 
+# The kinds that are a plan with its own settings, and those that claim 13 also runs at other learning rates.
 PLAIN = ("scratch", "naive", "oneshot", "idea", "idea-kd")
-RATED = "scratch", "kd", "naive", "idea", "adapt", "cut-annealed", "scratch-wsd", "idea-wsd"    # at other rates, too
-SCALES = {  # batches of 4,096 tokens, 404 steps at 4x16 and 100, ended 0.26 to 0.40 nats higher
+RATED = ("scratch", "kd", "naive", "idea", "adapt", "cut-annealed", "scratch-wsd", "idea-wsd")
+SCALES = {
+    # With batches of 4,096 tokens (404 steps at 4x16 and 100) all kinds ended 0.26 to 0.40 nats higher.
     "cpu": Scale("4x16", 100, 400, (25, 100, 400), 2**10, 8, 5),
     "gpu": Scale("10m", 14, 14, (3.5, 7, 14), 2**16, 64, 3, data="packages"),
     "quick": Scale("toy", 60, 60, (60,), 2**11, 32, 1, final_windows=256, claims=(1, 3, 4, 5), only=PLAIN),
 }
 
 
+# -- kinds
+
 @dataclass(frozen=True)
 class Kind:
-    """How a run is trained. `settings` are train.py's, beside those of the place."""
+    """How a run is trained."""
     plan: str
-    settings: dict = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)      # of train.py, beside those of the place
     teacher: str | None = None         # the kind that teaches
-    init: str | None = None            # the kind whose model is cut to the target by `cut`, to begin with
-    cut: dict | None = None            # prune.py's settings
+    init: str | None = None            # the kind whose model is cut to the target and trained on
+    cut: dict | None = None            # the settings of prune.py for that
     share: float = 1                   # of the place's tokens
-    like: tuple[str, str] | None = None    # instead: as many as spend what this kind spent: (kind, "flops_executed"
-    #                                        or "flops_credited"), both without what they need; with a teacher: so many
-    #                                        times the steps of kind `plan` as its FLOPs go into that
     rate: float = 1                    # times the preset's peak learning rate
     floor: float = .1                  # the last learning rate, as a share of the peak
+    # Instead of `share`: spend as much of this ("flops_executed" or "flops_credited") as that kind spent. What the two
+    # kinds need is counted in neither.
+    equal: tuple[str, str] | None = None
 
 
 def kd(**settings):
-    """IDEA with distillation from the enlarged model whose own cosine has ended."""
+    """IDEA with distillation from the enlarged model at the end of a cosine of its own."""
     return Kind("idea-kd", settings, teacher="annealed")
 
 
 def cut(init, share=.5, allocation="uniform-strict", score="sensitivity"):
-    """A model that is there, cut once and trained on."""
+    """A model of another kind, cut once and trained on."""
     return Kind("scratch", init=init, share=share, cut=dict(structure="ffn", allocate=allocation, score=score))
 
 
 def window(enlarge_share, prune_share):
-    """Plan journey with another window of pruning, shares of the credited FLOPs; as many of them as the paper's."""
+    """Plan journey with another window of pruning, in shares of the credited FLOPs. It spends as many of them as with
+    the paper's window."""
     shares = dict(enlarge_share=enlarge_share, prune_share=prune_share)
-    return Kind("journey", shares, like=("journey", "flops_credited"))
+    return Kind("journey", shares, equal=("journey", "flops_credited"))
 
 
 KINDS = {
     **{plan: Kind(plan) for plan in (*PLAIN, "journey", "adapt")},
     "naive-cold": Kind("naive", dict(rewarm=False)),
-    # the enlarged model after half of the tokens: at the end of a cosine of its own, half way along the whole one at
-    # the same rate, and as it stands in kind idea-kd before the first cut
+    # The enlarged model after half of the tokens: at the end of a cosine of its own; half way along the whole cosine at
+    # the same rate; and as it stands in kind idea-kd before the first cut.
     "annealed": Kind("naive", dict(stage="enlarge")),
     "halfway": Kind("idea", dict(stage="enlarge")),
     "captured": Kind("idea-kd", dict(stage="enlarge")),
@@ -95,10 +101,10 @@ KINDS = {
     "cut-halfway": cut("halfway"),
     "idea-kd-annealed": kd(),
     "kd": Kind("kd", teacher="annealed"),
-    "kd-flops": Kind("kd", teacher="annealed", like=("idea-kd-annealed", "flops_executed")),
+    "kd-flops": Kind("kd", teacher="annealed", equal=("idea-kd-annealed", "flops_executed")),
     "kd-captured": Kind("kd", teacher="captured"),
-    "scratch-flops": Kind("scratch", like=("idea", "flops_executed")),
-    "scratch-kd-flops": Kind("scratch", like=("idea-kd", "flops_executed")),
+    "scratch-flops": Kind("scratch", equal=("idea", "flops_executed")),
+    "scratch-kd-flops": Kind("scratch", equal=("idea-kd", "flops_executed")),
     "idea-1.3x": Kind("idea", dict(enlarge_ff=1.3)),
     "idea-5.3x": Kind("idea", dict(enlarge_ff=5.3)),
     "idea-25%": Kind("idea", dict(enlarge_share=.25, prune_share=.3)),              # prune : recover stay 2 : 3
@@ -118,28 +124,36 @@ KINDS = {
     "kd-weight-0.9": kd(kd_weight=.9),
     "kd-temperature-2": kd(kd_temperature=2.),
     "kd-to-the-end": kd(drop_teacher=False),
-    "kd-linear-40%": kd(law="linear", prune_share=.4),
+    "kd-linear-40%": kd(size_curve="linear", prune_share=.4),
     "annealed-longer": Kind("naive", dict(stage="enlarge"), share=4),
     "kd-annealed-longer": replace(kd(), teacher="annealed-longer"),
     "kd-floor-1%": replace(kd(), floor=.01),
     "scratch-floor-1%": Kind("scratch", floor=.01),
 }
-KINDS |= {f"{name}-lr-{times:g}x": replace(KINDS[name], rate=times * KINDS[name].rate)
-          for name in RATED for times in (.5, 2)}
 
+# Claim 13 compares these kinds at half and at twice of their rate.
+RATE_PAIRS = []
+for name in RATED:
+    for times in (.5, 2):
+        other = f"{name}-lr-{times:g}x"
+        KINDS[other] = replace(KINDS[name], rate=times * KINDS[name].rate)
+        RATE_PAIRS.append((name, other))
+
+
+# -- claims
 
 @dataclass(frozen=True)
 class Claim:
     number: int
     text: str
     pairs: tuple[tuple[str, str], ...]    # of kinds
-    by_factor: bool = False            # its verdict is of tokens to equal loss; pairs are shown without one
+    by_factor: bool = False            # its verdict is about tokens to equal loss; its pairs are shown without one
     margin: float = 0                  # nats per token: "near-optimal" is at most so much above the other (ours)
-    place: str = "ratio"               # which of Scale's: ratio, long, ratios
-    ours: bool = False                 # no paper's: not in the README's table
+    place: Literal["ratio", "long", "ratios"] = "ratio"                # which of Scale's
+    ours: bool = False                 # not from a paper, and not in the short table
 
 
-CLAIMS = {claim.number: claim for claim in (
+ALL_CLAIMS = (
     Claim(1, "one integrated cosine beats two cycles, at equal tokens",
           (("oneshot", "naive"), ("idea", "naive"))),
     Claim(2, "an intermediate checkpoint is a better seed for pruning than the converged one",
@@ -152,28 +166,29 @@ CLAIMS = {claim.number: claim for claim in (
           (("idea", "scratch"), ("idea-kd", "scratch"), ("idea-kd-annealed", "scratch"), ("idea", "scratch-flops"),
            ("idea-kd", "scratch-kd-flops")), place="ratios"),
     Claim(6, "enlarging 2.6 times for half of the tokens is near-optimal, and so is a cosine",
-          tuple(("idea", f"idea-{other}") for other in ("1.3x", "5.3x", "25%", "75%", "wsd"))
-          + (("scratch", "scratch-wsd"),), margin=.01),
+          (*[("idea", f"idea-{other}") for other in ("1.3x", "5.3x", "25%", "75%", "wsd")],
+           ("scratch", "scratch-wsd")), margin=.01),
     Claim(7, "adaptive shares beat uniform ones, and incremental cuts one, through a whole recovery",
           (("cut-adaptive", "cut-uniform"), ("adapt", "adapt-1cut"))),
     Claim(8, "pruning from 25 % to 75 % of the compute is near-optimal, at equal credited FLOPs",
           tuple(("journey", f"journey-{other}") for other in ("5-25%", "25-30%", "50-75%", "5-75%")), margin=.01),
     Claim(9, "cut from a larger trained model, recovery needs far fewer tokens than scratch",
           tuple((f"large-cut-1/{k}", "scratch") for k in (64, 16, 4, 1)), by_factor=True, place="long"),
-    Claim(10, "IDEA's score is better inside the pipeline than Minitron's, LLM-Pruner's, FLAP's and a coin",
+    Claim(10, "IDEA's score is better inside the pipeline than Minitron's, LLM-Pruner's, FLAP's and a random one",
           tuple(("idea", f"idea-{name}") for name in ("activation", "taylor", "flap", "random"))),
     Claim(11, "the mechanism: the second warm-up costs, and so does a second cycle (Adam forgets before both)",
           (("naive-cold", "naive"), ("oneshot", "naive-cold"))),
-    Claim(12, "another teacher, distillation, schedule or learning-rate floor is better (ours, no paper's claim)",
-          (*((name, "idea-kd-annealed") for name in ("kd-weight-0.9", "kd-temperature-2", "kd-to-the-end",
-                                                     "kd-linear-40%", "kd-floor-1%", "kd-annealed-longer")),
-           ("kd-annealed-longer", "idea"),
-           ("kd-floor-1%", "scratch-floor-1%")), ours=True),
-    Claim(13, "the peak learning rates are near-optimal, against half and twice of them (ours; these runs chose them)",
-          tuple((name, f"{name}-lr-{times:g}x") for name in RATED for times in (.5, 2)), margin=.01,
-          ours=True),
-)}
+    Claim(12, "another teacher, distillation, schedule or learning-rate floor is better (our own claim)",
+          (*[(name, "idea-kd-annealed") for name in ("kd-weight-0.9", "kd-temperature-2", "kd-to-the-end",
+                                                     "kd-linear-40%", "kd-floor-1%", "kd-annealed-longer")],
+           ("kd-annealed-longer", "idea"), ("kd-floor-1%", "scratch-floor-1%")), ours=True),
+    Claim(13, "the peak learning rates are near-optimal, against half and twice of them (our own claim; the rates were "
+              "chosen by these runs)", tuple(RATE_PAIRS), margin=.01, ours=True),
+)
+CLAIMS = {claim.number: claim for claim in ALL_CLAIMS}
 
+
+# -- runs
 
 @dataclass(frozen=True)
 class Run:
@@ -198,175 +213,251 @@ class Run:
 
 
 def places(claim, scale):
-    """[(size, ratio)] of a claim's pairs."""
-    found = getattr(scale, claim.place)
-    return [(scale.size, ratio) for ratio in (found if isinstance(found, tuple) else (found,))]
+    """The places of a claim's pairs, as a list of (size, ratio)."""
+    ratios = getattr(scale, claim.place)
+    if not isinstance(ratios, tuple):
+        ratios = (ratios,)
+    return [(scale.size, ratio) for ratio in ratios]
 
 
 def pairs(claim, scale):
-    """[(first kind, second kind, size, ratio)], those of them that the scale has."""
-    return [(a, b, *place) for place in places(claim, scale) for a, b in claim.pairs
-            if not scale.only or {a, b} <= {*scale.only}]
+    """The pairs of a claim that the scale has, as a list of (first kind, second kind, size, ratio)."""
+    rows = []
+    for size, ratio in places(claim, scale):
+        for first, second in claim.pairs:
+            if not scale.only or {first, second} <= {*scale.only}:
+                rows.append((first, second, size, ratio))
+    return rows
 
 
 def runs_of(claim, scale, seeds):
     """The runs that a claim compares, without what they need."""
-    return list(dict.fromkeys(Run(kind, size, ratio, seed) for a, b, size, ratio in pairs(claim, scale)
-                              for seed in range(seeds) for kind in (a, b)))
+    runs = []
+    for first, second, size, ratio in pairs(claim, scale):
+        for seed in range(seeds):
+            runs += [Run(first, size, ratio, seed), Run(second, size, ratio, seed)]
+    return list(dict.fromkeys(runs))
 
 
 def in_order(scale, seeds):
-    """[(claim's number, the runs that it compares at one place)]: what is cheap first, the scale's claims in their
-    order, so that a day's work that is stopped after an hour has said something of most of them."""
-    found = {}
+    """The order of work: a list of (number of a claim, the runs that it compares at one place).
+
+    The cheapest place comes first and the claims come in the scale's order. So a day's work that is stopped after an
+    hour has said something about most of the claims."""
+    groups = {}
     for number in scale.claims:
         for run in runs_of(CLAIMS[number], scale, seeds):
-            found.setdefault((number, run.size, run.ratio), []).append(run)
-    ordered = sorted(found, key=lambda key: expected(Run("scratch", *key[1:], 0), scale)[1]["flops_executed"])
-    return [(key[0], found[key]) for key in ordered]
+            groups.setdefault((number, run.size, run.ratio), []).append(run)
+
+    def price(group):
+        _, size, ratio = group
+        _, flops = expected(Run("scratch", size, ratio, 0), scale)
+        return flops["flops_executed"]
+
+    return [(group[0], groups[group]) for group in sorted(groups, key=price)]
 
 
 def measures(run):
-    """The runs whose records say how long this one is."""
+    """The runs whose records say how many steps this one takes."""
     kind = KINDS[run.kind]
-    return [run.of(name) for name in (kind.like[0], kind.teacher and kind.plan) if name] if kind.like else []
+    if kind.equal is None:
+        return []
+    measuring = [kind.equal[0]]
+    if kind.teacher:
+        measuring.append(kind.plan)
+    return [run.of(name) for name in measuring]
 
 
 def requires(run):
-    """All runs whose records must be there before this one's settings are known."""
+    """All runs whose records must exist before this one can begin."""
     return [*run.needs(), *measures(run)]
 
 
-def rate(run):
+def everything(runs):
+    """These runs and all that they require, each once, what is required first."""
+    ordered = {}
+
+    def visit(run):
+        if run not in ordered:
+            for other in requires(run):
+                visit(other)
+            ordered[run] = None
+
+    for run in runs:
+        visit(run)
+    return list(ordered)
+
+
+def all_runs(scale, seeds):
+    """All runs of the scale's claims with all that they require, each once, what is required first."""
+    compared = []
+    for _, group in in_order(scale, seeds):
+        compared += group
+    return everything(compared)
+
+
+# -- settings of a run
+
+def peak_rate(run):
     """The peak learning rate."""
-    return models.PRESETS[run.size][-1] * KINDS[run.kind].rate
+    return train.LEARNING_RATES[run.size] * KINDS[run.kind].rate
 
 
 def settings(run, scale, records, folder="runs/claims"):
-    """-> (settings of train.py, settings of prune.py's cut before it or None). A number of steps that depends on other
-    runs is read from their records."""
-    kind, lr = KINDS[run.kind], rate(run)
-    target = models.preset(run.size, vocabulary(), 1)[0]
-    steps = max(1, round(run.ratio * kind.share * target.num_params()["total"] / scale.batch_tokens))
-    seed = run.seed + RECOVERY_SEED * bool(kind.init)
-    found = dict(plan=kind.plan, seed=seed, steps=steps, lr=lr, min_lr=lr * kind.floor, data=scale.data,
-                 batch_tokens=scale.batch_tokens, micro_batch=scale.micro_batch, eval_windows=scale.eval_windows,
-                 compile=False, **kind.settings)
-    if kind.like:
-        of = {other.kind: records[other.name]["summary"][0] for other in measures(run)}
-        for _ in range(1 if kind.teacher else 4):                  # steps and FLOPs are nearly proportional
-            spent = of[kind.plan] if kind.teacher else predicted(dict(found, preset=run.size))
-            found["steps"] = max(1, round(found["steps"] * of[kind.like[0]][kind.like[1]] / spent[kind.like[1]]))
-    found |= first_warmup(kind, found["steps"], found["steps"] if kind.init else
-                          run.ratio * target.num_params()["total"] / scale.batch_tokens)
-    found["eval_every"] = max(1, found["steps"] // 10)
+    """The settings of train.py for a run, and those of prune.py for the cut before it, or None.
+
+    `records` holds {name: {tag: [records]}} of the runs that this one requires. `folder` is where run folders lie."""
+    kind = KINDS[run.kind]
+    lr = peak_rate(run)
+    target, _ = models.preset(run.size, vocabulary(), 1)
+    place_steps = run.ratio * target.num_params()["total"] / scale.batch_tokens
+    seed = run.seed + (RECOVERY_SEED if kind.init else 0)
+    own = dict(plan=kind.plan, preset=run.size, seed=seed, steps=max(1, round(place_steps * kind.share)), lr=lr,
+               min_lr=lr * kind.floor, data=scale.data, batch_tokens=scale.batch_tokens,
+               micro_batch=scale.micro_batch, eval_windows=scale.eval_windows, compile=False, **kind.settings)
+    if kind.equal:
+        own["steps"] = equal_steps(run, own, records)
+    warmup = first_warmup(kind, own["steps"], own["steps"] if kind.init else place_steps)
+    if warmup:
+        own["warmup_share"] = warmup
+    own["eval_every"] = max(1, own["steps"] // 10)
     if kind.teacher:
-        found["teacher"] = f"{folder}/{run.of(kind.teacher).name}"
+        own["teacher"] = f"{folder}/{run.of(kind.teacher).name}"
     if not kind.init:
-        return dict(found, preset=run.size), None
+        return own, None
+
+    # The run begins with the cut model instead of a preset.
+    del own["preset"]
+    own["init"] = f"{folder}/from-{run.name}"
+    keep = target.removable_params() / uncut(run).removable_params()
     recipe = dict(kind.cut, init=f"{folder}/{run.of(kind.init).name}", data=scale.data, seed=seed, windows=64,
-                  keep=target.removable_params() / uncut(run).removable_params(), micro_batch=scale.micro_batch)
-    return dict(found, init=f"{folder}/from-{run.name}"), recipe
+                  keep=keep, micro_batch=scale.micro_batch)
+    return own, recipe
+
+
+def equal_steps(run, own, records):
+    """In how many steps a run spends what the kind that it is compared with spent. `own` are its settings."""
+    kind = KINDS[run.kind]
+    other, cost = kind.equal
+    budget = records[run.of(other).name]["summary"][0][cost]
+    steps = own["steps"]
+    if kind.teacher:
+        # When the teacher is dropped is not known in advance; the run of the plan itself shows it.
+        spent = records[run.of(kind.plan).name]["summary"][0][cost]
+        return max(1, round(steps * budget / spent))
+    for _ in range(4):                 # steps and FLOPs are nearly proportional, so that this converges at once
+        spent = predicted(dict(own, steps=steps))[cost]
+        steps = max(1, round(steps * budget / spent))
+    return steps
 
 
 def first_warmup(kind, steps, whole):
-    """The setting that makes a run's first warm-up no shorter than those of runs it is compared with: a share of
-    `whole`, the steps of a plan of this place with one cycle, or of what follows a cut, WARM steps at least, .4 of its
-    cycle at most. Without it plan naive, whose first cycle is half as long, would warm up half as long, too, and lose
-    by that alone."""
-    rows = schedule.PLANS[kind.plan]
-    first = next((i for i, row in enumerate(rows) if row.restart), None)
-    cycle = steps if first is None else steps * sum(row.share for row in rows[:first])
-    share = min(.4, max(WARM, flags.Train.warmup_share * whole) / cycle)
-    return {"warmup_share": round(share, 4)} if share > 1.01 * flags.Train.warmup_share else {}
+    """The warmup_share that makes a run's first warm-up as long as those of the runs it is compared with, or None if
+    the default does.
+
+    A warm-up takes a share of `whole`: the steps of a plan of this place with one cycle, or those behind a cut. It has
+    at least WARM steps and takes at most .4 of its cycle. Plan naive's first cycle is half as long as others; with the
+    default share its warm-up would be half as long, too, and naive would lose by that alone."""
+    stages = PLANS[kind.plan]
+    restarts = [i for i, stage in enumerate(stages) if stage.restart]
+    cycle = steps
+    if restarts:
+        cycle = steps * sum(stage.share for stage in stages[:restarts[0]])
+    usual = train.Train.warmup_share
+    share = min(.4, max(WARM, usual * whole) / cycle)
+    return round(share, 4) if share > 1.01 * usual else None
 
 
 def uncut(run):
     """The config of the model that is cut before this run."""
-    factor = KINDS[KINDS[run.kind].init].settings.get("enlarge_ff", flags.Train.enlarge_ff)
+    factor = KINDS[KINDS[run.kind].init].settings.get("enlarge_ff", train.Train.enlarge_ff)
     return models.preset(run.size, vocabulary(), factor)[1]
 
 
-def calibration_flops(run, recipe):
-    """What prune.py executes with this recipe before the run, evaluation not counted; without a recipe 0."""
-    if not recipe:
-        return 0
-    large, backward = uncut(run), not {"grad", "grad_sq", "sensitivity"}.isdisjoint(prune.needs(prune.Prune(**recipe)))
-    T = min(512, large.block_size)
-    return recipe["windows"] * T * large.flops_per_token(T, backward)
-
-
 def vocabulary():
-    """Tokens of the tokenizer of all these runs: bytes."""
+    """How many tokens the tokenizer of all these runs has: it is bytes."""
     return open_tokenizer("bytes").vocab_size
 
 
-def timeline(found, size=None):
-    """Settings of train.py, or a record of them -> (they resolved, target's GPTConfig, the one at the start,
-    schedule.Timeline). `size`: the preset whose target an --init is."""
-    known = {f.name for f in fields(flags.Train)} - {"init", "teacher"} - ({"cuts"} if not found.get("cuts") else set())
-    shown = {k: v for k, v in found.items() if k in known}
-    c = flags.resolve(flags.Train(**shown, **({"preset": size} if size else {})), on_gpu=False)
-    return c, *flags.plan(c, vocabulary())
+# -- what a run costs
+
+def calibration_flops(run, recipe):
+    """What prune.py executes with this recipe before the run, without its evaluations; 0 without a recipe."""
+    if not recipe:
+        return 0
+    large = uncut(run)
+    backward = not {"grad", "grad_sq", "sensitivity"}.isdisjoint(prune.needs(prune.Prune(**recipe)))
+    tokens = min(512, large.block_size)          # in a window
+    return recipe["windows"] * tokens * large.flops_per_token(tokens, backward)
 
 
-def live(start, target, kept):
-    """The config when so much of the removable parameters stays."""
-    return start.resized(allocate.widths_on_the_way(start, target, kept, start.widths())) if kept < 1 else start
+def plan_of(own, preset=None):
+    """Settings of train.py, or a record of them -> (the settings resolved, the model config at the start, the one at
+    the end, schedule.Timeline). `preset` is the size of the target behind an --init."""
+    known = {setting.name for setting in fields(train.Train)} - {"init", "teacher"}
+    if not own.get("cuts"):
+        known -= {"cuts"}              # the record of a plan without cuts
+    chosen = {name: value for name, value in own.items() if name in known}
+    if preset:
+        chosen["preset"] = preset
+    config = train.resolve(train.Train(**chosen), "cpu")
+    return config, *train.plan_run(config, vocabulary())
 
 
-def predicted(found, size=None):
-    """FLOPs of a run with these settings of train.py -> {"flops_executed", "flops_credited"}, without scoring; a
-    teacher counts as if it were never dropped, and as large as the enlarged model."""
-    c, target, start, t = timeline(found, size)
-    large = models.preset(c.preset, vocabulary(), c.enlarge_ff, c.enlarge_kv)[1]
-    stop, T = next((b for stage, _, b in t.stages if stage.name == c.stage), c.steps), target.block_size
-    executed = credited = 0
-    edges = [(0, 1.0), *t.events, (c.steps, None)]
-    for (a, kept), (b, _) in zip(edges, edges[1:]):
-        steps, alive = max(0, min(b, stop) - a), live(start, target, kept)
-        physical = alive if t.adaptive or t.events and a >= t.slice_at else start
-        executed += steps * physical.flops_per_token(T)
-        credited += steps * alive.flops_per_token(T)
-    executed += sum(max(0, min(b, stop) - a) for stage, a, b in t.stages if stage.kd) \
-        * large.flops_per_token(T, backward=False)
-    return {"flops_executed": executed * c.batch_tokens, "flops_credited": credited * c.batch_tokens}
+def config_at(start, target, size):
+    """The model config while this fraction of the removable parameters is kept."""
+    if size == 1:
+        return start
+    return start.resized(allocate.widths_on_the_way(start, target, size, start.widths()))
+
+
+def predicted(own, preset=None):
+    """FLOPs of a run with these settings of train.py: {"flops_executed", "flops_credited"}.
+
+    Scoring is not counted. A teacher counts as if it were never dropped and as large as the enlarged model."""
+    config, start, target, timeline = plan_of(own, preset)
+    length = target.block_size
+    stop = config.steps
+    for stage, _, end in timeline.stages:
+        if stage.name == config.stage:
+            stop = end
+    executed = 0
+    credited = 0
+    edges = [(0, 1.0), *timeline.events, (config.steps, None)]
+    for (begin, size), (end, _) in zip(edges, edges[1:]):
+        steps = max(0, min(end, stop) - begin)
+        live = config_at(start, target, size)
+        sliced = timeline.interleaved or (timeline.events and begin >= timeline.slice_at)
+        physical = live if sliced else start
+        executed += steps * physical.flops_per_token(length)
+        credited += steps * live.flops_per_token(length)
+    _, enlarged = models.preset(config.preset, vocabulary(), config.enlarge_ff, config.enlarge_kv)
+    for stage, begin, end in timeline.stages:
+        if stage.kd:
+            executed += max(0, min(end, stop) - begin) * enlarged.flops_per_token(length, backward=False)
+    return {"flops_executed": executed * config.batch_tokens, "flops_credited": credited * config.batch_tokens}
 
 
 def expected(run, scale):
-    """-> (settings of train.py, FLOPs as `predicted`) of a run before any other has been made."""
+    """(settings of train.py, FLOPs as `predicted`) of a run before any other has been made."""
     records = {other.name: {"summary": [expected(other, scale)[1]]} for other in measures(run)}
-    found, _ = settings(run, scale, records)
-    return found, predicted(found, run.size if KINDS[run.kind].init else None)
+    own, recipe = settings(run, scale, records)
+    return own, predicted(own, run.size if recipe else None)
 
 
-def everything(wanted):
-    """These runs and all that they require, each once, what is required first."""
-    found = {}
-
-    def visit(run):
-        if run not in found:
-            for other in requires(run):
-                visit(other)
-            found[run] = None
-
-    for run in wanted:
-        visit(run)
-    return list(found)
-
-
-def corpus_of(wanted, scale):
-    """-> the fingerprint of the text that these runs read. Tokenizes it, which runs side by side would all do at once.
-    UserError where one would read it too often, or has too few steps for its cuts."""
+def fingerprint_of(runs, scale):
+    """The fingerprint of the text that these runs read. Tokenizes the text, which runs side by side would all do at
+    once. Raises UserError if a run would read it too often, or has too few steps for its cuts."""
     corpus = data.load(scale.data, open_tokenizer("bytes"))
-    for run in wanted:
+    for run in runs:
         try:
-            found = expected(run, scale)[0]
+            own, _ = expected(run, scale)
         except UserError as problem:
             raise UserError(f"{run.name}: {problem}; more steps come by a larger --tokens") from None
-        tokens = found["steps"] * found["batch_tokens"] * (.5 if found.get("stage") == "enlarge" else 1)
-        if tokens > MOST_EPOCHS * len(corpus.train):
+        stopped = .5 if own.get("stage") == "enlarge" else 1
+        tokens = own["steps"] * own["batch_tokens"] * stopped
+        if tokens > MAX_EPOCHS * len(corpus.train):
             raise UserError(f"{run.name} takes {tokens:,.0f} tokens, {tokens / len(corpus.train):.1f} epochs of "
-                            f"{scale.data} and more than {MOST_EPOCHS}; give more text by --data (packages, a folder, "
+                            f"{scale.data} and more than {MAX_EPOCHS}; give more text by --data (packages, a folder, "
                             "hf:NAME), or fewer --tokens")
     return corpus.fingerprint

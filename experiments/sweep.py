@@ -1,12 +1,12 @@
-"""Runs of train.py side by side: a process and one thread each, what is finished is not run again, killed ones go on.
+"""Run train.py many times, several runs side by side, and keep the records of the finished ones in one file.
 
     python -m experiments.claims --quick --jobs 2
 
-One thread, so that a run's sums do not depend on the machine's cores. For experiments/claims.py and experiments/scaling.py, which say what
+Every run has a process of its own with one thread, so that its sums do not depend on the number of cores. A run that
+was killed goes on, and a finished one is not run again. experiments/claims.py and experiments/scaling_runs.py say what
 to run. Not here: what a run is (train.py), several GPUs.
 """
 import contextlib
-import fcntl
 import io
 import json
 import os
@@ -19,111 +19,153 @@ from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from filelock import FileLock
+import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+import checkpoint
+import prune
+import train
 from common import UserError, read_records, run, write_atomic
 
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)      # exit codes of a run that saved and ended on a signal
 
 
+# -- one run
+
 @contextlib.contextmanager
 def locked(folder):
-    """Make the folder and hold it. UserError: another process does (which would write the same files)."""
+    """Make the folder and hold it. Raises UserError if another process holds it, which would write the same files."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
+        with FileLock(f"{folder}.lock", timeout=0):
+            yield
+    except Timeout:
         raise UserError(f"another process is at work in {folder}; wait for it, or give another --runs") from None
-    finally:
-        os.close(handle)
 
 
-def one(folder, settings, device="cpu", cut=None):
-    """Run one plan to its end, quietly -> steps.Run; before it, with the settings `cut` of prune.py, make the model it
-    begins with. A model there of another cut, and what began with that, is deleted."""
-    import checkpoint
-    import prune
-    import train
+def run_plan(folder, settings, device="cpu", cut=None):
+    """Run one plan to its end, quietly, with these settings of train.py. Returns its setup and state.
+
+    `cut` holds the settings of prune.py that make the model which the run begins with; it is made first."""
     with locked(folder):
-        made = cut and checkpoint.checkpoints(settings["init"])
-        there = checkpoint.load(settings["init"], "meta")[1]["run"]["recipe"] if made else {}
-        if made and any(there.get(k) != v for k, v in cut.items() if k != "init"):       # where it lay may be different
-            for file in Path(folder).iterdir():
-                file.unlink()
-            made = []
-        if cut and not made:
-            shutil.rmtree(settings["init"], ignore_errors=True)      # or of one that was killed while it was saved
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                prune.main(prune.Prune(out=settings["init"], device=device, **cut))
+        if cut:
+            make_cut(settings["init"], cut, device, folder)
         return train.main(train.Train(out=str(folder), device=device, **settings), quiet=True)
 
 
+def make_cut(path, cut, device, folder):
+    """Make the cut model at `path`, unless it exists. A model of another cut is deleted, and so is the run in `folder`,
+    which began with it."""
+    if checkpoint.checkpoints(path):
+        _, about = checkpoint.load(path, "meta")
+        recipe = about["run"]["recipe"]
+        # The model that was cut may lie elsewhere now, so its path is not compared.
+        if all(recipe.get(name) == value for name, value in cut.items() if name != "init"):
+            return
+        for file in Path(folder).iterdir():
+            file.unlink()
+    # The folder may also be what a killed process left behind while it saved.
+    shutil.rmtree(path, ignore_errors=True)
+    silence = io.StringIO()
+    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+        prune.main(prune.Prune(out=path, device=device, **cut))
+
+
+# -- several runs
+
+def exit_on_signal(number, _):
+    sys.exit(128 + number)
+
+
 def child(function, arguments, until, parent):
-    """One job in its own process. At the time `until`, or when its parent is gone, it gets the signal on which train.py
-    saves and ends."""
+    """Do one job in this process. At the time `until`, or when its parent is gone, the job gets the signal on which
+    train.py saves and ends."""
     def watch():
-        while os.getppid() == parent and (until is None or time.time() < until):
+        while os.getppid() == parent and not is_late(until):
             time.sleep(.2)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    import torch
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))      # where train.py's loop does not run
+    signal.signal(signal.SIGTERM, exit_on_signal)      # for the time in which train.py's loop does not run
     threading.Thread(target=watch, daemon=True).start()
     run(function, *arguments)
 
 
-def side_by_side(function, arguments, jobs, until=None, told=None):
-    """Call function(*each of `arguments`), `jobs` at a time, each in a process of its own (and so with its own peak
-    memory) -> how many came to their end. From `until` (seconds since the epoch) on none begins and those that run are
-    stopped. What `told(arguments)` says of one that came to its end stands in the progress bar. UserError: one failed
-    or was killed (its own message is printed); the others are stopped and saved."""
-    context, waiting, running, done = get_context("spawn"), list(arguments), {}, 0
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+def is_late(until):
+    """Whether the time `until` (seconds since the epoch, or None for never) has come."""
+    return until is not None and time.time() >= until
+
+
+def side_by_side(function, arguments, jobs, until=None, describe=None):
+    """Call function(*each of `arguments`), `jobs` calls at a time, each in its own process with its own peak memory.
+    Returns how many calls came to their end.
+
+    From the time `until` (seconds since the epoch) on no call begins, and those that run are stopped. The text
+    describe(arguments) of a call that ended stands in the progress bar. Raises UserError if a call failed or was
+    killed; the call has printed its own message, and the others are stopped and saved."""
+    context = get_context("spawn")
+    waiting = list(arguments)
+    running = {}
+    done = 0
+    handler = signal.signal(signal.SIGTERM, exit_on_signal)
     try:
         with tqdm(total=len(waiting), desc="runs") as progress:
-            while waiting or running:
-                while waiting and len(running) < jobs and (until is None or time.time() < until):
-                    given = waiting.pop(0)
-                    process = context.Process(target=child, args=(function, given, until, os.getpid()))
+            while True:
+                while waiting and len(running) < jobs and not is_late(until):
+                    job = waiting.pop(0)
+                    process = context.Process(target=child, args=(function, job, until, os.getpid()))
                     process.start()
-                    running[process.sentinel] = process, given
+                    running[process.sentinel] = process, job
                 if not running:
-                    break
+                    return done
                 for sentinel in wait(running):
-                    process, given = running.pop(sentinel)
+                    process, job = running.pop(sentinel)
                     process.join()
-                    if process.exitcode not in (0, *STOPPED):
-                        raise UserError(f"a run ended with exit code {process.exitcode}, see above (-9: the system "
-                                        "killed it, perhaps for memory: fewer --jobs); the same command goes on")
-                    done += process.exitcode == 0
-                    if told and process.exitcode == 0:
-                        progress.set_postfix_str(told(given), refresh=False)
+                    refuse_failure(process.exitcode)
+                    if process.exitcode == 0:
+                        done += 1
+                        if describe:
+                            progress.set_postfix_str(describe(job), refresh=False)
                     progress.update()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, handler)
         for process, _ in running.values():
             process.terminate()
         for process, _ in running.values():
             process.join()
-    return done
 
 
-def finished(what, run, settings, flag, cut=None):
-    """Whether the records of a run, {tag: [records]} or None, are there, made with these settings of train.py (None:
-    any) and of prune.py's `cut` before it. UserError, naming `what` and the flag of its file: they are of another
-    run."""
-    found = run["config"][0] if run else {}
-    recipe = (found.get("cut") or {}).get("recipe", {})
-    differ = [f"{whose}{k} is {there.get(k)!r} there and {v!r} here"
-              for whose, there, here in (("", found, settings), ("the cut's ", recipe, cut or {}))
-              for k, v in here.items() if v is not None and there.get(k) != v]
-    if found and differ:
-        raise UserError(f"{what} holds another run ({'; '.join(differ)}); give another {flag}, and another --runs")
-    return bool(found)
+def refuse_failure(code):
+    """Raise UserError for the exit code of a process that neither came to its end nor was stopped."""
+    if code not in (0, *STOPPED):
+        raise UserError(f"a run ended with exit code {code}, see above (-9: the system killed it, perhaps for memory: "
+                        "fewer --jobs); the same command goes on")
+
+
+# -- records of finished runs
+
+def is_finished(name, run, settings, flag, cut=None):
+    """Whether the records of a run, {tag: [records]} or None, exist. Raises UserError if they were made with other
+    settings of train.py, or of prune.py's `cut` before it; the message names the run and the flag of its file. A
+    setting of None is not compared."""
+    if run is None:
+        return False
+    config = run["config"][0]
+    recipe = (config.get("cut") or {}).get("recipe", {})
+    differ = differences("", config, settings) + differences("the cut's ", recipe, cut or {})
+    if differ:
+        raise UserError(f"{name} holds another run ({'; '.join(differ)}); give another {flag}, and another --runs")
+    return True
+
+
+def differences(whose, recorded, settings):
+    """The settings that are recorded with other values, as phrases."""
+    phrases = []
+    for name, value in settings.items():
+        if value is not None and recorded.get(name) != value:
+            phrases.append(f"{whose}{name} is {recorded.get(name)!r} there and {value!r} here")
+    return phrases
 
 
 def without_steps(folder):
@@ -134,23 +176,18 @@ def without_steps(folder):
     return [record for record in records if record["tag"] != "step"]
 
 
-def keep_run(path, name, records):
-    """Append the records of one run to the experiment's file `path`, each with the run's name as `run`.
+def put_runs(path, runs):
+    """Put the records of runs, {name: records}, into the experiment's file in place of older ones of the same runs. A run
+    without records is deleted. Every record gets the name of its run as `run`.
 
-    Older records of the same run are replaced. The file is written anew and renamed under a lock, so that runs which
-    end at the same time do not lose each other's records."""
+    The file is written anew and renamed under a lock, so that runs which end at the same time do not lose each other's
+    records."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
-        others = [record for record in read_records(path) if record["run"] != name]
-        own = [{"run": name, **record} for record in records]
-        write_records(path, others + own)
-
-
-def forget_runs(path, names):
-    """Delete the records of the runs with these names from the experiment's file."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        write_records(path, [record for record in read_records(path) if record["run"] not in names])
+        kept = [record for record in read_records(path) if record["run"] not in runs]
+        for name, records in runs.items():
+            kept += [{"run": name, **record} for record in records]
+        write_records(path, kept)
 
 
 def write_records(path, records):

@@ -107,62 +107,62 @@ def test_a_run_that_was_stopped_is_saved_and_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(schedule, "lr_at", stop_here)
     with pytest.raises(SystemExit) as end:
-        sweep.one(folder, dict(TOY, steps=12))
+        sweep.run_plan(folder, dict(TOY, steps=12))
     assert end.value.code in sweep.STOPPED and "summary" not in report.records(folder)
     with pytest.raises(UserError, match="is not finished"):
         sweep.without_steps(folder)
     monkeypatch.setattr(schedule, "lr_at", real)
-    sweep.one(folder, dict(TOY, steps=12))
-    sweep.one(tmp_path / "b", dict(TOY, steps=12))
+    sweep.run_plan(folder, dict(TOY, steps=12))
+    sweep.run_plan(tmp_path / "b", dict(TOY, steps=12))
     a, b = (report.records(tmp_path / name)["summary"][0] for name in "ab")
     assert a["val_loss"] == b["val_loss"]
 
 
 def test_a_run_of_code_without_a_newer_flag_goes_on(tmp_path):
     """Its folder does not name the flag: it is taken to have run with the default, and with no other value."""
-    sweep.one(tmp_path / "a", dict(TOY, steps=6))
+    sweep.run_plan(tmp_path / "a", dict(TOY, steps=6))
     path = max((tmp_path / "a").glob("ckpt_*.pt"))
     saved = torch.load(path, weights_only=True)
     del saved["run"]["eval_growth"]
     torch.save(saved, path)
-    sweep.one(tmp_path / "a", dict(TOY, steps=6))
+    sweep.run_plan(tmp_path / "a", dict(TOY, steps=6))
     with pytest.raises(UserError, match="eval_growth is 1.0 there and 1.5 here"):
-        sweep.one(tmp_path / "a", dict(TOY, steps=6, eval_growth=1.5))
+        sweep.run_plan(tmp_path / "a", dict(TOY, steps=6, eval_growth=1.5))
 
 
 def test_two_processes_do_not_write_into_one_folder(tmp_path):
     with sweep.locked(tmp_path / "a"), pytest.raises(UserError, match="another process is at work in .*; wait for it"):
-        sweep.one(tmp_path / "a", dict(TOY, steps=6))
+        sweep.run_plan(tmp_path / "a", dict(TOY, steps=6))
     assert not list((tmp_path / "a").iterdir())
-    sweep.one(tmp_path / "a", dict(TOY, steps=6))                      # it was let go
+    sweep.run_plan(tmp_path / "a", dict(TOY, steps=6))                      # it was let go
     assert "summary" in report.records(tmp_path / "a")
 
 
 def test_a_model_of_another_cut_is_made_again_and_what_began_with_it(tmp_path):
     """Its name says only whose it is; the same cut is not made twice."""
     cut = dict(init=str(tmp_path / "a"), structure="ffn", score="magnitude", keep=.7, windows=4, block_size=64)
-    sweep.one(tmp_path / "a", dict(TOY, steps=3))
+    sweep.run_plan(tmp_path / "a", dict(TOY, steps=3))
     after = dict(TOY, steps=3, init=str(tmp_path / "from-b"), preset="laptop", lr=1e-2)
-    sweep.one(tmp_path / "b", after, cut=cut)
+    sweep.run_plan(tmp_path / "b", after, cut=cut)
     made = tmp_path / "from-b" / "ckpt_00000000.pt"
     was, d_ff = made.stat().st_mtime_ns, report.records(tmp_path / "b")["summary"][0]["d_ff"]
-    sweep.one(tmp_path / "b", after, cut=dict(cut, init="moved"))
+    sweep.run_plan(tmp_path / "b", after, cut=dict(cut, init="moved"))
     assert made.stat().st_mtime_ns == was
-    sweep.one(tmp_path / "b", after, cut=dict(cut, keep=.6))
+    sweep.run_plan(tmp_path / "b", after, cut=dict(cut, keep=.6))
     records = report.records(tmp_path / "b")
     assert made.stat().st_mtime_ns > was and records["config"][0]["cut"]["recipe"]["keep"] == .6
     assert sum(records["summary"][0]["d_ff"]) < sum(d_ff)
 
 
 def test_records_are_kept_without_training_steps(tmp_path):
-    sweep.one(tmp_path / "a", dict(TOY, steps=12))
+    sweep.run_plan(tmp_path / "a", dict(TOY, steps=12))
     every, kept = read_records(tmp_path / "a" / "metrics.jsonl"), sweep.without_steps(tmp_path / "a")
     assert kept == [r for r in every if r["tag"] != "step"] and len(kept) < len(every)
 
 
 def keep(file, name):
     for loss in (2., 1.):                                              # the second time in place of the first
-        sweep.keep_run(file, name, [{"tag": "config"}, {"tag": "summary", "loss": loss}])
+        sweep.put_runs(file, {name: [{"tag": "config"}, {"tag": "summary", "loss": loss}]})
 
 
 def test_runs_that_end_at_the_same_time_are_all_in_the_file(tmp_path):
@@ -172,7 +172,7 @@ def test_runs_that_end_at_the_same_time_are_all_in_the_file(tmp_path):
     runs = report.finished(file)
     assert [*runs] == names and all(run["summary"][0]["loss"] == 1 for run in runs.values())
     assert len(file.read_text().splitlines()) == 12
-    sweep.forget_runs(file, names[1:])
+    sweep.put_runs(file, dict.fromkeys(names[1:], ()))
     assert [*report.finished(file)] == names[:1] and report.records(file) == runs["run-0"]
     assert report.finished(tmp_path / "none.jsonl") == {}
 
