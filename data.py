@@ -257,7 +257,7 @@ def load(source="stdlib", tokenizer_name="bytes", cache="data_cache", workers=0,
     root, files = list_files(source) if not hub else list_files(source[3:]) if Path(source[3:]).is_dir() else ("", [])
     stats = [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files]  # a hub dataset: by name only
     folder = None  # keep it in memory
-    if cache is not None and (source != "stdlib" or tok.encoding):
+    if cache is not None and (source != "stdlib" or tok.name != "bytes"):
         key = json.dumps([FORMAT, source, stats, field, split, tok.name, tok.vocab_size, tok.eot])
         folder = Path(cache) / sha256(key)[:16]
         if (folder / "index.json").exists():  # written last: without it a killed run left half a corpus

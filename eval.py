@@ -1,21 +1,26 @@
-"""How good a model is: nats per token, perplexity, bits per byte under one stated protocol; and a sample of its text.
+"""How good a model is: nats per token, perplexity and bits per byte by one stated protocol; and a
+sample of its text.
 
     python eval.py runs/idea-laptop-0 --sample "def read(path):"
     python eval.py runs/idea-laptop-0 --data README.md --stride 32
     python eval.py SmolLM2-135M --multiple-choice questions.jsonl      # a Hugging Face folder or hub id
     python eval.py SmolLM2-135M --tasks arc_easy,hellaswag,piqa
 
-Protocol. The hold-out is cut into windows of block_size + 1 tokens. Without --stride: `windows` of them, evenly
-spaced, not overlapping, always the same ones; no context from before a window; its first token is only context, the
-others all count. With --stride s: windows start every s tokens over the whole text and, but for the first, count
-their last s tokens, so that every counted token has at least block_size - s tokens of context. What is
-left behind the last window counts in neither. Losses are means over counted tokens, formed in the weights' dtype with
-float32 logits (float64 for float64 weights); bits per byte divides by the UTF-8 bytes those tokens stand for.
-Questions with choices and lm_eval's tasks are scored by tasks/questions.py.
+The protocol. The text is cut into windows of block_size + 1 tokens. The first token of a window is
+only context; the model predicts each of the others from those before it in the window. Without
+--stride, `windows` of the windows are read: they are evenly spaced, do not overlap and are always
+the same. With --stride s, a window starts every s tokens over the whole text. The first window
+counts all of its predictions, every other window its last s, so that each of these has at least
+block_size - s tokens of context. Tokens behind the last window are left out.
+
+A loss is the mean over the counted tokens. It is computed in the dtype of the weights, from float32
+logits (float64 for float64 weights). Bits per byte divides by the UTF-8 bytes that the counted
+tokens stand for. Multiple-choice questions and lm_eval's tasks are scored by tasks/questions.py.
 """
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,119 +28,143 @@ import torch.distributed as dist
 
 import data
 from checkpoint import load, tokenizer_of
-from common import UserError, parse, pick_device, refuse_idle, run
+from common import UserError, check_choices, parse, pick_device, refuse_idle, run
 from distill import chunked_loss
 
 
 @dataclass(frozen=True)
 class Eval:
     checkpoint: str               # ckpt_*.pt, the folder of a run, a Hugging Face folder or a hub id
-    data: str | None = None       # a text file, all windows of it; default: training's hold-out, unless questions are
+    data: str | None = None       # a text file; default: the hold-out of training, unless there are questions
     block_size: int | None = None    # tokens of context; default: what the model was trained with
-    windows: int = 256            # windows of the hold-out, evenly spaced (0 = all; a text file always: all)
-    stride: int = 0               # move windows by so many tokens over the whole text (0 = windows as above)
+    windows: int = 256            # windows of the hold-out, evenly spaced; 0: all
+    stride: int = 0               # start a window every so many tokens of the whole text; 0: `windows` of them
     batch: int = 32               # windows per forward pass
-    multiple_choice: tuple[str, ...] = ()    # files of questions: JSON lines, or BIG-bench's task.json (tasks/questions.py)
+    multiple_choice: tuple[str, ...] = ()    # files of questions: JSON lines, or BIG-bench's task.json
     tasks: str | None = None      # lm_eval's tasks, for example arc_easy,hellaswag (pip install lm_eval)
     include_path: str | None = None    # a folder with YAML files of more lm_eval tasks
-    num_fewshot: int | None = None     # examples before each question of --tasks; default: the task's
+    num_fewshot: int | None = None     # examples before each question of --tasks; default: the task's own number
     limit: int | None = None      # questions per file or task; default: all
     batch_tokens: int | None = None    # tokens per forward pass of --multiple-choice and --tasks
     sample: str | None = None     # also continue this prompt
     tokens: int = 300             # length of the sample
-    temperature: float = 0.8      # of the sample; 0 = greedy
-    top_k: int = 50               # of the sample; 0 = all tokens
+    temperature: float = 0.8      # of the sample; 0: greedy
+    top_k: int = 50               # of the sample; 0: all tokens
     seed: int = 0                 # of the sample
     device: str = "auto"          # auto, cpu, cuda, mps
-    dtype: str = "auto"           # of the weights: float32, bfloat16, …; auto: as stored, on a CPU at least float32
+    # of the weights; auto: as stored, on a CPU at least float32
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+
+
+# -- the loss
+
+def window_starts(length, T, windows, stride):
+    """Where the windows of a text of `length` tokens start, (N,). `T` is the context in tokens.
+    Raises UserError if the text is shorter than one window or the stride is not between 1 and T."""
+    available = (length - 1) // T
+    if available < 1:
+        raise UserError(f"the text has {length} tokens, one window takes {T + 1}: give a longer text or "
+                        "a smaller --block-size")
+    if not stride:
+        count = min(windows or available, available)
+        return np.arange(count) * available // count * T
+    if not 0 < stride <= T:
+        raise UserError(f"--stride {stride} must be between 1 and the context of {T} tokens")
+    return np.arange(0, length - T, stride)
+
+
+def counted_parts(hidden, targets, stride, with_first_window):
+    """The predictions that count, of hidden states (B, T, C) and targets (B, T): a list of such
+    pairs."""
+    if not stride:
+        return [(hidden, targets)]
+    if not with_first_window:
+        return [(hidden[:, -stride:], targets[:, -stride:])]
+    parts = [(hidden[:1], targets[:1])]
+    if len(hidden) > 1:
+        parts.append((hidden[1:, -stride:], targets[1:, -stride:]))
+    return parts
 
 
 @torch.no_grad()
 def evaluate(model, tokens, byte_lengths, windows=256, stride=0, batch=32, rank=0, world=1, block_size=None):
-    """Mean loss of `model` over windows of `tokens` (N,), see the protocol above -> {"loss" (nats per token),
-    "perplexity", "bits_per_byte", "tokens" (counted)}. Of `world` processes that all call this each runs every world-th
-    batch, and all get the result. `block_size`: tokens of a window; default: the model's. Raises UserError where the
-    text is shorter than one window."""
-    T, device = block_size or model.config.block_size, model.embed.weight.device
+    """Mean loss of `model` over windows of `tokens` (N,), see the protocol above.
+
+    -> {"loss" (nats per token), "perplexity", "bits_per_byte", "tokens" (counted)}. `byte_lengths`
+    (V,) holds the bytes that each token stands for. `block_size` is the context in tokens; the
+    default is the model's. If `world` processes call this, each runs every world-th batch, and all
+    get the whole result. Raises UserError if the text is shorter than one window."""
     if windows < 0 or batch < 1:
         raise UserError(f"--windows {windows} must be 0 (all) or more, --batch {batch} at least 1")
-    available = (len(tokens) - 1) // T
-    if available < 1:
-        raise UserError(f"the text has {len(tokens)} tokens, one window takes {T + 1}: give a longer text or "
-                        "a smaller --block-size")
-    if stride:
-        if not 0 < stride <= T:
-            raise UserError(f"--stride {stride} must be between 1 and the context of {T} tokens")
-        starts = np.arange(0, len(tokens) - T, stride)
-    else:
-        count = min(windows or available, available)
-        starts = np.arange(count) * available // count * T
-    nats, counted, in_bytes = 0.0, 0, 0
-    for a in range(rank * batch, len(starts), world * batch):
-        rows = np.stack([tokens[s:s + T + 1] for s in starts[a:a + batch].tolist()])
-        rows = torch.from_numpy(rows.astype(np.int64)).to(device)               # (batch, T + 1)
-        hidden, y = model.hidden(rows[:, :-1]), rows[:, 1:]
-        parts = [(hidden, y)]
-        if stride:                                                              # all but the first: the last tokens
-            first = 1 if a == 0 else 0
-            parts = [(hidden[:first], y[:first]), (hidden[first:, -stride:], y[first:, -stride:])]
-        for h, t in parts:
-            if t.numel():
-                nats += chunked_loss(h, model.head_weight, t)[0].item() * t.numel()
-                counted += t.numel()
-                in_bytes += int(byte_lengths[t.cpu().numpy()].sum())
+    T = block_size or model.config.block_size
+    device = model.embed.weight.device
+    starts = window_starts(len(tokens), T, windows, stride)
+
+    nats = 0.0
+    counted = 0
+    counted_bytes = 0
+    for first in range(rank * batch, len(starts), world * batch):
+        rows = np.stack([tokens[start:start + T + 1] for start in starts[first:first + batch].tolist()])
+        rows = torch.from_numpy(rows.astype(np.int64)).to(device)               # (B, T + 1)
+        hidden = model.hidden(rows[:, :-1])                                     # (B, T, C)
+        for states, targets in counted_parts(hidden, rows[:, 1:], stride, first == 0):
+            loss, _ = chunked_loss(states, model.head_weight, targets)
+            nats += loss.item() * targets.numel()
+            counted += targets.numel()
+            counted_bytes += int(byte_lengths[targets.cpu().numpy()].sum())
+
     if world > 1:
-        sums = torch.tensor((nats, counted, in_bytes), dtype=torch.float64, device=device)
+        sums = torch.tensor((nats, counted, counted_bytes), dtype=torch.float64, device=device)
         dist.all_reduce(sums)
-        nats, counted, in_bytes = sums[0].item(), *map(int, sums[1:].tolist())
+        nats = sums[0].item()
+        counted = int(sums[1])
+        counted_bytes = int(sums[2])
+
     loss = nats / counted
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": counted,
-            "bits_per_byte": nats / math.log(2) / max(1, in_bytes)}
+            "bits_per_byte": nats / math.log(2) / max(1, counted_bytes)}
 
 
-def sample(model, tokenizer, prompt_ids, tokens, temperature=0.8, top_k=50, seed=0):
-    """Continue prompt_ids (N,) by so many tokens -> the continuation as text."""
-    device = model.embed.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
-    idx = torch.from_numpy(np.asarray(prompt_ids).astype(np.int64))[None].to(device)
-    out = model.generate(idx, tokens, temperature, top_k, generator)
-    return tokenizer.decode(out[0, idx.size(1):].tolist())
-
-
-def open_model(config):
-    """-> (GPT, what its file says besides) for the flags of the command."""
-    device = pick_device(config.device)
-    if config.dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
-        raise UserError(f"--dtype {config.dtype!r} is not one of auto, float32, bfloat16, float16, float64")
-    model, about = load(config.checkpoint, device, None if config.dtype == "auto" else getattr(torch, config.dtype),
-                        config.block_size)
-    if config.dtype == "auto" and device == "cpu" and model.embed.weight.dtype.itemsize < 4:
-        model.float()                                        # CPUs are slow in half precision, and round more
-    return model, about
+def read_text(config, tokenizer, about):
+    """The text that the command measures: (token ids (N,), its name). Raises UserError if there is
+    none, or if the model's hold-out is not the one of its training."""
+    if config.data is not None:
+        try:
+            text = Path(config.data).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{config.data} is not UTF-8 text; convert it first") from None
+        return tokenizer.encode(text), config.data
+    trained = about.get("run", {})
+    if "data" not in trained:
+        raise UserError(f"{config.checkpoint} does not say what it was trained on; give a text by --data")
+    corpus = data.load(trained["data"], tokenizer)
+    if corpus.fingerprint != trained["fingerprint"]:
+        raise UserError(f"{trained['data']!r} here (fingerprint {corpus.fingerprint}) is not the corpus that the "
+                        f"model was trained on ({trained['fingerprint']}), so its hold-out may have been trained "
+                        "on; give a text by --data")
+    return corpus.val, f"hold-out of {trained['data']}"
 
 
 def print_loss(config, model, tokenizer, about):
-    windows, trained = config.windows if config.data is None else 0, about.get("run", {})
-    if config.data is None:
-        if "data" not in trained:
-            raise UserError(f"{config.checkpoint} does not say what it was trained on; give a text by --data")
-        corpus, name = data.load(trained["data"], tokenizer), f"hold-out of {trained['data']}"
-        if corpus.fingerprint != trained["fingerprint"]:
-            raise UserError(f"{trained['data']!r} here (fingerprint {corpus.fingerprint}) is not the corpus that the "
-                            f"model was trained on ({trained['fingerprint']}), so its hold-out may have been trained "
-                            "on; give a text by --data")
-        tokens = corpus.val
-    else:
-        try:
-            tokens, name = tokenizer.encode(Path(config.data).read_text(encoding="utf-8")), config.data
-        except UnicodeDecodeError:
-            raise UserError(f"{config.data} is not UTF-8 text; convert it first") from None
+    tokens, name = read_text(config, tokenizer, about)
+    windows = config.windows if config.data is None else 0
     result = evaluate(model, tokens, tokenizer.byte_lengths(), windows, config.stride, config.batch)
     step = f" at step {about['step']}" if "step" in about else ""
     print(f"{config.checkpoint}{step}: {model.config.num_params()['total']:,} parameters, {name}, "
           f"{result['tokens']:,} tokens in windows of {model.config.block_size}\n"
           f"  {result['loss']:.4f} nats per token   perplexity {result['perplexity']:.3f}   "
           f"{result['bits_per_byte']:.4f} bits per byte")
+
+
+# -- a sample
+
+def sample(model, tokenizer, prompt_ids, tokens, temperature=0.8, top_k=50, seed=0):
+    """Continue prompt_ids (N,) by so many tokens: -> the continuation as text."""
+    device = model.embed.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    idx = torch.from_numpy(np.asarray(prompt_ids).astype(np.int64))[None].to(device)
+    out = model.generate(idx, tokens, temperature, top_k, generator)
+    return tokenizer.decode(out[0, idx.size(1):].tolist())
 
 
 def print_sample(config, model, tokenizer):
@@ -151,24 +180,47 @@ def print_sample(config, model, tokenizer):
     print(f"\n{config.sample}{text}")
 
 
+# -- the command
+
+def check_flags(config):
+    """Raise UserError for a flag that would have no effect, or for a --dtype that does not exist."""
+    check_choices(config)
+    questions = config.tasks or config.multiple_choice
+    if not config.tasks:
+        refuse_idle(config, ("include_path", "num_fewshot"), "without --tasks")
+    if not questions:
+        refuse_idle(config, ("limit", "batch_tokens"), "without --tasks or --multiple-choice")
+    if questions and not config.data:
+        refuse_idle(config, ("stride", "batch"), "on questions without --data")
+    if questions or config.data or config.stride:
+        refuse_idle(config, ("windows",), "with --data or --stride, where all windows count, nor on questions")
+    if config.sample is None:
+        refuse_idle(config, ("tokens", "temperature", "top_k", "seed"), "without --sample")
+
+
+def open_model(config):
+    """The model of the command: (GPT, what its file holds besides)."""
+    device = pick_device(config.device)
+    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+    model, about = load(config.checkpoint, device, dtype, config.block_size)
+    # CPUs are slow in half precision, and round more.
+    if config.dtype == "auto" and device == "cpu" and model.embed.weight.dtype.itemsize < 4:
+        model.float()
+    return model, about
+
+
 def main(config):
-    asks = bool(config.tasks or config.multiple_choice)
-    for names, used, why in ((("include_path", "num_fewshot"), config.tasks, "without --tasks"),
-                             (("limit", "batch_tokens"), asks, "without --tasks or --multiple-choice"),
-                             (("stride", "batch"), config.data or not asks, "on questions without --data"),
-                             (("windows",), not (config.data or config.stride or asks),
-                              "with --data or --stride, where all windows count, nor on questions"),
-                             (("tokens", "temperature", "top_k", "seed"), config.sample is not None,
-                              "without --sample")):
-        refuse_idle(config, () if used else names, why)
-    if asks:
-        from tasks import questions      # only now: the other commands need nothing of it
+    check_flags(config)
+    has_questions = config.tasks or config.multiple_choice
+    if has_questions:
+        # Only here: no other command needs it.
+        from tasks import questions
         questions.check(config)
     model, about = open_model(config)
     tokenizer = tokenizer_of(about, config.checkpoint)
-    if asks:
+    if has_questions:
         questions.main(config, model, tokenizer)
-    if config.data is not None or not asks:
+    if config.data is not None or not has_questions:
         print_loss(config, model, tokenizer, about)
     if config.sample is not None:
         print_sample(config, model, tokenizer)

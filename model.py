@@ -3,9 +3,10 @@
     python -c "import model; print(model.preset('laptop', vocab_size=256)[0].num_params())"
 
 `GPTConfig` holds one number of query heads, KV heads and FFN neurons *per layer*, so a pruned model is the same class
-with other numbers: no masks, no subclasses. Zero heads or zero neurons switch that sub-block (and the norm before it)
-off. RMSNorm, rotary positions (with Llama-3 scaling), grouped-query attention, SwiGLU; optionally tied embedding, QKV
-bias and QK norm: SmolLM2, MobileLLM, Llama 2/3, Qwen 2.5 and Qwen 3 are configs of it, not code paths.
+with other numbers: no masks, no subclasses. Zero heads or zero neurons switch that sub-block off, together with the
+norm before it. The decoder has RMSNorm, rotary positions (with Llama-3 scaling), grouped-query attention and SwiGLU;
+a tied embedding, QKV bias and QK norm are options. SmolLM2, MobileLLM, Llama 2/3, Qwen 2.5 and Qwen 3 are configs of
+this decoder, not code paths.
 
 Shapes: B sequences, T tokens, C d_model, D head_dim, V vocabulary; H_l query heads, K_l KV heads, F_l neurons in
 layer l. Not here: dropout, sliding windows, mixture of experts, tensor parallelism.
@@ -13,6 +14,7 @@ layer l. Not here: dropout, sliding windows, mixture of experts, tensor parallel
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -23,7 +25,7 @@ from common import UserError
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The whole shape of a model. Raises UserError where the numbers do not fit each other."""
+    """The whole shape of a model. Raises UserError if the numbers do not fit each other."""
     vocab_size: int
     block_size: int                        # tokens of context the model is trained with
     d_model: int
@@ -44,13 +46,22 @@ class GPTConfig:
         if not len(self.n_head) == len(self.n_kv_head) == len(self.d_ff) > 0:
             raise UserError(f"n_head, n_kv_head and d_ff need one number per layer, got {len(self.n_head)}, "
                             f"{len(self.n_kv_head)} and {len(self.d_ff)}")
-        for layer, (h, k, f) in enumerate(zip(self.n_head, self.n_kv_head, self.d_ff)):
-            if min(h, k, f) < 0 or (h == 0) != (k == 0) or (k and h % k):
-                raise UserError(f"layer {layer}: {h} query heads over {k} KV heads and {f} neurons; query heads must "
-                                "be a multiple of KV heads, both zero or neither, and nothing negative")
+        for layer in range(self.n_layer):
+            self.check_layer(layer)
         if self.head_dim % 2 or min(self.vocab_size, self.block_size, self.d_model, self.head_dim) < 1:
             raise UserError(f"head_dim {self.head_dim} must be even (rotary positions turn pairs), and vocab_size "
                             f"{self.vocab_size}, block_size {self.block_size}, d_model {self.d_model} positive")
+
+    def check_layer(self, layer):
+        """Raise UserError if the widths of a layer do not fit each other."""
+        heads = self.n_head[layer]
+        kv_heads = self.n_kv_head[layer]
+        neurons = self.d_ff[layer]
+        one_without_the_other = (heads == 0) != (kv_heads == 0)
+        uneven = kv_heads > 0 and heads % kv_heads != 0
+        if min(heads, kv_heads, neurons) < 0 or one_without_the_other or uneven:
+            raise UserError(f"layer {layer}: {heads} query heads over {kv_heads} KV heads and {neurons} neurons; query "
+                            "heads must be a multiple of KV heads, both zero or neither, and nothing negative")
 
     @property
     def n_layer(self):
@@ -60,50 +71,64 @@ class GPTConfig:
     #    together with the query heads it serves (k, v and q rows, o columns). Together: the *removable* parameters.
     def widths(self):
         """{(layer, kind): number of units} over the kinds "ffn" and "kv"."""
-        return {(l, kind): n for kind, ns in (("ffn", self.d_ff), ("kv", self.n_kv_head)) for l, n in enumerate(ns)}
+        neurons = {(layer, "ffn"): n for layer, n in enumerate(self.d_ff)}
+        groups = {(layer, "kv"): n for layer, n in enumerate(self.n_kv_head)}
+        return neurons | groups
 
     def unit_params(self, layer, kind):
         """Parameters of one unit of that layer (norms and embeddings belong to no unit)."""
         if kind == "ffn":
             return 3 * self.d_model
-        group = self.n_head[layer] // max(1, self.n_kv_head[layer])
+        # The k and v rows and the rows and columns of `group` query heads, each D wide.
+        group = self.queries_per_group(layer)
         return self.head_dim * ((2 * group + 2) * self.d_model + (group + 2) * self.qkv_bias)
 
+    def queries_per_group(self, layer):
+        """Query heads that one KV head of the layer serves; 0 without attention."""
+        return self.n_head[layer] // max(1, self.n_kv_head[layer])
+
     def removable_params(self):
-        return sum(n * self.unit_params(l, kind) for (l, kind), n in self.widths().items())
+        """Parameters of all units: attention and FFN without the norms."""
+        return sum(n * self.unit_params(*key) for key, n in self.widths().items())
 
     def resized(self, widths):
         """The same model with other widths: {(layer, kind): units} -> GPTConfig. Layers that are not named keep
-        theirs."""
-        w = {**self.widths(), **widths}
-        group = [h // max(1, k) for h, k in zip(self.n_head, self.n_kv_head)]
-        return dataclasses.replace(self, d_ff=tuple(w[l, "ffn"] for l in range(self.n_layer)),
-                                   n_kv_head=tuple(w[l, "kv"] for l in range(self.n_layer)),
-                                   n_head=tuple(w[l, "kv"] * group[l] for l in range(self.n_layer)))
+        their widths."""
+        widths = self.widths() | widths
+        layers = range(self.n_layer)
+        return dataclasses.replace(
+            self,
+            d_ff=[widths[layer, "ffn"] for layer in layers],
+            n_kv_head=[widths[layer, "kv"] for layer in layers],
+            n_head=[widths[layer, "kv"] * self.queries_per_group(layer) for layer in layers])
 
     # -- cost
     def num_params(self):
-        """Parameters by group: {"embedding", "attention", "ffn", "norm", "head", "total"}; a tied head counts once,
+        """Parameters by group: {"embedding", "attention", "ffn", "norm", "head", "total"}. A tied head counts once,
         as embedding."""
-        C, D = self.d_model, self.head_dim
+        C = self.d_model
+        D = self.head_dim
+        H = sum(self.n_head)
+        K = sum(self.n_kv_head)
+        with_attention = sum(h > 0 for h in self.n_head)
+        with_ffn = sum(f > 0 for f in self.d_ff)
         groups = {
             "embedding": self.vocab_size * C,
-            "attention": sum(D * (2 * (h + k) * C + (h + 2 * k) * self.qkv_bias)
-                             for h, k in zip(self.n_head, self.n_kv_head)),
-            "ffn": sum(3 * C * f for f in self.d_ff),
-            "norm": C * (1 + sum(h > 0 for h in self.n_head) + sum(f > 0 for f in self.d_ff))
-                    + 2 * D * self.qk_norm * sum(h > 0 for h in self.n_head),
-            "head": 0 if self.tie_embeddings else self.vocab_size * C}
+            "attention": D * (2 * (H + K) * C + (H + 2 * K) * self.qkv_bias),
+            "ffn": 3 * C * sum(self.d_ff),
+            "norm": C * (1 + with_attention + with_ffn) + 2 * D * self.qk_norm * with_attention,
+            "head": 0 if self.tie_embeddings else self.vocab_size * C,
+        }
         return groups | {"total": sum(groups.values())}
 
     def flops_per_token(self, T, backward=True):
-        """FLOPs per token at context T: 2 per matrix entry and multiply-add, attention counted over the full T x T
-        square as in PaLM (arXiv 2204.02311, appendix B; a causal kernel does half of it), norms and activations not
-        counted; the backward pass costs twice the forward pass."""
-        p = dataclasses.replace(self, qkv_bias=False).num_params()    # a bias is added, not multiplied
-        matrices = p["attention"] + p["ffn"] + self.vocab_size * self.d_model
+        """FLOPs per token at context T. Each matrix entry costs one multiply-add, which is 2. Attention is counted over
+        the full T x T square as in PaLM (arXiv 2204.02311, appendix B), though a causal kernel does half of it. Norms,
+        biases and activations are not counted. The backward pass costs twice the forward pass."""
+        params = dataclasses.replace(self, qkv_bias=False).num_params()
+        matrices = params["attention"] + params["ffn"] + self.vocab_size * self.d_model
         forward = 2 * matrices + 4 * T * self.head_dim * sum(self.n_head)
-        return forward * (3 if backward else 1)
+        return 3 * forward if backward else forward
 
     def kv_bytes_per_token(self, bytes_per_value=2):
         """Bytes that one token of context adds to the KV cache (2 bytes a value = bf16)."""
@@ -112,14 +137,18 @@ class GPTConfig:
 
 # -- units: which entries of which parameters belong to one
 def coupled(config, layer, kind):
-    """Parameters that a unit of this layer has entries in: [(name, dimension that runs over the units)]. A unit's
-    entries are consecutive along it: 1 row of a neuron, D rows of a KV head, (H_l/K_l)·D rows of the query heads it
-    serves. The last of the weights, `down` or `o`, reads the unit's output: its columns are the unit's channels."""
+    """Parameters that a unit of this layer has entries in: [(name, dimension that runs over the units)].
+
+    A unit's entries are consecutive along that dimension: 1 row of a neuron, D rows of a KV head, (H_l/K_l)·D rows of
+    the query heads that the KV head serves. The last of the weights, `down` or `o`, reads the unit's output: its
+    columns are the unit's channels."""
     if kind == "ffn":
-        return [(f"blocks.{layer}.ffn.{name}.weight", dim) for name, dim in (("gate", 0), ("up", 0), ("down", 1))]
-    bias = [("q.bias", 0), ("k.bias", 0), ("v.bias", 0)] if config.qkv_bias else []
-    return [(f"blocks.{layer}.attn.{name}", dim)
-            for name, dim in bias + [("q.weight", 0), ("k.weight", 0), ("v.weight", 0), ("o.weight", 1)]]
+        ffn = f"blocks.{layer}.ffn"
+        return [(f"{ffn}.gate.weight", 0), (f"{ffn}.up.weight", 0), (f"{ffn}.down.weight", 1)]
+    attn = f"blocks.{layer}.attn"
+    biases = [(f"{attn}.q.bias", 0), (f"{attn}.k.bias", 0), (f"{attn}.v.bias", 0)] if config.qkv_bias else []
+    weights = [(f"{attn}.q.weight", 0), (f"{attn}.k.weight", 0), (f"{attn}.v.weight", 0), (f"{attn}.o.weight", 1)]
+    return biases + weights
 
 
 def reader_of(config, layer, kind):
@@ -132,34 +161,41 @@ def by_unit(tensor, dim, units):
     return tensor.unflatten(dim, (units, -1))
 
 
+# -- the decoder
+
 def rotary(config, start, T, device, dtype):
-    """cos, sin (T, D) of positions start … start+T-1 (RoFormer, arXiv 2104.09864), each angle twice, for both halves of
-    a head, and sin negative in the first; formed in float64 and rounded once; Llama 3's frequency scaling where
-    config.rope_scaling is set (as in Meta's release, smooth between the two factors)."""
+    """cos and sin (T, D) of the positions start … start+T-1 (RoFormer, arXiv 2104.09864). Each angle stands twice, for
+    both halves of a head, and sin is negative in the first half. With config.rope_scaling, frequencies are scaled as in
+    Meta's release of Llama 3. Angles are formed in float64 and rounded once."""
     D = config.head_dim
     wide = torch.float32 if device.type == "mps" else torch.float64       # Apple's GPUs have no float64
     freq = config.rope_theta ** (-torch.arange(0, D, 2, device=device, dtype=wide) / D)
     if config.rope_scaling:
         factor, low, high, original = config.rope_scaling
-        turns = original * freq / (2 * math.pi)                      # full turns within the original context
-        smooth = ((turns - low) / (high - low)).clamp(0, 1)          # 0: slow, divide by factor; 1: fast, leave
+        # Full turns within the original context. Slow frequencies are divided by the factor, fast ones stay, and in
+        # between the change is smooth.
+        turns = original * freq / (2 * math.pi)
+        smooth = ((turns - low) / (high - low)).clamp(0, 1)
         freq = freq * (smooth + (1 - smooth) / factor)
     angle = torch.outer(torch.arange(start, start + T, device=device, dtype=wide), freq)
-    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    cos = angle.cos().to(dtype)
+    sin = angle.sin().to(dtype)
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (i, i + D/2) of every head by its position's angle. x (B, H, T, D), cos and sin (T, D)."""
+    """Turn the pairs (i, i + D/2) of every head by the angle of its position. x (B, H, T, D), cos and sin (T, D)."""
     a, b = x.chunk(2, -1)
-    return (x * cos + torch.cat((b, a), -1) * sin).to(x.dtype)           # x.roll is as fast, but not where compiled
+    # x.roll(D // 2, -1) would be as fast, but not when compiled.
+    return (x * cos + torch.cat((b, a), -1) * sin).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight (arXiv 1910.07467)."""
     def __init__(self, n, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(n)), eps
+        self.weight = nn.Parameter(torch.ones(n))
+        self.eps = eps
 
     def forward(self, x):
         return F.rms_norm(x, (x.size(-1),), self.weight.to(x.dtype), self.eps)
@@ -169,8 +205,10 @@ class Attention(nn.Module):
     """Causal grouped-query attention. (B, T, C) -> (B, T, C)"""
     def __init__(self, config, layer):
         super().__init__()
-        C, self.D = config.d_model, config.head_dim
-        self.H, self.K = config.n_head[layer], config.n_kv_head[layer]
+        C = config.d_model
+        self.D = config.head_dim
+        self.H = config.n_head[layer]
+        self.K = config.n_kv_head[layer]
         self.q = nn.Linear(C, self.H * self.D, bias=config.qkv_bias)
         self.k = nn.Linear(C, self.K * self.D, bias=config.qkv_bias)
         self.v = nn.Linear(C, self.K * self.D, bias=config.qkv_bias)
@@ -179,17 +217,25 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.D, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, cache=None, mask=None):
+        """`cache`: a list [k, v] of the tokens before these, empty at the prompt, that grows in place. `mask`: see
+        GPT.hidden."""
         B, T, _ = x.shape
         q = self.q(x).view(B, T, self.H, self.D).transpose(1, 2)      # (B, H_l, T, D)
         k = self.k(x).view(B, T, self.K, self.D).transpose(1, 2)      # (B, K_l, T, D)
         v = self.v(x).view(B, T, self.K, self.D).transpose(1, 2)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        if cache is not None:                                         # a list [k, v], empty before the prompt
-            cache[:] = (k, v) if not cache else (torch.cat((cache[0], k), 2), torch.cat((cache[1], v), 2))
-            k, v = cache
-        if self.K != self.H and not x.is_cpu:                         # query head h reads KV head h // (H_l/K_l)
-            k, v = (t.repeat_interleave(self.H // self.K, dim=1) for t in (k, v))
-        S = k.size(2)                                                 # keys: those in the cache, then ours
+        q = rotate(self.q_norm(q), cos, sin)
+        k = rotate(self.k_norm(k), cos, sin)
+        if cache is not None:
+            if cache:
+                k = torch.cat((cache[0], k), 2)
+                v = torch.cat((cache[1], v), 2)
+            cache[:] = (k, v)
+        # Query head h reads KV head h // (H_l/K_l).
+        if self.K != self.H and not x.is_cpu:
+            k = k.repeat_interleave(self.H // self.K, dim=1)
+            v = v.repeat_interleave(self.H // self.K, dim=1)
+        # S keys: those in the cache, then the T new ones.
+        S = k.size(2)
         causal = mask is None and T == S
         if mask is None and 1 < T < S:
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
@@ -213,10 +259,12 @@ class Block(nn.Module):
     """Pre-norm residual layer; an absent sub-block has no parameters and leaves x as it is."""
     def __init__(self, config, layer):
         super().__init__()
-        C, eps = config.d_model, config.norm_eps
-        has_attn, has_ffn = config.n_head[layer] > 0, config.d_ff[layer] > 0
-        self.attn_norm, self.attn = (RMSNorm(C, eps), Attention(config, layer)) if has_attn else (None, None)
-        self.ffn_norm, self.ffn = (RMSNorm(C, eps), FFN(config, layer)) if has_ffn else (None, None)
+        has_attention = config.n_head[layer] > 0
+        self.attn_norm = RMSNorm(config.d_model, config.norm_eps) if has_attention else None
+        self.attn = Attention(config, layer) if has_attention else None
+        has_ffn = config.d_ff[layer] > 0
+        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps) if has_ffn else None
+        self.ffn = FFN(config, layer) if has_ffn else None
 
     def forward(self, x, cos, sin, cache=None, mask=None):
         if self.attn is not None:
@@ -227,25 +275,33 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The decoder. Initialised as GPT-2: normal(0, 0.02), projections into the residual stream divided by sqrt(2
-    n_layer)."""
+    """The decoder."""
     def __init__(self, config):
         super().__init__()
         self.config = config
-        shape = config.vocab_size, config.d_model
-        meta = torch.empty(0).is_meta          # made to be filled: normal_ there would import 800 modules, 2 seconds
+        shape = (config.vocab_size, config.d_model)
+        # A model on the meta device will be filled with weights. nn.Embedding's own initialisation there would import
+        # 800 modules and take 2 seconds.
+        meta = torch.empty(0).is_meta
         self.embed = nn.Embedding(*shape, _weight=torch.empty(shape) if meta else None)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
-        for name, p in () if meta else self.named_parameters():
+        if not meta:
+            self.init_weights()
+        # The accounting is the model's.
+        total = sum(p.numel() for p in self.parameters())
+        assert total == config.num_params()["total"], (total, config.num_params())
+
+    def init_weights(self):
+        """As GPT-2: normal(0, 0.02), and matrices that write into the residual stream divided by sqrt(2 n_layer)."""
+        for name, p in self.named_parameters():
             if p.dim() == 2:
-                into_residual = name.endswith(("attn.o.weight", "ffn.down.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if into_residual else 0.02)
+                writes_the_stream = name.endswith(("attn.o.weight", "ffn.down.weight"))
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if writes_the_stream else 0.02
+                nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        total = sum(p.numel() for p in self.parameters())
-        assert total == config.num_params()["total"], (total, config.num_params())   # the accounting is the model's
 
     @property
     def head_weight(self):
@@ -254,13 +310,16 @@ class GPT(nn.Module):
 
     def hidden(self, idx, cache=None, positions=None, mask=None):
         """Token ids (B, T) -> normed hidden states (B, T, C). The losses form logits from these in chunks (distill.py).
-        `cache`: one list per layer, filled in place; positions go on where it ends. Instead of the text's order,
-        `positions` (B, T), each below T, and `mask` (B, 1, T, T), true where row t sees column s (tasks/questions.py)."""
+
+        `cache`: one list per layer, filled in place; positions go on where the cache ends. `positions` (B, T), each
+        below T, and `mask` (B, 1, T, T), true where row t sees column s, take the place of the text's order
+        (tasks/questions.py)."""
         start = 0 if cache is None else max((layer[0].size(2) for layer in cache if layer), default=0)
         x = self.embed(idx)
         cos, sin = rotary(self.config, start, idx.size(1), idx.device, x.dtype)
         if positions is not None:
-            cos, sin = cos[positions][:, None], sin[positions][:, None]             # (B, 1, T, D)
+            cos = cos[positions][:, None]             # (B, 1, T, D)
+            sin = sin[positions][:, None]
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, None if cache is None else cache[layer], mask)
         return self.norm(x)
@@ -271,74 +330,115 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, tokens, temperature=1.0, top_k=None, generator=None, done=None):
-        """Continue the prompt idx (B, T) by so many tokens; returns (B, T + tokens). temperature 0 = greedy. With a
-        KV cache; a context that outgrows block_size starts again from its last half. `done(idx)`, true: that is all."""
-        cache, filled, limit = None, 0, self.config.block_size
+        """Continue the prompt idx (B, T) by so many tokens, with a KV cache. Returns (B, T + tokens). Temperature 0 is
+        greedy. A context that outgrows block_size starts again from its last half. If done(idx) is true, the
+        continuation ends there."""
+        limit = self.config.block_size
+        new = idx[:, -limit:]
+        cache = [[] for _ in self.blocks]
+        filled = 0
         for _ in range(tokens):
-            if cache is None or filled == limit:
-                new = idx[:, -(limit if cache is None else max(1, limit // 2)):]
-                cache, filled = [[] for _ in self.blocks], 0
+            if filled == limit:
+                new = idx[:, -max(1, limit // 2):]
+                cache = [[] for _ in self.blocks]
+                filled = 0
             filled += new.size(1)
             logits = F.linear(self.hidden(new, cache)[:, -1], self.head_weight).float()            # (B, V)
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)
-            else:
-                logits = logits / temperature
-                if top_k:
-                    logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -math.inf
-                new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            new = pick_tokens(logits, temperature, top_k, generator)
             idx = torch.cat((idx, new), dim=1)
             if done is not None and done(idx):
                 break
         return idx
 
 
+def pick_tokens(logits, temperature, top_k, generator):
+    """One token for each row of logits (B, V): the likeliest at temperature 0, otherwise drawn from the top_k likeliest
+    (None or 0: from all). (B, 1)"""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+    if top_k:
+        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits[logits < least] = -math.inf
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
 # -- sizes: the targets. The enlarged model is the same with wider FFNs (IDEA Prune widens nothing else) and, if asked,
 #    more KV groups.
-PRESETS = {  # name: layers, d_model, query heads, KV heads, head_dim, target d_ff, context, peak learning rate
-    "toy":    (2, 32, 4, 2, 8, 64, 64, 1e-2),
-    "laptop": (4, 64, 4, 2, 16, 192, 128, 1e-2),      # the rate: best for plan scratch when it was tried
-    "10m":    (6, 384, 6, 6, 64, 1024, 512, 1e-3),
-    "124m":   (12, 768, 12, 12, 64, 2048, 1024, 6e-4),      # this rate and the next: GPT-3's (arXiv 2005.14165)
-    "4x16":   (4, 16, 2, 1, 8, 48, 128, 2e-2),        # experiments/claims.py's; claim 13 is about the rate
-    **{f"8x{C}": (8, C, C // 16, C // 16, 16, 4 * C, 128, 1e-2) for C in (16, 32, 48, 64)},           # experiments/scaling.py's,
-    **{f"12x{C}": (12, C, C // 64, C // 64, 64, 4 * C, 512, 1e-3) for C in (128, 192, 320, 512)},     # layers x width
-    "1.3b":   (24, 2048, 16, 8, 128, 6272, 4096, 2e-4),     # the paper's scale: 2.8B -> 1.3B with gpt2's vocabulary
+class Preset(NamedTuple):
+    n_layer: int
+    d_model: int
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+    d_ff: int             # of the target
+    block_size: int
+
+
+PRESETS = {
+    # layers, d_model, query heads, KV heads, head_dim, d_ff, context
+    "toy": Preset(2, 32, 4, 2, 8, 64, 64),
+    "laptop": Preset(4, 64, 4, 2, 16, 192, 128),
+    "10m": Preset(6, 384, 6, 6, 64, 1024, 512),
+    "124m": Preset(12, 768, 12, 12, 64, 2048, 1024),
+    # The paper's scale: 2.8B -> 1.3B parameters with gpt2's vocabulary.
+    "1.3b": Preset(24, 2048, 16, 8, 128, 6272, 4096),
+    # The experiments' sizes, layers x d_model: experiments/claims.py trains the first, experiments/scaling.py the others.
+    "4x16": Preset(4, 16, 2, 1, 8, 48, 128),
+    **{f"8x{C}": Preset(8, C, C // 16, C // 16, 16, 4 * C, 128) for C in (16, 32, 48, 64)},
+    **{f"12x{C}": Preset(12, C, C // 64, C // 64, 64, 4 * C, 512) for C in (128, 192, 320, 512)},
 }
 
 
 def preset(name, vocab_size, enlarge_ff=2.6, enlarge_kv=1.0):
     """(target, enlarged) configs. enlarge_ff widens every FFN (2.6: IDEA Prune's best), enlarge_kv multiplies the KV
-    groups. Raises UserError for an unknown name and for a target larger than the enlarged model."""
+    groups. Raises UserError for an unknown name, and if the target would be larger than the enlarged model."""
     if name not in PRESETS:
         raise UserError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
     if not (math.isfinite(enlarge_ff) and math.isfinite(enlarge_kv)):
         raise UserError(f"--enlarge-ff {enlarge_ff} and --enlarge-kv {enlarge_kv} must be finite")
-    L, C, H, K, D, d_ff, T, _ = PRESETS[name]
-    target = GPTConfig(vocab_size, T, C, D, (H,) * L, (K,) * L, (d_ff,) * L)
-    wide_ff = d_ff if enlarge_ff == 1 else 8 * round(d_ff * enlarge_ff / 8)
-    wide_k = round(K * enlarge_kv)
+    size = PRESETS[name]
     if min(enlarge_ff, enlarge_kv) < 1:
-        raise UserError(f"the target must not be larger than the enlarged model with {enlarge_ff} times its {d_ff} "
-                        f"neurons, {enlarge_kv} times its {K} KV heads; give --enlarge-ff, --enlarge-kv of at least 1")
-    for flag, factor, wide, units in (("ff", enlarge_ff, wide_ff, d_ff), ("kv", enlarge_kv, wide_k, K)):
-        if factor > 1 and wide == units:
-            raise UserError(f"--enlarge-{flag} {factor} of {units} units rounds to {wide}; give a larger factor, or 1")
-    return target, target.resized({(l, kind): n for l in range(L) for kind, n in (("ffn", wide_ff), ("kv", wide_k))})
+        raise UserError(f"the target must not be larger than the enlarged model with {enlarge_ff} times its "
+                        f"{size.d_ff} neurons, {enlarge_kv} times its {size.n_kv_head} KV heads; give --enlarge-ff, "
+                        "--enlarge-kv of at least 1")
+    L = size.n_layer
+    target = GPTConfig(vocab_size, size.block_size, size.d_model, size.head_dim, n_head=(size.n_head,) * L,
+                       n_kv_head=(size.n_kv_head,) * L, d_ff=(size.d_ff,) * L)
+    wide_ff = times(size.d_ff, enlarge_ff, 8, "--enlarge-ff")
+    wide_kv = times(size.n_kv_head, enlarge_kv, 1, "--enlarge-kv")
+    widths = {}
+    for layer in range(L):
+        widths[layer, "ffn"] = wide_ff
+        widths[layer, "kv"] = wide_kv
+    return target, target.resized(widths)
+
+
+def times(units, factor, multiple, flag):
+    """`factor` times so many units, rounded to a multiple. Raises UserError if rounding undoes the factor."""
+    if factor == 1:
+        return units
+    wide = multiple * round(units * factor / multiple)
+    if wide == units:
+        raise UserError(f"{flag} {factor} of {units} units rounds to {wide}; give a larger factor, or 1")
+    return wide
 
 
 def shrunk(config, enlarge_ff=2.6, enlarge_kv=1.0):
     """The target of a model that is there already: each layer's FFN neurons divided by enlarge_ff (to a multiple of 8),
-    its KV groups by enlarge_kv; at least one of what there is. Raises UserError as `preset` does."""
+    its KV groups divided by enlarge_kv, at least one of what there is. Raises UserError for factors below 1."""
     if not (math.isfinite(enlarge_ff) and math.isfinite(enlarge_kv)) or min(enlarge_ff, enlarge_kv) < 1:
         raise UserError(f"--enlarge-ff {enlarge_ff} and --enlarge-kv {enlarge_kv} must be finite and at least 1")
-
-    def units(n, kind):
+    widths = {}
+    for (layer, kind), n in config.widths().items():
         if kind == "kv":
-            return min(n, max(1, round(n / enlarge_kv)))
-        return n if enlarge_ff == 1 else min(n, max(1, 8 * round(n / enlarge_ff / 8)))
-
-    return config.resized({key: units(n, key[1]) for key, n in config.widths().items()})
+            fewer = round(n / enlarge_kv)
+        elif enlarge_ff == 1:
+            fewer = n
+        else:
+            fewer = 8 * round(n / enlarge_ff / 8)
+        widths[layer, kind] = min(n, max(1, fewer))
+    return config.resized(widths)
 
 
 def with_context(config, block_size, path):

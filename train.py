@@ -168,7 +168,7 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
             clock.lap("score")
             widths = widths_at(setup, state, size, scores, importance)
             state.alive = prune.choose(score.mask_dead(scores, state.alive), widths)
-            prune.zero_(state.model, state.optimizer, state.alive)     # zeros in place; nothing else changes
+            prune.zero_(state.model, state.optimizer, state.alive)     # in place; nothing else changes
             clock.lap("cut")
             log_eval(setup, state, "prune", size=size)
             if state.step == timeline.events[-1][0]:
@@ -178,22 +178,26 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
             state.model, state.optimizer = prune.slice(state.model, state.optimizer, state.alive)
             state.alive = prune.everything(state.model.config)
             state.averages = None
-            objective = wrap(setup, state.model, objective_of)         # around the physically smaller model
+            assert timeline.interleaved or state.model.config == setup.target
+            if config.compile:
+                # The compiler gives up on a function after 8 graphs; plan adapt has as many sizes.
+                torch.compiler.reset()
+            objective = wrap(setup, state.model, objective_of)         # around the smaller model
             setup.log("slice", state.step, **shape_record(state))
             clock.lap("slice")
 
         # 3. The learning rate.
-        lr = schedule.lr_at(state.step, timeline, config.lr, config.min_lr, config.warmup_share, config.shape,
-                            rewarm=config.rewarm)
+        lr = schedule.lr_at(state.step, timeline, config.lr, config.min_lr, config.warmup_share,
+                            config.shape, rewarm=config.rewarm)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
 
-        # 4. Forward and backward over the micro-batches: cross-entropy, or a mix of it and
-        # distillation.
+        # 4. Forward and backward over the micro-batches: cross-entropy | a mix of it and distillation.
+        # `sums` becomes the means of the loss, cross-entropy, KL and the teacher's cross-entropy.
         teacher = state.teacher if stage.kd else None
-        sums = setup.zeros(4)        # means of: the loss, cross-entropy, KL, the teacher's cross-entropy
+        sums = setup.zeros(4)
         for micro in range(setup.micro_steps):
-            x, y = setup.batch(state.step, micro)                      # (B, T) each, a pure function of its arguments
+            x, y = setup.batch(state.step, micro)        # (B, T) each, a pure function of its arguments
             if setup.world > 1:
                 # DDP exchanges gradients once a step, behind the last micro-batch.
                 objective.require_backward_grad_sync = micro == setup.micro_steps - 1
@@ -211,14 +215,14 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
         step_seconds = clock.lap("train")
 
         # 5. Score the units while their gradients are there; clip; update.
-        scores_now = setup.averages_scores and schedule.score_at(state.step, timeline, config.score_every,
-                                                                 config.score_window)
+        scores_now = schedule.score_at(state.step, timeline, config.score_every, config.score_window)
+        scores_now = scores_now and setup.averages_scores
         if scores_now:
             state.averages = score.average(state.averages, score.sensitivity(state.model))
             clock.lap("score")
         nn.utils.clip_grads_with_norm_(state.model.parameters(), config.clip, norm)
         state.optimizer.step()
-        two_four.hold_(state.model, state.optimizer, state.masks)      # the zeros of a 2:4 model do get gradients
+        two_four.hold_(state.model, state.optimizer, state.masks)      # 2:4 zeros do get gradients
         state.optimizer.zero_grad(set_to_none=True)
         step_seconds += clock.lap("train")
 
@@ -227,8 +231,8 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
         if teacher:
             judge_teacher(setup, state, losses)
         state.step += 1
-        log_step(setup, state, stage, losses, norm.item(), lr, step_seconds, taught=teacher is not None,
-                 progress=progress)
+        log_step(setup, state, stage, losses, norm.item(), lr, step_seconds,
+                 taught=teacher is not None, progress=progress)
 
 
 class NotFinite(UserError):
@@ -343,8 +347,6 @@ def wrap(setup, model, objective_of=distill.Objective):
     the settings say."""
     objective = objective_of(model, setup.config.kd_weight, setup.config.kd_temperature)
     if setup.config.compile:
-        # The compiler gives up on a function after 8 graphs, and plan adapt has as many sizes.
-        torch.compiler.reset()
         objective = torch.compile(objective, dynamic=False)
     if setup.world > 1:
         # Gradients are views of DDP's buckets: no second copy of them.

@@ -1,28 +1,30 @@
-"""How fast it is: every figure a ratio to a limit, a peer or itself, measured in turns (A B A B …) in one run.
+"""How fast it is: every figure a ratio to a limit, to a peer or to itself, measured in turns (A B A B …) in one run.
 
     python -m bench train                          # tokens/s, share of the matmul rate, where the time goes, peers
-    python -m bench kd                             # the KD step over its roofline; peak memory
-    python -m bench cuts --presets 1m 135m         # pauses per cut and slice, the prune stage against none
+    python -m bench kd                             # the step of distillation over its roofline; peak memory
+    python -m bench cuts --presets 1m 135m         # pauses for a cut and a slice; the prune stage against none
     python -m bench infer                          # prefill, decoding, memory; ours and llama.cpp's; dense and pruned
-    python -m bench start                          # seconds to --help, and to the first step; likewise disk and ddp
+    python -m bench start                          # seconds to --help and of a run of one step
+    python -m bench disk                           # checkpoints against plain files
+    python -m bench ddp                            # two processes against one
     python -m bench scale                          # the paper's 2.8B -> 1.3B at 2T tokens, by accounting alone
     python -m bench gpu --minutes 8 --out results/gpu.jsonl     # what matters on a GPU; the same command goes on
-    python -m bench report --out results/gpu.jsonl       # the tables again, from these records
+    python -m bench report --out results/gpu.jsonl # the tables again, from these records
 
-Limits are measured in the same run: a large matrix product in the same dtype, a large copy. Medians over --rounds, of
-ratios taken within a round. Random weights and tokens; a GPU draws less power on zeros, so its clock rises behind cuts:
-compare within a round only. A cell that --out has, by the same code and settings on the same machine, is not measured
-again; one that fails is recorded as such, and the exit code is 1.
+Limits are measured in the same run. Figures are medians over --rounds, of ratios taken within a round. Weights and tokens
+are random. A GPU draws less power on zeros, so its clock rises behind cuts: compare within a round only. A cell that --out
+has from the same commit, settings and machine is not measured again. A cell that fails is recorded as such, and the exit
+code is 1.
 """
 import contextlib
 import dataclasses
-import functools
 import gc
-import math
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
 
 import torch
 
@@ -31,145 +33,173 @@ from bench import inference, system, training
 from bench.timing import Records, machine, tables
 from common import UserError, commit, parse, pick_device, refuse_idle, run
 
+# -- suites
+
+SHAPE = ("presets", "vocab")               # flags by what they are about
+TRAINING = ("enlarge_ff", "micro_batch", "micro_steps", "steps", "rounds", "dtype", "compile", "device")
+INFERENCE = ("keep", "prompt", "decode")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Which cells a suite has, and what it reads of the command line."""
+    measures: dict                         # {end of a cell's name: function of (settings, shape, vocabulary)}
+    reads: tuple[str, ...]                 # flags
+    presets: tuple[str, ...] = ()          # default of --presets
+    vocab: tuple[int, ...] = ()            # default of --vocab; (): the shape's own
+    defaults: dict = field(default_factory=dict)     # of flags that have another one here
+
+
+EVERY_VARIANT = (*training.STAGES, training.GPT2, training.LLAMA)
+SUITES = {
+    "train": Suite({"": partial(training.stages, names=EVERY_VARIANT)}, (*SHAPE, *TRAINING), ("laptop",), (256, 50257)),
+    "kd": Suite({"": partial(training.stages, names=training.KD, memory=True)}, (*SHAPE, *TRAINING), ("laptop",), (49152,)),
+    "cuts": Suite({"": training.cuts}, (*SHAPE, *TRAINING), ("1m", "135m"), defaults={"rounds": 3}),
+    "infer": Suite({"": inference.infer}, (*SHAPE, *INFERENCE, "rounds", "dtype", "device"), ("135m",)),
+    "start": Suite({"": system.start}, ("presets", "rounds", "device"), ("laptop",), defaults={"rounds": 3}),
+    "disk": Suite({"": system.disk}, (*SHAPE, "rounds", "disk"), ("124m",), (50257,)),
+    "ddp": Suite({"": training.ddp}, (*SHAPE, "rounds", "steps", "micro_batch"), ("laptop",), (256,)),
+    "scale": Suite({"": system.scale}, (*SHAPE, "enlarge_ff", "micro_batch"), ("1.3b",), (50257,), {"micro_batch": 1}),
+    # What two of these cells train alike is compiled once, as the compiler keeps it on the disk.
+    "gpu": Suite({", infer": inference.infer,
+                  ", recover": partial(training.stages, names=(*training.KD, training.GPT2), memory=True),
+                  ", prune": partial(training.stages, names=("prune", "prune, KD")), ", cuts": training.cuts},
+                 (*SHAPE, *INFERENCE, *TRAINING, "minutes"), ("124m", "1.3b"), (50304,),
+                 {"rounds": 3, "steps": 5, "compile": True}),
+    "report": Suite({}, ()),
+}
+SuiteName = Literal[tuple(SUITES)]
+ShapeName = Literal[(*training.SHAPES, *models.PRESETS)]
+
+
+# -- settings
 
 @dataclass(frozen=True)
 class Bench:
-    suite: str                             # train, kd, cuts, infer, start, disk, ddp, scale, gpu; report: the tables
+    suite: SuiteName                       # what to measure; report: print the tables of --out
     out: str = "runs/bench.jsonl"          # file of records
-    presets: tuple[str, ...] = ()          # shapes: 1m, 135m, those of train.py --preset; () and None: see above
-    vocab: tuple[int, ...] = ()            # tokens in the vocabulary; still (): 49,152 for 135m, else 256
-    rounds: int | None = None              # that count, behind one that does not
-    steps: int | None = None               # in a round, which in the prune stage has one cut; 0: 15, 3 from V = 4,096
-    micro_batch: int | None = None         # sequences per forward pass; 0: bench_train.fitted chooses
-    micro_steps: int | None = None         # forward passes per step
-    enlarge_ff: float | None = None        # the enlarged model has so many times the target's FFN neurons
-    keep: float | None = None              # infer: kept fraction of the removable parameters
-    prompt: int | None = None              # infer: tokens
-    decode: int | None = None              # infer: tokens
-    disk: str | None = None                # disk: a folder on it; "": that of --out
-    minutes: float | None = None           # gpu: then it stops; the same command goes on
-    dtype: str | None = None               # float32, bfloat16 (autocast); auto: bfloat16 only on a GPU
-    compile: bool | None = None            # torch.compile, ours and the peers'
-    device: str | None = None              # auto, cpu, cuda, mps
+    presets: tuple[ShapeName, ...] = ()    # shapes: 1m, 135m, those of train.py --preset; default: the suite's
+    vocab: tuple[int, ...] = ()            # tokens in the vocabulary; default: the suite's, or the shape's own
+    rounds: int | None = None              # that count, behind one that does not; default: 5, or the suite's
+    steps: int | None = None               # in a round; in the prune stage each has a cut; default: 15, large vocab: 3
+    micro_batch: int | None = None         # sequences per forward pass; default: training.tokens_per_forward
+    micro_steps: int = 1                   # forward passes per step
+    enlarge_ff: float = 2.6                # the enlarged model has so many times the target's FFN neurons
+    keep: float = 0.8                      # infer: kept fraction of the removable parameters
+    prompt: int = 128                      # infer: tokens
+    decode: int = 64                       # infer: tokens
+    disk: str | None = None                # disk: a folder on it; default: that of --out
+    minutes: float = 8.0                   # gpu: then it stops; the same command goes on
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # bfloat16 is autocast; auto: that on a GPU
+    compile: bool | None = None            # torch.compile, ours and the peers'; default: in gpu only
+    device: str = "auto"                   # auto, cpu, cuda, mps
 
 
-RUN = dict(rounds=5, steps=0, micro_batch=0, micro_steps=1, dtype="auto", device="auto", compile=False)
-INFER = dict(keep=0.8, prompt=128, decode=64)
-SUITES = {  # suite: the flags it reads, and their defaults there
-    "train": dict(presets=("laptop",), vocab=(256, 50257), enlarge_ff=2.6, **RUN),
-    "kd": dict(presets=("laptop",), vocab=(49152,), enlarge_ff=2.6, **RUN),
-    "cuts": dict(presets=("1m", "135m"), vocab=(), enlarge_ff=2.6, **RUN | dict(rounds=3)),
-    "infer": dict(presets=("135m",), vocab=(), rounds=5, **INFER, dtype="auto", device="auto"),
-    "start": dict(presets=("laptop",), rounds=3, device="auto"),
-    "disk": dict(presets=("124m",), vocab=(50257,), rounds=5, disk=""),
-    "ddp": dict(presets=("laptop",), vocab=(256,), rounds=5, steps=15, micro_batch=0),
-    "scale": dict(presets=("1.3b",), vocab=(50257,), enlarge_ff=2.6, micro_batch=1),
-    "gpu": dict(presets=("124m", "1.3b"), vocab=(50304,), enlarge_ff=2.6, minutes=8.0, **INFER,
-                **RUN | dict(rounds=3, steps=5, compile=True)),
-    "report": {}}
+LEAST = {"rounds": 1, "steps": 2, "micro_batch": 1, "micro_steps": 1, "enlarge_ff": 1, "prompt": 1, "decode": 2}
 
 
-__doc__ += "\nFlags by suite, with their defaults there:\n" + "\n".join(f"  {suite:6} " + ", ".join(
-    f"{name.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, tuple) else v}".strip()
-    for name, v in uses.items()) for suite, uses in SUITES.items() if uses)
-
-RANGES = {"micro_batch": (0, math.inf), "steps": (0, math.inf), "vocab": (2, 2**32), "decode": (2, math.inf),
-          "keep": (1e-6, 1), "minutes": (1e-6, math.inf)}
-
-
-def resolve(c):
-    """Fill the suite's defaults and those that depend on the machine (without --device: the CPU); refuse what the suite
-    has no use for or what means nothing."""
-    if c.suite not in SUITES:
-        raise UserError(f"{c.suite!r} is not one of {', '.join(SUITES)}")
-    uses, names = SUITES[c.suite], [f.name for f in dataclasses.fields(c) if f.name not in ("suite", "out")]
-    refuse_idle(c, [name for name in names if name not in uses], f"in {c.suite}")
-    c = dataclasses.replace(c, **{name: default if getattr(c, name) in (None, ()) else getattr(c, name)
-                                  for name, default in uses.items()})
-    for name in uses:
-        low, high = RANGES.get(name, (1, math.inf))
-        for value in getattr(c, name) if type(getattr(c, name)) in (list, tuple) else [getattr(c, name)]:
-            if type(value) in (int, float) and not low <= value <= high:
-                raise UserError(f"--{name.replace('_', '-')} {value} must be at least {low:g}"
-                                + (f" and at most {high:g}" if high < math.inf else ""))
-    known = (*(() if c.suite == "start" else training.SHAPES), *models.PRESETS)       # start runs train.py
-    for name in c.presets:
-        if name not in known:
-            raise UserError(f"{c.suite} knows no shape {name!r}; there are {', '.join(known)}")
-    if c.steps == 1:
-        raise UserError("--steps 1 must be 0 or at least 2, as a cut is scored in the step before")
-    if c.dtype not in (None, "auto", "float32", "bfloat16"):
-        raise UserError(f"--dtype {c.dtype!r} is not one of auto, float32, bfloat16")
-    device = pick_device(c.device or "cpu")
-    dtype = c.dtype if c.dtype in ("float32", "bfloat16") else "bfloat16" if device.startswith("cuda") else "float32"
-    return dataclasses.replace(c, device=device, dtype=dtype, compile=bool(c.compile), micro_steps=c.micro_steps or 1)
+def check_ranges(settings):
+    """Raise UserError for numbers that mean nothing. A step before a cut is needed to score in: --steps 2."""
+    for name, least in LEAST.items():
+        value = getattr(settings, name)
+        if value is not None and not value >= least:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+    if min(settings.vocab, default=2) < 2:
+        raise UserError(f"--vocab {min(settings.vocab)} must be at least 2")
+    if not 0 < settings.keep <= 1:
+        raise UserError(f"--keep {settings.keep} must be above 0 and at most 1")
+    if not settings.minutes > 0:
+        raise UserError(f"--minutes {settings.minutes} must be above 0")
 
 
-# -- cells
+def resolve(settings):
+    """Fill the suite's defaults and those that depend on the machine. Raises UserError for a flag that the suite does not
+    read, and for a number that means nothing."""
+    suite = SUITES[settings.suite]
+    names = [flag.name for flag in dataclasses.fields(settings)]
+    idle = [name for name in names if name not in ("suite", "out", *suite.reads)]
+    refuse_idle(settings, idle, f"in {settings.suite}")
+    check_ranges(settings)
+    defaults = {"rounds": 5, "compile": False, **suite.defaults}
+    filled = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
+    filled["presets"] = settings.presets or suite.presets
+    filled["vocab"] = settings.vocab or suite.vocab
+    filled["device"] = pick_device(settings.device) if "device" in suite.reads else "cpu"
+    if settings.dtype == "auto":
+        filled["dtype"] = "bfloat16" if filled["device"].startswith("cuda") else "float32"
+    return dataclasses.replace(settings, **filled)
 
-def cells(c):
-    """[(name, function without arguments -> {"rows": ...})] of a suite, in the order in which they are measured. gpu:
-    torch and numpy only; what two cells train alike is compiled once, as the compiler keeps it on disk."""
-    stages, KD = functools.partial(functools.partial, training.stages), training.KD
-    measures = {
-        "train": {"": stages(names=(*training.STAGES, training.GPT2, training.LLAMA))},
-        "kd": {"": stages(names=KD, memory=True)}, "cuts": {"": training.cuts}, "ddp": {"": training.ddp},
-        "infer": {"": inference.infer}, "start": {"": system.start}, "disk": {"": system.disk},
-        "scale": {"": system.scale},
-        "gpu": {", infer": inference.infer, ", recover": stages(names=(*KD, training.GPT2), memory=True),
-                ", prune": stages(names=("prune", "prune, KD")), ", cuts": training.cuts}}[c.suite]
-    own = {name: config.vocab_size for name, config in training.SHAPES.items()}
-    return [(f"{preset}, V = {V}{which}", functools.partial(measure, c, preset, V))
-            for preset in c.presets for V in c.vocab or (own.get(preset, 256),) for which, measure in measures.items()]
+
+def cells(settings):
+    """The cells of a suite in the order in which they are measured: [(name, function without arguments)]."""
+    planned = []
+    for preset in settings.presets:
+        shape = training.SHAPES.get(preset)
+        for vocab_size in settings.vocab or (shape.vocab_size if shape else 256,):
+            for end, measure in SUITES[settings.suite].measures.items():
+                planned.append((f"{preset}, V = {vocab_size}{end}", partial(measure, settings, preset, vocab_size)))
+    return planned
 
 
-AGAIN = 15                                 # seconds between alarms: a compiler may swallow one
+# -- a run of a suite
+
+ALARM_SECONDS = 15           # between two alarms, as a compiler may swallow the first one
 
 
 class TimeIsUp(BaseException):
-    """Not to be caught by what a cell calls."""
+    """Not an Exception, so that nothing that a cell calls catches it."""
 
 
 @contextlib.contextmanager
 def at_most(minutes):
-    """End the block after so many minutes (None: never): the cell under way is lost, finished ones are written."""
+    """End the block after so many minutes. The cell that is being measured is lost; finished ones have been written."""
     def stop(*_):
         raise TimeIsUp
 
-    if minutes is None:
-        yield
-        return
-    before, began = signal.signal(signal.SIGALRM, stop), time.time()
-    signal.setitimer(signal.ITIMER_REAL, 60 * minutes, AGAIN)
+    handler = signal.signal(signal.SIGALRM, stop)
+    start = time.time()
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes, ALARM_SECONDS)
     try:
         yield
     except TimeIsUp:
-        print(f"stopped after {(time.time() - began) / 60:.1f} minutes; the same command goes on")
+        print(f"stopped after {(time.time() - start) / 60:.1f} minutes; the same command goes on")
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, handler)
 
 
-def main(c):
-    c = resolve(c)
-    records = Records(c.out)
-    if c.suite == "report":
+def free_memory(settings):
+    """Give up what the last cell held. Compiled graphs keep their models."""
+    gc.collect()
+    if settings.compile:
+        torch.compiler.reset()
+    if settings.device.startswith("cuda"):
+        torch.cuda.empty_cache()
+
+
+def main(settings):
+    settings = resolve(settings)
+    records = Records(settings.out)
+    if settings.suite == "report":
         if not records.all():
             raise UserError(f"{records.file} has no records; give the --out of a suite that ran")
-        return print(tables(records.all()))
-    uses = {name: getattr(c, name) for name in SUITES[c.suite] if name not in ("presets", "vocab", "minutes")}
-    about, failed = {"settings": uses, "machine": machine(c.device), "code": commit()}, False
-    with at_most(c.minutes):
-        for name, measure in cells(c):
-            failed |= not records.cell(c.suite, name, about, measure)
-            gc.collect()
-            if c.device.startswith("cuda"):
-                torch.compiler.reset()                                # compiled graphs keep their models
-                torch.cuda.empty_cache()
-    print(tables([r for r in records.all() if r["suite"] == c.suite and r["about"]["code"] == about["code"]]))
+        print(tables(records.all()))
+        return
+    flags = [name for name in SUITES[settings.suite].reads if name not in ("presets", "vocab", "minutes")]
+    about = {"settings": {name: getattr(settings, name) for name in flags}, "machine": machine(settings.device),
+             "code": commit()}
+    failed = []
+    with at_most(settings.minutes) if settings.suite == "gpu" else contextlib.nullcontext():
+        for name, measure in cells(settings):
+            if not records.measure(settings.suite, name, about, measure):
+                failed.append(name)
+            free_memory(settings)
+    of_this_code = [record for record in records.all()
+                    if record["suite"] == settings.suite and record["about"]["code"] == about["code"]]
+    print(tables(of_this_code))
     if failed:
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    run(lambda: main(parse(Bench)))
+    run(main, parse(Bench))

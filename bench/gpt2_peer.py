@@ -1,9 +1,10 @@
-"""A peer to measure against: GPT-2's block as nanoGPT trains it, at our parameter count.
+"""A peer to measure against: GPT-2's block as nanoGPT trains it, at our number of parameters.
 
     python -m bench train          # its row in the table
 
-LayerNorm and matrices without biases (nanoGPT's default), learned positions, as many KV heads as query heads, exact
-GELU, tied embedding, all logits at once. The oracle is transformers' GPT2LMHeadModel (tests/bench/test_bench.py).
+The block has LayerNorm and matrices without biases (nanoGPT's default), as many KV heads as query heads, and an exact
+GELU. Positions are learned, the embedding is tied, and all logits are formed at once. The test compares the model with
+transformers' GPT2LMHeadModel (tests/bench/test_bench.py).
 """
 import dataclasses
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ class GPT2Config:
     d_ff: int                            # 4 d_model, less what positions cost (`peer_of`)
 
     def num_params(self):
-        C, block = self.d_model, 4 * self.d_model**2 + 2 * self.d_model * self.d_ff + 2 * self.d_model
+        C = self.d_model
+        block = 4 * C**2 + 2 * C * self.d_ff + 2 * C
         return {"total": (self.vocab_size + self.block_size + 1) * C + self.n_layer * block}
 
     def flops_per_token(self, T, backward=True):
@@ -32,44 +34,52 @@ class GPT2Config:
         forward = 2 * (self.n_layer * block + self.vocab_size * self.d_model) + 4 * T * self.d_model * self.n_layer
         return forward * (3 if backward else 1)
 
-    def removable_params(self):          # nothing here is pruned
-        return 0
-
     def resized(self, widths):
+        """The loop asks for the config of live units. No unit of this model is ever cut."""
         return self
 
 
 def peer_of(config):
-    """A GPTConfig -> the GPT2Config with its width, layers and context, and its parameters to within half of 8 neurons
-    a layer, above C = 512 of 64, as matrix units want it. Widths that differ by layer count as their mean."""
-    C, L, tile = config.d_model, config.n_layer, 64 if config.d_model > 512 else 8
+    """The GPT2Config with the width, layers, context and parameters of a GPTConfig. The FFN's width is rounded to 8
+    neurons, above d_model = 512 to 64, as matrix units need it. Widths that differ by layer count as their mean."""
+    C = config.d_model
+    tile = 64 if C > 512 else 8
     heads = max(n for n in range(1, max(config.n_head) + 1) if C % n == 0)
-    bare = GPT2Config(config.vocab_size, config.block_size, C, heads, L, 0)
-    left = config.num_params()["total"] - bare.num_params()["total"]
-    return dataclasses.replace(bare, d_ff=max(tile, tile * round(left / (2 * C * L) / tile)))
+    without_ffn = GPT2Config(config.vocab_size, config.block_size, C, heads, config.n_layer, d_ff=0)
+    params = config.num_params()["total"] - without_ffn.num_params()["total"]
+    d_ff = params / (2 * C * config.n_layer)
+    return dataclasses.replace(without_ffn, d_ff=max(tile, tile * round(d_ff / tile)))
 
 
 class Block(nn.Module):
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        self.n_head = c.n_head
-        self.ln_1, self.ln_2 = (nn.LayerNorm(c.d_model, bias=False) for _ in range(2))
-        self.qkv, self.o = nn.Linear(c.d_model, 3 * c.d_model, bias=False), nn.Linear(c.d_model, c.d_model, bias=False)
-        self.up, self.down = nn.Linear(c.d_model, c.d_ff, bias=False), nn.Linear(c.d_ff, c.d_model, bias=False)
+        C = config.d_model
+        self.n_head = config.n_head
+        self.ln_1 = nn.LayerNorm(C, bias=False)
+        self.qkv = nn.Linear(C, 3 * C, bias=False)
+        self.o = nn.Linear(C, C, bias=False)
+        self.ln_2 = nn.LayerNorm(C, bias=False)
+        self.up = nn.Linear(C, config.d_ff, bias=False)
+        self.down = nn.Linear(config.d_ff, C, bias=False)
 
-    def forward(self, x):                                             # (B, T, C)
-        q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in self.qkv(self.ln_1(x)).chunk(3, -1))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)   # (B, H, T, D)
+    def heads(self, x):
+        """(B, T, C) -> (B, H, T, D)."""
+        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+
+    def forward(self, x):                                            # (B, T, C)
+        q, k, v = self.qkv(self.ln_1(x)).chunk(3, -1)
+        y = F.scaled_dot_product_attention(self.heads(q), self.heads(k), self.heads(v), is_causal=True)
         x = x + self.o(y.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.ln_2(x))))
 
 
 class GPT2(nn.Module):
-    """Token ids (B, T) -> logits (B, T, V)."""
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed, self.positions = (nn.Embedding(n, config.d_model) for n in (config.vocab_size, config.block_size))
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.positions = nn.Embedding(config.block_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.d_model, bias=False)
         for p in self.parameters():
@@ -78,6 +88,7 @@ class GPT2(nn.Module):
         assert sum(p.numel() for p in self.parameters()) == config.num_params()["total"]
 
     def forward(self, idx):
+        """Token ids (B, T) -> logits (B, T, V)."""
         x = self.embed(idx) + self.positions(torch.arange(idx.size(1), device=idx.device))
         for block in self.blocks:
             x = block(x)

@@ -1,17 +1,19 @@
-"""The inference suite of bench/__main__.py: prefill, decoding and memory of dense and pruned models, ours and llama.cpp's.
+"""The suite infer of `python -m bench`: prefill, decoding and memory of dense and pruned models, ours and llama.cpp's.
 
     python -m bench infer --presets 135m --keep 0.8
 
-Random weights. Pruned models have equal parameters: "even" the same FFN width in every layer, "uneven" widths that grow
-with depth, in every third layer a KV group's worth of neurons instead of the group. Decoding reads every weight once a
-token, so its limit is bytes per token over the measured bandwidth; `of the bytes` is the pruned model's speed over the
-dense one's, divided by what the bytes alone would allow. Not here: quality (experiments/compare.py).
+Weights are random. Two pruned models have equally many parameters. "even" has the same FFN width in every layer. "uneven"
+has widths that grow with depth, and in every third layer a KV group's worth of neurons instead of the group. Decoding
+reads every weight once a token, so its limit is the bytes per token over the measured bandwidth. `of the bytes` is the
+speed of the pruned model over that of the dense one, divided by what the bytes alone would allow. Not here: quality
+(experiments/compare.py).
 """
 import dataclasses
 import functools
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
@@ -20,123 +22,172 @@ import model as models
 from bench.timing import interleave, median_ratio, own_process, peak, traffic
 from bench.training import shapes
 from common import UserError
-from formats import llamacpp
+from formats import gguf_export, llamacpp
 from formats.tokenizer import open_tokenizer
 
 median = statistics.median
 
 
+# -- the models
+
 def pruned(dense, keep):
-    """{"dense", "even", "uneven": GPTConfig}; the pruned ones have as many removable parameters as `keep` allows, to
-    within one neuron a layer (even) and one neuron (uneven)."""
-    most, L, each = keep * dense.removable_params(), dense.n_layer, dense.unit_params(0, "ffn")
-    attention = sum(k * dense.unit_params(l, "kv") for l, k in enumerate(dense.n_kv_head))
-    if most < attention + L * each:
-        raise UserError(f"--keep {keep} leaves {most:,.0f} parameters and no neurons, as attention stays and has "
+    """{"dense", "even", "uneven": GPTConfig}. The even model has as many removable parameters as `keep` allows, to within
+    a neuron a layer, and the uneven one as many as the even one, to within a neuron. Raises UserError if `keep` leaves no
+    neurons."""
+    layers = range(dense.n_layer)
+    neuron = dense.unit_params(0, "ffn")
+    budget = keep * dense.removable_params()
+    attention = sum(dense.n_kv_head[layer] * dense.unit_params(layer, "kv") for layer in layers)
+    if budget < attention + dense.n_layer * neuron:
+        raise UserError(f"--keep {keep} leaves {budget:,.0f} parameters and no neurons, as attention stays and has "
                         f"{attention:,}; give --keep above {attention / dense.removable_params() + .01:.2f}")
-    width = int((most - attention) / L / each)
-    even = dense.resized({(l, "ffn"): width for l in range(L)})
-    steep = min(width, dense.d_ff[0] - width) / 2                     # up to so many fewer or more; the sum stays
-    widths = [width + round(steep * (2 * l / max(1, L - 1) - 1)) for l in range(L)]
-    fewer = [l for l in range(0, L, 3) if dense.n_kv_head[l] > 1]     # lose a KV group and get its neurons' worth
-    freed = sum(dense.unit_params(l, "kv") for l in fewer) // each
-    for i, l in enumerate(fewer):
-        widths[l] += freed * (i + 1) // len(fewer) - freed * i // len(fewer)
-    return {"dense": dense, "even": even, "uneven": dense.resized(
-        {(l, "ffn"): n for l, n in enumerate(widths)} | {(l, "kv"): dense.n_kv_head[l] - 1 for l in fewer})}
+    width = int((budget - attention) / dense.n_layer / neuron)
+    even = dense.resized({(layer, "ffn"): width for layer in layers})
+
+    # Widths on a line through the mean, so that their sum stays.
+    slope = min(width, dense.d_ff[0] - width) / 2
+    widths = {}
+    for layer in layers:
+        widths[layer, "ffn"] = width + round(slope * (2 * layer / max(1, dense.n_layer - 1) - 1))
+    fewer = [layer for layer in layers[::3] if dense.n_kv_head[layer] > 1]
+    neurons = sum(dense.unit_params(layer, "kv") for layer in fewer) // neuron
+    for i, layer in enumerate(fewer):
+        widths[layer, "kv"] = dense.n_kv_head[layer] - 1
+        widths[layer, "ffn"] += neurons * (i + 1) // len(fewer) - neurons * i // len(fewer)
+    return {"dense": dense, "even": even, "uneven": dense.resized(widths)}
 
 
 def bytes_per_token(config, context, size):
-    """Bytes that decoding one token reads, at `size` bytes a number: every matrix and norm once (of an untied embedding
-    one row: none) and the KV cache of `context` tokens."""
-    n = config.num_params()
-    read = n["total"] - n["embedding"] * (not config.tie_embeddings)
-    return read * size + context * config.kv_bytes_per_token(size)
+    """The bytes that decoding a token reads, at `size` bytes a number: every matrix and norm once, and the KV cache of
+    `context` tokens. Of an embedding that is not tied only a row is read, which is left out."""
+    params = config.num_params()
+    weights = params["total"] if config.tie_embeddings else params["total"] - params["embedding"]
+    return weights * size + context * config.kv_bytes_per_token(size)
+
+
+# -- what is measured
+
+def build(settings, config):
+    """A model with random weights and a random prompt (1, T)."""
+    torch.manual_seed(0)
+    with torch.device(settings.device):
+        model = models.GPT(config).to(getattr(torch, settings.dtype)).eval().requires_grad_(False)
+    prompt = torch.randint(config.vocab_size, (1, settings.prompt), generator=torch.Generator().manual_seed(0))
+    return model, prompt.to(settings.device)
 
 
 def generate(model, prompt, tokens):
-    """-> {"first": seconds to the first token, "decode": seconds per further token}, by model.generate with its
-    cache, greedy, one sequence."""
+    """Continue the prompt greedily: -> {"first": seconds to the first token, "decode": seconds per further token}."""
     times = [time.perf_counter()]
 
     def note(idx):
-        idx[:, -1].tolist()                                           # the token is there, on a GPU, too
+        idx[:, -1].tolist()                  # waits until a GPU has the token
         times.append(time.perf_counter())
 
     model.generate(prompt, tokens, temperature=0, done=note)
     return {"first": times[1] - times[0], "decode": (times[-1] - times[1]) / (tokens - 1)}
 
 
-def built(c, config):
-    torch.manual_seed(0)
-    with torch.device(c.device):
-        model = models.GPT(config).to(getattr(torch, c.dtype)).eval().requires_grad_(False)
-    prompt = torch.randint(config.vocab_size, (1, c.prompt), generator=torch.Generator().manual_seed(0))
-    return model, prompt.to(c.device)
+def llamacpp_generate(path, prompt, tokens):
+    """The same of llama.cpp and a model's file. The seconds of the prompt count as those to the first token."""
+    rates = llamacpp.speed(path, prompt, tokens, 1)
+    return {"first": prompt / rates["prompt"], "decode": 1 / rates["decode"]}
 
 
-def memory(c, config):
-    """In a process of its own, or on a GPU: bytes at the peak of one generation, and before it (the weights)."""
-    model, prompt = built(c, config)
-    with peak(c.device) as found:
-        model.generate(prompt, c.decode, temperature=0)
-    return found
+def memory(settings, config):
+    """The bytes before a generation (the weights) and at its peak. To be called in a process of its own."""
+    model, prompt = build(settings, config)
+    with peak(settings.device) as measured:
+        model.generate(prompt, settings.decode, temperature=0)
+    return measured
 
 
 def llamacpp_memory(path, prompt, tokens):
-    """In a process of its own, as `memory`: llama.cpp's, its file mapped into memory included."""
-    with peak("cpu") as found:
+    """The same of llama.cpp, in a process of its own. The file that it maps into memory is included."""
+    with peak("cpu") as measured:
         llamacpp.speed(path, prompt, tokens, 1)
-    return found
+    return measured
 
 
-def infer(c, preset, vocab_size):
-    """Prefill, decoding and memory of all models in turns, the bandwidth among them."""
-    dense, on_gpu, note = shapes(preset, vocab_size)[0], c.device.startswith("cuda"), None
-    configs = pruned(dataclasses.replace(dense, block_size=max(c.prompt + c.decode + 1, dense.block_size)), c.keep)
-    peaks = {("ours", name): memory(c, config) if on_gpu else own_process(memory, c, config)
-             for name, config in configs.items()}
-    found, moves = {}, traffic(c.device)
+# -- the suite
 
-    def keep_of(key, call):
-        found[key] = []
-        return lambda: found[key].append(call())
+@dataclass
+class Measured:
+    """All that was measured of one shape. Keys are (runtime, model)."""
+    settings: object
+    preset: str
+    configs: dict                # by model only
+    bandwidth: float             # bytes per second
+    seconds: dict                # [{"first", "decode"}] of each round
+    memory: dict
 
-    calls = {name: call for name, (call, _) in moves.items()}
+
+def infer(settings, preset, vocab_size):
+    """Time prefill and decoding of all models in turns, with the bandwidth among them."""
+    dense, _ = shapes(preset, vocab_size)
+    context = max(settings.prompt + settings.decode + 1, dense.block_size)
+    configs = pruned(dataclasses.replace(dense, block_size=context), settings.keep)
+    peaks = {}
+    generations = {}
     for name, config in configs.items():
-        calls["ours", name] = keep_of(("ours", name), functools.partial(generate, *built(c, config), c.decode))
-    if on_gpu or not find_spec("xllamacpp"):
-        note = "asked on the CPU only: --device cpu" if on_gpu else "pip install xllamacpp"
+        peaks["ours", name] = own_process(memory, settings, config)
+        generations["ours", name] = functools.partial(generate, *build(settings, config), settings.decode)
+    left_out = None
+    if settings.device.startswith("cuda"):
+        left_out = "asked on the CPU only: --device cpu"
+    elif not (find_spec("xllamacpp") and find_spec("gguf")):
+        left_out = "pip install xllamacpp gguf"
+
     with tempfile.TemporaryDirectory() as folder:
-        for name, config in {} if note else configs.items():
-            key, path = ("llama.cpp", name), f"{folder}/{name}.gguf"
-            torch.manual_seed(0)                                      # the vocabulary is of bytes, padded
-            llamacpp.write_gguf(models.GPT(config), open_tokenizer("bytes"), path, "f16")
-            peaks[key] = own_process(llamacpp_memory, path, c.prompt, c.decode)
-            calls[key] = keep_of(key, functools.partial(llamacpp.speed, path, c.prompt, c.decode, 1))
-        seconds = interleave(calls, c.rounds, c.device)
-    rates = {key: each[1:] for key, each in found.items()}            # the first round warmed up
+        if not left_out:
+            for name, config in configs.items():
+                path = f"{folder}/{name}.gguf"
+                torch.manual_seed(0)
+                # The tokenizer only fills the file: its vocabulary of bytes is padded.
+                gguf_export.write_gguf(models.GPT(config), open_tokenizer("bytes"), path, "f16")
+                peaks["llama.cpp", name] = own_process(llamacpp_memory, path, settings.prompt, settings.decode)
+                generations["llama.cpp", name] = functools.partial(llamacpp_generate, path, settings.prompt, settings.decode)
+        bandwidth, seconds = time_in_turns(generations, settings.rounds, settings.device)
+
+    measured = Measured(settings, preset, configs, bandwidth, seconds, peaks)
+    rows = [row(measured, runtime, name) for runtime, name in generations]
+    if left_out:
+        rows.append({"table": "inference", "shape": preset, "runtime": "llama.cpp", "note": left_out})
+    note = (f"; ours in {settings.dtype}, llama.cpp's files in f16: compare shares of the roofline; on a CPU memory is the "
+            "whole process's, with Python and PyTorch in both")
+    return {"rows": rows, "note": note, "bandwidth": bandwidth,
+            "memory": [[*key, size] for key, size in peaks.items()],
+            "rates": [[*key, rounds] for key, rounds in seconds.items()]}
+
+
+def time_in_turns(generations, rounds, device):
+    """Call the generations in turns, with the limits of bytes/s among them: -> bandwidth, {key: [what each round
+    returned]}. The first round does not count."""
+    moves = traffic(device)
+    returned = {key: [] for key in generations}
+    calls = {name: call for name, (call, _) in moves.items()}
+    for key, generation in generations.items():
+        calls[key] = lambda key=key, generation=generation: returned[key].append(generation())
+    seconds = interleave(calls, rounds, device)
     bandwidth = max(size / median(seconds[name]) for name, (_, size) in moves.items())
-    rows = [row_of(c, preset, key, configs, rates, bandwidth, peaks) for key in rates]
-    rows += [{"table": "inference", "shape": preset, "runtime": "llama.cpp", "note": note}] if note else []
-    return {"rows": rows, "note": f"; ours in {c.dtype}, llama.cpp's files in f16: compare "
-            "shares of the roofline; on a CPU memory is the whole process's, with Python and PyTorch in both",
-            "memory": [[*key, each] for key, each in peaks.items()], "bandwidth": bandwidth,
-            "rates": [[*key, each] for key, each in rates.items()]}
+    return bandwidth, {key: values[1:] for key, values in returned.items()}
 
 
-def row_of(c, preset, key, configs, rates, bandwidth, peaks):
+def row(measured, runtime, name):
     """One model in one runtime as a row of the table."""
-    runtime, name = key
-    config, ours = configs[name], runtime == "ours"
-    size = getattr(torch, c.dtype).itemsize if ours else 2
-    read = {n: bytes_per_token(configs[n], c.prompt + c.decode / 2, size) for n in ("dense", name)}
-    per_token = {n: [r["decode"] if ours else 1 / r["decode"] for r in rates[runtime, n]] for n in ("dense", name)}
-    first = median([r["first"] if ours else c.prompt / r["prompt"] for r in rates[key]])
-    faster, allowed = median_ratio(per_token["dense"], per_token[name]), read["dense"] / read[name]
-    return {"table": "inference", "shape": preset, "runtime": runtime, "model": name,
-            "params": config.num_params()["total"], "prefill tokens/s": c.prompt / first, "first token, s": first,
-            "decode tokens/s": 1 / median(per_token[name]), "bytes read per token": round(read[name]),
-            "bandwidth GB/s": bandwidth / 1e9, "of the roofline": read[name] / median(per_token[name]) / bandwidth,
+    settings = measured.settings
+    size = getattr(torch, settings.dtype).itemsize if runtime == "ours" else 2
+    context = settings.prompt + settings.decode / 2
+    read = bytes_per_token(measured.configs[name], context, size)
+    dense_read = bytes_per_token(measured.configs["dense"], context, size)
+    rounds = [each["decode"] for each in measured.seconds[runtime, name]]
+    dense_rounds = [each["decode"] for each in measured.seconds[runtime, "dense"]]
+    first = median([each["first"] for each in measured.seconds[runtime, name]])
+    faster = median_ratio(dense_rounds, rounds)
+    allowed = dense_read / read
+    return {"table": "inference", "shape": measured.preset, "runtime": runtime, "model": name,
+            "params": measured.configs[name].num_params()["total"], "prefill tokens/s": settings.prompt / first,
+            "first token, s": first, "decode tokens/s": 1 / median(rounds), "bytes read per token": round(read),
+            "bandwidth GB/s": measured.bandwidth / 1e9, "of the roofline": read / median(rounds) / measured.bandwidth,
             "decode ÷ dense's": faster, "bytes allow": allowed, "of the bytes": faster / allowed,
-            "peak bytes": peaks[key]["peak_bytes"]}
+            "peak bytes": measured.memory[runtime, name]["peak_bytes"]}

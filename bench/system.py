@@ -1,11 +1,9 @@
-"""Suites of bench/__main__.py about what surrounds the steps: how soon a run begins, the disk, and what a large run would take.
+"""The suites of `python -m bench` about what surrounds the steps: start, disk and scale.
 
     python -m bench scale                          # 2.8B -> 1.3B at 2T tokens, by the model's own accounting
 
-`scale` measures nothing: every number that it assumes stands here and in the table.
+`scale` measures nothing. Every number that it assumes is below and in its table.
 """
-import dataclasses
-import json
 import os
 import statistics
 import subprocess
@@ -18,83 +16,98 @@ import torch
 
 import checkpoint
 import model as models
+import report
 import train
 from bench.timing import interleave, median_ratio, own_process, peak
 from bench.training import shapes
 from common import UserError, write_atomic
 from distill import CHUNK_VALUES
 from schedule import PLANS
-from steps import make_optimizer
 
 ROOT = Path(__file__).parent.parent
-TOKENS, GPUS = 2e12, (1, 8, 512)              # `scale`: the paper's tokens; numbers of GPUs
-PEAK_FLOPS, UTILISATION = 1e15, 0.4           # per second, of a GPU in bfloat16; reached of it: round, no card's
-WEIGHT_BYTES, ACTIVATION_BYTES = 4, 2         # of a weight, its gradient, each moment; of a value kept for backward
-FIRST_STEP = """import json, os, steps, time, train
-steps.Run.account = lambda r, *_: print(json.dumps([time.time(), r.state.seconds]), flush=True) or os._exit(0)
-train.run(lambda: train.main(train.parse(train.Train), quiet=True))"""       # account is called right behind the update
+TOKENS = 2e12                # the paper's tokens
+GPUS = (1, 8, 512)
+PEAK_FLOPS = 1e15            # per second, of a GPU in bfloat16: a round number, no card's
+UTILISATION = 0.4            # what is reached of it
+WEIGHT_BYTES = 4             # of a weight, its gradient and each of its moments
+ACTIVATION_BYTES = 2         # of a value that is kept for the backward pass
 median = statistics.median
 
 
 # -- start
 
-def first_step(flags, empty=False):
-    """Launch train.py -> (seconds to the end of its first step, {part: seconds} of them that the run itself counts);
-    `empty`: in an empty folder, where no corpus is cached."""
+def one_step_run(flags, cwd=ROOT):
+    """Run train.py for one step in a process of its own, with both of its evaluations, the checkpoints and the summary:
+    -> seconds from launch to exit, {part: seconds} of them that the run counts itself. Raises UserError if it fails."""
     with tempfile.TemporaryDirectory() as folder:
-        launched = time.time()
-        done = subprocess.run([sys.executable, "-c", FIRST_STEP, "--out", f"{folder}/run", *flags],
-                              cwd=folder if empty else ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                              capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"train.py {' '.join(flags)} ended with {done.returncode}: {done.stderr.strip()[-200:]}")
-    at, parts = json.loads(done.stdout.splitlines()[-1])
-    return at - launched, parts
+        command = [sys.executable, str(ROOT / "train.py"), "--plan", "scratch", "--steps", "1", "--out", folder, *flags]
+        start = time.perf_counter()
+        ended = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+        seconds = time.perf_counter() - start
+        if ended.returncode:
+            raise UserError(f"train.py {' '.join(flags)} ended with {ended.returncode}: {ended.stderr.strip()[-200:]}")
+        return seconds, report.records(folder)["summary"][0]["seconds"]
 
 
-def start(c, preset, _):
-    """Seconds of `train.py --help`, and of the default run from its launch to the end of its first step."""
-    flags, runs = ["--preset", preset, "--device", c.device], []
-    cold, _ = first_step(flags, empty=True)
-    command = [sys.executable, "train.py", "--help"]
-    calls = {"help": lambda: subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL),
-             "first step": lambda: runs.append(first_step(flags))}
-    helps = interleave(calls, c.rounds)["help"]
-    runs = runs[1:]                                                   # the first one filled the caches
-    parts = {part: median([found[part] for _, found in runs]) for part in runs[0][1]}
+def start(settings, preset, vocab_size):
+    """The seconds of `train.py --help`, and of a whole run of one step. The bytes of the text are its tokens."""
+    flags = ("--preset", preset, "--device", settings.device)
+    with tempfile.TemporaryDirectory() as empty:
+        cold, _ = one_step_run(flags, cwd=empty)
+    runs = []
+    command = [sys.executable, str(ROOT / "train.py"), "--help"]
+    calls = {"help": lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL),
+             "one step": lambda: runs.append(one_step_run(flags))}
+    helps = interleave(calls, settings.rounds)["help"]
+    runs = runs[1:]                          # the first one filled the caches
+    seconds = [whole for whole, _ in runs]
+    warm = {"what": f"python train.py --plan scratch --steps 1 --preset {preset}", "s": median(seconds)}
+    for part in runs[0][1]:
+        part_seconds = median([parts[part] for _, parts in runs])
+        if part_seconds:
+            warm[f"of which {part}"] = part_seconds
     rows = [{"what": "python train.py --help", "s": median(helps)},
-            {"what": "the first launch, in an empty folder, to the end of step 1", "s": cold},
-            {"what": f"python train.py --preset {preset}, to the end of step 1", "s": median([s for s, _ in runs]),
-             **{f"of which {part}": s for part, s in parts.items() if s}}]
-    return {"rows": rows, "seconds": {"help": helps, "first step": [s for s, _ in runs]}}
+            {"what": "the one-step run in an empty folder, which first prepares the corpus", "s": cold}, warm]
+    return {"rows": rows, "seconds": {"help": helps, "one step": seconds}}
 
 
 # -- disk
 
-def sync(path):
-    """Out to the disk, and out of the page cache where the system can be asked for that (Linux)."""
+def forget(path):
+    """Write a file out to the disk, and out of the page cache where the system can be asked for that (Linux)."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def disk_rounds(c, config):
-    """In turns: checkpoint.save, a plain file of the same size written; checkpoint.load, that file read. -> bytes,
-    {name: [seconds]}, {"save" | "load": peak memory}"""
+def trained(config):
+    """A model with random weights and its optimizer, which has moments."""
     model = models.GPT(config)
-    optimizer = make_optimizer(model, train.Train(lr=1e-4))
+    optimizer = train.make_optimizer(model, train.Train(lr=1e-4))
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    optimizer.step()                                                   # now it has its moments
+    optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    with tempfile.TemporaryDirectory(dir=c.disk) as folder:
-        ours, plain = Path(folder) / "ckpt_00000000.pt", Path(folder) / "plain"
+    return model, optimizer
+
+
+def disk_rounds(folder, rounds, config):
+    """In turns: save a checkpoint, write a plain file of the same size; load the checkpoint, read the file. -> bytes of
+    the file, {name: [seconds]}, {"save" and "load": memory}."""
+    model, optimizer = trained(config)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        ours = Path(scratch) / "ckpt_00000000.pt"
+        plain = Path(scratch) / "plain"
 
         def save():
             checkpoint.save(ours, model, optimizer=optimizer.state_dict())
 
-        def write():                                                   # a new file too: an old one's memory is warm
+        def load():
+            checkpoint.load(ours)
+
+        def write():
+            # A new file, as the memory of an old one is warm.
             write_atomic(plain, lambda file: file.write(content))
 
         def read():
@@ -102,24 +115,29 @@ def disk_rounds(c, config):
                 while file.readinto(buffer):
                     pass
 
+        def forget_both():
+            forget(ours)
+            forget(plain)
+
         with peak("cpu") as saving:
             save()
-        size = ours.stat().st_size
         with peak("cpu") as loading:
-            checkpoint.load(ours)
-        content, buffer = os.urandom(size), bytearray(2**24)           # random: no disk compresses it
-        writing = interleave({"save": save, "write": write}, c.rounds)
-        reading = interleave({"forget": lambda: (sync(ours), sync(plain)), "load": lambda: checkpoint.load(ours),
-                              "read": read}, c.rounds)
-    return size, writing | reading, {"save": saving, "load": loading}
+            load()
+        size = ours.stat().st_size
+        content = os.urandom(size)                       # random, so that no disk compresses it
+        buffer = bytearray(2**24)
+        seconds = interleave({"save": save, "write": write}, rounds)
+        seconds |= interleave({"forget": forget_both, "load": load, "read": read}, rounds)
+    return size, seconds, {"save": saving, "load": loading}
 
 
-def disk(c, preset, vocab_size):
-    """Checkpoints with the optimizer's moments against a plain file of the same size on the same disk (a new one
-    written, fsynced and renamed; read, from the disk where the system can be asked to forget it). Random weights."""
-    c = dataclasses.replace(c, disk=c.disk or str(Path(c.out).parent))
-    Path(c.disk).mkdir(parents=True, exist_ok=True)
-    size, seconds, memory = own_process(disk_rounds, c, shapes(preset, vocab_size)[0])
+def disk(settings, preset, vocab_size):
+    """Checkpoints with the optimizer's moments against a plain file of the same size on the same disk. The plain file is
+    written anew, fsynced and renamed, and read from the disk where the system can be asked to forget it."""
+    folder = settings.disk or str(Path(settings.out).parent)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    config, _ = shapes(preset, vocab_size)
+    size, seconds, memory = own_process(disk_rounds, folder, settings.rounds, config)
     rows = []
     for ours, plain in (("save", "write"), ("load", "read")):
         raised = memory[ours]["peak_bytes"] - memory[ours]["before_bytes"]
@@ -134,50 +152,67 @@ def disk(c, preset, vocab_size):
 # -- scale
 
 def kept_bytes(config, weight_bytes, activation_bytes):
-    """Bytes per token that an eager training step keeps for the backward pass, nothing recomputed; torch.compile keeps
-    fewer. In the weights' dtype: each norm's input and its normalised form, the loss's gradient in hidden states. In
-    the matrices': what each matrix reads, once for every reader where autocast casts it; q, k, v as the attention
-    kernel takes them (k and v repeated for every query head) and its output; gate, up, silu(gate)."""
-    C, D, casts = config.d_model, config.head_dim, activation_bytes != weight_bytes
-    attention, ffn = [h for h in config.n_head if h], [f for f in config.d_ff if f]
+    """The bytes per token that an eager training step keeps for the backward pass if nothing is recomputed. A compiled
+    step keeps fewer."""
+    C = config.d_model
+    D = config.head_dim
+    attention = [heads for heads in config.n_head if heads]
+    ffn = [d_ff for d_ff in config.d_ff if d_ff]
+
+    # In the weights' dtype: the input and the normalised form of each norm, the loss's gradient in hidden states.
     stream = 2 * C * (len(attention) + len(ffn) + 1) + C
-    others = sum((3 if casts else 1) * C + 4 * h * D for h in attention) + sum((1 + casts) * C + 4 * f for f in ffn)
+
+    # In the matrices' dtype: what each matrix reads, once for every reader where autocast casts it. Then q, k, v as the
+    # attention kernel takes them (k and v for every query head) and its output; gate, up, silu(gate) and their product.
+    casts = activation_bytes != weight_bytes
+    others = 0
+    for heads in attention:
+        others += (3 if casts else 1) * C + 4 * heads * D
+    for d_ff in ffn:
+        others += (2 if casts else 1) * C + 4 * d_ff
     return stream * weight_bytes + others * activation_bytes
 
 
 def step_bytes(config, micro_batch, weight_bytes=WEIGHT_BYTES, activation_bytes=ACTIVATION_BYTES):
-    """{part: bytes} of one process that trains `config`: weights, gradients, Adam's two moments; what a micro-batch
-    keeps; the blocks' matrices cast to another dtype, as autocast does; of the loss the head's gradient and one chunk's
-    logits, 4 arrays in float32."""
-    p, n = config.num_params(), config.num_params()["total"]
-    cast = (p["attention"] + p["ffn"]) * activation_bytes * (activation_bytes != weight_bytes)
-    return {"weights": n * weight_bytes, "gradients": n * weight_bytes, "Adam": 2 * n * weight_bytes,
-            "activations": micro_batch * config.block_size * kept_bytes(config, weight_bytes, activation_bytes),
-            "cast weights": cast,
+    """{part: bytes} of a process that trains this model. Autocast casts the matrices of the blocks. The loss holds the
+    gradient of the head and four float32 arrays of a chunk's logits."""
+    params = config.num_params()
+    weights = params["total"] * weight_bytes
+    tokens = micro_batch * config.block_size
+    cast = 0
+    if activation_bytes != weight_bytes:
+        cast = (params["attention"] + params["ffn"]) * activation_bytes
+    return {"weights": weights, "gradients": weights, "Adam": 2 * weights,
+            "activations": tokens * kept_bytes(config, weight_bytes, activation_bytes), "cast weights": cast,
             "loss": config.vocab_size * config.d_model * weight_bytes + 4 * 4 * CHUNK_VALUES["gpu"]}
 
 
 def plan_flops(plan, target, enlarged):
-    """Training FLOPs per token of a plan, mean over its stages, attention over the whole T x T square: the enlarged
-    model until the last cut, then the target; the teacher, the enlarged model, forward where a stage has one."""
-    T, total = target.block_size, 0.0
+    """The training FLOPs per token of a plan, as a mean over its stages, with attention over the whole T x T square: the
+    enlarged model until the last cut, then the target; in a stage with distillation a forward pass of the enlarged model
+    as well."""
+    T = target.block_size
+    total = 0.0
     for stage in PLANS[plan]:
         model = target if stage.name == "recover" else enlarged
-        total += stage.share * (model.flops_per_token(T) + stage.kd * enlarged.flops_per_token(T, backward=False))
+        flops = model.flops_per_token(T)
+        if stage.kd:
+            flops += enlarged.flops_per_token(T, backward=False)
+        total += stage.share * flops
     return total
 
 
-def scale(c, preset, vocab_size):
-    """Memory per GPU (nothing is sharded: DDP holds all on each) and days of training, at most: causal attention does
-    half of the square that is counted."""
-    target, enlarged = shapes(preset, vocab_size, c.enlarge_ff)
+def scale(settings, preset, vocab_size):
+    """The memory per GPU (nothing is sharded: DDP holds all on each) and the days of training, at most, as causal
+    attention does half of the square that is counted."""
+    target, enlarged = shapes(preset, vocab_size, settings.enlarge_ff)
     rows = []
     for name, config in (("enlarged", enlarged), ("target", target)):
-        parts = step_bytes(config, c.micro_batch)
-        rows.append({"table": "memory per GPU, GB", "model": name, "params": config.num_params()["total"],
-                     **{part: size / 1e9 for part, size in parts.items()}, "sum": sum(parts.values()) / 1e9,
-                     "sequences": c.micro_batch, "bytes per weight": WEIGHT_BYTES,
-                     "bytes per activation": ACTIVATION_BYTES})
+        parts = step_bytes(config, settings.micro_batch)
+        gigabytes = {part: size / 1e9 for part, size in parts.items()}
+        rows.append({"table": "memory per GPU, GB", "model": name, "params": config.num_params()["total"], **gigabytes,
+                     "sum": sum(gigabytes.values()), "sequences": settings.micro_batch,
+                     "bytes per weight": WEIGHT_BYTES, "bytes per activation": ACTIVATION_BYTES})
     for plan in ("scratch", "idea", "idea-kd"):
         flops = TOKENS * plan_flops(plan, target, enlarged)
         for gpus in GPUS:

@@ -1,11 +1,11 @@
-"""How the benchmarks measure: interleaved rounds, medians, limits found in the same run, peak memory, records.
+"""How the benchmarks measure: rounds in turns, medians, limits, peak memory, records.
 
-    python -m pytest tests/bench/test_bench.py           # the order A B A B, medians, what is skipped
+    python -m pytest tests/bench/test_bench.py
 
-Nothing here knows a card's or a processor's numbers: the limit is a large matrix product in the same dtype (FLOP/s) or
-a large copy (bytes/s), timed in turns with what it is the limit of. All seconds are wall time, with the device's queue
-empty at both ends. A *cell* is what is measured in one go; one that the records have, measured by the same code, is not
-measured again; one that failed is. Not here: what is measured (bench/__main__.py).
+Nothing here knows the numbers of a card or of a processor. The limit of FLOP/s is a large matrix product in the same
+dtype, and the limit of bytes/s is a large copy. Both are timed in turns with what they limit. All seconds are wall time,
+and the device's queue is empty at both ends. A *cell* is what is measured in one go. A cell is not measured again if the
+records have it from the same commit; a cell that failed is. Not here: what is measured (bench/__main__.py).
 """
 import contextlib
 import json
@@ -17,7 +17,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
-from unittest import mock
 
 import torch
 
@@ -27,7 +26,7 @@ from report import markdown
 # -- time
 
 def synchronize(device):
-    """Wait until the GPU has done what it was given; a CPU has."""
+    """Wait until a GPU has finished its work. A CPU never has work left."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     elif device == "mps":
@@ -35,7 +34,7 @@ def synchronize(device):
 
 
 def seconds_of(call, device="cpu"):
-    """Call it -> wall seconds, the device's work included."""
+    """Call the function: -> wall seconds, the device's work included."""
     synchronize(device)
     start = time.perf_counter()
     call()
@@ -43,35 +42,19 @@ def seconds_of(call, device="cpu"):
     return time.perf_counter() - start
 
 
-def interleave(variants, rounds, device="cpu"):
-    """Call {name: function} in turns, A B A B …: a round that does not count, then `rounds` that do -> {name: [seconds
-    of each round]}."""
-    seconds = [{name: seconds_of(call, device) for name, call in variants.items()} for _ in range(1 + rounds)]
-    return {name: [each[name] for each in seconds[1:]] for name in variants}
+def interleave(calls, rounds, device="cpu"):
+    """Call the functions {name: function} in turns, A B A B …: -> {name: [seconds of each round]}. One round more runs
+    first and does not count."""
+    seconds = {name: [] for name in calls}
+    for _ in range(1 + rounds):
+        for name, call in calls.items():
+            seconds[name].append(seconds_of(call, device))
+    return {name: measured[1:] for name, measured in seconds.items()}
 
 
-def median_ratio(a, b):
-    """Median of a_i / b_i: each ratio within its round, so that the machine's mood falls on both."""
-    return statistics.median(x / y for x, y in zip(a, b))
-
-
-@contextlib.contextmanager
-def stopwatch(device, *places):
-    """While inside, time every call of owner.name for each (owner, name, part) in `places`; yields {part: seconds},
-    filled as they are called. On a GPU the calls wait for their work, so the whole is slower than without."""
-    seconds = dict.fromkeys((part for *_, part in places), 0.0)
-
-    def watched(function, part):
-        def call(*args, **kwargs):
-            found = []
-            seconds[part] += seconds_of(lambda: found.append(function(*args, **kwargs)), device)
-            return found[0]
-        return call
-
-    with contextlib.ExitStack() as stack:
-        for owner, name, part in places:
-            stack.enter_context(mock.patch.object(owner, name, watched(getattr(owner, name), part)))
-        yield seconds
+def median_ratio(numerators, denominators):
+    """The median of the ratios within each round. What slows the machine down slows both sides of a ratio."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators))
 
 
 # -- limits
@@ -80,10 +63,17 @@ ROWS = {"cpu": 2048, "gpu": 8192}            # of the square matrices whose prod
 MEGABYTES = {"cpu": 512, "gpu": 2048}        # of the array whose copy is the limit of bytes/s
 
 
+def kind_of(device):
+    """The key of the two tables above."""
+    return "gpu" if device.startswith("cuda") else "cpu"
+
+
 def matmul(dtype, device):
-    """-> (call, its FLOPs): a product of two large random matrices; on a GPU 16."""
-    n, repeats = (ROWS["gpu"], 16) if device.startswith("cuda") else (ROWS["cpu"], 1)
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    """A product of two large random matrices, 16 times on a GPU: -> function, its FLOPs."""
+    n = ROWS[kind_of(device)]
+    repeats = 16 if kind_of(device) == "gpu" else 1
+    a = torch.randn(n, n, device=device).to(dtype)
+    b = torch.randn(n, n, device=device).to(dtype)
     out = torch.empty_like(a)
 
     def call():
@@ -93,42 +83,51 @@ def matmul(dtype, device):
 
 
 def traffic(device):
-    """-> {"copy": (call, bytes), "read": (call, bytes)}: a copy, whose bytes are read and written, and a matrix-vector
-    product, which only reads and is what decoding does. The better rate of the two is the bandwidth."""
-    side = round((MEGABYTES["gpu" if device.startswith("cuda") else "cpu"] * 2**20 / 4) ** .5)
-    a, out, x = torch.randn(side, side, device=device), torch.empty(side, side, device=device), torch.randn(side)
-    x = x.to(device)
-    return {"copy": (lambda: out.copy_(a), 8 * side**2), "read": (lambda: torch.mv(a, x), 4 * side**2)}
+    """Two ways to move a large array: -> {"copy": (function, bytes), "read": (function, bytes)}. A copy reads and writes.
+    A matrix-vector product only reads, as decoding does. The better rate of the two is the bandwidth."""
+    side = round((MEGABYTES[kind_of(device)] * 2**20 / 4) ** .5)
+    matrix = torch.randn(side, side, device=device)
+    out = torch.empty_like(matrix)
+    vector = torch.randn(side).to(device)
+    return {"copy": (lambda: out.copy_(matrix), 8 * side**2),
+            "read": (lambda: torch.mv(matrix, vector), 4 * side**2)}
 
 
 # -- memory
 
-def resident(line="VmHWM"):
-    """Bytes of memory that this very process holds (VmRSS) or held at most (VmHWM: ru_maxrss starts at the parent's
-    where a process is spawned). Without /proc: the most so far."""
+def process_memory(line):
+    """Bytes that this process holds (line "VmRSS" of Linux's /proc) or has held at most ("VmHWM"). Without /proc: the
+    most that it has held so far. (The system's own maximum would start at the one of the process that started ours.)"""
     status = Path("/proc/self/status")
     if not status.exists():
         return peak_memory()
-    return next(1024 * int(text.split()[1]) for text in status.read_text().splitlines() if text.startswith(line))
+    lines = [text.split() for text in status.read_text().splitlines()]
+    return next(1024 * int(words[1]) for words in lines if words[0] == f"{line}:")
 
 
 @contextlib.contextmanager
 def peak(device):
-    """Yields a dict that holds, behind the block, `before_bytes` and `peak_bytes`: of the process on a CPU, of
-    PyTorch's allocations on a GPU."""
-    found, on_gpu = {}, device.startswith("cuda")
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    elif os.access("/proc/self/clear_refs", os.W_OK):
-        Path("/proc/self/clear_refs").write_text("5")                 # Linux: the peak starts anew
-    found["before_bytes"] = torch.cuda.memory_allocated() if on_gpu else resident("VmRSS")
-    yield found
-    found["peak_bytes"] = torch.cuda.max_memory_allocated() if on_gpu else resident()
+    """Measure the memory of a block. Yields a dictionary that afterwards holds `before_bytes`, in use as the block began,
+    and `peak_bytes`, the most in use until it ended. On a CPU this is the memory of the whole process, on a GPU that of
+    PyTorch's tensors."""
+    memory = {}
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        memory["before_bytes"] = torch.cuda.memory_allocated(device)
+        yield memory
+        memory["peak_bytes"] = peak_memory(device)
+        return
+    if os.access("/proc/self/clear_refs", os.W_OK):
+        # On Linux this makes the peak start anew.
+        Path("/proc/self/clear_refs").write_text("5")
+    memory["before_bytes"] = process_memory("VmRSS")
+    yield memory
+    memory["peak_bytes"] = process_memory("VmHWM")
 
 
 def own_process(function, *args):
-    """function(*args) in a fresh process with as many threads as ours, so that its peak memory is its own. What it
-    raises is raised here; UserError: the system killed it."""
+    """Call the function in a fresh process with as many threads as ours, so that its peak memory is its own: -> what it
+    returns. What it raises is raised here. Raises UserError if the system killed the process."""
     threads = torch.get_num_threads()
     with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
         try:
@@ -141,65 +140,82 @@ def own_process(function, *args):
 # -- records
 
 def machine(device):
-    """What a number depends on besides the settings."""
+    """What a number depends on besides the settings and the code."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
     return {"device": name, "threads": torch.get_num_threads(), "cores": os.cpu_count(),
             "torch": str(torch.__version__)}
 
 
 class Records:
-    """A file of records: one line a cell, with the `rows` of its tables and a `note` for their titles."""
+    """A file with one line for each cell: the `rows` of its tables and a `note` for their titles."""
     def __init__(self, file):
         self.file = Path(file)
 
     def all(self):
-        """The last record of every cell: one that failed gives way to a later one."""
-        key = lambda r: json.dumps([r["suite"], r["cell"], r["about"]], sort_keys=True)
-        return list({key(r): r for r in read_records(self.file)}.values())
+        """The last record of every cell. A record of a failure gives way to a later one."""
+        last = {}
+        for record in read_records(self.file):
+            last[json.dumps([record["suite"], record["cell"], record["about"]], sort_keys=True)] = record
+        return list(last.values())
 
-    def cell(self, suite, cell, about, measure):
-        """Measure a cell, unless one of the same suite, name and `about` (dict: settings, machine, code) is there.
-        measure() -> {"rows": [{column: value}], anything else that should be kept}. -> whether it has its numbers; what
-        it raises is printed and recorded in one line."""
+    def measure(self, suite, cell, about, call):
+        """Measure a cell and record it: -> whether it has its numbers. A cell that was recorded with the same `about`
+        (settings, machine, code) is left alone. `call()` returns {"rows": [{column: value}]} and anything else that
+        should be kept. What it raises is printed and recorded in one line."""
         key = json.loads(json.dumps({"suite": suite, "cell": cell, "about": about}))
-        if any(r.items() >= key.items() and "failed" not in r for r in self.all()):
+        if any(record.items() >= key.items() and "failed" not in record for record in self.all()):
             print(f"{suite}, {cell}: in {self.file} already", flush=True)
             return True
         print(f"{suite}, {cell} …", flush=True)
         try:
-            found = measure()
+            measured = call()
         except Exception as problem:
-            first, *_ = (str(problem).strip() or "without a message").splitlines()
-            failed = f"{type(problem).__name__}: {first[:200]}"
-            print(f"{suite}, {cell}: {failed}", flush=True)
-            found = {"failed": failed, "rows": [{"table": "failed, the same command tries again", "cell": cell,
-                                                 "note": failed}]}
+            first_line = (str(problem).strip() or "without a message").splitlines()[0]
+            failure = f"{type(problem).__name__}: {first_line[:200]}"
+            print(f"{suite}, {cell}: {failure}", flush=True)
+            row = {"table": "failed, the same command tries again", "cell": cell, "note": failure}
+            measured = {"failed": failure, "rows": [row]}
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        append_record(self.file, **key, **found)
-        return "failed" not in found
+        append_record(self.file, **key, **measured)
+        return "failed" not in measured
 
 
 def show(value):
-    """A table's entry: three digits, or all of a whole number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return "" if value is None else str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+    """The text of a table's entry: three digits, or all of a whole number."""
+    if value is None:
+        return ""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+    return str(value)
+
+
+def title_of(record, table):
+    """The title of the tables that this record's rows belong to."""
+    about = record["about"]
+    rounds = about["settings"].get("rounds")
+    medians = f"medians of {rounds} rounds; " if rounds else ""
+    where = ", ".join(f"{name} {value}" for name, value in about["machine"].items())
+    name = f"{record['suite']}, {table}" if table else record["suite"]
+    return f"**{name}** ({medians}{where}, code {about['code']}{record.get('note', '')}):"
 
 
 def tables(records):
-    """Records -> Markdown: a table for each suite, machine, code, number of rounds and note, with the columns that any
-    row has."""
-    groups = {}
-    for r in records:
-        rounds = r["about"]["settings"].get("rounds")
-        where = ", ".join(f"{k} {v}" for k, v in {**r["about"]["machine"], "code": r["about"]["code"]}.items())
-        for row in r["rows"]:                     # rows of one cell may belong to tables with other columns
-            row = dict(row)
-            title = r["suite"] + (f", {row.pop('table')}" if "table" in row else "")
-            medians = f"medians of {rounds} rounds; " if rounds else ""
-            groups.setdefault(f"**{title}** ({medians}{where}{r.get('note', '')}):", []).append(row)
+    """The records as Markdown: one table for each suite, machine, commit, number of rounds and note. A table has the
+    columns that any of its rows has. The rows of one cell may belong to several tables."""
+    rows_of = {}
+    for record in records:
+        for row in record["rows"]:
+            columns = {name: value for name, value in row.items() if name != "table"}
+            rows_of.setdefault(title_of(record, row.get("table")), []).append(columns)
     texts = []
-    for title, rows in groups.items():
-        head = list(dict.fromkeys(column for row in rows for column in row))
-        texts.append(f"{title}\n\n" + markdown(head, [[show(row.get(column)) for column in head] for row in rows]))
+    for title, rows in rows_of.items():
+        head = []
+        for row in rows:
+            head += [column for column in row if column not in head]
+        body = []
+        for row in rows:
+            body.append([show(row.get(column)) for column in head])
+        texts.append(f"{title}\n\n{markdown(head, body)}")
     return "\n\n".join(texts)

@@ -33,10 +33,10 @@ import checkpoint
 import data
 import prune
 import score
-from common import UserError, append_record, parse, peak_rss, read_records, refuse_idle, run, write_atomic
+from checkpoint import fingerprint
+from common import UserError, append_record, parse, peak_memory, read_records, refuse_idle, run, write_atomic
 from distill import chunked_loss
 from eval import evaluate
-from folder import fingerprint
 from methods import measured, torch_pruning_peer, two_four
 from methods.slicegpt import Sliced, slicegpt
 from prune import Prune
@@ -355,7 +355,7 @@ class Phases:
             lines = Path("/proc/self/status").read_text().splitlines()
             peak = 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
         else:                                                # elsewhere: of the program so far
-            peak = peak_rss()
+            peak = peak_memory()
         self.last[name] = seconds, peak
         print(f"  {name:10} {seconds:8.1f} s   peak {peak / 2**30:.2f} GiB", flush=True)
 

@@ -16,14 +16,14 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from flags import INIT_LR, LEARNING_RATES
+
 import checkpoint
 import data
 import report
 from common import UserError, write_atomic
 from experiments import sweep
-from flags import INIT_LR
 from formats.tokenizer import open_tokenizer
-from model import PRESETS
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def jobs(c):
     for size in c.init or reversed(sizes):                          # the largest first, so that the last ones are short
         for seed in range(c.seeds):
             name, start = f"{Path(size).name}-{seed}", size if c.init else f"{c.runs}/{Path(size).name}-{seed}"
-            lr = c.lr if c.lr is not None else INIT_LR if c.init else PRESETS[size][-1] / 10
+            lr = c.lr if c.lr is not None else INIT_LR if c.init else LEARNING_RATES[size] / 10
             if not c.init:
                 wholes.append(whole(name, plan="scratch", preset=size, seed=seed))
             settings = dict(both, plan="scratch", init=start, seed=RECOVERY_SEED + seed, steps=steps, lr=lr, min_lr=lr,

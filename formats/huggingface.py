@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from common import UserError
-from formats.tokenizer import read_files, read_json
+from formats.tokenizer import FILES, read_files, read_json
 from model import GPT, GPTConfig, with_context
 
 FAMILIES = ("llama", "mobilellm", "mistral", "qwen2", "qwen3", "nanoprune", "nemotron-nas")
@@ -121,12 +121,19 @@ def tensor_files(folder):
         with open_shard(single) as shard:
             return dict.fromkeys(shard.keys(), single)
     try:
-        files = {name: folder / file for name, file in read_json(index.read_bytes(), index)["weight_map"].items()}
+        weight_map = read_json(index.read_bytes(), index)["weight_map"]
+        names = sorted(set(weight_map.values()))
+        # Whoever sends a folder does not choose which other files of this machine are read.
+        outside = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{index} has no weight_map of tensors and files; download it again") from None
-    for file in sorted(set(files.values())):
-        if not file.exists():
-            raise UserError(f"{index} names {file.name}, which is not there; download the whole repository")
+    if outside:
+        raise UserError(f"{index} names {outside[0]!r}, and only *.safetensors files beside it are read; do not use it, "
+                        "or correct the name")
+    for name in names:
+        if not (folder / name).exists():
+            raise UserError(f"{index} names {name}, which is not there; download the whole repository")
+    files = {tensor: folder / name for tensor, name in weight_map.items()}
     return files
 
 
@@ -252,15 +259,21 @@ def deci_blocks(config):
 
 def save(folder, model, family, files=None, special=None):
     """Write config.json, model*.safetensors (5 GB each, with an index), the tokenizer's files and, if `family` has its
-    own code, that into the empty `folder`. Weights in the model's dtype. files: {name: text}."""
+    own code, that into the empty `folder`. Weights in the model's dtype. files: {name: text}. UserError: a file of
+    another name than a tokenizer's."""
     from huggingface_hub import save_torch_state_dict
+    for name in files or {}:
+        # The names may come out of a checkpoint that somebody sent: none leads outside, none replaces our own files.
+        if name not in FILES:
+            raise UserError(f"{name!r} is no file of a tokenizer; those are {', '.join(FILES)}: take the tokenizer from "
+                            "another checkpoint")
     folder, dtype = Path(folder), str(model.embed.weight.dtype).removeprefix("torch.")
     config = write_config(model.config, family, dtype, special or {})
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     weights = {their_name(name): p.detach() for name, p in model.named_parameters()}
     save_torch_state_dict(weights, folder, metadata={"format": "pt"})
-    for name, text in (files or {}).items():
-        (folder / name).write_text(text, encoding="utf-8")
+    for name, content in (files or {}).items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     if family in OWN_CODE:
         shutil.copy(Path(__file__).with_name("modeling_nanoprune.py"), folder)
     for file in folder.iterdir():

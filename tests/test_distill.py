@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.distributions import Categorical, kl_divergence
 
 import distill
-from distill import chunked_loss, freeze, overtaken, smooth, token_losses
+from distill import Objective, chunked_loss, freeze, kd_loss, overtaken, smooth, token_losses
 
 B, T, C, V = 3, 7, 5, 13                                 # 21 tokens
 
@@ -27,15 +27,21 @@ def batch(dtype=torch.float64, teacher_width=4):
 
 
 def plain(hidden, weight, targets, teacher_hidden=None, teacher_weight=None, kd_weight=0.5, temperature=1.0):
-    """The definition, on full logits; also a (3,) of its parts."""
-    s, y = (hidden @ weight.T).flatten(0, 1), targets.flatten()
-    ce = F.cross_entropy(s, y)
+    """The reference on whole logits: cross-entropy without a teacher, `kd_loss` with one."""
+    logits, y = (hidden @ weight.T).flatten(0, 1), targets.flatten()
     if teacher_hidden is None:
-        return ce, torch.stack((ce, ce * 0, ce * 0))
-    t = (teacher_hidden @ teacher_weight.T).flatten(0, 1)
-    log_p, log_q = F.log_softmax(s / temperature, -1), F.log_softmax(t / temperature, -1)
-    divergence = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
-    return (1 - kd_weight) * ce + kd_weight * divergence, torch.stack((ce, divergence, F.cross_entropy(t, y)))
+        return F.cross_entropy(logits, y)
+    return kd_loss(logits, (teacher_hidden @ teacher_weight.T).flatten(0, 1), y, kd_weight, temperature)
+
+
+@torch.no_grad()
+def plain_parts(hidden, weight, targets, teacher_hidden=None, teacher_weight=None, kd_weight=0.5, temperature=1.0):
+    """(3,): cross-entropy, KL, the teacher's cross-entropy."""
+    ce = plain(hidden, weight, targets)
+    if teacher_hidden is None:
+        return torch.stack((ce, ce * 0, ce * 0))
+    divergence = plain(hidden, weight, targets, teacher_hidden, teacher_weight, 1.0, temperature)
+    return torch.stack((ce, divergence, plain(teacher_hidden, teacher_weight, targets)))
 
 
 def kl(student, teacher, temperature=1.0):
@@ -97,7 +103,7 @@ def test_chunked_loss_is_the_plain_one_in_value_and_gradients(monkeypatch, tile,
     assert distill.operand(torch.zeros(V, C)).shape == (-(-V // tile) * tile, C)
     inputs = batch() if kd_weight is not None else batch()[:3]
     options = dict(kd_weight=kd_weight, temperature=temperature) if kd_weight is not None else {}
-    expected, parts = plain(*inputs, **options)
+    expected, parts = plain(*inputs, **options), plain_parts(*inputs, **options)
     expected_gradients = torch.autograd.grad(expected, inputs[:2])
     loss, stats = chunked_loss(*inputs, **options)
     near(loss.detach(), expected.detach()), near(stats, parts.detach())
@@ -116,7 +122,7 @@ def test_chunked_loss_in_float32_and_under_bfloat16_autocast(monkeypatch, autoca
     monkeypatch.setattr(distill, "TILE", {"cpu": tile})
     inputs = [x.detach().float().requires_grad_(i < 2) if x.is_floating_point() else x for i, x in enumerate(batch())]
     wide = [x.detach().double().requires_grad_(i < 2) if x.is_floating_point() else x for i, x in enumerate(inputs)]
-    expected, parts = plain(*wide)
+    expected, parts = plain(*wide), plain_parts(*wide)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss, stats = chunked_loss(*inputs)
     assert loss.dtype == stats.dtype == torch.float32                              # logits and sums are never narrower
@@ -157,14 +163,14 @@ def test_the_teacher_takes_no_gradient():
     assert not any(p.requires_grad for p in teacher.parameters()) and not teacher[1].training
 
 
-class Objective(torch.nn.Module):
-    """As in train.py: the loss within one forward."""
-    def __init__(self, hidden, weight):
+class Scaled(torch.nn.Module):
+    """The smallest model that Objective takes: hidden states that are a parameter."""
+    def __init__(self, states, weight):
         super().__init__()
-        self.hidden, self.weight = (torch.nn.Parameter(x.detach().clone()) for x in (hidden, weight))
+        self.states, self.head_weight = (torch.nn.Parameter(x.detach().clone()) for x in (states, weight))
 
-    def forward(self, targets, teacher_hidden=None, teacher_weight=None):
-        return chunked_loss(self.hidden * 2, self.weight, targets, teacher_hidden, teacher_weight, 0.7, 1.5)
+    def hidden(self, x):
+        return self.states * x
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -172,12 +178,13 @@ def test_torch_compile_takes_the_loss_as_one_graph_and_gives_the_same_gradients(
     monkeypatch.setattr(distill, "CHUNK_VALUES", {"cpu": V * 8})
     hidden, weight, *rest = batch()
     for taught in (rest, rest[:1]):
-        eager, traced = Objective(hidden, weight), Objective(hidden, weight)
+        eager, traced = (Objective(Scaled(hidden, weight), 0.7, 1.5) for _ in range(2))
         compiled = torch.compile(traced, fullgraph=True, backend=backend, dynamic=False)
-        (loss, stats), (found, found_stats) = eager(*taught), compiled(*taught)
+        (loss, stats), (found, found_stats) = eager(2, *taught), compiled(2, *taught)
         (loss / 2).backward(), (found / 2).backward()
         near(found.detach(), loss.detach()), near(found_stats, stats)
-        near(traced.hidden.grad, eager.hidden.grad), near(traced.weight.grad, eager.weight.grad)
+        for ours, plain_eager in zip(traced.parameters(), eager.parameters(), strict=True):
+            near(ours.grad, plain_eager.grad)
 
 
 def test_a_gpu_s_chunks_are_whole_tiles_of_64_tokens():
@@ -208,12 +215,13 @@ def measure_memory(kind, tokens, vocabulary=49152, width=64):
     hidden, weight = draw_(1, tokens, width), draw_(vocabulary, width, seed=1)
     taught = (hidden.clone(), weight.clone())
     targets = torch.arange(tokens)[None]
-    for f in (plain, chunked_loss):                          # libraries and threads are up before the baseline is taken
-        f(hidden[:, :8].clone().requires_grad_(), weight[:9].clone().requires_grad_(), targets[:, :8], taught[0][:, :8],
-          taught[1][:9])[0].backward()
+    loss_of = {"plain": plain, "ours": lambda *inputs: chunked_loss(*inputs)[0]}
+    for loss in loss_of.values():                            # libraries and threads are up before the baseline is taken
+        loss(hidden[:, :8].clone().requires_grad_(), weight[:9].clone().requires_grad_(), targets[:, :8],
+             taught[0][:, :8], taught[1][:9]).backward()
     hidden.requires_grad_(), weight.requires_grad_()
     before = peak_bytes()
-    {"plain": plain, "ours": chunked_loss}[kind](hidden, weight, targets, *taught)[0].backward()
+    loss_of[kind](hidden, weight, targets, *taught).backward()
     print(peak_bytes() - before)
 
 

@@ -12,13 +12,12 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
-import data
 import eval as evaluation
 import report
 import train
 from checkpoint import load, save
 from common import UserError
-from formats.tokenizer import open_tokenizer
+from formats.tokenizer import Tiktoken, open_tokenizer
 from model import GPT, GPTConfig
 from tasks import questions
 
@@ -49,40 +48,40 @@ def plain(model, rows):
     return losses.view(len(rows), -1)
 
 
-def test_windows_are_evenly_spaced_whole_and_all_of_their_targets_count(model, tokens):
+def test_windows_are_evenly_spaced(model, tokens):
     starts = [0, 48, 96, 144]                                # 4 of the 12 windows in 200 tokens
     expected = plain(model, np.stack([tokens[s:s + 17] for s in starts])).mean().item()
-    found = evaluation.evaluate(model, tokens, ONE_EACH, windows=4, batch=3)
-    assert found["loss"] == pytest.approx(expected, rel=1e-12) and found["tokens"] == 64
-    assert found["perplexity"] == pytest.approx(math.exp(expected)) and \
-        found["bits_per_byte"] == pytest.approx(expected / math.log(2))
+    result = evaluation.evaluate(model, tokens, ONE_EACH, windows=4, batch=3)
+    assert result["loss"] == pytest.approx(expected, rel=1e-12) and result["tokens"] == 64
+    assert result["perplexity"] == pytest.approx(math.exp(expected))
+    assert result["bits_per_byte"] == pytest.approx(expected / math.log(2))
     every = evaluation.evaluate(model, tokens, ONE_EACH, windows=0)
     assert every["tokens"] == 12 * 16
     assert evaluation.evaluate(model, tokens, ONE_EACH, windows=99) == every
 
 
 @pytest.mark.parametrize("stride, batch", [(1, 7), (5, 2), (16, 32)])
-def test_stride_counts_every_token_once_with_the_promised_context(model, tokens, stride, batch):
+def test_stride_counts_every_token_once(model, tokens, stride, batch):
     starts = range(0, len(tokens) - 16, stride)
     losses = [plain(model, tokens[None, s:s + 17])[0, 0 if s == 0 else -stride:] for s in starts]
-    found = evaluation.evaluate(model, tokens, ONE_EACH, stride=stride, batch=batch)
-    assert found["tokens"] == 16 + stride * (len(starts) - 1)
-    assert found["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-12)
+    result = evaluation.evaluate(model, tokens, ONE_EACH, stride=stride, batch=batch)
+    assert result["tokens"] == 16 + stride * (len(starts) - 1)
+    assert result["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-12)
 
 
-def test_bits_per_byte_divides_by_the_bytes_of_the_counted_tokens(model):
+def test_bits_per_byte_divides_by_counted_bytes(model):
     ranks = {bytes([i]): i for i in range(256)} | {b"ab": 256, b"abab": 257}
-    tokenizer = data.Tokenizer("pairs", tiktoken.Encoding("pairs", pat_str=r".+", mergeable_ranks=ranks,
+    tokenizer = Tiktoken("pairs", tiktoken.Encoding("pairs", pat_str=r".+", mergeable_ranks=ranks,
                                                           special_tokens={"<|endoftext|>": 258}), 258)
     text = "abab xy ab äöü " * 20
     tokens = tokenizer.encode(text)
     torch.manual_seed(0)
     wide = GPT(GPTConfig(**{**CONFIG.__dict__, "vocab_size": tokenizer.vocab_size}))
-    found = evaluation.evaluate(wide, tokens, tokenizer.byte_lengths(), windows=0)
-    counted = tokens[1:found["tokens"] + 1]
-    bits = found["loss"] * found["tokens"] / math.log(2)
-    assert found["bits_per_byte"] == pytest.approx(bits / sum(len(tokenizer.token_bytes(int(t))) for t in counted))
-    assert found["bits_per_byte"] < found["loss"] / math.log(2)
+    result = evaluation.evaluate(wide, tokens, tokenizer.byte_lengths(), windows=0)
+    counted = tokens[1:result["tokens"] + 1]
+    bits = result["loss"] * result["tokens"] / math.log(2)
+    assert result["bits_per_byte"] == pytest.approx(bits / sum(len(tokenizer.token_bytes(int(t))) for t in counted))
+    assert result["bits_per_byte"] < result["loss"] / math.log(2)
 
 
 @pytest.mark.parametrize("stride", [17, -1])
@@ -104,37 +103,53 @@ def toy_runs(tmp_path_factory):
     return out
 
 
-def command(script, *words, **options):
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, words)], capture_output=True, text=True,
-                          **options)
+def evaluated(capsys, folder, **flags):
+    """What the command prints, run in this process."""
+    evaluation.main(evaluation.Eval(str(folder), device="cpu", **flags))
+    return capsys.readouterr().out
 
 
-def test_command_evaluates_a_run_as_its_own_records_do_and_samples(toy_runs):
-    done = command("eval.py", toy_runs / "idea-0", "--windows", 4, "--sample", "def ", "--tokens", 20)
-    assert done.returncode == 0, done.stderr
+def test_the_command_agrees_with_the_records_of_a_run_and_samples(toy_runs, capsys):
+    output = evaluated(capsys, toy_runs / "idea-0", windows=4, sample="def ", tokens=20)
     recorded = report.records(toy_runs / "idea-0")["summary"][0]
-    assert f"{recorded['val_loss']:.4f} nats per token" in done.stdout
-    assert f"{recorded['params']:,} parameters" in done.stdout
-    assert "\n\ndef " in done.stdout and len(done.stdout.split("\n\ndef ")[1]) >= 10
+    assert f"{recorded['val_loss']:.4f} nats per token" in output
+    assert f"{recorded['params']:,} parameters" in output
+    assert "\n\ndef " in output and len(output.split("\n\ndef ")[1]) >= 10
     assert load(toy_runs / "idea-0")[0].config.d_ff == (64, 64)
 
 
-def test_command_on_raw_text_and_its_refusals(toy_runs, tmp_path):
+def test_the_command_reads_a_text(toy_runs, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("import os\n" * 50)
-    done = command("eval.py", toy_runs / "scratch-0", "--data", tmp_path / "text.txt", "--stride", 32)
-    assert done.returncode == 0 and "text.txt" in done.stdout
+    output = evaluated(capsys, toy_runs / "scratch-0", data=str(tmp_path / "text.txt"), stride=32)
+    assert "text.txt" in output and "nats per token" in output
+
+
+REFUSALS = [("none", {}, "no checkpoint at"), ("text.txt", {}, "is not a checkpoint"),
+            ("idea-0", {"data": "binary"}, "not UTF-8"), ("idea-0", {"dtype": "int8"}, "--dtype 'int8' is not one of"),
+            ("idea-0", {"sample": "x", "temperature": math.nan}, "must be finite"),
+            ("idea-0", {"sample": "x", "seed": -1}, "--seed -1 must be between"),
+            ("idea-0", {"sample": ""}, "at least one token")]
+
+
+@pytest.mark.parametrize("name, flags, sentence", REFUSALS)
+def test_the_command_refuses_in_a_sentence(toy_runs, tmp_path, name, flags, sentence):
+    (tmp_path / "text.txt").write_text("import os\n" * 50)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00" * 100)
-    for words, sentence in (((toy_runs / "none",), "no checkpoint at"),
-                            ((tmp_path / "text.txt",), "is not a checkpoint"),
-                            ((toy_runs / "idea-0", "--data", tmp_path / "binary"), "not UTF-8"),
-                            ((toy_runs / "idea-0", "--data", tmp_path / "gone"), "No such file"),
-                            ((toy_runs / "idea-0", "--sample", "x", "--temperature", "nan"), "must be finite"),
-                            ((toy_runs / "idea-0", "--sample", ""), "at least one token")):
-        done = command("eval.py", *words)
-        assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr
+    if "data" in flags:
+        flags = {"data": str(tmp_path / flags["data"])}
+    folder = tmp_path if name == "text.txt" else toy_runs
+    with pytest.raises(UserError, match=sentence) as refusal:
+        evaluation.main(evaluation.Eval(str(folder / name), device="cpu", **flags))
+    assert "\n" not in str(refusal.value)
 
 
-def test_report_pairs_runs_by_seed_and_draws(toy_runs):
+def test_the_command_line_ends_with_one_sentence_and_code_2(toy_runs):
+    command = [sys.executable, str(ROOT / "eval.py"), str(toy_runs / "idea-0"), "--data", "gone"]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 2 and "No such file" in process.stderr and "Traceback" not in process.stderr
+
+
+def test_a_report_pairs_runs_by_seed_and_draws(toy_runs):
     table = report.table(sorted(toy_runs.iterdir()))
     loss = {p.name: report.records(p)["summary"][0]["val_loss"] for p in toy_runs.iterdir()}
     row = next(line for line in table.splitlines() if line.startswith("| `idea`"))
@@ -156,7 +171,7 @@ def test_without_matplotlib_a_sentence_replaces_the_picture(toy_runs, monkeypatc
     assert "pip install matplotlib" in report.summary(toy_runs / "idea-1")
 
 
-def test_records_cut_short_by_a_crash_are_read_and_gone_on_with_from_there(tmp_path):
+def test_records_cut_short_are_continued(tmp_path):
     from common import append_record, read_records
     path = tmp_path / "metrics.jsonl"
     append_record(path, tag="config")
@@ -167,17 +182,16 @@ def test_records_cut_short_by_a_crash_are_read_and_gone_on_with_from_there(tmp_p
     assert [r["tag"] for r in read_records(path)] == ["config", "step", "eval"]
 
 
-def test_questions_of_the_command_are_those_of_tasks_and_idle_flags_are_refused(tmp_path, model, capsys):
+def test_the_command_asks_questions_and_refuses_idle_flags(tmp_path, model, capsys):
     save(tmp_path / "m.pt", model.float(), run={"tokenizer": "bytes"})
     rows = [{"query": f"Q{i}", "choices": [" a", " bc", " é"], "gold": i % 3} for i in range(9)]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ask = lambda **flags: evaluation.main(evaluation.Eval(str(tmp_path / "m.pt"), device="cpu", **flags))
-    ask(multiple_choice=[str(tmp_path / "q.jsonl")], limit=7)
-    said = capsys.readouterr().out
-    found = questions.multiple_choice(model, open_tokenizer("bytes"), questions.read_questions(tmp_path / "q.jsonl")[:7])
+    output = evaluated(capsys, tmp_path / "m.pt", multiple_choice=[str(tmp_path / "q.jsonl")], limit=7)
+    some = questions.read_questions(tmp_path / "q.jsonl")[:7]
+    result = questions.multiple_choice(model, open_tokenizer("bytes"), some)
     for metric in ("acc", "acc_norm", "acc_bytes"):
-        assert f"{found[metric]:.4f} ± {found[metric + '_stderr']:.4f}" in said
-    assert "nats per token" not in said and f"{7:9,}" in said
+        assert f"{result[metric]:.4f} ± {result[metric + '_stderr']:.4f}" in output
+    assert "nats per token" not in output and f"{7:9,}" in output
     for flags, sentence in ((dict(limit=3), "--limit has no effect without --tasks or"),
                             (dict(include_path="x"), "--include-path has no effect without --tasks"),
                             (dict(multiple_choice=["x"], num_fewshot=1), "--num-fewshot has no effect without --tasks"),
@@ -187,9 +201,9 @@ def test_questions_of_the_command_are_those_of_tasks_and_idle_flags_are_refused(
                             (dict(multiple_choice=["x"], limit=0), "--limit 0 must be at least 1"),
                             (dict(tasks="x", num_fewshot=-1), "--num-fewshot -1 must be at least 0")):
         with pytest.raises(UserError, match=sentence):
-            ask(**flags)
+            evaluated(capsys, tmp_path / "m.pt", **flags)
 
 
-def test_eval_imports_the_questions_only_where_they_are_asked():
+def test_eval_imports_tasks_only_inside_main():
     top = ast.parse((ROOT / "eval.py").read_text()).body
     assert not any(node.module.startswith("tasks") for node in top if isinstance(node, ast.ImportFrom))

@@ -12,8 +12,9 @@ ROWS = [      # a file imports only from rows above its own
     "common",
     "model schedule distill report methods.two_four formats.tokenizer formats.modeling_nanoprune "
     "experiments.scaling_laws bench.gpt2_peer",
-    "data allocate methods.mend methods.channels formats.huggingface formats.llamacpp experiments.scaling_curves bench.timing",
-    "checkpoint score",
+    "data allocate methods.mend methods.channels formats.huggingface formats.llamacpp "
+    "experiments.scaling_curves bench.timing",
+    "checkpoint score formats.gguf_export",
     "methods.depth",
     "tasks.questions",
     "eval methods.slicegpt methods.measured",

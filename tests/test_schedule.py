@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from helpers import imports
 
-from schedule import SIZE_CURVES, PLANS, interleave, lr_at, resolve, score_at, size_at, stage_at
+from schedule import PLANS, SIZE_CURVES, interleave, lr_at, resolve, score_at, size_at, stage_at
 
 ROOT = Path(__file__).parent.parent
 PRUNING = [name for name, rows in PLANS.items() if any(s.name == "prune" for s in rows)]

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from steps import make_optimizer
 
 import checkpoint
 import data
@@ -24,7 +25,6 @@ from bench import __main__ as bench
 from bench import gpt2_peer, inference, system, timing, training
 from common import UserError, parse, read_records
 from model import GPT, GPTConfig
-from steps import make_optimizer
 
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
 UNEVEN = GPTConfig(256, 64, 96, 16, (6, 4, 0), (2, 4, 0), (128, 200, 60))

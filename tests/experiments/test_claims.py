@@ -1,6 +1,5 @@
 """Claims against planted differences, settings that train.py takes, runs made once, a README that is written."""
 import dataclasses
-import json
 import math
 import random
 import re

@@ -4,11 +4,11 @@ import fnmatch
 import os
 import re
 
+import flags
 import numpy as np
 import pytest
 
 import checkpoint
-import flags
 from common import UserError, append_record, read_records
 from experiments import scaling, scaling_curves, scaling_laws, sweep
 from experiments import scaling_runs as grid_

@@ -1,6 +1,7 @@
 """Hugging Face folders in and out: transformers is the oracle of values and gradients, and loads what we write."""
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -17,6 +18,7 @@ import checkpoint
 import export
 from common import UserError
 from formats import huggingface
+from formats.tokenizer import open_tokenizer
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parents[2]
@@ -277,6 +279,43 @@ def test_broken_files_are_named(folder):
         checkpoint.load(folder)
 
 
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/{}/secret.safetensors", "sub/x.safetensors", "..", "config.json",
+                                  "x\0.safetensors"])
+def test_an_index_names_no_file_outside_of_its_folder(name, tmp_path):
+    folder = tmp_path / "sent"
+    oracle("qwen2").save_pretrained(folder, max_shard_size="10KB")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    tensor, file = next(iter(content["weight_map"].items()))
+    shutil.copy(folder / file, tmp_path / "secret.safetensors")           # it would load
+    content["weight_map"][tensor] = name.format(str(tmp_path).strip("/"))
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"index.json names .*, and only \*.safetensors files beside it are read"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/{}/outside", "sub/tokenizer.json", "config.json", "own_code.py", "..",
+                                  "model.safetensors", "modeling_nanoprune.py"])
+def test_a_checkpoint_names_no_file_that_export_writes(name, tmp_path):
+    """Outside of the folder, or in place of one of ours: config.json could name code, which our own check would run."""
+    sent, out = tmp_path / "sent.pt", tmp_path / "deep" / "out"
+    for about in (dict(huggingface={}), dict(run={"tokenizer": "x"})):
+        files = {**open_tokenizer("bytes").as_files(), name.format(str(tmp_path).strip("/")): "{}"}
+        checkpoint.save(sent, wild(**EVEN), tokenizer_files=files, **about)
+        with pytest.raises(UserError, match="is no file of a tokenizer; those are tokenizer.json, "):
+            export.main(export.Export(str(sent), str(out)))
+        assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["sent.pt"]
+
+
+def test_a_folder_s_own_code_is_not_run_unless_we_wrote_it(tmp_path):
+    model = wild(n_head=(6, 0), n_kv_head=(2, 0), d_ff=(40, 40))
+    huggingface.save(tmp_path, model, "nanoprune")
+    (tmp_path / "modeling_nanoprune.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        export.in_transformers(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_mixed_dtypes_need_a_choice_and_quantized_tensors_are_refused(tmp_path):
     model = wild(n_head=(6,), n_kv_head=(2,), d_ff=(40,))
     model.norm.bfloat16()
@@ -420,7 +459,8 @@ def test_decilm_configs_read_as_vllm_reads_them(tmp_path):
 def test_export_refuses_before_it_writes_and_leaves_nothing_behind(tmp_path, monkeypatch):
     checkpoint.save(tmp_path / "m.pt", wild(**EVEN), run={"tokenizer": "bytes"})
     source, out = str(tmp_path / "m.pt"), tmp_path / "out"
-    for settings, sentence in ((dict(to="onnx"), "--to 'onnx' must be"), (dict(dtype="int8"), "--dtype 'int8'")):
+    for settings, sentence in ((dict(to="onnx"), "--to 'onnx' is not one of hf, gguf, deci"),
+                               (dict(dtype="int8"), "--dtype 'int8' is not one of auto, float32")):
         with pytest.raises(UserError, match=sentence):
             export.main(export.Export(source, str(out), **settings))
     out.mkdir()

@@ -14,9 +14,11 @@ import tokenizers
 import torch
 
 from common import UserError
-from formats import llamacpp
-from formats.llamacpp import ask, check_gguf, encoded, opened, speed, write_gguf
-from formats.tokenizer import PRE_TOKENIZERS, PROBE, Tokenizer, open_tokenizer
+from formats import gguf_export, llamacpp
+from formats.gguf_export import write_gguf
+from formats.llamacpp import ask, check_gguf, encoded, opened, speed
+from formats.tokenizer import LLAMA3 as LLAMA3_WORDS
+from formats.tokenizer import PRE_TOKENIZERS, PROBE, QWEN2, Tiktoken, open_tokenizer
 from model import GPT, GPTConfig
 
 BYTES = open_tokenizer("bytes")
@@ -95,8 +97,8 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_check_refuses_a_file_with_a_wrong_tensor(fault, tmp_path, monkeypatch):
     changes, change = FAULTS[fault]
-    model, right = wild(shape(**changes)), llamacpp.tensors
-    monkeypatch.setattr(llamacpp, "tensors", lambda *a: (
+    model, right = wild(shape(**changes)), gguf_export.tensors
+    monkeypatch.setattr(gguf_export, "tensors", lambda *a: (
         (name, new) for name, t in right(*a) if (new := change(name, t.detach())) is not None))
     write_gguf(model, BYTES, tmp_path / "model.gguf", "f32")
     with pytest.raises(UserError, match="is not the model: .* nats apart, more than 0.01; most at .*; report it"):
@@ -106,9 +108,13 @@ def test_the_check_refuses_a_file_with_a_wrong_tensor(fault, tmp_path, monkeypat
 @pytest.mark.parametrize("key", ["rope.freq_base", "attention.layer_norm_rms_epsilon"])
 @pytest.mark.parametrize("dtype", ["f32", "f16"])
 def test_the_check_refuses_a_file_with_a_wrong_number(key, dtype, tmp_path, monkeypatch):
-    model, right = wild(shape()), llamacpp.shapes
+    model, right = wild(shape()), gguf_export.add_shapes
     value = {"rope.freq_base": 5000.0, "attention.layer_norm_rms_epsilon": 0.5}[key]
-    monkeypatch.setattr(llamacpp, "shapes", lambda *a: right(*a) | {f"deci.{key}": value})
+
+    def wrong(writer, *rest):
+        right(writer, *rest)
+        writer.kv_data[0][f"deci.{key}"].value = value
+    monkeypatch.setattr(gguf_export, "add_shapes", wrong)
     write_gguf(model, BYTES, tmp_path / "model.gguf", dtype)
     with pytest.raises(UserError, match="is not the model"):
         check_gguf(tmp_path / "model.gguf", model, dtype=dtype)
@@ -121,7 +127,7 @@ def test_rounded_files_hold_the_rounded_matrices_and_pass_by_their_tolerance(dty
     write_gguf(model, BYTES, path, dtype)
     assert 0 < check_gguf(path, model, dtype=dtype, tokenizer=BYTES) < 1
     found = {t.name: t for t in gguf.GGUFReader(path).tensors}
-    for name, tensor in llamacpp.tensors(model, llamacpp.architecture(model.config)):
+    for name, tensor in gguf_export.tensors(model, gguf_export.architecture(model.config)):
         wanted = rows if tensor.dim() == 2 else torch.float32
         assert found[name].tensor_type.name == {torch.float32: "F32"}.get(wanted, dtype.upper())
         assert found[name].shape.tolist() == list(reversed(tensor.shape))
@@ -192,7 +198,7 @@ def test_bytes_are_tokens_in_llama_cpp_too(tmp_path):
     assert not found["tokenizer.ggml.add_bos_token"] and "tokenizer.chat_template" not in found
 
 
-@pytest.mark.parametrize("name, pattern", [(name, p) for name, p in llamacpp.RULES.items()])
+@pytest.mark.parametrize("name, pattern", [(name, p) for name, p in gguf_export.RULES.items()])
 def test_a_tokenizer_json_gives_the_same_ids_and_text_in_llama_cpp(name, pattern, tmp_path):
     tokenizer = open_tokenizer("x", trained(PRE_TOKENIZERS[pattern]))
     server, found = served(tokenizer, tmp_path / "model.gguf")
@@ -202,10 +208,10 @@ def test_a_tokenizer_json_gives_the_same_ids_and_text_in_llama_cpp(name, pattern
 
 @pytest.mark.parametrize("name", TIKTOKEN)
 def test_a_tiktoken_vocabulary_gives_the_same_ids_and_text_in_llama_cpp(name, tmp_path):
-    base = open_tokenizer("x", trained(PRE_TOKENIZERS[llamacpp.RULES[name]])).encoding
-    ranks = {token: i - 1 for token, i in base._mergeable_ranks.items()}
+    base = open_tokenizer("x", trained(PRE_TOKENIZERS[gguf_export.RULES[name]]))
+    ranks = {base.token_bytes(i): i - 1 for i in range(1, 400)}
     specials = {"<|endoftext|>": len(ranks), "<|fim|>": len(ranks) + 7}        # as in cl100k_base, ids are left out
-    tokenizer = Tokenizer(name, tiktoken.Encoding(name, pat_str=TIKTOKEN[name], mergeable_ranks=ranks,
+    tokenizer = Tiktoken(name, tiktoken.Encoding(name, pat_str=TIKTOKEN[name], mergeable_ranks=ranks,
                                                   special_tokens=specials))
     server, found = served(tokenizer, tmp_path / "model.gguf")
     for text in (text.rstrip() for text in TEXTS):                             # blank lines at the end: see `rule`
@@ -216,10 +222,11 @@ def test_a_tiktoken_vocabulary_gives_the_same_ids_and_text_in_llama_cpp(name, tm
 
 
 def test_special_tokens_templates_and_opening_tokens_are_those_of_the_files(tmp_path):
-    files = trained(PRE_TOKENIZERS[llamacpp.LLAMA3], added=["<think>"])
+    files = trained(PRE_TOKENIZERS[LLAMA3_WORDS], added=["<think>"])
     content, config = json.loads(files["tokenizer.json"]), json.loads(files["tokenizer_config.json"])
-    opens = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|im_end|>", "type_id": 0}},
-                                                      {"Sequence": {"id": "A", "type_id": 0}}]}
+    opens = {"type": "TemplateProcessing", "pair": [], "single": [
+        {"SpecialToken": {"id": "<|im_end|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {"<|im_end|>": {"id": "<|im_end|>", "ids": [400], "tokens": ["<|im_end|>"]}}}
     level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
     for post, bos, add in [(None, 0, False), (level, 0, False), (opens, 400, True), ({
             "type": "Sequence", "processors": [level, opens]}, 400, True),
@@ -256,9 +263,9 @@ def test_what_llama_cpp_cannot_hold_is_refused_with_layer_reason_and_remedy(chan
 
 
 PATTERNS = [  # near to known ones: an alternative left out, which nothing else matches in the same way; a change
-    *("|".join(parts[:i] + parts[i + 1:]) for parts in (p.split("|") for p in llamacpp.RULES.values())
+    *("|".join(parts[:i] + parts[i + 1:]) for parts in (p.split("|") for p in gguf_export.RULES.values())
       for i, part in enumerate(parts) if "(" not in part and ")" not in part),
-    r"\S+|\s+", *(llamacpp.QWEN2.replace(*change) for change in [
+    r"\S+|\s+", *(QWEN2.replace(*change) for change in [
         (r"\p{N}|", r"\p{N}{1,2}|"), (r"]+[\r\n]*", r"]+[\r\n/]*"), (r"\p{L}+|", r"[\p{L}\p{M}]+|"), ("(?i:", "(?:"),
         (r"\s+(?!\S)|", "")])]
 
@@ -272,14 +279,14 @@ def test_other_dtypes_and_unknown_word_rules_are_refused(tmp_path):
     for pattern in PATTERNS:
         other = tiktoken.Encoding("other", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<end>": 256})
         with pytest.raises(UserError, match="'other' cuts text into words by .* gpt-2, smollm, llama-bpe, qwen2 only"):
-            write_gguf(GPT(shape()), Tokenizer("other", other, eot=256), tmp_path / "model.gguf")
+            write_gguf(GPT(shape()), Tiktoken("other", other, eot=256), tmp_path / "model.gguf")
     assert not list(tmp_path.iterdir())
 
 
 def test_the_check_refuses_other_tokens(tmp_path, monkeypatch):
-    tokenizer = open_tokenizer("x", trained(PRE_TOKENIZERS[llamacpp.QWEN2]))
+    tokenizer = open_tokenizer("x", trained(PRE_TOKENIZERS[QWEN2]))
     model, path = wild(shape(vocab_size=450)), tmp_path / "model.gguf"
-    monkeypatch.setattr(llamacpp, "rule", lambda tokenizer: "gpt-2")
+    monkeypatch.setattr(gguf_export, "rule", lambda tokenizer: "gpt-2")
     write_gguf(model, tokenizer, path)
     assert check_gguf(path, model, tokens=2) < 0.1
     with pytest.raises(UserError, match="llama.cpp's tokens of a text differ from ours, .*; give it ids, no text"):
@@ -313,8 +320,9 @@ def test_llama_cpp_s_own_refusals_are_sentences(tmp_path, monkeypatch, capfd):
 
 def test_a_server_closed_at_once_does_not_hang(tmp_path):
     write_gguf(wild(shape()), BYTES, tmp_path / "model.gguf")
-    subprocess.run([sys.executable, "-c", f"import llamacpp; llamacpp.opened({str(tmp_path / 'model.gguf')!r}, 8)"],
-                   check=True, timeout=60, cwd=Path(llamacpp.__file__).parent)
+    subprocess.run([sys.executable, "-c",
+                    f"from formats import llamacpp; llamacpp.opened({str(tmp_path / 'model.gguf')!r}, 8)"],
+                   check=True, timeout=60, cwd=Path(llamacpp.__file__).parent.parent)
 
 
 def test_one_position_in_two_may_be_off_where_llama_cpp_rounds_and_none_in_float32(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import transformers
 
 from checkpoint import load, tokenizer_of
 from common import UserError, parse
-from formats.tokenizer import Tokenizer, open_tokenizer
+from formats.tokenizer import Bytes, open_tokenizer
 from model import GPT, GPTConfig
 from tasks import questions
 from tasks.questions import Question, grow, loglikelihoods, multiple_choice, read_questions
@@ -170,7 +170,7 @@ def test_bad_files_are_refused(tmp_path):
 
 def test_multiple_choice_counts_and_its_three_rules():
     model = wild(GPTConfig(**{**UNEVEN.__dict__, "vocab_size": 256, "block_size": 64}))
-    tokenizer = Tokenizer("bytes")
+    tokenizer = Bytes()
     questions = [Question(f"Q{n}: ", ("a", " bb", " éé", " dddd ee"), n % 4) for n in range(40)]
     found = multiple_choice(model, tokenizer, questions)
     picks = {"acc": [], "acc_norm": [], "acc_bytes": []}
@@ -321,7 +321,7 @@ def greedy(model, text, n):
 def test_generation_stops_at_texts_and_eot_and_cuts_the_prompt():
     model = wild(GPTConfig(**{**UNEVEN.__dict__, "vocab_size": 128, "block_size": 64}))
     text = greedy(model, "Q: ", 12)
-    tokenizer = Tokenizer("bytes")
+    tokenizer = Bytes()
     ids = tokenizer.encode("Q: ").tolist()
     assert len(set(text)) > 5 and questions.complete(model, tokenizer, ids, [], 12).encode() == text
     stop = text[4:6].decode()
@@ -330,7 +330,7 @@ def test_generation_stops_at_texts_and_eot_and_cuts_the_prompt():
     model.hidden = lambda *a: calls.append(1) or forward(*a)
     questions.complete(model, tokenizer, ids, [stop], 12)
     assert len(calls) == text.index(text[4:6]) + 2                         # it does not go on behind the stop
-    eot = Tokenizer("bytes", eot=text[5])
+    eot = Bytes(eot=text[5])
     assert questions.complete(model, eot, ids, [], 12).encode() == text[:text.index(text[5])]
     long = "a question " * 20
     assert questions.complete(model, tokenizer, list(long.encode()), [], 12).encode() == greedy(model, long[-52:], 12)
@@ -340,7 +340,7 @@ def test_generation_stops_at_texts_and_eot_and_cuts_the_prompt():
 
 def test_sampled_generation_repeats_by_seed_and_refuses_options_it_lacks():
     model = wild(GPTConfig(**{**UNEVEN.__dict__, "vocab_size": 128, "block_size": 64}))
-    adapter = lambda seed: questions.lm_eval_adapter(model, Tokenizer("bytes"), seed=seed)
+    adapter = lambda seed: questions.lm_eval_adapter(model, Bytes(), seed=seed)
     from lm_eval.api.instance import Instance
     ask = lambda seed, **options: adapter(seed).generate_until(
         [Instance("generate_until", {}, ("Q: ", {"max_gen_toks": 8, **options}), 0)])[0]
