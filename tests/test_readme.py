@@ -177,13 +177,13 @@ def test_examples_of_new_parts_run(tmp_path):
             file.write(f"\n\n{code}")
     section = README.partition("## Extend it")[2].partition("\n## ")[0]
     cut, train_command = re.findall(r"`(python [^`]*)`", section)
-    run(tmp_path, f"{train_command} {TOY} --cuts 2 --out runs/late")
-    records = report.records(tmp_path / "runs" / "late")
-    assert records["config"][0]["plan"] == "late"
+    run(tmp_path, f"{train_command} {TOY} --cuts 2 --out runs/early")
+    records = report.records(tmp_path / "runs" / "early")
+    assert records["config"][0]["plan"] == "early"
     assert records["slice"][0]["step"] == 49                        # .4 + .1 of 100 steps
 
     # The later layer keeps more, as the new allocation says.
-    run(tmp_path, cut.replace("runs/scratch-laptop-0", "runs/late") + " --out runs/cut --windows 4 --eval-windows 4")
+    run(tmp_path, cut.replace("runs/scratch-laptop-0", "runs/early") + " --out runs/cut --windows 4 --eval-windows 4")
     import checkpoint
     first, last = checkpoint.load(tmp_path / "runs" / "cut")[0].config.d_ff
     assert first < last
