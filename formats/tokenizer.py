@@ -144,6 +144,7 @@ class Tiktoken(Tokenizer):
     def ids(self, text, special):
         if special:
             return self.encoding.encode(text, allowed_special="all")
+        # (tiktoken finds special tokens here before version 0.11.)
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
     def token_bytes(self, token):
@@ -207,7 +208,7 @@ class HuggingFace(Tokenizer):
         return backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts):
-        # The library encodes the texts of a batch in parallel.
+        # The library encodes the texts of a batch in parallel, on all cores.
         texts = [replace_surrogates(text) for text in texts]
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids).astype(self.dtype) for encoding in encodings]

@@ -596,6 +596,17 @@ def test_a_text_that_ends_documents_and_cannot_be_kept_out_is_refused():
                                                               '{"3": {"content": "<|im_end|>"}}}'})
 
 
+@pytest.mark.parametrize("flag", ["normalized", "lstrip", "rstrip", "single_word"])
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", *toys.KINDS])
+def test_no_flag_of_a_special_token_lets_a_document_spell_it(kind, flag, contents):
+    made = toys.KINDS[kind]() if kind in toys.KINDS else theirs(contents[kind])
+    made.add_special_tokens([AddedToken("<end>", special=True, **{flag: True})])
+    a = ours(json.loads(made.to_str()), eos_token="<end>")
+    assert a.eot in a.encode("a <end> b", special=True)
+    for text in [*forged(a), "a <end> b"]:
+        assert a.eot not in a.encode(text), text
+
+
 def test_truncation_and_padding_of_a_file_do_not_change_ids(contents):
     made = theirs(contents["gpt2"])
     made.enable_truncation(3)
