@@ -247,9 +247,9 @@ class SentencePiece(Tokenizer):
         if eot < 0:                              # the library's way to say none
             raise UserError(f"{where} does not say which token ends a document; put \"eos_token\" into "
                             "tokenizer_config.json")
-        if eot < size and eot in self.model.encode(self.model.id_to_piece(eot)):
+        if eot < size and not self.model.is_control(eot):
             raise UserError(f"{where}: a document may spell the token that ends it, "
-                            f"{self.model.id_to_piece(eot)!r}, as it is a user-defined symbol of "
+                            f"{self.model.id_to_piece(eot)!r}, as it is no control symbol of "
                             "tokenizer.model; name another \"eos_token\" in tokenizer_config.json")
         self.texts = {i: text for text, i in specials.items()}
         vocab_size = max(size, 1 + max(self.texts, default=0))

@@ -591,9 +591,11 @@ def test_a_text_that_ends_documents_and_cannot_be_kept_out_is_refused():
         open_tokenizer("x", files)
     files = toys.model_files(user_defined_symbols=["<|im_end|>"])
     assert 3 in open_tokenizer("x", files).encode("a<|im_end|>")                 # as in transformers; it ends nothing
-    with pytest.raises(UserError, match="a document may spell the token that ends it, '<|im_end|>', as it is a user"):
-        open_tokenizer("x", files | {"tokenizer_config.json": '{"eos_token": "<|im_end|>", "added_tokens_decoder": '
-                                                              '{"3": {"content": "<|im_end|>"}}}'})
+    for text in ("<|im_end|>", "<unk>", "e"):
+        i = {"<|im_end|>": 3, "<unk>": 0}.get(text) or open_tokenizer("x", files).encode("here")[-1]
+        config = {"eos_token": text, "added_tokens_decoder": {str(i): {"content": text}}}
+        with pytest.raises(UserError, match="a document may spell the token that ends it, '.*', as it is no control"):
+            open_tokenizer("x", files | {"tokenizer_config.json": json.dumps(config)})
 
 
 @pytest.mark.parametrize("flag", ["normalized", "lstrip", "rstrip", "single_word"])
