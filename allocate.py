@@ -1,28 +1,31 @@
 """How a budget is shared: how many units each layer keeps.
 
-    python prune.py --init runs/scratch-laptop-0 --keep 0.5 --allocate adaptive       # any name in ALLOCATIONS
+    python prune.py --init runs/scratch-laptop-0 --keep 0.5 --allocate adaptive
     python -m pytest tests/test_allocate.py
 
-Every way of sharing a budget is an *order* in which blocks of units may stay. Blocks are taken from the lowest order on
-until the budget is spent (`fill`). **A new way is one function and one row of ALLOCATIONS.** Every allocation is
-deterministic and keeps at most the budget. It misses the budget by less than the cheapest block that had to go.
-While a model trains, all layers move on a straight line from the first widths to the target's (`widths_on_the_way`).
-Not here: which units stay (prune.py), whole layers (methods/depth.py), the exact knapsack (methods/measured.py).
+Every way of sharing a budget is an *order* in which blocks of units may stay. Blocks are taken from
+the lowest order on until the budget is spent (`fill`). **A new way is one function and one row of
+ALLOCATIONS.** Every allocation is deterministic and keeps at most the budget. It misses the budget
+by less than the cheapest block that had to go. While a model trains, all layers move on a straight
+line from the first widths to the target's (`widths_on_the_way`). Not here: which units stay
+(prune.py), whole layers (methods/depth.py), the exact knapsack (methods/measured.py).
 """
 import math
 from dataclasses import dataclass
 
 from common import UserError
 
-RESOURCES = ("params", "flops", "kv_bytes")        # what a budget may be counted in
-GOLDEN_RATIO = 0.6180339887498949                  # its multiples modulo 1 are spread evenly over [0, 1)
+# What a budget may be counted in.
+RESOURCES = ("params", "flops", "kv_bytes")
+# Multiples of the golden ratio modulo 1 are spread evenly over [0, 1).
+GOLDEN_RATIO = 0.6180339887498949
 
 
 # -- what units cost
 
 def unit_cost(config, layer, kind, resource):
-    """What one unit costs, a whole number: parameters; FLOPs per token of a forward pass at the config's context; or
-    bytes of KV cache per token in bfloat16. 0 if the sub-block is absent."""
+    """What one unit costs, a whole number: parameters; FLOPs per token of a forward pass at the
+    config's context; or bytes of KV cache per token in bfloat16. 0 if the sub-block is absent."""
     widths = config.widths()
     if widths[layer, kind] == 0:
         return 0
@@ -34,7 +37,8 @@ def unit_cost(config, layer, kind, resource):
     if resource == "kv_bytes":
         return with_one.kv_bytes_per_token()
     T = config.block_size
-    return with_one.flops_per_token(T, backward=False) - without_units.flops_per_token(T, backward=False)
+    flops = with_one.flops_per_token(T, backward=False)
+    return flops - without_units.flops_per_token(T, backward=False)
 
 
 def total(config, resource="params"):
@@ -43,15 +47,16 @@ def total(config, resource="params"):
 
 
 def split_budget(config, budget, structure, resource="params"):
-    """Split a budget into what stays anyway and what the kinds in `structure` may use. Returns (costs of one unit by
-    (layer, kind), what is left for the kinds in `structure`, the widths with 0 for these kinds). Raises UserError if
-    the other kinds alone cost more than the budget."""
+    """Split a budget into what stays anyway and what the kinds in `structure` may use. Returns
+    (costs of one unit by (layer, kind), what is left for the kinds in `structure`, the widths with
+    0 for these kinds). Raises UserError if the other kinds alone cost more than the budget."""
     costs = {key: unit_cost(config, *key, resource) for key in config.widths()}
     widths = {key: 0 if key[1] in structure else n for key, n in config.widths().items()}
     fixed = sum(n * costs[key] for key, n in widths.items())
     if budget < fixed:
-        raise UserError(f"the budget of {budget:,} {resource} is {fixed - budget:,} less than what stays anyway, as "
-                        f"only {', '.join(structure)} may go; keep more, or cut more by --structure")
+        raise UserError(f"the budget of {budget:,} {resource} is {fixed - budget:,} less than what stays "
+                        f"anyway, as only {', '.join(structure)} may go; keep more, or cut more by "
+                        "--structure")
     return costs, budget - fixed, widths
 
 
@@ -59,12 +64,14 @@ def split_budget(config, budget, structure, resource="params"):
 
 @dataclass(frozen=True)
 class Block:
-    """Units of one layer and kind that stay or go together. Blocks are numbered from the best unit on."""
+    """Units of one layer and kind that stay or go together. Blocks are numbered from the best unit
+    on."""
     layer: int
     kind: str
     units: int
-    # Position in the layer's ranking, from 0 (best unit) to 1. Large blocks, such as KV groups, are placed at a
-    # different point in each layer. Otherwise every layer would round the same way and the mean share would be off.
+    # Position in the layer's ranking, from 0 (best unit) to 1. Large blocks, such as KV groups, are
+    # placed at a different point in each layer. Otherwise every layer would round the same way and
+    # the mean share would be off.
     depth: float
     score: float          # mean over its units
     z: float              # the same, standardised over all units of the layer and kind
@@ -75,9 +82,11 @@ class Block:
 class Context:
     """What an order may look at besides the block."""
     n_layer: int
-    gone: float           # share of the removable cost that will be gone, of what was there before the first cut
+    # Share of the removable cost that will be gone, of what was there before the first cut.
+    gone: float
+    # For "adaptive": the importance of each layer, in [-1, 1] (score.importance), and its factor.
+    importance: list | None
     amplitude: float
-    importance: list | None      # of each layer, in [-1, 1] (score.importance)
 
 
 def uniform(block, context):
@@ -91,21 +100,23 @@ def protected(layer, n_layer):
 
 
 def middle(block, context):
-    """The first 1/8 of the layers and the last 1/16 stay whole, all others keep the same share: LLM-Pruner
-    (arXiv 2305.11627, section 4.1: 4 and 2 of 32 layers) and Shortened LLaMA."""
+    """The first 1/8 of the layers and the last 1/16 stay whole, all others keep the same share:
+    LLM-Pruner (arXiv 2305.11627, section 4.1: 4 and 2 of 32 layers) and Shortened LLaMA."""
     return -math.inf if protected(block.layer, context.n_layer) else uniform(block, context)
 
 
 def adaptive(block, context):
-    """The less a layer l turns the residual stream, the larger the share of it that goes: Adapt-Pruner (arXiv
-    2502.03460). kept_l = base + amplitude · (share that goes) · I_l, with amplitude 1 in their code (0.02 · I_l for each
-    0.02 that goes). A layer keeps at least 1 % (theirs) and at least one block (ours: 1 % of few KV groups is none).
+    """The less a layer l turns the residual stream, the larger the share of it that goes:
+    Adapt-Pruner (arXiv 2502.03460). kept_l = base + amplitude · (share that goes) · I_l, with
+    amplitude 1 in their code (0.02 · I_l for each 0.02 that goes). A layer keeps at least 1 %
+    (theirs) and at least one block (ours: 1 % of few KV groups is none).
 
-    In several cuts the latest I_l draws the whole line anew. Their code adds up the steps instead. If a layer has few
-    units, the rounding of the steps would add up as well."""
+    In several cuts the latest I_l draws the whole line anew. Their code adds up the steps instead.
+    If a layer has few units, the rounding of the steps would add up as well."""
     if block.best or block.depth <= 0.01:
         return -math.inf
-    return uniform(block, context) - context.amplitude * context.gone * context.importance[block.layer]
+    importance = context.importance[block.layer]
+    return uniform(block, context) - context.amplitude * context.gone * importance
 
 
 def best_scores(block, context):
@@ -114,7 +125,8 @@ def best_scores(block, context):
 
 
 def standardised_scores(block, context):
-    """Blocks compete by score, and each layer's scores are standardised first: FLAP (arXiv 2312.11983, eq. 6)."""
+    """Blocks compete by score, and each layer's scores are standardised first: FLAP (arXiv
+    2312.11983, eq. 6)."""
     return -block.z
 
 
@@ -122,7 +134,7 @@ ALLOCATIONS = {
     "global": best_scores,
     "standardised": standardised_scores,
     "uniform": uniform,
-    "uniform-strict": uniform,        # and whole rows of blocks, one of each layer, so that layers stay equal
+    "uniform-strict": uniform,        # one block of each layer at a time, so that layers stay equal
     "middle": middle,
     "adaptive": adaptive,
 }
@@ -130,9 +142,10 @@ MAY_EMPTY_A_LAYER = ("global", "standardised")
 
 
 def blocks_of(config, scores, structure, multiple_of=1, whole=None, spread=True):
-    """All units of the kinds in `structure` as a list of Blocks: FFN neurons in blocks of `multiple_of` (the last block
-    of a layer may be smaller), KV groups one by one. `whole`: the widths that depths are fractions of; default: the
-    widths as they are. Without `spread`, a block is placed at its end in every layer."""
+    """All units of the kinds in `structure` as a list of Blocks: FFN neurons in blocks of
+    `multiple_of` (the last block of a layer may be smaller), KV groups one by one. `whole`: the
+    widths that depths are fractions of; default: the widths as they are. Without `spread`, a block
+    is placed at its end in every layer."""
     start = config.widths()
     whole = whole or start
     blocks = []
@@ -145,15 +158,18 @@ def blocks_of(config, scores, structure, multiple_of=1, whole=None, spread=True)
         place = ((layer + 1) * GOLDEN_RATIO) % 1 if spread else 1.0
         for a in range(0, width, step):
             b = min(a + step, width)
-            blocks.append(Block(layer, kind, b - a, depth=(a + place * (b - a)) / whole[layer, kind],
-                                score=ranked[a:b].mean().item(), z=z[a:b].mean().item(), best=a == 0))
+            depth = (a + place * (b - a)) / whole[layer, kind]
+            mean_score = ranked[a:b].mean().item()
+            mean_z = z[a:b].mean().item()
+            blocks.append(Block(layer, kind, b - a, depth, mean_score, mean_z, best=a == 0))
     return blocks
 
 
 def fill(blocks, costs, budget, widths):
-    """Take blocks [(order, {(layer, kind): units})] from the lowest order on, on top of `widths`, as long as their
-    costs fit into the budget. Ties go to the block that comes first in the list. If a block does not fit, no later
-    block of its layer and kind is taken. Returns the new widths."""
+    """Take blocks [(order, {(layer, kind): units})] from the lowest order on, on top of `widths`,
+    as long as their costs fit into the budget. Ties go to the block that comes first in the list.
+    If a block does not fit, no later block of its layer and kind is taken. Returns the new
+    widths."""
     widths = dict(widths)
     closed = set()
     for _, units in sorted(blocks, key=lambda block: block[0]):
@@ -167,14 +183,15 @@ def fill(blocks, costs, budget, widths):
     return widths
 
 
-def widths_for(config, budget, how, scores, structure=("ffn", "kv"), *, multiple_of=1, resource="params",
-               importance=None, amplitude=1.0, whole=None):
-    """How many units each layer of `config` keeps, so that all units cost at most `budget` of `resource` and only the
-    kinds in `structure` go: {(layer, kind): units}.
+def widths_for(config, budget, how, scores, structure=("ffn", "kv"), *, multiple_of=1,
+               resource="params", importance=None, amplitude=1.0, whole=None):
+    """How many units each layer of `config` keeps, so that all units cost at most `budget` of
+    `resource` and only the kinds in `structure` go: {(layer, kind): units}.
 
-    `how` is a name in ALLOCATIONS. `scores` are {(layer, kind): (units,)}. `importance` of the layers and `amplitude`
-    are for "adaptive". `whole`: the widths before earlier cuts, which shares are of. Raises UserError if the budget
-    cannot be met, or if a layer would keep less than one unit."""
+    `how` is a name in ALLOCATIONS. `scores` are {(layer, kind): (units,)}. `importance` of the
+    layers and `amplitude` are for "adaptive". `whole`: the widths before earlier cuts, which shares
+    are of. Raises UserError if the budget cannot be met, or if a layer would keep less than one
+    unit."""
     costs, left, widths = split_budget(config, budget, structure, resource)
     start = config.widths()
     strict = how == "uniform-strict"
@@ -183,15 +200,15 @@ def widths_for(config, budget, how, scores, structure=("ffn", "kv"), *, multiple
     if how == "middle":
         refuse_small_budget_of_middle(config, structure, costs, left, resource)
     before = sum(n * costs[key] for key, n in (whole or start).items())
-    context = Context(config.n_layer, 1 - budget / max(1, before), amplitude, importance)
+    context = Context(config.n_layer, 1 - budget / max(1, before), importance, amplitude)
 
     blocks = []
     for block in blocks_of(config, scores, structure, multiple_of, whole, spread=not strict):
         order = ALLOCATIONS[how](block, context)
-        if not strict:
-            blocks.append((order, {(block.layer, block.kind): block.units}))
-        elif block.layer == 0:
-            blocks.append((order, {(layer, block.kind): block.units for layer in range(config.n_layer)}))
+        if strict and block.layer > 0:
+            continue
+        layers = range(config.n_layer) if strict else [block.layer]
+        blocks.append((order, {(layer, block.kind): block.units for layer in layers}))
     widths = fill(blocks, costs, left, widths)
     if how not in MAY_EMPTY_A_LAYER:
         refuse_empty_layers(start, widths, budget, resource)
@@ -202,18 +219,20 @@ def refuse_uneven_layers(start, structure):
     """Raise UserError if the layers differ in a kind that "uniform-strict" is to cut."""
     for (_, kind), n in start.items():
         if kind in structure and n != start[0, kind]:
-            raise UserError("uniform-strict keeps layers equal, and these differ already; give --allocate uniform")
+            raise UserError("uniform-strict keeps layers equal, and these differ already; give "
+                            "--allocate uniform")
 
 
 def refuse_small_budget_of_middle(config, structure, costs, left, resource):
-    """Raise UserError if the layers that "middle" keeps whole cost more than what is left of the budget."""
+    """Raise UserError if the layers that "middle" keeps whole cost more than what is left of the
+    budget."""
     kept = 0
     for (layer, kind), n in config.widths().items():
         if kind in structure and protected(layer, config.n_layer):
             kept += n * costs[layer, kind]
     if kept > left:
-        raise UserError(f"the layers that middle keeps whole cost {kept:,} {resource}, {left:,} may stay; keep more, "
-                        "or give another --allocate")
+        raise UserError(f"the layers that middle keeps whole cost {kept:,} {resource}, {left:,} may "
+                        "stay; keep more, or give another --allocate")
 
 
 def refuse_empty_layers(start, widths, budget, resource):
@@ -221,18 +240,18 @@ def refuse_empty_layers(start, widths, budget, resource):
     for (layer, kind), n in widths.items():
         if n == 0 and start[layer, kind] > 0:
             units = "neurons" if kind == "ffn" else "KV groups"
-            raise UserError(f"layer {layer} would keep less than one of its {start[layer, kind]} {units} under a budget "
-                            f"of {budget:,} {resource}; keep more, give a smaller --multiple-of, or --allocate global, "
-                            "which may drop whole sub-blocks")
+            raise UserError(f"layer {layer} would keep less than one of its {start[layer, kind]} {units} "
+                            f"under a budget of {budget:,} {resource}; keep more, give a smaller "
+                            "--multiple-of, or --allocate global, which may drop whole sub-blocks")
 
 
 # -- on the way to a target, while a model trains
 
 def widths_on_the_way(start, target, size, at_most):
-    """How many units each layer keeps when `size` of the removable parameters of config `start` may stay, on the
-    straight line to config `target`: {(layer, kind): units}, none above at_most[layer, kind]. The sum is at most the
-    budget and misses it by less than the cheapest unit that could still have stayed. At the target's own size the
-    widths are exactly the target's."""
+    """How many units each layer keeps when `size` of the removable parameters of config `start` may
+    stay, on the straight line to config `target`: {(layer, kind): units}, none above at_most[layer,
+    kind]. The sum is at most the budget and misses it by less than the cheapest unit that could
+    still have stayed. At the target's own size the widths are exactly the target's."""
     whole = start.removable_params()
     end = target.removable_params()
     # (end / whole) · whole may round down to less than `end`.
@@ -245,11 +264,14 @@ def widths_on_the_way(start, target, size, at_most):
     widths = {key: min(at_most[key], math.floor(exact[key] + 1e-9)) for key in first}
     left = budget - start.resized(widths).removable_params()
 
-    # Rounding down left some budget over: add units one by one where the width is furthest below the line.
+    # Rounding down left some budget over: add units one by one where the width is furthest below
+    # the line.
     while True:
-        allowed = [key for key in first if widths[key] < at_most[key] and start.unit_params(*key) <= left]
+        allowed = [key for key in first if widths[key] < at_most[key]]
+        allowed = [key for key in allowed if start.unit_params(*key) <= left]
         if not allowed:
             return widths
-        key = max(allowed, key=lambda key: exact[key] - widths[key])        # ties: the first layer
+        # Ties go to the first layer.
+        key = max(allowed, key=lambda key: exact[key] - widths[key])
         widths[key] += 1
         left -= start.unit_params(*key)

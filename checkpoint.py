@@ -14,16 +14,22 @@ No state of a random-number generator is kept. After the initial weights nothing
 batches are a function of the step. Not here: the loop (train.py), the files of Hugging Face
 (formats/huggingface.py).
 """
+import contextlib
+import errno
 import hashlib
 import json
+import os
 import pickle
 import re
+import shutil
 import sys
 import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import xxhash
+from filelock import FileLock, Timeout
 
 from common import UserError, append_record, commit, read_records, write_atomic
 from distill import freeze
@@ -52,6 +58,7 @@ def save(path, model, **state):
     plain = getattr(model, "_orig_mod", model)
     refuse_evaluation_only(plain)
     content = {"format": FORMAT, "config": asdict(plain.config), "model": plain.state_dict(), **state}
+    content["digest"] = digest_of(content)
 
     # torch.load never reads the checksums, and they would take a third of the time. (unzip misses
     # them.)
@@ -59,8 +66,55 @@ def save(path, model, **state):
     torch.serialization.set_crc32_options(False)
     try:
         write_atomic(path, lambda file: torch.save(content, file))
+    except (OSError, RuntimeError) as problem:
+        # torch reports a full disk as a RuntimeError of its own.
+        if isinstance(problem, OSError) and problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        needed = sum(tensor.nbytes for tensor in tensors_in(content))
+        free = shutil.disk_usage(Path(path).parent).free
+        raise UserError(f"{path} was not written ({first_line(problem)}): it needs {needed:,} bytes and {free:,} are "
+                        "free; what was there before is still there") from None
     finally:
         torch.serialization.set_crc32_options(checksums)
+
+
+def digest_of(content):
+    """A digest of plain values and tensors, whatever their nesting. It tells damage, not intent.
+    Left out is the entry "digest" of the content itself."""
+    digest = xxhash.xxh3_128()
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(value, dict):
+            digest.update(f"dict{len(value)}".encode())
+            for key, item in value.items():
+                digest.update(repr(key).encode())
+                add(item)
+        elif isinstance(value, (list, tuple)):
+            digest.update(f"list{len(value)}".encode())
+            for item in value:
+                add(item)
+        else:
+            digest.update(repr(value).encode())
+
+    add({key: value for key, value in content.items() if key != "digest"})
+    return digest.hexdigest()
+
+
+def tensors_in(value):
+    """All tensors of a nesting of dictionaries and lists."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item)
+
+
+def first_line(problem):
+    """The first line of what an exception says."""
+    return (str(problem) or type(problem).__name__).splitlines()[0][:100]
 
 
 def refuse_evaluation_only(model):
@@ -125,24 +179,62 @@ def tokenizer_of(about, path):
 def load_ours(path, device, block_size=None):
     """Open our own checkpoint, or the newest of a run's folder: -> (GPT on the device, everything
     else that `save` was given). What is not the model stays in main memory: a script that needs
-    only the model has no optimizer on a GPU."""
-    file = newest(path) if path.is_dir() else path
-    if file is None or not file.exists():
+    only the model has no optimizer on a GPU. If the newest checkpoint of a folder is damaged, the
+    one before it is opened, and a sentence says so."""
+    candidates = checkpoints(path)[::-1] if path.is_dir() else [path]
+    if not candidates or not candidates[0].exists():
         raise UserError(f"no checkpoint at {path}; give a ckpt_*.pt file, the folder of a run, a Hugging Face folder "
                         "or a hub id such as HuggingFaceTB/SmolLM2-135M")
-    state = read_pickled_tensors(file, "meta" if device == "meta" else "cpu")
+    damages = []
+    for file in candidates:
+        try:
+            model, state = open_file(file, device, block_size)
+        except Damaged as damage:
+            damages.append(str(damage))
+            continue
+        for damage in damages:
+            print(f"warning: {damage}; going on from {file.name}", file=sys.stderr)
+        return model, state
+    raise UserError(f"{'; '.join(damages)}; restore the file from a copy")
+
+
+class Damaged(UserError):
+    """A checkpoint that is not what was written."""
+
+
+def open_file(file, device, block_size):
+    """Open one checkpoint file: -> (GPT on the device, the rest). Raises Damaged for one that is
+    truncated or changed, and UserError for one of another format or with weights that are not
+    finite."""
+    on_meta = device == "meta"
+    state = read_pickled_tensors(file, "meta" if on_meta else "cpu")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         form = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise UserError(f"{file} has format {form!r}, this code reads {FORMAT!r}; use the code that wrote it")
+
+    # Checkpoints from before the digest was kept have none.
+    if not on_meta and state.get("digest", "") not in ("", digest_of(state)):
+        raise Damaged(f"{file} is damaged: its content is not what was written")
     try:
-        config = with_context(GPTConfig(**state.pop("config")), block_size, path)
+        config = with_context(GPTConfig(**state.pop("config")), block_size, file)
         with torch.device("meta"):
             model = GPT(config)
         model.load_state_dict(state.pop("model"), assign=True)
-    except (RuntimeError, KeyError, TypeError) as problem:
+    except (RuntimeError, KeyError, TypeError, AttributeError) as problem:
         raise UserError(f"{file}: config and weights disagree or are missing: "
                         f"{' '.join(str(problem).split())[:200]}") from None
+    if not on_meta:
+        refuse_non_finite(model, file)
     return model.to(device), state
+
+
+def refuse_non_finite(model, path):
+    """Raise UserError for a weight that is infinite or not a number: everything that is computed
+    with it would be."""
+    for name, p in model.named_parameters():
+        if not torch.isfinite(p).all():
+            raise UserError(f"{path}: {(~torch.isfinite(p)).sum().item():,} of {p.numel():,} values of {name} are "
+                            "infinite or not a number; use an earlier checkpoint or another copy")
 
 
 def read_pickled_tensors(file, map_location):
@@ -159,9 +251,7 @@ def read_pickled_tensors(file, map_location):
         raise UserError(f"{file} is not a checkpoint of plain tensors and numbers{reason}; use a file that train.py "
                         "wrote") from None
     except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, LookupError, OSError) as problem:
-        first_line = (str(problem) or "it ends").splitlines()[0]
-        raise UserError(f"{file} is truncated or no checkpoint ({first_line[:100]}); delete it to go on from the one "
-                        "before") from None
+        raise Damaged(f"{file} is truncated or no checkpoint ({first_line(problem)})") from None
 
 
 def fingerprint(model):
@@ -171,6 +261,33 @@ def fingerprint(model):
     for p in model.parameters():
         digest.update(p.detach().cpu().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Hold the folder of a run for this process. Raises UserError if another process holds it.
+    Temporary files that a killed process left there are removed; a folder that was made here and is
+    empty in the end goes as well."""
+    created = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    file = path / ".lock"
+    lock = FileLock(file, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another process works in {path} and holds {file}; wait until it has ended, or give another "
+                        "--out") from None
+    try:
+        for leftover in path.glob(".*.tmp"):
+            leftover.unlink()
+        yield
+    finally:
+        if list(path.iterdir()) == [file]:
+            file.unlink()
+        lock.release()
+        with contextlib.suppress(OSError):           # not empty
+            for folder in created:
+                folder.rmdir()
 
 
 def provenance():
@@ -230,7 +347,7 @@ class RunFolder:
         plain = {name: getattr(state, name) for name in PLAIN}
         save(path, state.model, run=self.identity, optimizer=state.optimizer.state_dict(), alive=listed(state.alive),
              averages=listed(state.averages), masks=masks, **plain, tokenizer_files=self.tokenizer_files,
-             provenance=provenance())
+             records=self.seal_records(), provenance=provenance())
         for old in checkpoints(self.path)[:-2]:
             old.unlink()
 
@@ -244,16 +361,51 @@ class RunFolder:
                 self.refuse_another_run(records[0])
             return None
         model, saved = load(self.path, device)
-        self.refuse_another_run(saved["run"])
-        if "alive" not in saved:
-            raise UserError(f"{self.path} was begun by an older version of this code; finish it with that, or give "
-                            "another --out")
-        state = State(model, make_optimizer(model), by_key(saved["alive"]), by_key(saved["averages"], device),
-                      saved.get("masks"))
-        state.optimizer.load_state_dict(saved["optimizer"])
-        for name in PLAIN:
-            setattr(state, name, saved[name])
+        try:
+            self.refuse_another_run(saved["run"])
+            if "alive" not in saved:
+                raise UserError(f"{self.path} was begun by an older version of this code; finish it with that, or give "
+                                "another --out")
+            state = State(model, make_optimizer(model), by_key(saved["alive"]), by_key(saved["averages"], device),
+                          saved.get("masks"))
+            state.optimizer.load_state_dict(saved["optimizer"])
+            for name in PLAIN:
+                setattr(state, name, saved[name])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
+            raise UserError(f"the checkpoint in {self.path} does not hold the state of a run ({first_line(problem)}); "
+                            "give another --out to begin anew") from None
+        self.check_records(saved.get("records"), state.step)
+        if self.writes:
+            # Newer checkpoints are damaged, or `load` would have taken them. They make room.
+            for file in checkpoints(self.path):
+                if file.name > f"ckpt_{state.step:08d}.pt":
+                    file.rename(file.with_suffix(".damaged"))
         return state
+
+    def seal_records(self):
+        """Write metrics.jsonl through to the disk: -> how many records a checkpoint counts on, and
+        their digest. The config record is left out, as resuming writes it anew."""
+        with open(self.metrics, "rb") as file:
+            os.fsync(file.fileno())
+            lines = file.read().splitlines(keepends=True)[1:]
+        return {"count": len(lines), "digest": xxhash.xxh3_128(b"".join(lines)).hexdigest()}
+
+    def check_records(self, sealed, step):
+        """Raise UserError if metrics.jsonl has lost or changed a record that the checkpoint of
+        `step` counts on."""
+        if not self.writes or sealed is None:
+            return                           # a checkpoint from before records were counted
+        read_records(self.metrics)           # a line that cannot be read is named
+        lines = self.metrics.read_bytes().splitlines(keepends=True)[1:] if self.metrics.exists() else []
+        lines = lines[:sealed["count"]]
+        if len(lines) < sealed["count"]:
+            problem = f"has {len(lines)} of the {sealed['count']} records"
+        elif xxhash.xxh3_128(b"".join(lines)).hexdigest() != sealed["digest"]:
+            problem = f"has other than the {sealed['count']} records"
+        else:
+            return
+        raise UserError(f"{self.metrics} {problem} that the checkpoint of step {step} counts on; restore it from a "
+                        "copy, or give another --out to begin anew")
 
     def refuse_another_run(self, recorded):
         """Raise UserError if the recorded settings are not ours. A setting that is not recorded, as

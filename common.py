@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import secrets
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,10 @@ def run(main, *args):
         main(*args)
     except UserError as problem:
         stop(problem)
+    except KeyboardInterrupt:
+        # Ctrl-C where nothing needs saving; train.py's loop catches the signal itself.
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:
         # The reader of our output went away, as in `… | head`: there is nobody to tell.
         sys.stderr.close()
@@ -96,9 +101,10 @@ def write_atomic(path, write):
     the temporary file has been removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        # "x" refuses a name that exists, so that no link that somebody planted is followed.
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -108,11 +114,26 @@ def write_atomic(path, write):
 
 
 def read_records(path):
-    """Read metrics.jsonl into a list of dictionaries. A last line that a crash cut short is left
-    out."""
+    """Read a file of records, one JSON object a line, into a list of dictionaries; [] if there is
+    no such file. A last line that a crash cut short is left out. Raises UserError for a damaged
+    line, with its number."""
     path = Path(path)
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    if not path.exists():
+        return []
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as problem:
+            raise UserError(f"line {number} of {path} is damaged ({problem}); restore the file from "
+                            "a copy, or delete what it belongs to and make it again") from None
+        if not isinstance(record, dict):
+            raise UserError(f"line {number} of {path} is no record but {str(record)[:40]!r}; give a "
+                            "file of records, one JSON object a line")
+        records.append(record)
+    return records
 
 
 def append_record(path, **record):

@@ -1,17 +1,19 @@
 """Text in, batches out: corpora, and a batch that is a pure function of (seed, step, micro, rank).
 
-    python data.py                                                    # this Python's standard library, as bytes
-    python data.py --source "tests/*.py"                             # your own files; also hf:NAME, --tokenizer gpt2
-    python data.py --source packages                                 # the Python sources of the installed packages
+    python data.py                                  # this Python's standard library, as bytes
+    python data.py --source "tests/*.py"            # your own files; also hf:NAME, --tokenizer gpt2
+    python data.py --source packages                # the Python sources of the installed packages
 
-1. A corpus is a row of documents, each closed by the tokenizer's end-of-text token. One in twenty is held out (`val`),
-   by a hash and not by chance: the same on every machine and for every tokenizer; `fingerprint` records which.
-2. The standard library as bytes stays in memory. All else is tokenized once, in threads (tiktoken releases Python's
-   lock), into memory-mapped shards: a corpus may be larger than memory.
-3. Training reads non-overlapping windows in a shuffled order that is *computed*, not stored: nothing to save or resume,
-   and any number of devices sees the same global batches (nanoGPT's memmaps plus a shuffle, see `permute`).
+1. A corpus is a row of documents. Each is closed by the tokenizer's end-of-text token. One document
+   in twenty is held out (`val`). A hash decides which, not chance, so the choice is the same on
+   every machine and for every tokenizer; `fingerprint` records it.
+2. The standard library as bytes stays in memory. Every other corpus is tokenized once, in threads,
+   into shards: files that are mapped into memory, so that a corpus may be larger than memory.
+3. Training reads windows that do not overlap, in a shuffled order. The order is computed and not
+   stored, see `permute`. So there is nothing to save or resume, and any number of devices sees the
+   same global batches.
 
-Not done here: cleaning, removing duplicates, mixing sources, masking attention between the documents of a window,
+Not done here: cleaning, removing duplicates, mixing sources, keeping attention within a document,
 documents larger than memory (a text file is one document: cut it or use JSONL).
 """
 import hashlib
@@ -21,7 +23,6 @@ import os
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from glob import glob
 from pathlib import Path
 
@@ -30,60 +31,148 @@ import numpy as np
 from common import UserError, parse, run, write_atomic
 from formats.tokenizer import Tokenizer, open_tokenizer
 
-HOLD_OUT = 20  # one document in so many is held out (our choice)
-SHARD_TOKENS = 2**25  # a shard is written when this many are waiting: 134 MB as uint32. Bounds our memory
-BLOCK_CHARACTERS = 2**20  # what a thread tokenizes at a time, in whole documents
+HOLD_OUT = 20                        # one document in so many is held out (our choice)
+SHARD_TOKENS = 2**25                 # a shard is written when this many wait: 134 MB as uint32
+BLOCK_CHARACTERS = 2**20             # what a thread tokenizes at a time, in whole documents
 FORMAT = {"magic": "nanoprune tokens", "version": 1}
-NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}  # folders left out of:
-PYTHON = {"stdlib": "stdlib", "packages": "purelib"}  # sources whose .py files lie in a folder of sysconfig's
+
+# Sources that are the .py files of a folder of sysconfig's, without these folders inside.
+PYTHON = {"stdlib": "stdlib", "packages": "purelib"}
+NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+# -- documents
+
+@dataclass(frozen=True)
+class Source:
+    """Where documents come from."""
+    name: str                        # as the user gave it
+    root: Path                       # the names of files are relative to this folder
+    files: list[Path]                # empty for a dataset of the hub
+    field: str                       # the field of a row that holds the text
+    split: str                       # of a Hugging Face dataset
+    stream: bool                     # a Hugging Face dataset is not stored
+
+    @property
+    def is_dataset(self):
+        return self.name.startswith("hf:")
+
+    def documents(self):
+        """One pass over (name, text), without empty texts. A row has no name, another file its
+        path relative to `root`. Raises UserError if a row has no text in `field` or a file is not
+        UTF-8; of Python's own sources such a file is left out."""
+        if self.is_dataset:
+            rows = dataset_rows(self.name, self.field, self.split, self.stream)
+            yield from self.texts_of_rows(self.name, rows)
+            return
+        for path in self.files:
+            if path.suffix in (".jsonl", ".parquet"):
+                yield from self.texts_of_rows(path, file_rows(path, self.field))
+                continue
+            try:
+                text = path.read_bytes().decode("utf-8")
+            except UnicodeDecodeError as problem:
+                # The standard library has files in other encodings, on purpose.
+                if self.name in PYTHON:
+                    continue
+                raise UserError(f"{path} is not UTF-8 text (byte {problem.start}): convert it, or "
+                                "choose files with a glob such as 'folder/**/*.txt'") from problem
+            if text:
+                yield path.relative_to(self.root).as_posix(), text
+
+    def texts_of_rows(self, where, rows):
+        for number, row in rows:
+            fields = ", ".join(row) if isinstance(row, dict) else "none"
+            text = row.get(self.field) if isinstance(row, dict) else None
+            if not isinstance(text, str):
+                raise UserError(f"{where}:{number} has no text in field {self.field!r} (its fields: "
+                                f"{fields}): mend it or prepare it with python data.py --field NAME")
+            if text:
+                yield None, text
+
+
+def open_source(name, field, split, stream):
+    """Raises UserError if there are no such files."""
+    is_dataset = name.startswith("hf:")
+    if stream and not is_dataset:
+        raise UserError(f"--stream is for hf: sources, {name!r} is always read piece by piece: leave "
+                        "--stream out")
+    if not is_dataset:
+        root, files = list_files(name)
+    elif Path(name[3:]).is_dir():
+        root, files = list_files(name[3:])
+    else:
+        root = Path()
+        files = []
+    return Source(name, root, files, field, split, stream)
 
 
 def list_files(source):
-    """A name in PYTHON, a file, a folder (hidden files left out) or a glob -> (the folder that names are relative to,
-    files). Packages bring copies of one another, so a text may be on both sides. UserError: nothing found."""
-    python = source in PYTHON
-    path = Path(sysconfig.get_paths()[PYTHON[source]] if python else source).expanduser()
+    """A name in PYTHON, a file, a folder (hidden files left out) or a glob -> (the folder that names
+    are relative to, files). Raises UserError if there are none.
+
+    Packages bring copies of one another, so that one text may be on both sides of the hold-out."""
+    is_python = source in PYTHON
+    path = Path(sysconfig.get_paths()[PYTHON[source]] if is_python else source).expanduser()
     if path.is_file():
         return path.parent, [path]
     if path.is_dir():
-        root, found = path, []
-        for folder, inside, names in os.walk(root):  # not rglob: site-packages can hold 100,000 files
-            inside[:] = [s for s in inside if s[0] != "." and not (python and s in NOT_CORPUS)]
-            found += [Path(folder, s) for s in names if s[0] != "." and (not python or s.endswith(".py"))]
+        root = path
+        files = walk(root, is_python)
     else:
-        root = Path(*itertools.takewhile(lambda part: not set("*?[") & set(part), path.parts))
-        found = [p for p in map(Path, glob(str(path), recursive=True)) if p.is_file()]
-    if not found:
-        raise UserError(f"no file matches {source!r} in {os.getcwd()}: give stdlib, packages, a file, folder or glob, "
-                        "or hf:NAME")
-    return root, sorted(found, key=lambda p: p.relative_to(root).as_posix())
+        # The folder is what stands in front of the first wildcard.
+        before_wildcard = itertools.takewhile(lambda part: not set("*?[") & set(part), path.parts)
+        root = Path(*before_wildcard)
+        files = [Path(match) for match in glob(str(path), recursive=True) if Path(match).is_file()]
+    if not files:
+        raise UserError(f"no file matches {source!r} in {os.getcwd()}: give stdlib, packages, a "
+                        "file, folder or glob, or hf:NAME")
+    # The system lists files in any order; a corpus has one order.
+    return root, sorted(files, key=lambda path: path.relative_to(root).as_posix())
+
+
+def walk(root, is_python):
+    """The files below a folder. (Path.rglob is slow: site-packages can hold 100,000 files.)"""
+    files = []
+    for folder, inside, names in os.walk(root):
+        # os.walk goes on into the folders that are left in this list.
+        inside[:] = [name for name in inside if not name.startswith(".")]
+        if is_python:
+            inside[:] = [name for name in inside if name not in NOT_CORPUS]
+            names = [name for name in names if name.endswith(".py")]
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
+    return files
 
 
 def file_rows(path, field):
-    """A .jsonl or .parquet file -> (line or row number, dict), .... UserError: a line that is not JSON."""
+    """The rows of a .jsonl or .parquet file: (number of the line or row, dict), …. Raises UserError
+    if a line is not JSON or the parquet file is not whole."""
     if path.suffix == ".jsonl":
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    row = json.loads(line)
+                    yield number, json.loads(line)
                 except ValueError as problem:
-                    raise UserError(f"{path}:{number} is not JSON ({problem}): mend or remove the line") from problem
-                yield number, row
-    else:
-        import pyarrow.parquet
-        try:
-            with pyarrow.parquet.ParquetFile(path) as table:
-                columns = [field] if field in table.schema_arrow.names else None  # None: all, for the error to list
-                batches = table.iter_batches(batch_size=1024, columns=columns)
-                yield from enumerate((row for rows in batches for row in rows.to_pylist()), 1)
-        except pyarrow.ArrowException as problem:
-            reason = str(problem).splitlines()[0]
-            raise UserError(f"{path} is not a whole parquet file ({reason}): get it again") from problem
+                    raise UserError(f"{path}:{number} is not JSON ({problem}): mend or remove the "
+                                    "line") from problem
+        return
+    import pyarrow.parquet
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            # If the field is missing all columns are read, for the error to list them.
+            columns = [field] if field in table.schema_arrow.names else None
+            batches = table.iter_batches(batch_size=1024, columns=columns)
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+            yield from enumerate(rows, 1)
+    except pyarrow.ArrowException as problem:
+        reason = str(problem).splitlines()[0]
+        raise UserError(f"{path} is not a whole parquet file ({reason}): get it again") from problem
 
 
-def hugging_face_rows(source, field, split, stream):
-    """"hf:NAME[:CONFIG]", NAME on the hub, a folder of JSONL or parquet files, or one made by `save_to_disk` -> (row
-    number, dict), .... `stream`: the dataset is not stored, only our tokens. UserError: it cannot be had."""
+def dataset_rows(source, field, split, stream):
+    """The rows of "hf:NAME[:CONFIG]": (row number, dict), …. NAME is on the hub, a folder of JSONL or
+    parquet files, or a folder made by `save_to_disk`. With `stream` the dataset is not stored, only
+    our tokens. Raises UserError if it cannot be loaded."""
     import datasets
     name, _, config = source[3:].partition(":")
     try:
@@ -92,90 +181,76 @@ def hugging_face_rows(source, field, split, stream):
             rows = saved[split] if isinstance(saved, dict) else saved
         else:
             rows = datasets.load_dataset(name, config or None, split=split, streaming=stream)
-        yield from enumerate(rows.select_columns([field]) if field in (rows.column_names or []) else rows, 1)
-    except Exception as problem:  # `datasets` passes on whatever its readers, the hub and the network raise
+        # Where the columns are known, the other ones are not read.
+        if field in (rows.column_names or []):
+            rows = rows.select_columns([field])
+        yield from enumerate(rows, 1)
+    except Exception as problem:     # `datasets` passes on whatever readers, hub and network raise
         raise UserError(f"cannot load {source} split {split!r} ({type(problem).__name__}: "
-                        f"{' '.join(str(problem).split())}): check name, configuration, split and network, or use "
-                        "stdlib") from problem
+                        f"{' '.join(str(problem).split())}): check name, configuration, split and "
+                        "network, or use stdlib") from problem
 
 
-def documents(source, root, files, field, split, stream):
-    """One pass over (name, text): rows have no name, other files their path relative to `root`. Empty ones are left
-    out. UserError: a row without text in `field`; a file that is not UTF-8 (Python's sources: left out)."""
-    for path in files:
-        hub = source.startswith("hf:")
-        if hub or path.suffix in (".jsonl", ".parquet"):
-            for number, row in hugging_face_rows(source, field, split, stream) if hub else file_rows(path, field):
-                text, fields = (row.get(field), ", ".join(row)) if isinstance(row, dict) else (None, "none")
-                if not isinstance(text, str):
-                    raise UserError(f"{path}:{number} has no text in field {field!r} (its fields: {fields}): mend it "
-                                    "or prepare it with python data.py --field NAME")
-                if text:
-                    yield None, text
-            continue
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as problem:
-            if source in PYTHON:
-                continue
-            raise UserError(f"{path} is not UTF-8 text (byte {problem.start}): convert it, or choose files with a glob "
-                            "such as 'folder/**/*.txt'") from problem
-        if text:
-            yield path.relative_to(root).as_posix(), text
-
+# -- the hold-out
 
 def sha256(text):
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def hold_out(fresh, source):
-    """-> rule(name, text) = [(side, text), ...]. To `val` goes a document whose sha256 (of its name, or of its text
-    where it has none) is 0 modulo HOLD_OUT. Only where that leaves a side empty: the one with the smallest hash; of a
-    single document the last tenth. `fresh()` starts a pass, read no further than needed. UserError: no text."""
-    def number(name, text):
-        return int(sha256(text if name is None else name), 16)
-
-    hashes, sides = [], set()
-    for document in fresh():
-        hashes.append(number(*document))
-        sides.add(hashes[-1] % HOLD_OUT == 0)
-        if len(sides) == 2:
-            return lambda *document: [("train" if number(*document) % HOLD_OUT else "val", document[1])]
-    if not hashes:
-        raise UserError(f"{source!r} holds no text: give a source with at least one document that is not empty")
-    if len(hashes) == 1:
-        return lambda name, text: [("train", text[:-(len(text) // 10 or 1)]), ("val", text[-(len(text) // 10 or 1):])]
-    return lambda *document: [("val" if number(*document) == min(hashes) else "train", document[1])]
+def number_of(name, text):
+    """A document's number: the sha256 of its name, or of its text if it has no name."""
+    return int(sha256(text if name is None else name), 16)
 
 
-def tokenize(fresh, source, tok, workers, flush):
-    """Call flush(side, tokens) for about SHARD_TOKENS at a time, in the documents' order whatever the number of threads
-    (0: one per core) -> ([train, val] documents, fingerprint)."""
+def hold_out(source):
+    """-> a function (name, text) -> [(side, text), …] that puts a document on side "train" or "val".
+
+    To val go documents whose number is divisible by HOLD_OUT. If that would leave a side empty, the
+    document with the smallest number goes to val; of a single document, its last tenth. Raises
+    UserError if there is no text."""
+    def by_number(name, text):
+        return [("train" if number_of(name, text) % HOLD_OUT else "val", text)]
+
+    def smallest(name, text):
+        return [("val" if number_of(name, text) == min(numbers) else "train", text)]
+
+    def last_tenth(name, text):
+        cut = len(text) - max(1, len(text) // 10)
+        return [("train", text[:cut]), ("val", text[cut:])]
+
+    numbers = []
+    sides = set()
+    for name, text in source.documents():
+        numbers.append(number_of(name, text))
+        sides.add(numbers[-1] % HOLD_OUT == 0)
+        if len(sides) == 2:          # both sides have one: the rest need not be read
+            return by_number
+    if not numbers:
+        raise UserError(f"{source.name!r} holds no text: give a source with at least one document "
+                        "that is not empty")
+    return last_tenth if len(numbers) == 1 else smallest
+
+
+# -- tokens
+
+def tokenize(source, tok, workers, flush):
+    """Call flush(side, tokens) for about SHARD_TOKENS at a time -> ([train, val] documents,
+    fingerprint). The documents' order is kept, whatever the number of threads (0: one per core)."""
     from tqdm import tqdm
-    rule, digest, workers = hold_out(fresh, source), hashlib.sha256(), workers or os.cpu_count()
-    counts, waiting, eot = {"train": 0, "val": 0}, {"train": [], "val": []}, np.array([tok.eot], tok.dtype)
-
-    def blocks():
-        block, characters = {"train": [], "val": []}, {"train": 0, "val": 0}
-        for side, name, text in ((side, name, part) for name, whole in fresh() for side, part in rule(name, whole)):
-            counts[side] += 1
-            digest.update(json.dumps([side, name, sha256(text)]).encode())
-            block[side].append(text)
-            characters[side] += len(text)
-            if characters[side] >= BLOCK_CHARACTERS:
-                yield side, block[side]
-                block[side], characters[side] = [], 0
-        yield from block.items()
-
-    def encode(block):
-        return block[0], [part for text in block[1] for part in (tok.encode(text), eot)]
-
-    todo = blocks()
-    with ThreadPoolExecutor(workers) as pool, tqdm(unit=" tokens", unit_scale=True, leave=False, disable=None) as bar:
-        while group := list(itertools.islice(todo, 4 * workers)):  # bounded: pool.map alone would read the whole corpus
-            for side, parts in pool.map(encode, group):
-                waiting[side] += [np.concatenate(parts)] if parts else []
-                bar.update(sum(map(len, parts)))
+    workers = workers or os.cpu_count()
+    counts = {"train": 0, "val": 0}
+    waiting = {"train": [], "val": []}
+    digest = hashlib.sha256()
+    todo = blocks(source, counts, digest)
+    bar = tqdm(unit=" tokens", unit_scale=True, leave=False, disable=None)
+    with ThreadPoolExecutor(workers) as pool, bar:
+        # Tokenizers release Python's lock, so that threads use all cores.
+        # In groups, because pool.map alone would read the whole corpus at once.
+        while group := list(itertools.islice(todo, 4 * workers)):
+            sides, texts = zip(*group)
+            for side, tokens in zip(sides, pool.map(encode_block, itertools.repeat(tok), texts)):
+                waiting[side].append(tokens)
+                bar.update(len(tokens))
                 if sum(map(len, waiting[side])) >= SHARD_TOKENS:
                     flush(side, np.concatenate(waiting[side]))
                     waiting[side] = []
@@ -185,11 +260,47 @@ def tokenize(fresh, source, tok, workers, flush):
     return list(counts.values()), digest.hexdigest()[:16]
 
 
+def blocks(source, counts, digest):
+    """The texts of a source in blocks: (side, texts), …. A block has at least BLOCK_CHARACTERS; only
+    the last one of a side may be shorter. Every document is added to `counts` and `digest`."""
+    sides_of = hold_out(source)
+    texts = {"train": [], "val": []}
+    characters = {"train": 0, "val": 0}
+    for name, document in source.documents():
+        for side, text in sides_of(name, document):
+            counts[side] += 1
+            # Texts make the fingerprint, not tokens: it is equal for all tokenizers.
+            digest.update(json.dumps([side, name, sha256(text)]).encode())
+            texts[side].append(text)
+            characters[side] += len(text)
+            if characters[side] >= BLOCK_CHARACTERS:
+                yield side, texts[side]
+                texts[side] = []
+                characters[side] = 0
+    # What is left is shorter than a block.
+    for side in texts:
+        if texts[side]:
+            yield side, texts[side]
+
+
+def encode_block(tok, texts):
+    """Texts -> (N,) their tokens, each text closed by the end-of-text token."""
+    end = np.array([tok.eot], tok.dtype)
+    parts = []
+    for tokens in tok.encode_batch(texts):
+        parts += [tokens, end]
+    return np.concatenate(parts)
+
+
+# -- shards
+
 class Shards:
-    """Several (N_i,) arrays read as one: len(), and [start:stop] -> (stop - start,), a copy only where shards meet."""
+    """Several (N_i,) arrays read as one: len(), and [start:stop] -> (stop - start,), a copy only
+    where shards meet."""
 
     def __init__(self, parts):
-        self.parts, self.starts = parts, [0, *itertools.accumulate(map(len, parts))]
+        self.parts = parts
+        self.starts = [0, *itertools.accumulate(map(len, parts))]
 
     def __len__(self):
         return self.starts[-1]
@@ -197,120 +308,177 @@ class Shards:
     def __getitem__(self, key):
         start, stop, step = key.indices(len(self))
         assert step == 1, "Shards are read as [start:stop]"
-        pieces = [part[max(start - at, 0):stop - at] for part, at in zip(self.parts, self.starts)
-                  if at < stop and start < at + len(part)]
-        return np.concatenate(pieces) if len(pieces) > 1 else pieces[0] if pieces else self.parts[0][:0]
+        pieces = []
+        for part, offset in zip(self.parts, self.starts):
+            # What [start:stop] covers of this shard, counted from its own beginning.
+            if offset < stop and start < offset + len(part):
+                pieces.append(part[max(start - offset, 0):stop - offset])
+        if not pieces:
+            return self.parts[0][:0]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 def header(tok, tokens):
-    """A shard's first 256 bytes, JSON padded with spaces; the tokens follow, little-endian."""
-    about = {**FORMAT, "dtype": tok.dtype.str, "tokens": tokens, "tokenizer": tok.name}
-    return json.dumps(about).encode().ljust(256)
+    """A shard's first 256 bytes, JSON padded with blanks; the tokens follow, little-endian."""
+    content = {**FORMAT, "dtype": tok.dtype.str, "tokens": tokens, "tokenizer": tok.name}
+    return json.dumps(content).encode().ljust(256)
+
+
+def write_shard(path, tok, tokens):
+    def write(file):
+        file.write(header(tok, len(tokens)))
+        tokens.tofile(file)
+
+    write_atomic(path, write)
 
 
 def open_shard(path, tok):
-    """-> (N,) memory map, read-only. UserError: the header is not the one for this length and tokenizer."""
+    """-> (N,) memory map, read-only. Raises UserError if the header is not the one for this length
+    and tokenizer."""
     with open(path, "rb") as file:
-        found, file_bytes = file.read(256), file.seek(0, os.SEEK_END)
-    tokens, rest = divmod(file_bytes - 256, tok.dtype.itemsize)
-    if rest or found != header(tok, tokens):
-        raise UserError(f"shard {path} ({file_bytes:,} bytes) is cut short or of another version, it begins "
-                        f"{found.strip()!r}: delete {path.parent} and run again")
+        first = file.read(256)
+        size = file.seek(0, os.SEEK_END)
+    # The header says how many tokens follow, so a file that was cut short cannot pass.
+    tokens, rest = divmod(size - 256, tok.dtype.itemsize)
+    if rest or first != header(tok, tokens):
+        raise UserError(f"shard {path} ({size:,} bytes) is cut short or of another version, it begins "
+                        f"{first.strip()!r}: delete {path.parent} and run again")
     return np.memmap(path, tok.dtype, mode="r", offset=256)
 
 
+# -- corpora
+
 @dataclass(frozen=True)
 class Corpus:
-    train: Shards  # len() and [start:stop] -> (N,) uint16 or uint32
+    train: Shards                    # len() and [start:stop] -> (N,) uint16 or uint32
     val: Shards
     tokenizer: Tokenizer
-    fingerprint: str  # 16 hex digits of sha256 over side, name and content of all documents; equal for all tokenizers
-    documents: tuple[int, int]  # in train, in val; a single document that was cut counts in both
-    folder: Path | None  # of its shards, itself a source for `load`; None: in memory
+    fingerprint: str                 # 16 hex digits of sha256 over side, name and content of all
+                                     # documents; equal for all tokenizers
+    documents: tuple[int, int]       # in train, in val; a single document that was cut is in both
+    folder: Path | None              # of its shards, itself a source for `load`; None: in memory
 
 
-def open_shards(folder, tok):
-    """A folder that `load` finished -> Corpus. UserError: unfinished, damaged, or of another tokenizer."""
-    try:
-        index = json.loads((folder / "index.json").read_bytes())
-        if index["tokenizer"] != tok.name:
-            raise UserError(f"{folder} holds tokens of {index['tokenizer']!r}, not of {tok.name!r}: give --tokenizer "
-                            f"{index['tokenizer']}")
-        sides = (Shards([open_shard(folder / f"{side}_{i:03d}.bin", tok) for i in range(index["shards"][side])])
-                 for side in ("train", "val"))
-        return Corpus(*sides, tok, index["fingerprint"], tuple(index["documents"]), folder)
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as problem:
-        raise UserError(f"{folder} is unfinished or damaged ({problem}): delete it and tokenize again") from problem
+def load(source="stdlib", tokenizer_name="bytes", cache="data_cache", workers=0, *, field="text",
+         split="train", stream=False, block_size=1):
+    """-> Corpus, with at least one window of `block_size` tokens on each side.
 
-
-def load(source="stdlib", tokenizer_name="bytes", cache="data_cache", workers=0, *, field="text", split="train",
-         stream=False, block_size=1):
-    """-> Corpus, checked for `block_size`. `source`: "stdlib" | "packages" | file, folder or glob (UTF-8 text, .jsonl,
-    .parquet) | "hf:NAME[:CONFIG]" | a folder of finished shards. `tokenizer_name`: or a Tokenizer. `cache` None: all in
-    memory. Of processes that start together let one go first, or each does all the work. UserError: all the above."""
-    tok = tokenizer_name if isinstance(tokenizer_name, Tokenizer) else open_tokenizer(tokenizer_name)
+    source: "stdlib", "packages", a file, folder or glob (UTF-8 text, .jsonl, .parquet),
+    "hf:NAME[:CONFIG]", or a folder of finished shards. tokenizer_name: a name or a Tokenizer.
+    cache: the folder for shards; None keeps all in memory. Of processes that start together let one
+    go first, or each does all the work. Raises UserError if any of that cannot be read or is too
+    short."""
+    # A run hands in the tokenizer of its model.
+    if isinstance(tokenizer_name, Tokenizer):
+        tok = tokenizer_name
+    else:
+        tok = open_tokenizer(tokenizer_name)
+    # A folder of finished shards is a source that needs no work.
     if (Path(source) / "train_000.bin").exists():
         return check(open_shards(Path(source), tok), block_size)
-    hub = source.startswith("hf:")
-    if stream and not hub:
-        raise UserError(f"--stream is for hf: sources, {source!r} is always read piece by piece: leave --stream out")
-    root, files = list_files(source) if not hub else list_files(source[3:]) if Path(source[3:]).is_dir() else ("", [])
-    stats = [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files]  # a hub dataset: by name only
-    folder = None  # keep it in memory
-    if cache is not None and (source != "stdlib" or tok.name != "bytes"):
-        key = json.dumps([FORMAT, source, stats, field, split, tok.name, tok.vocab_size, tok.eot])
-        folder = Path(cache) / sha256(key)[:16]
-        if (folder / "index.json").exists():  # written last: without it a killed run left half a corpus
+    source = open_source(source, field, split, stream)
+    # Reading the standard library as bytes takes no longer than reading its shards.
+    folder = None
+    if cache is not None and (source.name != "stdlib" or tok.name != "bytes"):
+        folder = Path(cache) / cache_key(source, tok)
+        if (folder / "index.json").exists():
             return check(open_shards(folder, tok), block_size)
     shards = {"train": [], "val": []}
 
     def flush(side, tokens):
         if folder:
             path = folder / f"{side}_{len(shards[side]):03d}.bin"
-            write_atomic(path, lambda file: (file.write(header(tok, len(tokens))), tokens.tofile(file)))
+            write_shard(path, tok, tokens)
             tokens = open_shard(path, tok)
         shards[side].append(tokens)
 
-    fresh = partial(documents, source, root, [source] if hub else files, field, split, stream)
-    counts, fingerprint = tokenize(fresh, source, tok, workers, flush)
+    # Tokens are written as they come, and mapped into memory: they need not fit into it.
+    counts, fingerprint = tokenize(source, tok, workers, flush)
     if folder:
-        index = {**FORMAT, "source": source, "tokenizer": tok.name, "documents": counts, "fingerprint": fingerprint,
-                 "shards": {side: len(parts) for side, parts in shards.items()}}
+        # The index is written last. Without it a killed run left half a corpus.
+        numbers = {side: len(parts) for side, parts in shards.items()}
+        index = {**FORMAT, "source": source.name, "tokenizer": tok.name, "documents": counts,
+                 "fingerprint": fingerprint, "shards": numbers}
         write_atomic(folder / "index.json", lambda file: file.write(json.dumps(index).encode()))
-    corpus = Corpus(Shards(shards["train"]), Shards(shards["val"]), tok, fingerprint, tuple(counts), folder)
+    corpus = Corpus(Shards(shards["train"]), Shards(shards["val"]), tok, fingerprint, tuple(counts),
+                    folder)
     return check(corpus, block_size)
 
 
-def windows(tokens, block_size, what="the corpus"):
-    """-> the number of non-overlapping windows; the last target of one is the next one's first input. UserError: 0."""
-    if len(tokens) <= block_size:
-        raise UserError(f"{what} has {len(tokens)} tokens, a window needs block_size + 1 = {block_size + 1}: give more "
-                        "text or a smaller block size")
-    return (len(tokens) - 1) // block_size
+def cache_key(source, tok):
+    """The name of a corpus's folder: a hash over all that its tokens depend on. A file counts by its
+    size and time of change, a dataset of the hub by its name only."""
+    files = []
+    for path in source.files:
+        # Reading all files to know whether they changed would take too long.
+        stat = path.stat()
+        files.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+    key = [FORMAT, source.name, files, source.field, source.split, tok.name, tok.vocab_size, tok.eot]
+    return sha256(json.dumps(key))[:16]
+
+
+def open_shards(folder, tok):
+    """A folder that `load` finished -> Corpus. Raises UserError if it is unfinished, damaged, or of
+    another tokenizer."""
+    try:
+        index = json.loads((folder / "index.json").read_bytes())
+        if index["tokenizer"] != tok.name:
+            raise UserError(f"{folder} holds tokens of {index['tokenizer']!r}, not of {tok.name!r}: "
+                            f"give --tokenizer {index['tokenizer']}")
+        sides = []
+        for side in ("train", "val"):
+            paths = [folder / f"{side}_{i:03d}.bin" for i in range(index["shards"][side])]
+            sides.append(Shards([open_shard(path, tok) for path in paths]))
+        return Corpus(*sides, tok, index["fingerprint"], tuple(index["documents"]), folder)
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as problem:
+        raise UserError(f"{folder} is unfinished or damaged ({problem}): delete it and tokenize "
+                        "again") from problem
 
 
 def check(corpus, block_size):
-    """-> corpus. UserError: its train or val side holds no window."""
+    """-> corpus. Raises UserError if its train or val side holds no window."""
+    total = sum(corpus.documents)
     for side, tokens, count in zip(("train", "val"), (corpus.train, corpus.val), corpus.documents):
-        windows(tokens, block_size, f"{side} ({count} of the corpus's {sum(corpus.documents)} documents)")
+        windows(tokens, block_size, f"{side} ({count} of the corpus's {total} documents)")
     return corpus
 
 
+# -- batches
+
+def windows(tokens, block_size, what="the corpus"):
+    """-> the number of windows that do not overlap; the last target of one is the next one's first
+    input. Raises UserError if there is none."""
+    if len(tokens) <= block_size:
+        raise UserError(f"{what} has {len(tokens)} tokens, a window needs block_size + 1 = "
+                        f"{block_size + 1}: give more text or a smaller block size")
+    return (len(tokens) - 1) // block_size
+
+
 def permute(index, n, seed, epoch):
-    """index (N,) in [0, n) -> (N,) int64: a shuffle of 0..n-1, another one for each (seed, epoch), without storing it.
-    A Feistel network, (L, R) -> (R, L xor f(R)), is a bijection whatever f is; ours covers the 2·half bits that hold n.
-    What lands outside [0, n) goes through again until it is inside ("cycle walking", Black & Rogaway 2002), so a
-    bijection it stays. 8 rounds and splitmix64's mixer for f are our choice: unrelated orders, no secrecy."""
+    """index (N,) in [0, n) -> (N,) int64: each index's place in a shuffle of 0 … n-1. Every (seed,
+    epoch) has another shuffle, and none is stored.
+
+    The shuffle is a Feistel network. It cuts a number of 2·half bits into a left and a right half
+    and repeats (left, right) -> (right, left xor f(right)). Whatever f is, that step can be undone,
+    so no two numbers can meet: every number of 2·half bits has a place of its own. A place outside
+    [0, n) is sent through again until it is inside ("cycle walking", Black & Rogaway 2002). Eight
+    rounds and splitmix64's mixer as f are our choice: the orders look unrelated; nothing is secret."""
+    # 2^(2·half) is at most 4·n, so that on average a number is sent through fewer than 4 times.
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    low = (np.uint64(1) << half) - np.uint64(1)
-    keys = np.frombuffer(hashlib.sha512(f"{seed} {epoch}".encode()).digest(), "<u8")  # (8,), one per round
+    low_bits = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.frombuffer(hashlib.sha512(f"{seed} {epoch}".encode()).digest(), "<u8")   # (8,) a round
 
     def shuffle(x):
-        left, right = x >> half, x & low
+        # All of `index` at once; one key a round.
+        left = x >> half
+        right = x & low_bits
         for key in keys:
-            f = (right ^ key) * np.uint64(0xBF58476D1CE4E5B9)  # wraps modulo 2^64
-            f = (f ^ (f >> np.uint64(31))) * np.uint64(0x94D049BB133111EB)
-            left, right = right, left ^ ((f ^ (f >> np.uint64(31))) & low)
+            mixed = (right ^ key) * np.uint64(0xBF58476D1CE4E5B9)      # wraps modulo 2^64
+            mixed = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(0x94D049BB133111EB)
+            mixed = mixed ^ (mixed >> np.uint64(31))
+            previous = left
+            left = right
+            right = previous ^ (mixed & low_bits)
         return left << half | right
 
     x = shuffle(np.asarray(index, np.uint64))
@@ -320,17 +488,24 @@ def permute(index, n, seed, epoch):
 
 
 def batch(tokens, block_size, seed, step, micro, rank=0, *, world=1, micro_batch, micro_steps):
-    """-> x, y: (micro_batch, T) int64 on the CPU, T = block_size; y[:, t] follows x[:, t]. Row b is sample
-    step·(micro_steps·world·micro_batch) + (micro·world + rank)·micro_batch + b of an endless row of epochs, each of
-    which holds every window once, at multiples of T; a last incomplete one is left out (our choice)."""
+    """-> x, y: (micro_batch, T) int64 on the CPU, with T = block_size; y[:, t] follows x[:, t].
+
+    Row b is sample step·(micro_steps·world·micro_batch) + (micro·world + rank)·micro_batch + b of an
+    endless row of epochs. An epoch holds every window once; windows begin at multiples of T. A last
+    window that is not whole is left out (our choice)."""
     import torch
     n = windows(tokens, block_size)
     first = step * (micro_steps * world * micro_batch) + (micro * world + rank) * micro_batch
+    # Samples have numbers, and processes take them in order: the global batch is the same for any
+    # number of processes.
     epoch, place = np.divmod(np.arange(first, first + micro_batch), n)
     window = np.empty_like(place)
-    for e in np.unique(epoch):  # nearly always one
-        window[epoch == e] = permute(place[epoch == e], n, seed, e)
-    rows = np.stack([tokens[w * block_size:(w + 1) * block_size + 1] for w in window.tolist()])  # (micro_batch, T + 1)
+    for number in np.unique(epoch):  # nearly always one
+        rows = epoch == number
+        window[rows] = permute(place[rows], n, seed, number)
+    starts = (window * block_size).tolist()
+    # T + 1 tokens, as the targets are the inputs one token later.
+    rows = np.stack([tokens[start:start + block_size + 1] for start in starts])   # (micro_batch, T+1)
     rows = torch.from_numpy(rows.astype(np.int64))
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
@@ -340,28 +515,40 @@ def epochs(tokens, block_size, samples):
     return samples / windows(tokens, block_size)
 
 
+# -- the command
+
 @dataclass(frozen=True)
 class Prepare:
-    source: str = "stdlib"  # stdlib; packages; a file, folder or glob (text, .jsonl, .parquet); hf:NAME[:CONFIG]
-    tokenizer: str = "bytes"  # bytes, a tiktoken encoding (gpt2, cl100k_base, ...) or a folder with tokenizer.json
-    field: str = "text"  # the field or column that holds the text
-    split: str = "train"  # of an hf: source, from which we hold out our own val
-    stream: bool = False  # hf: do not store the dataset, only its tokens
-    cache: str = "data_cache"  # folder of tokenized shards
-    workers: int = 0  # tokenizing threads; 0: one per core
+    source: str = "stdlib"           # stdlib; packages; file, folder or glob; hf:NAME[:CONFIG]
+    tokenizer: str = "bytes"         # bytes, a tiktoken encoding (gpt2, …) or a model's folder
+    field: str = "text"              # the field or column that holds the text
+    split: str = "train"             # of an hf: source, from which we hold out our own val
+    stream: bool = False             # hf: do not store the dataset, only its tokens
+    cache: str = "data_cache"        # folder of tokenized shards
+    workers: int = 0                 # tokenizing threads; 0: one per core
 
 
 def main(settings):
     if settings.workers < 0:
         raise UserError(f"--workers {settings.workers} must be 0 (one per core) or more")
-    corpus = load(settings.source, settings.tokenizer, settings.cache, settings.workers, field=settings.field,
-                  split=settings.split, stream=settings.stream)
-    lengths = corpus.tokenizer.byte_lengths()
+    corpus = load(settings.source, settings.tokenizer, settings.cache, settings.workers,
+                  field=settings.field, split=settings.split, stream=settings.stream)
     for side, tokens, count in zip(("train", "val"), (corpus.train, corpus.val), corpus.documents):
-        text_bytes = sum(int(lengths[tokens[i:i + 2**20]].sum()) for i in range(0, len(tokens), 2**20))
-        print(f"{side:5} {count:10,} documents {len(tokens):14,} tokens {text_bytes:14,} bytes of text")
-    print(f"fingerprint {corpus.fingerprint}; the hold-out begins:\n{corpus.tokenizer.decode(corpus.val[:800])[:200]}\n"
-          f"train on it: python train.py --data {corpus.folder or settings.source} --tokenizer {settings.tokenizer}")
+        size = count_bytes(tokens, corpus.tokenizer)
+        print(f"{side:5} {count:10,} documents {len(tokens):14,} tokens {size:14,} bytes of text")
+    beginning = corpus.tokenizer.decode(corpus.val[:800])[:200]
+    print(f"fingerprint {corpus.fingerprint}; the hold-out begins:\n{beginning}\n"
+          f"train on it: python train.py --data {corpus.folder or settings.source} "
+          f"--tokenizer {settings.tokenizer}")
+
+
+def count_bytes(tokens, tokenizer):
+    """The bytes of text that tokens stand for, a million tokens at a time."""
+    lengths = tokenizer.byte_lengths()
+    total = 0
+    for start in range(0, len(tokens), 2**20):
+        total += int(lengths[tokens[start:start + 2**20]].sum())
+    return total
 
 
 if __name__ == "__main__":

@@ -1,27 +1,32 @@
-"""Cross-entropy and distillation from logits, without ever holding a whole (B, T, V) array; when to drop the teacher.
+"""Cross-entropy and distillation from logits, without ever holding a whole (B, T, V) array; when to
+drop the teacher.
 
-    python -m pytest tests/test_distill.py         # against torch.distributions and the plain loss on whole logits
+    python -m pytest tests/test_distill.py      # against torch.distributions and whole logits
 
-`kd_loss` is the formula on whole logits, to read. `chunked_loss` is the same formula, to run: it takes *hidden states*
-and the output projection, and logits exist for one chunk of tokens at a time, widened to float32. Each chunk's gradient
-is formed at once, in the forward pass, so that nothing of size V is kept for the backward pass.
+`kd_loss` is the formula on whole logits, to read. `chunked_loss` is the same formula, to run: it
+takes *hidden states* and the output projection, and logits exist for one chunk of tokens at a time,
+widened to float32. Each chunk's gradient is formed at once, in the forward pass, so that nothing of
+size V is kept for the backward pass.
 
-IDEA Prune (arXiv 2503.05920) does not publish its distillation loss. The forward KL divergence on logits at temperature
-1 (Minitron's best, arXiv 2407.14679), mixed with cross-entropy, is our choice. Not here: losses on inner layers, cached
-teachers.
+IDEA Prune (arXiv 2503.05920) does not publish its distillation loss. The forward KL divergence on
+logits at temperature 1 (Minitron's best, arXiv 2407.14679), mixed with cross-entropy, is our
+choice. Not here: losses on inner layers, cached teachers.
 """
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-CHUNK_VALUES = {"cpu": 2**21, "gpu": 2**24}     # logits per chunk; on a CPU 8 MB in float32: 42 tokens at V = 49,152
-TILE = {"cpu": 1, "gpu": 64}                    # matrix units read rows whose length is a multiple of this
+# Logits per chunk. On a CPU they take 8 MB in float32: 42 tokens at V = 49,152.
+CHUNK_VALUES = {"cpu": 2**21, "gpu": 2**24}
+# Matrix units read rows whose length is a multiple of this.
+TILE = {"cpu": 1, "gpu": 64}
 
 
 def kd_loss(logits, teacher_logits, targets, kd_weight=0.5, temperature=1.0):
-    """(1 - kd_weight) · cross-entropy + kd_weight · temperature² · KL(teacher ‖ student), mean nats per token, for
-    logits (N, V), teacher_logits (N, V) and targets (N,). The factor temperature² keeps the size of the gradient
-    independent of the temperature (Hinton et al., arXiv 1503.02531)."""
+    """(1 - kd_weight) · cross-entropy + kd_weight · temperature² · KL(teacher ‖ student), mean nats
+    per token, for logits (N, V), teacher_logits (N, V) and targets (N,). The factor temperature²
+    keeps the size of the gradient independent of the temperature (Hinton et al., arXiv
+    1503.02531)."""
     ce = F.cross_entropy(logits, targets)
     log_p = F.log_softmax(logits / temperature, -1)
     log_q = F.log_softmax(teacher_logits / temperature, -1)
@@ -37,18 +42,19 @@ def kind_of(weight):
 
 
 def chunk_tokens(weight):
-    """Tokens of a chunk for the output projection `weight` (V, C). On a CPU a chunk's arrays should stay in its cache.
-    From 32 MB on, the C library would also take an array from the system anew each time, zeros and all. On a GPU the
-    number is a multiple of 64 if that many fit, as matrix units work in such tiles."""
+    """Tokens of a chunk for the output projection `weight` (V, C). On a CPU a chunk's arrays should
+    stay in its cache. From 32 MB on, the C library would also take an array from the system anew
+    each time, zeros and all. On a GPU the number is a multiple of 64 if that many fit, as matrix
+    units work in such tiles."""
     tokens = max(1, CHUNK_VALUES[kind_of(weight)] // weight.size(0))
     tile = TILE[kind_of(weight)]
     return tokens if tokens < tile else tokens // tile * tile
 
 
 def operand(weight):
-    """The output projection (V, C) in the form that every chunk is multiplied with. Under autocast it is cast once,
-    instead of once per chunk. It gets rows of zeros up to a multiple of TILE: the 50,257 rows of GPT-2's vocabulary
-    would keep a GPU's matrix units from being used."""
+    """The output projection (V, C) in the form that every chunk is multiplied with. Under autocast
+    it is cast once, instead of once per chunk. It gets rows of zeros up to a multiple of TILE: the
+    50,257 rows of GPT-2's vocabulary would keep a GPU's matrix units from being used."""
     device = weight.device.type
     if torch.is_autocast_enabled(device) and weight.dtype == torch.float32:
         weight = weight.to(torch.get_autocast_dtype(device))
@@ -57,16 +63,20 @@ def operand(weight):
 
 
 def soften(log_p, temperature):
-    """Log-probabilities at a temperature, from those at temperature 1, where it is the same array."""
+    """Log-probabilities at a temperature, from those at temperature 1, where it is the same
+    array."""
     return log_p if temperature == 1 else (log_p / temperature).log_softmax(-1)
 
 
-def token_losses(logits, targets, teacher_logits=None, kd_weight=0.5, temperature=1.0, needs_grad=True):
-    """The losses of each token and their gradient, for logits (N, V), targets (N,) and teacher_logits (N, V) or None.
+def token_losses(logits, targets, teacher_logits=None, kd_weight=0.5, temperature=1.0,
+                 needs_grad=True):
+    """The losses of each token and their gradient, for logits (N, V), targets (N,) and
+    teacher_logits (N, V) or None.
 
-    Returns cross-entropy, temperature² · KL(teacher ‖ student) and the teacher's cross-entropy, each (N,) in nats; and
-    the gradient (N, V) of (1 - kd_weight) · cross-entropy + kd_weight · KL in the logits, or None without needs_grad.
-    Both gradients are the student's softmax minus a target. They are formed in place, where the log-softmax was."""
+    Returns cross-entropy, temperature² · KL(teacher ‖ student) and the teacher's cross-entropy,
+    each (N,) in nats; and the gradient (N, V) of (1 - kd_weight) · cross-entropy + kd_weight · KL
+    in the logits, or None without needs_grad. Both gradients are the student's softmax minus a
+    target. They are formed in place, where the log-softmax was."""
     y = targets[:, None]
     w = 0.0 if teacher_logits is None else kd_weight
     # p is the student's distribution, q the teacher's.
@@ -83,7 +93,8 @@ def token_losses(logits, targets, teacher_logits=None, kd_weight=0.5, temperatur
     if not needs_grad:
         return ce, divergence, teacher_ce, None
 
-    # Cross-entropy alone has the gradient p - onehot(target). The target's part is subtracted at the end.
+    # Cross-entropy alone has the gradient p - onehot(target). The target's part is subtracted at
+    # the end.
     gradient = log_p.exp_()
     if teacher_logits is not None:
         if temperature == 1:
@@ -97,8 +108,9 @@ def token_losses(logits, targets, teacher_logits=None, kd_weight=0.5, temperatur
 
 @torch.library.custom_op("nanoprune::add_product_", mutates_args={"out"})
 def add_product_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: float) -> None:
-    """out (V, C) += alpha · aᵀ b for a (N, V), b (N, C) of one dtype. This is an operator of its own, because a
-    compiler that sees into it adds the products of all chunks in one kernel at the end, and keeps each until then."""
+    """out (V, C) += alpha · aᵀ b for a (N, V), b (N, C) of one dtype. This is an operator of its
+    own, because a compiler that sees into it adds the products of all chunks in one kernel at the
+    end, and keeps each until then."""
     if a.dtype == out.dtype:
         out.addmm_(a.T, b, alpha=alpha)
     else:
@@ -106,10 +118,12 @@ def add_product_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: flo
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """`chunked_loss` as one differentiable function: hidden states h (N, C), projection w (V, C)."""
+    """`chunked_loss` as one differentiable function: hidden states h (N, C), projection w (V,
+    C)."""
 
     @staticmethod
-    def forward(ctx, h, w, targets, teacher_h, teacher_w, kd_weight, temperature, needs_grad, needs_dw):
+    def forward(ctx, h, w, targets, teacher_h, teacher_w, kd_weight, temperature, needs_grad,
+                needs_dw):
         N = h.size(0)
         V = w.size(0)
         chunk = chunk_tokens(w)
@@ -127,10 +141,11 @@ class ChunkedLoss(torch.autograd.Function):
                 teacher_logits = (teacher_h[a:a + chunk] @ padded_teacher_w.T)[:, :V].to(wide)
             # (chunk, V): the only logits that exist at this moment; in bfloat16 under autocast.
             logits = (x @ padded_w.T)[:, :V]
-            *losses, g = token_losses(logits.to(wide), targets[a:a + chunk], teacher_logits, kd_weight, temperature,
-                                      needs_grad)
+            *losses, g = token_losses(logits.to(wide), targets[a:a + chunk], teacher_logits,
+                                      kd_weight, temperature, needs_grad)
             sums += torch.stack([values.sum() for values in losses])
-            # Chain rule at once, so that the (chunk, V) gradient can go: dh = g w / N and dw += gᵀ x / N.
+            # Chain rule at once, so that the (chunk, V) gradient can go: dh = g w / N and dw += gᵀ
+            # x / N.
             if needs_grad:
                 g = g.to(logits.dtype)
                 if len(padded_w) > V:
@@ -152,23 +167,27 @@ class ChunkedLoss(torch.autograd.Function):
         return (dh * dloss.to(dh.dtype), dw, None, None, None, None, None, None, None)
 
 
-def chunked_loss(hidden, weight, targets, teacher_hidden=None, teacher_weight=None, kd_weight=0.5, temperature=1.0):
-    """Loss of a batch from its last hidden states: cross-entropy without a teacher, `kd_loss` with one.
+def chunked_loss(hidden, weight, targets, teacher_hidden=None, teacher_weight=None, kd_weight=0.5,
+                 temperature=1.0):
+    """Loss of a batch from its last hidden states: cross-entropy without a teacher, `kd_loss` with
+    one.
 
-    hidden (B, T, C), weight (V, C), targets (B, T), teacher_hidden (B, T, C'), teacher_weight (V, C'). Returns the
-    loss (differentiable in hidden and weight, once) and a detached (3,): cross-entropy, temperature² · KL, and the
-    teacher's cross-entropy, all mean nats per token. The last two are 0 without a teacher."""
+    hidden (B, T, C), weight (V, C), targets (B, T), teacher_hidden (B, T, C'), teacher_weight (V,
+    C'). Returns the loss (differentiable in hidden and weight, once) and a detached (3,):
+    cross-entropy, temperature² · KL, and the teacher's cross-entropy, all mean nats per token. The
+    last two are 0 without a teacher."""
     if teacher_hidden is not None:
         teacher_hidden = teacher_hidden.detach().flatten(0, 1)
         teacher_weight = teacher_weight.detach()
     needs_dw = torch.is_grad_enabled() and weight.requires_grad
     needs_grad = needs_dw or (torch.is_grad_enabled() and hidden.requires_grad)
-    return ChunkedLoss.apply(hidden.flatten(0, 1), weight, targets.flatten(), teacher_hidden, teacher_weight,
-                             kd_weight, temperature, needs_grad, needs_dw)
+    return ChunkedLoss.apply(hidden.flatten(0, 1), weight, targets.flatten(), teacher_hidden,
+                             teacher_weight, kd_weight, temperature, needs_grad, needs_dw)
 
 
 class Objective(nn.Module):
-    """The training loss of a model inside one forward pass, so that DDP and torch.compile see all of it."""
+    """The training loss of a model inside one forward pass, so that DDP and torch.compile see all
+    of it."""
     def __init__(self, model, kd_weight, temperature):
         super().__init__()
         self.model = model
@@ -176,9 +195,10 @@ class Objective(nn.Module):
         self.temperature = temperature
 
     def forward(self, x, y, teacher_hidden=None, teacher_weight=None):
-        """Token ids x and targets y (B, T); the teacher's hidden states (B, T, C') and projection (V, C'), or neither.
-        Returns what `chunked_loss` returns."""
-        return chunked_loss(self.model.hidden(x), self.model.head_weight, y, teacher_hidden, teacher_weight,
+        """Token ids x and targets y (B, T); the teacher's hidden states (B, T, C') and projection
+        (V, C'), or neither. Returns what `chunked_loss` returns."""
+        hidden = self.model.hidden(x)
+        return chunked_loss(hidden, self.model.head_weight, y, teacher_hidden, teacher_weight,
                             self.kd_weight, self.temperature)
 
 
@@ -198,12 +218,14 @@ def halve_matrices(model):
 
 
 def smooth(average, value, beta=0.98):
-    """Moving average over about 1/(1-beta) steps. It starts at its first value, when `average` is None."""
+    """Moving average over about 1/(1-beta) steps. It starts at its first value, when `average` is
+    None."""
     return value if average is None else beta * average + (1 - beta) * value
 
 
 def overtaken(student, teacher, steps, beta=0.98):
-    """Whether to drop the teacher for good: its smoothed cross-entropy on the student's own batches is no longer below
-    the student's, after at least as many steps as the average is long (one batch's luck does not count). In our own
-    trials, a teacher that the student had overtaken pulled it back."""
+    """Whether to drop the teacher for good: its smoothed cross-entropy on the student's own batches
+    is no longer below the student's, after at least as many steps as the average is long (one
+    batch's luck does not count). In our own trials, a teacher that the student had overtaken pulled
+    it back."""
     return steps >= round(1 / (1 - beta)) and teacher >= student

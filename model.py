@@ -2,14 +2,15 @@
 
     python -c "import model; print(model.preset('laptop', vocab_size=256)[0].num_params())"
 
-`GPTConfig` holds one number of query heads, KV heads and FFN neurons *per layer*, so a pruned model is the same class
-with other numbers: no masks, no subclasses. Zero heads or zero neurons switch that sub-block off, together with the
-norm before it. The decoder has RMSNorm, rotary positions (with Llama-3 scaling), grouped-query attention and SwiGLU;
-a tied embedding, QKV bias and QK norm are options. SmolLM2, MobileLLM, Llama 2/3, Qwen 2.5 and Qwen 3 are configs of
-this decoder, not code paths.
+`GPTConfig` holds one number of query heads, KV heads and FFN neurons *per layer*, so a pruned model
+is the same class with other numbers: no masks, no subclasses. Zero heads or zero neurons switch
+that sub-block off, together with the norm before it. The decoder has RMSNorm, rotary positions
+(with Llama-3 scaling), grouped-query attention and SwiGLU; a tied embedding, QKV bias and QK norm
+are options. SmolLM2, MobileLLM, Llama 2/3, Qwen 2.5 and Qwen 3 are configs of this decoder, not
+code paths.
 
-Shapes: B sequences, T tokens, C d_model, D head_dim, V vocabulary; H_l query heads, K_l KV heads, F_l neurons in
-layer l. Not here: dropout, sliding windows, mixture of experts, tensor parallelism.
+Shapes: B sequences, T tokens, C d_model, D head_dim, V vocabulary; H_l query heads, K_l KV heads,
+F_l neurons in layer l. Not here: dropout, sliding windows, mixture of experts, tensor parallelism.
 """
 import dataclasses
 import math
@@ -27,30 +28,36 @@ from common import UserError
 class GPTConfig:
     """The whole shape of a model. Raises UserError if the numbers do not fit each other."""
     vocab_size: int
-    block_size: int                        # tokens of context the model is trained with
+    block_size: int                        # tokens of context that the model is trained with
     d_model: int
     head_dim: int
-    n_head: tuple[int, ...]                # query heads, layer by layer; 0 = the layer has no attention
-    n_kv_head: tuple[int, ...]             # key/value heads, layer by layer; each serves n_head/n_kv_head query heads
-    d_ff: tuple[int, ...]                  # SwiGLU neurons, layer by layer; 0 = the layer has no FFN
+    # Layer by layer: query heads, the KV heads that they share, and SwiGLU neurons. Each KV head
+    # serves n_head / n_kv_head query heads. 0 heads: the layer has no attention. 0 neurons: it has
+    # no FFN.
+    n_head: tuple[int, ...]
+    n_kv_head: tuple[int, ...]
+    d_ff: tuple[int, ...]
     tie_embeddings: bool = True
     qkv_bias: bool = False                 # Qwen 2.5
-    qk_norm: bool = False                  # Qwen 3: RMSNorm over each head of q and k, one gain per layer
+    qk_norm: bool = False                  # Qwen 3: RMSNorm over each head of q and k
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: tuple[float, ...] = ()   # Llama 3: (factor, low_freq_factor, high_freq_factor, original context)
+    # Llama 3: (factor, low_freq_factor, high_freq_factor, original context).
+    rope_scaling: tuple[float, ...] = ()
 
     def __post_init__(self):
         for name in ("n_head", "n_kv_head", "d_ff", "rope_scaling"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not len(self.n_head) == len(self.n_kv_head) == len(self.d_ff) > 0:
-            raise UserError(f"n_head, n_kv_head and d_ff need one number per layer, got {len(self.n_head)}, "
-                            f"{len(self.n_kv_head)} and {len(self.d_ff)}")
+            raise UserError("n_head, n_kv_head and d_ff need one number per layer, got "
+                            f"{len(self.n_head)}, {len(self.n_kv_head)} and {len(self.d_ff)}")
         for layer in range(self.n_layer):
             self.check_layer(layer)
-        if self.head_dim % 2 or min(self.vocab_size, self.block_size, self.d_model, self.head_dim) < 1:
-            raise UserError(f"head_dim {self.head_dim} must be even (rotary positions turn pairs), and vocab_size "
-                            f"{self.vocab_size}, block_size {self.block_size}, d_model {self.d_model} positive")
+        smallest = min(self.vocab_size, self.block_size, self.d_model, self.head_dim)
+        if self.head_dim % 2 or smallest < 1:
+            raise UserError(f"head_dim {self.head_dim} must be even (rotary positions turn pairs), "
+                            f"and vocab_size {self.vocab_size}, block_size {self.block_size}, "
+                            f"d_model {self.d_model} positive")
 
     def check_layer(self, layer):
         """Raise UserError if the widths of a layer do not fit each other."""
@@ -60,15 +67,17 @@ class GPTConfig:
         one_without_the_other = (heads == 0) != (kv_heads == 0)
         uneven = kv_heads > 0 and heads % kv_heads != 0
         if min(heads, kv_heads, neurons) < 0 or one_without_the_other or uneven:
-            raise UserError(f"layer {layer}: {heads} query heads over {kv_heads} KV heads and {neurons} neurons; query "
-                            "heads must be a multiple of KV heads, both zero or neither, and nothing negative")
+            raise UserError(f"layer {layer}: {heads} query heads over {kv_heads} KV heads and "
+                            f"{neurons} neurons; query heads must be a multiple of KV heads, both zero "
+                            "or neither, and nothing negative")
 
     @property
     def n_layer(self):
         return len(self.d_ff)
 
-    # -- units: what pruning removes. "ffn": one neuron (a gate row, an up row, a down column). "kv": one KV head
-    #    together with the query heads it serves (k, v and q rows, o columns). Together: the *removable* parameters.
+    # -- units: what pruning removes. "ffn": one neuron (a gate row, an up row, a down column).
+    #    "kv": one KV head together with the query heads it serves (k, v and q rows, o columns).
+    #    All of them together are the *removable* parameters.
     def widths(self):
         """{(layer, kind): number of units} over the kinds "ffn" and "kv"."""
         neurons = {(layer, "ffn"): n for layer, n in enumerate(self.d_ff)}
@@ -79,7 +88,7 @@ class GPTConfig:
         """Parameters of one unit of that layer (norms and embeddings belong to no unit)."""
         if kind == "ffn":
             return 3 * self.d_model
-        # The k and v rows and the rows and columns of `group` query heads, each D wide.
+        # D rows of k and of v, and for each query head D rows of q and D columns of o.
         group = self.queries_per_group(layer)
         return self.head_dim * ((2 * group + 2) * self.d_model + (group + 2) * self.qkv_bias)
 
@@ -92,8 +101,8 @@ class GPTConfig:
         return sum(n * self.unit_params(*key) for key, n in self.widths().items())
 
     def resized(self, widths):
-        """The same model with other widths: {(layer, kind): units} -> GPTConfig. Layers that are not named keep
-        their widths."""
+        """The same model with other widths: {(layer, kind): units} -> GPTConfig. Layers that are
+        not named keep their widths."""
         widths = self.widths() | widths
         layers = range(self.n_layer)
         return dataclasses.replace(
@@ -104,8 +113,8 @@ class GPTConfig:
 
     # -- cost
     def num_params(self):
-        """Parameters by group: {"embedding", "attention", "ffn", "norm", "head", "total"}. A tied head counts once,
-        as embedding."""
+        """Parameters by group: {"embedding", "attention", "ffn", "norm", "head", "total"}. A tied
+        head counts once, as embedding."""
         C = self.d_model
         D = self.head_dim
         H = sum(self.n_head)
@@ -122,9 +131,10 @@ class GPTConfig:
         return groups | {"total": sum(groups.values())}
 
     def flops_per_token(self, T, backward=True):
-        """FLOPs per token at context T. Each matrix entry costs one multiply-add, which is 2. Attention is counted over
-        the full T x T square as in PaLM (arXiv 2204.02311, appendix B), though a causal kernel does half of it. Norms,
-        biases and activations are not counted. The backward pass costs twice the forward pass."""
+        """FLOPs per token at context T. Each matrix entry costs one multiply-add, which is 2.
+        Attention is counted over the full T x T square as in PaLM (arXiv 2204.02311, appendix B),
+        though a causal kernel does half of it. Norms, biases and activations are not counted. The
+        backward pass costs twice the forward pass."""
         params = dataclasses.replace(self, qkv_bias=False).num_params()
         matrices = params["attention"] + params["ffn"] + self.vocab_size * self.d_model
         forward = 2 * matrices + 4 * T * self.head_dim * sum(self.n_head)
@@ -137,43 +147,50 @@ class GPTConfig:
 
 # -- units: which entries of which parameters belong to one
 def coupled(config, layer, kind):
-    """Parameters that a unit of this layer has entries in: [(name, dimension that runs over the units)].
+    """Parameters that a unit of this layer has entries in: [(name, dimension that runs over the
+    units)].
 
-    A unit's entries are consecutive along that dimension: 1 row of a neuron, D rows of a KV head, (H_l/K_l)·D rows of
-    the query heads that the KV head serves. The last of the weights, `down` or `o`, reads the unit's output: its
-    columns are the unit's channels."""
+    A unit's entries are consecutive along that dimension: 1 row of a neuron, D rows of a KV head,
+    (H_l/K_l)·D rows of the query heads that the KV head serves. The last of the weights, `down` or
+    `o`, reads the unit's output: its columns are the unit's channels."""
     if kind == "ffn":
         ffn = f"blocks.{layer}.ffn"
         return [(f"{ffn}.gate.weight", 0), (f"{ffn}.up.weight", 0), (f"{ffn}.down.weight", 1)]
     attn = f"blocks.{layer}.attn"
-    biases = [(f"{attn}.q.bias", 0), (f"{attn}.k.bias", 0), (f"{attn}.v.bias", 0)] if config.qkv_bias else []
-    weights = [(f"{attn}.q.weight", 0), (f"{attn}.k.weight", 0), (f"{attn}.v.weight", 0), (f"{attn}.o.weight", 1)]
-    return biases + weights
+    weights = [(f"{attn}.q.weight", 0), (f"{attn}.k.weight", 0), (f"{attn}.v.weight", 0),
+               (f"{attn}.o.weight", 1)]
+    if not config.qkv_bias:
+        return weights
+    return [(f"{attn}.q.bias", 0), (f"{attn}.k.bias", 0), (f"{attn}.v.bias", 0)] + weights
 
 
 def reader_of(config, layer, kind):
-    """Name of the matrix that reads the units' outputs, `down` or `o`. Its columns are the units' channels."""
+    """Name of the matrix that reads the units' outputs, `down` or `o`. Its columns are the units'
+    channels."""
     return coupled(config, layer, kind)[-1][0]
 
 
 def by_unit(tensor, dim, units):
-    """View with the dimension split: (…, units · r, …) -> (…, units, r, …); dimension `dim` now counts units."""
+    """View with the dimension split: (…, units · r, …) -> (…, units, r, …); dimension `dim` now
+    counts units."""
     return tensor.unflatten(dim, (units, -1))
 
 
 # -- the decoder
 
 def rotary(config, start, T, device, dtype):
-    """cos and sin (T, D) of the positions start … start+T-1 (RoFormer, arXiv 2104.09864). Each angle stands twice, for
-    both halves of a head, and sin is negative in the first half. With config.rope_scaling, frequencies are scaled as in
-    Meta's release of Llama 3. Angles are formed in float64 and rounded once."""
+    """cos and sin (T, D) of the positions start … start+T-1 (RoFormer, arXiv 2104.09864). Each
+    angle stands twice, for both halves of a head, and sin is negative in the first half. With
+    config.rope_scaling, frequencies are scaled as in Meta's release of Llama 3. Angles are formed
+    in float64 and rounded once."""
     D = config.head_dim
-    wide = torch.float32 if device.type == "mps" else torch.float64       # Apple's GPUs have no float64
+    # Apple's GPUs have no float64.
+    wide = torch.float32 if device.type == "mps" else torch.float64
     freq = config.rope_theta ** (-torch.arange(0, D, 2, device=device, dtype=wide) / D)
     if config.rope_scaling:
         factor, low, high, original = config.rope_scaling
-        # Full turns within the original context. Slow frequencies are divided by the factor, fast ones stay, and in
-        # between the change is smooth.
+        # Full turns within the original context. Slow frequencies are divided by the factor, fast
+        # ones stay, and in between the change is smooth.
         turns = original * freq / (2 * math.pi)
         smooth = ((turns - low) / (high - low)).clamp(0, 1)
         freq = freq * (smooth + (1 - smooth) / factor)
@@ -184,7 +201,8 @@ def rotary(config, start, T, device, dtype):
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (i, i + D/2) of every head by the angle of its position. x (B, H, T, D), cos and sin (T, D)."""
+    """Turn the pairs (i, i + D/2) of every head by the angle of its position. x (B, H, T, D), cos
+    and sin (T, D)."""
     a, b = x.chunk(2, -1)
     # x.roll(D // 2, -1) would be as fast, but not when compiled.
     return (x * cos + torch.cat((b, a), -1) * sin).to(x.dtype)
@@ -217,8 +235,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.D, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, cache=None, mask=None):
-        """`cache`: a list [k, v] of the tokens before these, empty at the prompt, that grows in place. `mask`: see
-        GPT.hidden."""
+        """`cache`: a list [k, v] of the tokens before these, empty at the prompt, that grows in
+        place. `mask`: see GPT.hidden."""
         B, T, _ = x.shape
         q = self.q(x).view(B, T, self.H, self.D).transpose(1, 2)      # (B, H_l, T, D)
         k = self.k(x).view(B, T, self.K, self.D).transpose(1, 2)      # (B, K_l, T, D)
@@ -237,9 +255,11 @@ class Attention(nn.Module):
         # S keys: those in the cache, then the T new ones.
         S = k.size(2)
         causal = mask is None and T == S
+        # Token t of the T new ones sees all S - T cached keys, and the new ones up to its own.
         if mask is None and 1 < T < S:
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=x.is_cpu)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
+                                           enable_gqa=x.is_cpu)                     # (B, H_l, T, D)
         return self.o(y.transpose(1, 2).reshape(B, T, self.H * self.D))
 
 
@@ -280,21 +300,24 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         shape = (config.vocab_size, config.d_model)
-        # A model on the meta device will be filled with weights. nn.Embedding's own initialisation there would import
-        # 800 modules and take 2 seconds.
+        # A model on the meta device will be filled with weights. nn.Embedding's own initialisation
+        # there would import 800 modules and take 2 seconds.
         meta = torch.empty(0).is_meta
         self.embed = nn.Embedding(*shape, _weight=torch.empty(shape) if meta else None)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = None
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if not meta:
             self.init_weights()
-        # The accounting is the model's.
+        # The real tensors must agree with the config's accounting.
         total = sum(p.numel() for p in self.parameters())
         assert total == config.num_params()["total"], (total, config.num_params())
 
     def init_weights(self):
-        """As GPT-2: normal(0, 0.02), and matrices that write into the residual stream divided by sqrt(2 n_layer)."""
+        """As GPT-2: normal(0, 0.02), and matrices that write into the residual stream divided by
+        sqrt(2 n_layer)."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 writes_the_stream = name.endswith(("attn.o.weight", "ffn.down.weight"))
@@ -309,12 +332,15 @@ class GPT(nn.Module):
         return self.embed.weight if self.head is None else self.head.weight
 
     def hidden(self, idx, cache=None, positions=None, mask=None):
-        """Token ids (B, T) -> normed hidden states (B, T, C). The losses form logits from these in chunks (distill.py).
+        """Token ids (B, T) -> normed hidden states (B, T, C). The losses form logits from these in
+        chunks (distill.py).
 
-        `cache`: one list per layer, filled in place; positions go on where the cache ends. `positions` (B, T), each
-        below T, and `mask` (B, 1, T, T), true where row t sees column s, take the place of the text's order
-        (tasks/questions.py)."""
-        start = 0 if cache is None else max((layer[0].size(2) for layer in cache if layer), default=0)
+        `cache`: one list per layer, filled in place; positions go on where the cache ends.
+        `positions` (B, T), each below T, and `mask` (B, 1, T, T), true where row t sees column s,
+        take the place of the text's order (tasks/questions.py)."""
+        start = 0
+        if cache is not None:
+            start = max((layer[0].size(2) for layer in cache if layer), default=0)
         x = self.embed(idx)
         cos, sin = rotary(self.config, start, idx.size(1), idx.device, x.dtype)
         if positions is not None:
@@ -330,9 +356,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, tokens, temperature=1.0, top_k=None, generator=None, done=None):
-        """Continue the prompt idx (B, T) by so many tokens, with a KV cache. Returns (B, T + tokens). Temperature 0 is
-        greedy. A context that outgrows block_size starts again from its last half. If done(idx) is true, the
-        continuation ends there."""
+        """Continue the prompt idx (B, T) by so many tokens, with a KV cache. Returns (B, T +
+        tokens). Temperature 0 is greedy. A context that outgrows block_size starts again from its
+        last half. If done(idx) is true, the continuation ends there."""
         limit = self.config.block_size
         new = idx[:, -limit:]
         cache = [[] for _ in self.blocks]
@@ -343,7 +369,8 @@ class GPT(nn.Module):
                 cache = [[] for _ in self.blocks]
                 filled = 0
             filled += new.size(1)
-            logits = F.linear(self.hidden(new, cache)[:, -1], self.head_weight).float()            # (B, V)
+            last = self.hidden(new, cache)[:, -1]
+            logits = F.linear(last, self.head_weight).float()             # (B, V)
             new = pick_tokens(logits, temperature, top_k, generator)
             idx = torch.cat((idx, new), dim=1)
             if done is not None and done(idx):
@@ -352,8 +379,8 @@ class GPT(nn.Module):
 
 
 def pick_tokens(logits, temperature, top_k, generator):
-    """One token for each row of logits (B, V): the likeliest at temperature 0, otherwise drawn from the top_k likeliest
-    (None or 0: from all). (B, 1)"""
+    """One token for each row of logits (B, V): the likeliest at temperature 0, otherwise drawn from
+    the top_k likeliest (None or 0: from all). (B, 1)"""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits / temperature
@@ -363,8 +390,8 @@ def pick_tokens(logits, temperature, top_k, generator):
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
-# -- sizes: the targets. The enlarged model is the same with wider FFNs (IDEA Prune widens nothing else) and, if asked,
-#    more KV groups.
+# -- sizes: the targets. The enlarged model is the same with wider FFNs (IDEA Prune widens nothing
+#    else) and, if --enlarge-kv says so, more KV groups.
 class Preset(NamedTuple):
     n_layer: int
     d_model: int
@@ -383,7 +410,8 @@ PRESETS = {
     "124m": Preset(12, 768, 12, 12, 64, 2048, 1024),
     # The paper's scale: 2.8B -> 1.3B parameters with gpt2's vocabulary.
     "1.3b": Preset(24, 2048, 16, 8, 128, 6272, 4096),
-    # The experiments' sizes, layers x d_model: experiments/claims.py trains the first, experiments/scaling.py the others.
+    # The experiments' sizes, layers x d_model: experiments/claims.py trains the first,
+    # experiments/scaling.py the others.
     "4x16": Preset(4, 16, 2, 1, 8, 48, 128),
     **{f"8x{C}": Preset(8, C, C // 16, C // 16, 16, 4 * C, 128) for C in (16, 32, 48, 64)},
     **{f"12x{C}": Preset(12, C, C // 64, C // 64, 64, 4 * C, 512) for C in (128, 192, 320, 512)},
@@ -391,20 +419,22 @@ PRESETS = {
 
 
 def preset(name, vocab_size, enlarge_ff=2.6, enlarge_kv=1.0):
-    """(target, enlarged) configs. enlarge_ff widens every FFN (2.6: IDEA Prune's best), enlarge_kv multiplies the KV
-    groups. Raises UserError for an unknown name, and if the target would be larger than the enlarged model."""
+    """(target, enlarged) configs. enlarge_ff widens every FFN (2.6: IDEA Prune's best), enlarge_kv
+    multiplies the KV groups. Raises UserError for an unknown name, and if the target would be
+    larger than the enlarged model."""
     if name not in PRESETS:
         raise UserError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
     if not (math.isfinite(enlarge_ff) and math.isfinite(enlarge_kv)):
         raise UserError(f"--enlarge-ff {enlarge_ff} and --enlarge-kv {enlarge_kv} must be finite")
     size = PRESETS[name]
     if min(enlarge_ff, enlarge_kv) < 1:
-        raise UserError(f"the target must not be larger than the enlarged model with {enlarge_ff} times its "
-                        f"{size.d_ff} neurons, {enlarge_kv} times its {size.n_kv_head} KV heads; give --enlarge-ff, "
-                        "--enlarge-kv of at least 1")
+        raise UserError("the target must not be larger than the enlarged model with "
+                        f"{enlarge_ff} times its {size.d_ff} neurons, {enlarge_kv} times its "
+                        f"{size.n_kv_head} KV heads; give --enlarge-ff, --enlarge-kv of at least 1")
     L = size.n_layer
-    target = GPTConfig(vocab_size, size.block_size, size.d_model, size.head_dim, n_head=(size.n_head,) * L,
-                       n_kv_head=(size.n_kv_head,) * L, d_ff=(size.d_ff,) * L)
+    target = GPTConfig(vocab_size, size.block_size, size.d_model, size.head_dim,
+                       n_head=(size.n_head,) * L, n_kv_head=(size.n_kv_head,) * L,
+                       d_ff=(size.d_ff,) * L)
     wide_ff = times(size.d_ff, enlarge_ff, 8, "--enlarge-ff")
     wide_kv = times(size.n_kv_head, enlarge_kv, 1, "--enlarge-kv")
     widths = {}
@@ -415,20 +445,24 @@ def preset(name, vocab_size, enlarge_ff=2.6, enlarge_kv=1.0):
 
 
 def times(units, factor, multiple, flag):
-    """`factor` times so many units, rounded to a multiple. Raises UserError if rounding undoes the factor."""
+    """`factor` times so many units, rounded to a multiple. Raises UserError if rounding undoes the
+    factor."""
     if factor == 1:
         return units
     wide = multiple * round(units * factor / multiple)
     if wide == units:
-        raise UserError(f"{flag} {factor} of {units} units rounds to {wide}; give a larger factor, or 1")
+        raise UserError(f"{flag} {factor} of {units} units rounds to {wide}; give a larger factor, "
+                        "or 1")
     return wide
 
 
 def shrunk(config, enlarge_ff=2.6, enlarge_kv=1.0):
-    """The target of a model that is there already: each layer's FFN neurons divided by enlarge_ff (to a multiple of 8),
-    its KV groups divided by enlarge_kv, at least one of what there is. Raises UserError for factors below 1."""
-    if not (math.isfinite(enlarge_ff) and math.isfinite(enlarge_kv)) or min(enlarge_ff, enlarge_kv) < 1:
-        raise UserError(f"--enlarge-ff {enlarge_ff} and --enlarge-kv {enlarge_kv} must be finite and at least 1")
+    """The target of a model that is there already: each layer's FFN neurons divided by enlarge_ff
+    (to a multiple of 8), its KV groups divided by enlarge_kv, at least one of what there is. Raises
+    UserError for factors below 1."""
+    if not (1 <= enlarge_ff < math.inf and 1 <= enlarge_kv < math.inf):
+        raise UserError(f"--enlarge-ff {enlarge_ff} and --enlarge-kv {enlarge_kv} must be finite and "
+                        "at least 1")
     widths = {}
     for (layer, kind), n in config.widths().items():
         if kind == "kv":

@@ -1,17 +1,21 @@
-"""Structured pruning: choose units, zero them in place, slice them off; while a model trains, or once by command.
+"""Structured pruning: choose units, zero them in place, slice them off.
 
     python prune.py --init runs/scratch-laptop-0 --keep 0.5 --score taylor --allocate adaptive
-    python -m pytest tests/test_prune.py           # the two facts below, and what breaks them
+    python -m pytest tests/test_prune.py      # the two facts below, and what breaks them
 
-A *unit* is an FFN neuron (gate row, up row, down column) or a KV group (one KV head with the query heads it serves:
-k, v and q rows and biases, o columns). Two facts make pruning inside a training loop simple:
-  1. A dead unit stays dead. Where all of a unit's entries are 0, its output and every one of its gradients are
-     exactly 0; with its Adam moments set to 0 as well, AdamW (eps > 0, decay multiplies) leaves it at 0. So a cut
-     only writes zeros: no masks, no new optimizer, nothing for torch.compile or DDP to notice.
-  2. So slicing is exact, whenever it comes: the smaller model has the same logits and takes the same next step.
-`choose`, `zero_` and `slice` are all that training needs. The rest is the command: it cuts a given model once, or in
-several --iterations, and saves it. What a unit is worth: score.py. How a budget is shared: allocate.py. Whole layers,
-channels, 2:4, measured damage, mending: methods/. Not here: training (train.py), methods compared (experiments/).
+A *unit* is an FFN neuron (gate row, up row, down column) or a KV group (one KV head with the query
+heads it serves: k, v and q rows and biases, o columns). Two facts make pruning inside a training
+loop simple:
+  1. A dead unit stays dead. Where all of a unit's entries are 0, its output and every one of its
+     gradients are exactly 0. With its Adam moments set to 0 as well, AdamW (eps > 0, decay
+     multiplies) leaves it at 0. So a cut only writes zeros: no masks, no new optimizer, nothing for
+     torch.compile or DDP to notice.
+  2. So slicing is exact, whenever it comes: the smaller model has the same logits and takes the
+     same next step.
+`choose`, `zero_` and `slice` are all that training needs. The rest is the command: it cuts a given
+model once, or in several --iterations, and saves it. What a unit is worth: score.py. How a budget
+is shared: allocate.py. Whole layers, channels, 2:4, measured damage, mending: methods/. Not here:
+training (train.py), all methods compared (experiments/compare.py).
 """
 import dataclasses
 import math
@@ -42,8 +46,8 @@ def everything(config):
 # -- choose
 
 def choose(scores, widths):
-    """The best-scored units of each layer: {(layer, kind): indices (widths[layer, kind],), ascending}. A pure function;
-    ties go to the lower index."""
+    """The best-scored units of each layer: {(layer, kind): indices (widths[layer, kind],)}, indices
+    ascending. A pure function; ties go to the lower index."""
     alive = {}
     for key, values in scores.items():
         ranked = values.cpu().argsort(descending=True, stable=True)
@@ -55,17 +59,19 @@ def choose(scores, widths):
 
 @torch.no_grad()
 def zero_(model, optimizer, alive):
-    """Kill, in place, every unit that is not in `alive`: its weights and its Adam moments become 0. `optimizer` may be
-    None."""
+    """Kill, in place, every unit that is not in `alive`: its weights and its Adam moments become 0.
+    `optimizer` may be None."""
     parameters = dict(model.named_parameters())
     for (layer, kind), units in model.config.widths().items():
-        indices = alive.get((layer, kind), torch.arange(units))
-        dead = torch.ones(units, dtype=torch.bool).index_fill_(0, indices, False).nonzero().flatten()
+        is_dead = torch.ones(units, dtype=torch.bool)
+        is_dead[alive.get((layer, kind), torch.arange(units))] = False
+        dead = is_dead.nonzero().flatten()
         if dead.numel() == 0:
             continue
         for name, dim in coupled(model.config, layer, kind):
             p = parameters[name]
             state = optimizer.state.get(p, {}) if optimizer else {}
+            # Moments have the parameter's shape. AdamW's step count has not.
             moments = [value for value in state.values() if value.shape == p.shape]
             for tensor in (p, *moments):
                 by_unit(tensor, dim, units).index_fill_(dim, dead.to(p.device), 0)
@@ -73,9 +79,9 @@ def zero_(model, optimizer, alive):
 
 @torch.no_grad()
 def slice(model, optimizer, alive):
-    """Cut dead units off for good. Returns (model, optimizer) with only the entries of the units in `alive`, and the
-    same dtype, device, hyperparameters, moments and step counts. `optimizer` may be None. A sub-block that keeps no
-    unit goes, together with the norm in front of it."""
+    """Cut dead units off for good. Returns (model, optimizer) with only the entries of the units in
+    `alive`, and the same dtype, device, hyperparameters, moments and step counts. `optimizer` may
+    be None. A sub-block that keeps no unit goes, together with the norm in front of it."""
     widths = model.config.widths()
     cuts = {}
     for key, indices in alive.items():
@@ -83,56 +89,65 @@ def slice(model, optimizer, alive):
             cuts[name] = (dim, widths[key], indices)
 
     def smaller(name, tensor):
+        """The entries that stay of a parameter, or of a moment of that parameter."""
         if name not in cuts:
             return tensor.clone()
         dim, units, indices = cuts[name]
-        return by_unit(tensor, dim, units).index_select(dim, indices.to(tensor.device)).flatten(dim, dim + 1)
+        kept = by_unit(tensor, dim, units).index_select(dim, indices.to(tensor.device))
+        return kept.flatten(dim, dim + 1)
 
+    # On the meta device no weights are made that would be thrown away at once.
     with torch.device("meta"):
         small = GPT(model.config.resized({key: len(indices) for key, indices in alive.items()}))
     large = dict(model.named_parameters())
-    small.load_state_dict({name: smaller(name, large[name]) for name, _ in small.named_parameters()}, assign=True)
+    weights = {name: smaller(name, large[name]) for name, _ in small.named_parameters()}
+    small.load_state_dict(weights, assign=True)
     for name, p in small.named_parameters():
         p.requires_grad_(large[name].requires_grad)
     if optimizer is None:
         return small, None
+    return small, slice_optimizer(optimizer, large, dict(small.named_parameters()), smaller)
 
-    # The same optimizer around the smaller parameters, with the smaller moments.
-    new = dict(small.named_parameters())
+
+def slice_optimizer(optimizer, large, small, smaller):
+    """The same optimizer around other parameters: `large` and `small` are {name: parameter} before
+    and after the cut, smaller(name, tensor) cuts a moment."""
     name_of = {p: name for name, p in large.items()}
     groups = []
     for group in optimizer.param_groups:
         names = [name_of[p] for p in group["params"]]
-        groups.append({**group, "params": [new[name] for name in names if name in new]})
+        groups.append({**group, "params": [small[name] for name in names if name in small]})
     small_optimizer = type(optimizer)(groups)
     for p, state in optimizer.state.items():
         name = name_of[p]
-        if name not in new:
+        # The norm in front of an absent sub-block is gone.
+        if name not in small:
             continue
-        small_state = small_optimizer.state[new[name]]
+        small_state = small_optimizer.state[small[name]]
         for key, value in state.items():
-            small_state[key] = smaller(name, value) if value.shape == p.shape else value.clone()
-    return small, small_optimizer
+            is_moment = value.shape == p.shape
+            small_state[key] = smaller(name, value) if is_moment else value.clone()
+    return small_optimizer
 
 
 # -- the command: cut a model that is there
 
 @dataclass(frozen=True)
 class Prune:
-    init: str | None = None       # what to cut: a checkpoint, run folder, Hugging Face folder or hub id
-    keep: float = 0.8             # kept fraction of the budget that all FFN neurons and KV groups take
-    budget: str = "params"        # params; flops (per token, forward, at the block size); kv_bytes (per token)
-    structure: str = "ffn,kv"     # ffn (neurons), kv (KV groups and their queries); or layer, sublayer, channel, 2:4
+    init: str | None = None       # a checkpoint, run folder, Hugging Face folder or hub id
+    keep: float = 0.8             # kept fraction of what all FFN neurons and KV groups cost
+    budget: str = "params"        # params; flops (per token, forward); kv_bytes (per token)
+    structure: str = "ffn,kv"     # ffn, kv (neurons, KV groups); or layer, sublayer, channel, 2:4
     score: str = "sensitivity"    # score.SCORES; for whole layers also influence, perplexity
     allocate: str = "global"      # allocate.ALLOCATIONS, or measured
     amplitude: float = 1.0        # of allocate adaptive: how far the layers' shares differ
     multiple_of: int = 1          # of neurons, or channels; runtimes like 32, quantizers 256
-    iterations: int = 1           # cut in so many equal parts, each measured anew (and each within its budget)
-    mend: str = "none"            # least-squares: what reads the units left makes up for the others; bias: FLAP's
-    out: str | None = None        # folder of the smaller model; default runs/pruned-NAME-KEEP, or -2-4
-    data: str = "stdlib"          # calibration text; its hold-out measures the loss (data.py's sources)
+    iterations: int = 1           # cut in so many equal parts, each measured anew
+    mend: str = "none"            # the rest makes up for what went: least-squares; bias (FLAP's)
+    out: str | None = None        # folder; default runs/pruned-NAME-KEEP, or -2-4
+    data: str = "stdlib"          # calibration text; its hold-out measures the loss (data.py)
     windows: int = 32             # of the calibration text
-    measured_windows: int = 4     # of those, for allocate measured and score perplexity, which run the model often
+    measured_windows: int = 4     # of those, for allocate measured and score perplexity
     eval_windows: int = 32        # of the hold-out, before and after
     block_size: int | None = None    # tokens in a window; default: the model's context, at most 512
     micro_batch: int = 4          # windows per forward pass
@@ -149,7 +164,8 @@ class Structure:
     mend: tuple[str, ...] = ("none",)
 
 
-UNITS = Structure(tuple(SCORES), (*ALLOCATIONS, "measured"), RESOURCES, ("none", "bias", "least-squares"))
+UNITS = Structure(tuple(SCORES), (*ALLOCATIONS, "measured"), RESOURCES,
+                  ("none", "bias", "least-squares"))
 # FLAP's scores sum to 0 in every layer, so they cannot rank layers.
 LAYER_SCORES = [name for name in SCORES if name != "flap"]
 DEPTH = Structure((*LAYER_SCORES, "influence", "perplexity"), ("global", "middle"), RESOURCES)
@@ -168,7 +184,8 @@ STRUCTURES = {
 def check(recipe):
     """Raise UserError for a recipe that means nothing."""
     if recipe.structure not in STRUCTURES:
-        raise UserError(f"--structure {recipe.structure!r} must be ffn, kv, ffn,kv, layer, sublayer, channel or 2:4")
+        raise UserError(f"--structure {recipe.structure!r} must be ffn, kv, ffn,kv, layer, sublayer, "
+                        "channel or 2:4")
     for flag in ("score", "allocate", "budget", "mend"):
         value = getattr(recipe, flag)
         allowed = getattr(STRUCTURES[recipe.structure], flag)
@@ -177,6 +194,7 @@ def check(recipe):
                             f"{', '.join(allowed)}")
     check_numbers(recipe)
 
+    # A flag that nothing will read is a mistake.
     idle = []
     if recipe.allocate != "adaptive":
         idle.append("amplitude")
@@ -186,8 +204,8 @@ def check(recipe):
         idle += ["keep", "iterations"]
     if not runs_again(recipe):
         idle.append("measured_windows")
-    refuse_idle(recipe, idle, f"with --structure {recipe.structure} --score {recipe.score} --allocate "
-                              f"{recipe.allocate}")
+    refuse_idle(recipe, idle, f"with --structure {recipe.structure} --score {recipe.score} "
+                              f"--allocate {recipe.allocate}")
 
 
 def check_numbers(recipe):
@@ -197,19 +215,20 @@ def check_numbers(recipe):
     if not 0 <= recipe.amplitude < math.inf:
         raise UserError(f"--amplitude {recipe.amplitude} must be finite and not negative")
     if recipe.mend == "bias" and recipe.iterations > 1:
-        raise UserError(f"--mend bias makes a model that cannot be cut again; --iterations {recipe.iterations} must "
-                        "be 1")
-    for name in ("windows", "measured_windows", "eval_windows", "micro_batch", "multiple_of", "iterations",
-                 "block_size"):
+        raise UserError("--mend bias makes a model that cannot be cut again; --iterations "
+                        f"{recipe.iterations} must be 1")
+    for name in ("windows", "measured_windows", "eval_windows", "micro_batch", "multiple_of",
+                 "iterations", "block_size"):
         value = getattr(recipe, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
     if not 0 <= recipe.seed < 2**63:
         raise UserError(f"--seed {recipe.seed} must be between 0 and {2**63 - 1}")
-    fits = recipe.measured_windows % recipe.micro_batch == 0 and recipe.measured_windows <= recipe.windows
-    if runs_again(recipe) and not fits:
-        raise UserError(f"--measured-windows {recipe.measured_windows} must be a multiple of --micro-batch "
-                        f"{recipe.micro_batch} and at most --windows {recipe.windows}")
+    if runs_again(recipe):
+        windows = recipe.measured_windows
+        if windows % recipe.micro_batch or windows > recipe.windows:
+            raise UserError(f"--measured-windows {windows} must be a multiple of --micro-batch "
+                            f"{recipe.micro_batch} and at most --windows {recipe.windows}")
 
 
 def runs_again(recipe):
@@ -231,7 +250,8 @@ def priced(recipe, model):
 
 def needs(recipe):
     """The fields of score.Stats that the recipe reads."""
-    fields = {"cosine"}                                  # always: the table at the end prints it
+    # The table at the end always prints the cosines.
+    fields = {"cosine"}
     if recipe.structure == "channel" and recipe.score == "activation":
         fields.add("channel")
     elif recipe.score in SCORES:
@@ -254,8 +274,9 @@ def collect(model, batches, recipe):
 
 @torch.no_grad()
 def measure(model, stats, batches, recipe):
-    """What the recipe learns by running the model again, on its measured_windows: how the loss rises without each
-    layer or sub-block (depth.without), or the damage of several widths of each sub-block (measured.damage)."""
+    """What the recipe learns by running the model again, on its measured_windows: how the loss
+    rises without each layer or sub-block (depth.without), or the damage of several widths of each
+    sub-block (measured.damage)."""
     batches = batches[:recipe.measured_windows // batches[0][0].size(0)]
     if recipe.score == "perplexity":
         return depth.without(model, batches, depth.PARTS[recipe.structure])
@@ -272,34 +293,38 @@ def measure(model, stats, batches, recipe):
 
 @torch.no_grad()
 def decide(model, stats, batches, recipe, budget, whole=None, damage=None):
-    """The units that stay under the budget: {(layer, kind): indices}. `batches`: what the recipe may measure on.
-    `damage`: what `measure` returned, if it ran already. `whole`: the widths before earlier cuts. Raises UserError if
-    the budget cannot be met."""
+    """The units that stay under the budget: {(layer, kind): indices}.
+
+    `batches`: what the recipe may measure on. `damage`: what `measure` returned, if it ran already.
+    `whole`: the widths before earlier cuts. Raises UserError if the budget cannot be met."""
     config = priced(recipe, model)
     if runs_again(recipe) and damage is None:
         damage = measure(model, stats, batches, recipe)
     if recipe.structure in depth.PARTS:
         scores = depth.part_scores(model, stats, damage, recipe.structure, recipe.score)
-        widths = depth.widths_for(config, budget, recipe.allocate, scores, recipe.structure, recipe.budget)
+        widths = depth.widths_for(config, budget, recipe.allocate, scores, recipe.structure,
+                                  recipe.budget)
         return {key: torch.arange(n) for key, n in widths.items()}
 
-    kinds = recipe.structure.split(",")
     scores = SCORES[recipe.score].function(model, stats)
+    options = dict(structure=recipe.structure.split(","), multiple_of=recipe.multiple_of,
+                   resource=recipe.budget)
     if recipe.allocate == "measured":
-        widths = measured.widths_for(config, budget, damage, kinds, multiple_of=recipe.multiple_of,
-                                     resource=recipe.budget)
+        widths = measured.widths_for(config, budget, damage, **options)
     else:
-        importance = score.importance(stats, config.n_layer) if recipe.allocate == "adaptive" else None
-        widths = allocate.widths_for(config, budget, recipe.allocate, scores, kinds, multiple_of=recipe.multiple_of,
-                                     resource=recipe.budget, importance=importance, amplitude=recipe.amplitude,
-                                     whole=whole)
+        importance = None
+        if recipe.allocate == "adaptive":
+            importance = score.importance(stats, config.n_layer)
+        widths = allocate.widths_for(config, budget, recipe.allocate, scores, **options,
+                                     importance=importance, amplitude=recipe.amplitude, whole=whole)
     return choose(scores, widths)
 
 
 @torch.no_grad()
 def cut(model, alive, how="none", stats=None):
-    """The smaller model that keeps the units in `alive`; the given model stays as it is. `how` it is mended: "none";
-    "least-squares", which reads stats.gram; "bias", which reads stats.mean and makes a mend.BiasedGPT."""
+    """The smaller model that keeps the units in `alive`; the given model stays as it is. `how` it
+    is mended: "none"; "least-squares", which reads stats.gram; "bias", which reads stats.mean and
+    makes a mend.BiasedGPT."""
     small, _ = slice(model, None, alive)
     if how == "least-squares":
         mend.mend_by_least_squares_(small, model, alive, stats.gram)
@@ -323,33 +348,43 @@ def one_shot(model, stats, batches, recipe, budget, whole=None, damage=None):
 
 
 def open_model(recipe, device):
-    """The model in float32, as (GPT, what its file says besides). Raises UserError if the recipe cannot cut it."""
+    """The model in float32, as (GPT, what its file says besides). Raises UserError if the recipe
+    cannot cut it."""
     model, about = checkpoint.load(recipe.init, device, torch.float32)
-    config = model.config
     T = window_of(recipe, model)
     if about.get("masks"):
-        raise UserError(f"{recipe.init} is 2:4 already, and what is cut from it would be no longer; cut first")
-    if T > config.block_size:
-        raise UserError(f"{recipe.init} was trained with a context of {config.block_size} tokens, not {T}; ask for at "
-                        "most that")
+        raise UserError(f"{recipe.init} is 2:4 already, and what is cut from it would be no "
+                        "longer; cut first")
+    if T > model.config.block_size:
+        raise UserError(f"{recipe.init} was trained with a context of {model.config.block_size} "
+                        f"tokens, not {T}; ask for at most that")
     if recipe.mend == "least-squares":
-        if device == "mps":
-            raise UserError("--mend least-squares is solved in float64, which Apple's GPUs lack; give --device cpu")
-        widest = max(*config.d_ff, config.head_dim * max(config.n_head))
-        tokens = recipe.windows * T
-        if tokens < widest:
-            enough = math.ceil(widest / T / recipe.micro_batch) * recipe.micro_batch
-            raise UserError(f"--mend least-squares fits matrices of {widest:,} inputs to {recipe.windows} windows x "
-                            f"{T} = {tokens:,} tokens; give --windows {enough} or, better, several times as many")
+        check_least_squares(recipe, model.config, T, device)
     return model, about
+
+
+def check_least_squares(recipe, config, T, device):
+    """Raise UserError if least squares lacks float64, or tokens to fit its matrices to."""
+    if device == "mps":
+        raise UserError("--mend least-squares is solved in float64, which Apple's GPUs lack; give "
+                        "--device cpu")
+    widest = max(*config.d_ff, config.head_dim * max(config.n_head))
+    tokens = recipe.windows * T
+    if tokens < widest:
+        enough = math.ceil(widest / T / recipe.micro_batch) * recipe.micro_batch
+        raise UserError(f"--mend least-squares fits matrices of {widest:,} inputs to "
+                        f"{recipe.windows} windows x {T} = {tokens:,} tokens; give --windows "
+                        f"{enough} or, better, several times as many")
 
 
 def report(recipe, model, corpus, when):
     """Print the size and the hold-out's loss."""
     result = evaluate(model, corpus.val, corpus.tokenizer.byte_lengths(), recipe.eval_windows,
                       batch=recipe.micro_batch, block_size=window_of(recipe, model))
-    print(f"{when:6} {model.config.num_params()['total']:13,} parameters   {result['loss']:.4f} nats per token   "
-          f"perplexity {result['perplexity']:.2f}   (hold-out of {recipe.data}, {result['tokens']:,} tokens)")
+    params = model.config.num_params()["total"]
+    print(f"{when:6} {params:13,} parameters   {result['loss']:.4f} nats per token   "
+          f"perplexity {result['perplexity']:.2f}   "
+          f"(hold-out of {recipe.data}, {result['tokens']:,} tokens)")
 
 
 def table(before, after, stats):
@@ -365,34 +400,41 @@ def table(before, after, stats):
 
 
 def picture(path, before, after):
-    """Widths by layer, what is kept in front of what was there, as a PNG file. Without matplotlib: a sentence."""
+    """Widths by layer, what is kept in front of what was there, as a PNG file. Without matplotlib
+    a sentence is printed instead."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print("no picture: pip install matplotlib")
         return
     figure = Figure(figsize=(8, 4), layout="constrained")
-    ffn, kv = figure.subplots(2, 1, sharex=True)
-    for axis, name, old, new in ((ffn, "neurons", before.d_ff, after.d_ff),
-                                 (kv, "KV groups", before.n_kv_head, after.n_kv_head)):
-        axis.bar(range(len(old)), old, color="0.88")
-        axis.bar(range(len(new)), new, color="tab:blue")
-        axis.set_ylabel(name)
-    kv.set_xlabel("layer")
+    neurons, groups = figure.subplots(2, 1, sharex=True)
+    bars(neurons, "neurons", before.d_ff, after.d_ff)
+    bars(groups, "KV groups", before.n_kv_head, after.n_kv_head)
+    groups.set_xlabel("layer")
     figure.savefig(path, dpi=120)
 
 
+def bars(axis, name, before, after):
+    axis.bar(range(len(before)), before, color="0.88")
+    axis.bar(range(len(after)), after, color="tab:blue")
+    axis.set_ylabel(name)
+
+
 def save(recipe, model, out, tokenizer, fingerprint):
-    """Write the smaller model as a checkpoint that says what made it. A 2:4 model has its masks beside it."""
+    """Write the smaller model as a checkpoint that says what made it. A 2:4 model has its masks
+    beside it."""
     masks = two_four.pack(two_four.masks(model)) if recipe.structure == "2:4" else None
-    about = {"tokenizer": tokenizer.name, "data": recipe.data, "fingerprint": fingerprint, "cut_from": recipe.init,
-             "recipe": dataclasses.asdict(recipe)}
-    checkpoint.save(out / "ckpt_00000000.pt", model, step=0, tokenizer_files=tokenizer.files, masks=masks, run=about)
+    about = {"tokenizer": tokenizer.name, "data": recipe.data, "fingerprint": fingerprint,
+             "cut_from": recipe.init, "recipe": dataclasses.asdict(recipe)}
+    checkpoint.save(out / "ckpt_00000000.pt", model, step=0, tokenizer_files=tokenizer.files,
+                    masks=masks, run=about)
 
 
 def main(recipe):
     if recipe.init is None:
-        raise UserError("say what to cut by --init: a checkpoint, a run folder, a Hugging Face folder or a hub id")
+        raise UserError("say what to cut by --init: a checkpoint, a run folder, a Hugging Face folder "
+                        "or a hub id")
     check(recipe)
     name = "2-4" if recipe.structure == "2:4" else f"{recipe.keep:g}"
     out = Path(recipe.out or f"runs/pruned-{Path(recipe.init).name}-{name}")
@@ -405,25 +447,31 @@ def main(recipe):
     batches = score.batches(corpus.train, T, recipe.windows, recipe.micro_batch, recipe.seed)
     start = model.config
     total = allocate.total(priced(recipe, model), recipe.budget)
-    if STRUCTURES[recipe.structure] is UNITS:            # refuse an impossible budget before the work begins
+    # Refuse an impossible budget before the work begins.
+    if STRUCTURES[recipe.structure] is UNITS:
         budget = math.floor(recipe.keep * total + 1e-6)
-        allocate.split_budget(priced(recipe, model), budget, recipe.structure.split(","), recipe.budget)
+        kinds = recipe.structure.split(",")
+        allocate.split_budget(priced(recipe, model), budget, kinds, recipe.budget)
 
     report(recipe, model, corpus, "before")
     begin = time.perf_counter()
     for i in range(1, recipe.iterations + 1):
+        # Each iteration takes an equal part of what goes, and measures anew before.
         keep = 1 - (1 - recipe.keep) * i / recipe.iterations
+        budget = math.floor(total * keep + 1e-6)
         stats = collect(model, batches, recipe)
-        model = one_shot(model, stats, batches, recipe, math.floor(total * keep + 1e-6), start.widths())
+        model = one_shot(model, stats, batches, recipe, budget, whole=start.widths())
     print(f"calibrated and cut in {time.perf_counter() - begin:.1f} seconds")
     print(table(start, model.config, stats))
     report(recipe, model, corpus, "after")
 
     if recipe.structure == "2:4":
-        print(f"2 of each 4 weights are zero in {two_four.share(model):.0%} of the blocks' matrices")
+        share = two_four.share(model)
+        print(f"2 of each 4 weights are zero in {share:.0%} of the blocks' matrices")
     else:
         left = allocate.total(priced(recipe, model), recipe.budget)
-        print(f"{left:,} of {total:,} {recipe.budget} kept: {left / total:.4f}, asked {recipe.keep:g}")
+        print(f"{left:,} of {total:,} {recipe.budget} kept: {left / total:.4f}, "
+              f"asked {recipe.keep:g}")
     if type(model) is not GPT:
         print(f"not saved, as {model.evaluation_only}, which no GPTConfig and no runtime has")
         return

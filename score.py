@@ -1,16 +1,19 @@
-"""What a unit is worth: the statistics of one calibration pass, and the criteria that rank units by them.
+"""What a unit is worth: the statistics of one calibration pass, and criteria that rank units by
+them.
 
-    python prune.py --init runs/scratch-laptop-0 --keep 0.5 --score flap          # any name in SCORES
-    python -m pytest tests/test_score.py           # against leave-one-out, and against units that are planted useless
+    python prune.py --init runs/scratch-laptop-0 --keep 0.5 --score flap      # any name in SCORES
+    python -m pytest tests/test_score.py      # against leave-one-out and planted useless units
 
-`collect` runs the model over the calibration windows and keeps only the statistics that a score needs. A score is a
-small pure function (model, stats) -> {(layer, kind): (units,)}; higher is better. **A new criterion is one function
-and one row of SCORES.** Scores are means over a unit's entries or channels, so that neurons and KV groups compare. A KV
-group's score takes the entries of the query heads that the group serves (the released code of Adapt-Pruner and
-LLM-Pruner sums other ones). While a model trains, scores of single steps go into a moving average (`average`).
+`collect` runs the model over the calibration windows and keeps only the statistics that a score
+needs. A score is a small pure function (model, stats) -> {(layer, kind): (units,)}; higher is
+better. **A new criterion is one function and one row of SCORES.** Scores are means over a unit's
+entries or channels, so that neurons and KV groups compare. A KV group's score takes the entries of
+the query heads that the group serves (the released code of Adapt-Pruner and LLM-Pruner sums other
+ones). While a model trains, scores of single steps go into a moving average (`average`).
 
-Shapes: B windows, T tokens, C d_model, n inputs of a matrix, "units" of one (layer, kind). Not here: how much each
-layer keeps (allocate.py), the cut (prune.py), scores of whole layers (methods/depth.py).
+Shapes: B windows, T tokens, C d_model, n inputs of a matrix, "units" of one (layer, kind). Not
+here: how much each layer keeps (allocate.py), the cut (prune.py), scores of whole layers
+(methods/depth.py).
 """
 import contextlib
 import math
@@ -25,23 +28,27 @@ from common import UserError
 from distill import chunked_loss
 from model import by_unit, coupled, reader_of
 
-READERS = ("attn.o", "ffn.down")                            # the matrices that read the outputs of units
-GRADIENTS = {"grad", "grad_sq", "sensitivity"}              # fields of Stats that take a backward pass
-INPUTS = {"mean", "square", "position", "gram"}             # fields of Stats about what comes into a matrix
+# The matrices that read the outputs of units.
+READERS = ("attn.o", "ffn.down")
+# Fields of Stats that take a backward pass, and fields about what comes into a matrix.
+GRADIENTS = {"grad", "grad_sq", "sensitivity"}
+INPUTS = {"mean", "square", "position", "gram"}
 
 
 # -- statistics
 
 @dataclass
 class Stats:
-    """Statistics of one calibration pass. A field that was not asked for is empty. Names are those of parameters."""
+    """Statistics of one calibration pass. A field that was not asked for is empty. Names are those
+    of parameters."""
     tokens: int = 0
     windows: int = 0
     # The seed of the score "random".
     seed: int = 0
     # {name: dL/dw (shape of w)}, the mean over batches.
     grad: dict = field(default_factory=dict)
-    # {name: (shape of w)}, the mean square of one window's gradient, if the windows of a batch are independent.
+    # {name: (shape of w)}, the mean square of one window's gradient, if the windows of a batch are
+    # independent.
     grad_sq: dict = field(default_factory=dict)
     # {(layer, kind): (units,)}, the mean over batches of |w · dL/dw|.
     sensitivity: dict = field(default_factory=dict)
@@ -52,19 +59,21 @@ class Stats:
     position: dict = field(default_factory=dict)
     # {name: (n, n)}, the mean over tokens of x xᵀ for the inputs x.
     gram: dict = field(default_factory=dict)
-    # {(layer, "layer" | kind): number}, the cosine of the residual stream in front of a layer or sub-block and behind
-    # it, mean over tokens.
+    # {(layer, "layer" | kind): number}, the cosine of the residual stream in front of a layer or
+    # sub-block and behind it, mean over tokens.
     cosine: dict = field(default_factory=dict)
     # {norm: (T, C)}, the sum over windows of the squares of a norm's outputs at each position.
     channel: dict = field(default_factory=dict)
 
 
 def collect(model, batches, needs, readers=READERS):
-    """One pass over `batches`, an iterable of token ids (x, y), each (B, T). Returns Stats with the fields in `needs`.
+    """One pass over `batches`, an iterable of token ids (x, y), each (B, T). Returns Stats with the
+    fields in `needs`.
 
-    Memory: the weights, the sums that were asked for, and the activations of one batch. Gradients are freed one by one
-    as they come. A batch's loss is its mean in nats per token. `readers`: ends of the names of the matrices whose
-    inputs are taken. The model, its gradients and their flags are left as they were."""
+    Memory: the weights, the sums that were asked for, and the activations of one batch. Gradients
+    are freed one by one as they come. A batch's loss is its mean in nats per token. `readers`: ends
+    of the names of the matrices whose inputs are taken. The model, its gradients and their flags
+    are left as they were."""
     stats = Stats()
     device = model.embed.weight.device
     backward = not GRADIENTS.isdisjoint(needs)
@@ -89,7 +98,8 @@ def collect(model, batches, needs, readers=READERS):
 
 @contextlib.contextmanager
 def restored_gradients(model):
-    """Inside of a `with` no parameter has a gradient; afterwards all gradients and requires_grad flags are back."""
+    """Inside of a `with` no parameter has a gradient; afterwards all gradients and requires_grad
+    flags are back."""
     before = {p: (p.requires_grad, p.grad) for p in model.parameters()}
     for p in before:
         p.grad = None
@@ -114,7 +124,8 @@ def hook_gradients(model, stats, needs, hooks):
 
 
 def hook_activations(model, stats, needs, readers, hooks):
-    """Watch the inputs of the matrices in `readers`, the outputs of norms and the residual stream, as far as needed."""
+    """Watch the inputs of the matrices in `readers`, the outputs of norms and the residual stream,
+    as far as needed."""
     for name, module in model.named_modules():
         if name.endswith(readers) and not INPUTS.isdisjoint(needs):
             hook = take_inputs(stats, needs, f"{name}.weight")
@@ -128,7 +139,8 @@ def hook_activations(model, stats, needs, readers, hooks):
 
 
 def take_gradient(stats, needs, name, dim, units):
-    """Hook of a parameter: as soon as its gradient is complete, it goes into the sums and is freed."""
+    """Hook of a parameter: as soon as its gradient is complete, it goes into the sums and is
+    freed."""
     @torch.no_grad()
     def hook(p):
         g = p.grad
@@ -169,8 +181,8 @@ def take_channels(stats, name):
 
 
 def take_cosines(stats, layer, block):
-    """[(module, hook)] that compare the residual stream (B, T, C) in front of a layer, between its sub-blocks, and
-    behind the layer."""
+    """[(module, hook)] that compare the residual stream (B, T, C) in front of a layer, between its
+    sub-blocks, and behind the layer."""
     outputs = {}
 
     @torch.no_grad()
@@ -203,12 +215,14 @@ def add(sums, key, value):
 def averaged(stats, config, count):
     """Turn sums into means: of gradients over `count` batches, of everything else over tokens."""
     divide(stats.grad, count)
-    # The mean of m independent windows' gradients has 1/m of the mean square of one window's gradient.
+    # The mean of m independent windows' gradients has 1/m of the mean square of one window's
+    # gradient.
     divide(stats.grad_sq, count * count / stats.windows)
     for sums in (stats.mean, stats.square, stats.gram, stats.cosine):
         divide(sums, stats.tokens)
     if stats.sensitivity:
-        stats.sensitivity = means_by_unit(config, lambda name, dim, units: stats.sensitivity[name] / count)
+        sums = stats.sensitivity
+        stats.sensitivity = means_by_unit(config, lambda name, dim, units: sums[name] / count)
     return stats
 
 
@@ -218,11 +232,13 @@ def divide(sums, count):
 
 
 def batches(tokens, block_size, windows, micro_batch, seed, flag="--windows"):
-    """So many windows of `tokens` (N,), chosen by `seed`, as a list of (x, y), each (micro_batch, block_size). Raises
-    UserError, which names the `flag`, if the text holds fewer windows or if they do not fill whole batches."""
+    """So many windows of `tokens` (N,), chosen by `seed`, as a list of (x, y), each (micro_batch,
+    block_size). Raises UserError, which names the `flag`, if the text holds fewer windows or if
+    they do not fill whole batches."""
     if data.windows(tokens, block_size, "the calibration text") < windows:
-        raise UserError(f"the calibration text has {len(tokens):,} tokens, {windows} windows of {block_size} need "
-                        f"{windows * block_size + 1:,}: give more text, or fewer {flag}")
+        raise UserError(f"the calibration text has {len(tokens):,} tokens, {windows} windows of "
+                        f"{block_size} need {windows * block_size + 1:,}: give more text, or fewer "
+                        f"{flag}")
     if windows % micro_batch:
         raise UserError(f"{flag} {windows} is no multiple of --micro-batch {micro_batch}; try "
                         f"{math.ceil(windows / micro_batch) * micro_batch}")
@@ -238,8 +254,9 @@ def sums_by_unit(tensor, dim, units):
 
 
 def means_by_unit(config, sums):
-    """The mean over each unit's entries in all of its parameters: {(layer, kind): (units,) float32}. A function
-    sums(name, dim, units) -> (units,) gives the sums over one parameter. An absent sub-block gives an empty tensor."""
+    """The mean over each unit's entries in all of its parameters: {(layer, kind): (units,)
+    float32}. A function sums(name, dim, units) -> (units,) gives the sums over one parameter. An
+    absent sub-block gives an empty tensor."""
     scores = {}
     for (layer, kind), units in config.widths().items():
         if units == 0:
@@ -254,15 +271,17 @@ def means_by_unit(config, sums):
 
 @torch.no_grad()
 def by_entry(model, entry):
-    """Score units by their weights: the mean of entry(name, w), which has w's shape, over a unit's entries."""
-    parameters = dict(model.named_parameters())
-    return means_by_unit(model.config, lambda name, dim, units: sums_by_unit(entry(name, parameters[name]), dim, units))
+    """Score units by their weights: the mean of entry(name, w), which has w's shape, over a unit's
+    entries."""
+    def sums(name, dim, units):
+        return sums_by_unit(entry(name, model.get_parameter(name)), dim, units)
+    return means_by_unit(model.config, sums)
 
 
 @torch.no_grad()
 def by_channel(model, channels):
-    """Score units by their outputs: the mean of channels(name, w) -> (n,) over a unit's channels. The matrix w (C, n)
-    reads the channels."""
+    """Score units by their outputs: the mean of channels(name, w) -> (n,) over a unit's channels.
+    The matrix w (C, n) reads the channels."""
     scores = {}
     for (layer, kind), units in model.config.widths().items():
         if units == 0:
@@ -284,31 +303,36 @@ def magnitude(model, stats):
 def random(model, stats):
     """Uniform in [0, 1), by stats.seed: what any other must beat."""
     generator = torch.Generator().manual_seed(stats.seed)
-    return {key: torch.rand(units, generator=generator) for key, units in model.config.widths().items()}
+    widths = model.config.widths()
+    return {key: torch.rand(units, generator=generator) for key, units in widths.items()}
 
 
 def taylor(model, stats):
-    """|w · g| with the gradient g of the whole calibration text: LLM-Pruner's first order (arXiv 2305.11627, eq. 3-5),
-    and Adapt-Pruner's (arXiv 2502.03460)."""
+    """|w · g| with the gradient g of the whole calibration text: LLM-Pruner's first order (arXiv
+    2305.11627, eq. 3-5), and Adapt-Pruner's (arXiv 2502.03460)."""
     return by_entry(model, lambda name, w: (w * stats.grad[name]).abs())
 
 
 def taylor2(model, stats):
-    """|w · g - w² · H / 2| with H ≈ mean of g² over windows: LLM-Pruner's second order (arXiv 2305.11627, eq. 5)."""
-    return by_entry(model, lambda name, w: (w * stats.grad[name] - w.square() * stats.grad_sq[name] / 2).abs())
+    """|w · g - w² · H / 2| with H ≈ mean of g² over windows: LLM-Pruner's second order (arXiv
+    2305.11627, eq. 5)."""
+    def entry(name, w):
+        return (w * stats.grad[name] - w.square() * stats.grad_sq[name] / 2).abs()
+    return by_entry(model, entry)
 
 
 def sensitivity(model, stats=None):
-    """|w · g| per batch, averaged over batches: what IDEA Prune (arXiv 2503.05920) is known to use, in the form of
-    LoSparse (arXiv 2306.11222). Without stats: from the gradients in place (train.py, averaged by `average`)."""
+    """|w · g| per batch, averaged over batches: what IDEA Prune (arXiv 2503.05920) is known to use,
+    in the form of LoSparse (arXiv 2306.11222). Without stats: from the gradients in place
+    (train.py, averaged by `average`)."""
     if stats is not None:
         return stats.sensitivity
     return by_entry(model, lambda name, w: (w * w.grad).abs())
 
 
 def activation(model, stats):
-    """Size of a unit's output: L2 over windows, mean over positions, and over a head's channels in between. Minitron
-    (arXiv 2407.14679, eq. 1 and section 2.2)."""
+    """Size of a unit's output: L2 over windows, mean over positions, and over a head's channels in
+    between. Minitron (arXiv 2407.14679, eq. 1 and section 2.2)."""
     scores = {}
     for (layer, kind), units in model.config.widths().items():
         if units == 0:
@@ -320,14 +344,14 @@ def activation(model, stats):
 
 
 def wanda(model, stats):
-    """‖x_j‖ · |W_:j|, x_j the unit's outputs over the calibration text, W what reads them: Wanda-sp, the structured
-    form of Wanda (arXiv 2306.11695) that FLAP compares with."""
+    """‖x_j‖ · |W_:j|, x_j the unit's outputs over the calibration text, W what reads them:
+    Wanda-sp, the structured form of Wanda (arXiv 2306.11695) that FLAP compares with."""
     return by_channel(model, lambda name, w: stats.square[name].sqrt() * w.abs().sum(0))
 
 
 def flap(model, stats):
-    """Var(x_j) · ‖W_:j‖², standardised over the channels of one layer and kind, so that layers and kinds compete: FLAP
-    (arXiv 2312.11983, eq. 5-6)."""
+    """Var(x_j) · ‖W_:j‖², standardised over the channels of one layer and kind, so that layers and
+    kinds compete: FLAP (arXiv 2312.11983, eq. 5-6)."""
     def channels(name, w):
         variance = (stats.square[name] - stats.mean[name].square()).clamp(min=0)
         metric = variance * w.square().sum(0)
@@ -337,7 +361,8 @@ def flap(model, stats):
 
 @dataclass(frozen=True)
 class Score:
-    """A criterion: the function (model, stats) -> {(layer, kind): (units,)}, and the fields of Stats that it reads."""
+    """A criterion: the function (model, stats) -> {(layer, kind): (units,)}, and the fields of
+    Stats that it reads."""
     function: Callable
     needs: set
 
@@ -355,9 +380,11 @@ SCORES = {
 
 
 def importance(stats, n_layer):
-    """How much each layer turns the residual stream, [I_l in [-1, 1]]: -cos of layer input and output, less its mean
-    over layers, divided by the largest size. Adapt-Pruner's relative importance (arXiv 2502.03460)."""
-    turns = torch.tensor([-stats.cosine[layer, "layer"] for layer in range(n_layer)], dtype=torch.float64)
+    """How much each layer turns the residual stream, [I_l in [-1, 1]]: -cos of layer input and
+    output, less its mean over layers, divided by the largest size. Adapt-Pruner's relative
+    importance (arXiv 2502.03460)."""
+    cosines = [stats.cosine[layer, "layer"] for layer in range(n_layer)]
+    turns = -torch.tensor(cosines, dtype=torch.float64)
     turns = turns - turns.mean()
     return (turns / turns.abs().max().clamp(min=1e-30)).tolist()
 
@@ -365,9 +392,9 @@ def importance(stats, n_layer):
 # -- moving averages while a model trains
 
 def average(averages, fresh, beta=0.85, beta_uncertainty=0.95):
-    """Moving averages of the score I and of its change U (PLATON, arXiv 2206.12562, eq. 6-7): Ī <- β Ī + (1-β) I and
-    U <- β' U + (1-β') |I - Ī|. Both are held in {(layer, kind): (2, units)}. The first call, with averages None,
-    starts at (I, 0). Returns new tensors."""
+    """Moving averages of the score I and of its change U (PLATON, arXiv 2206.12562, eq. 6-7): Ī <-
+    β Ī + (1-β) I and U <- β' U + (1-β') |I - Ī|. Both are held in {(layer, kind): (2, units)}. The
+    first call, with averages None, starts at (I, 0). Returns new tensors."""
     new = {}
     for key, score in fresh.items():
         if averages is None:
@@ -381,8 +408,9 @@ def average(averages, fresh, beta=0.85, beta_uncertainty=0.95):
 
 
 def ranking(averages, uncertainty=False):
-    """What `choose` ranks by: the mean Ī (LoSparse), or with `uncertainty` Ī · U. PLATON multiplies weight by weight.
-    Multiplying by unit is our choice: changes that cancel within a unit count as none."""
+    """What `choose` ranks by: the mean Ī (LoSparse), or with `uncertainty` Ī · U. PLATON multiplies
+    weight by weight. Multiplying by unit is our choice: changes that cancel within a unit count as
+    none."""
     scores = {}
     for key, (mean, change) in averages.items():
         scores[key] = mean * change if uncertainty else mean
@@ -390,7 +418,8 @@ def ranking(averages, uncertainty=False):
 
 
 def mask_dead(scores, alive):
-    """The scores of the units in `alive`, {(layer, kind): indices}. All other units are dead already and get -inf."""
+    """The scores of the units in `alive`, {(layer, kind): indices}. All other units are dead
+    already and get -inf."""
     masked = {}
     for key, values in scores.items():
         indices = alive[key].to(values.device)

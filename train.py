@@ -167,7 +167,8 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
             scores, importance = score_units(setup, state)
             clock.lap("score")
             widths = widths_at(setup, state, size, scores, importance)
-            state.alive = prune.choose(score.mask_dead(scores, state.alive), widths)
+            alive = prune.choose(score.mask_dead(scores, state.alive), widths)
+            state.alive = from_first_process(setup, alive)
             prune.zero_(state.model, state.optimizer, state.alive)     # in place; nothing else changes
             clock.lap("cut")
             log_eval(setup, state, "prune", size=size)
@@ -192,8 +193,9 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
         for group in state.optimizer.param_groups:
             group["lr"] = lr
 
-        # 4. Forward and backward over the micro-batches: cross-entropy | a mix of it and distillation.
-        # `sums` becomes the means of the loss, cross-entropy, KL and the teacher's cross-entropy.
+        # 4. Forward and backward over the micro-batches: cross-entropy | a mix of it and
+        # distillation. `sums` becomes the means of the loss, cross-entropy, KL and the teacher's
+        # cross-entropy.
         teacher = state.teacher if stage.kd else None
         sums = setup.zeros(4)
         for micro in range(setup.micro_steps):
@@ -264,6 +266,7 @@ class Setup:
     world: int = 1
     folder: checkpoint.RunFolder | None = None     # None: nothing is evaluated, recorded or saved
     cut_before: dict | None = None           # what prune.py wrote of the cut that made --init
+    waiting: object = None                   # the process group for long waits, see `join_processes`
     signals: list = field(default_factory=list)    # those that this process has received
 
     @property
@@ -374,7 +377,7 @@ def capture_teacher(setup, state):
     """The model as it is becomes the frozen teacher, through a file."""
     path = setup.folder.save_teacher(state.model, state.step)
     if setup.world > 1:
-        dist.barrier()                       # until the first process has written it
+        dist.barrier(setup.waiting)          # until the first process has written it
     open_teacher(setup, state, path)
     setup.log("teacher", state.step, **state.teacher_file)
 
@@ -431,15 +434,22 @@ def score_units(setup, state):
     if setup.averages_scores:
         return score.ranking(state.averages, setup.config.uncertainty), None
 
-    # One process measures for all, so that they cannot differ by a rounding.
-    measured = [None]
+    # One process measures for all.
+    measured = None
     with setup.autocast():
         if setup.rank == 0:
-            measured = [calibrate(setup, state)]
-    if setup.world > 1:
-        dist.broadcast_object_list(measured)
+            measured = calibrate(setup, state)
     count_calibration(setup, state)
-    return measured[0]
+    return from_first_process(setup, measured)
+
+
+def from_first_process(setup, value):
+    """What the first process has, for all: processes must not differ by a rounding."""
+    if setup.world == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, group=setup.waiting)
+    return values[0]
 
 
 def calibrate(setup, state):
@@ -525,7 +535,8 @@ def log_sample(setup, state, when):
 def log_step(setup, state, stage, losses, norm, lr, seconds, taught, progress):
     """Add a step to the window; every LOG_EVERY steps record the window's means and begin
     another."""
-    step = dict(zip(("loss", "ce", "kl", "teacher_ce"), losses), grad_norm=norm, seconds=seconds, steps=1, taught=taught)
+    step = dict(zip(("loss", "ce", "kl", "teacher_ce"), losses))
+    step |= {"grad_norm": norm, "seconds": seconds, "steps": 1, "taught": taught}
     state.window = {key: state.window.get(key, 0) + value for key, value in step.items()}
     if state.step % LOG_EVERY == 0:
         window = state.window
@@ -557,8 +568,8 @@ def resolve(config, device):
     values that no later check would name."""
     check_choices(config)
     for name in ("init", "teacher", "tokenizer", "out"):
-        if getattr(config, name) == "":
-            raise UserError(f"--{name} is empty; give a value or leave it out")      # --init "$UNSET" would go unnoticed
+        if getattr(config, name) == "":      # as by --init "$UNSET"
+            raise UserError(f"--{name} is empty; give a value or leave it out")
     on_gpu = device.startswith("cuda")
     interleaved = schedule.interleaved(config.plan)
     filled = {}
@@ -686,29 +697,36 @@ def check_uncertainty(config, timeline):
     """Raise UserError if there is only one score before the first cut: it has no variation, and all
     units would rank alike."""
     first_cut, _ = timeline.events[0]
-    scores = sum(schedule.score_at(step, timeline, config.score_every, config.score_window) for step in range(first_cut))
+    scores = sum(schedule.score_at(step, timeline, config.score_every, config.score_window)
+                 for step in range(first_cut))
     if scores < 2:
         raise UserError(f"--uncertainty needs two scores before the first cut, at step {first_cut}, and there are "
                         f"{scores}; give a smaller --score-every or a larger --score-window")
 
 
 def join_processes(device):
-    """Join the processes that torchrun started: -> rank, world, this process's device."""
+    """Join the processes that torchrun started: -> rank, world, this process's device, and the
+    group for long waits.
+
+    Gradients are exchanged within minutes or not at all. For one process's work on data or scores
+    the others may have to wait for hours; that is what the second group, with a limit of a day, is
+    for."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device)
     if world == 1:
-        return rank, world, device
+        return rank, world, device, None
     if ":" in device:
         raise UserError(f"--device {device} puts all {world} processes on one GPU; give --device cuda")
     if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        # Launchers other than torchrun may not say which process of its machine this is.
+        local_rank = int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count()))
+        device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        # The timeout is long because the others wait while one process prepares data or scores.
         backend = "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
-    return rank, world, device
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+    return rank, world, device, dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
 
 
 def check_batch(config, block_size, world):
@@ -721,38 +739,57 @@ def check_batch(config, block_size, world):
                         "or --block-size")
 
 
-def load_corpus(config, tokenizer, block_size, rank, world):
+def load_corpus(config, tokenizer, block_size, rank, waiting):
     """The corpus. The first process prepares it for all."""
     if rank > 0:
-        dist.barrier()
+        dist.barrier(waiting)
     corpus = data.load(config.data, tokenizer, block_size=block_size)
-    if rank == 0 and world > 1:
-        dist.barrier()
+    if rank == 0 and waiting is not None:
+        dist.barrier(waiting)
     return corpus
+
+
+def refuse_disagreement(setup, state):
+    """Raise UserError if the processes of a run did not resume alike: their folders are not one."""
+    mine = (state.step, checkpoint.digest_of({"alive": checkpoint.listed(state.alive)}))
+    all_processes = [None] * setup.world
+    dist.all_gather_object(all_processes, mine, group=setup.waiting)
+    if len(set(all_processes)) > 1:
+        steps = sorted({step for step, _ in all_processes})
+        raise UserError(f"the {setup.world} processes resume at steps {', '.join(map(str, steps))} and do not hold the "
+                        f"same units; put {setup.folder.path} on a file system that all of them share")
+
+
+def size_name(config):
+    """What the run's size is called."""
+    return Path(config.init).name if config.init else config.preset
+
+
+def run_path(config):
+    """The folder of the run."""
+    return Path(config.out or f"runs/{config.plan}-{size_name(config)}-{config.seed}")
 
 
 def prepare(config):
     """Everything that a run needs: -> setup, state. Raises UserError before anything is written."""
-    rank, world, device = join_processes(config.device)
+    rank, world, device, waiting = join_processes(config.device)
     config = resolve(config, device)
     refuse_idle_flags(config)
     tokenizer, given, cut_before = open_init(config)
     start, target, timeline = plan_run(config, tokenizer.vocab_size, given)
     config = dataclasses.replace(config, tokenizer=tokenizer.name, cuts=len(timeline.events))
     check_batch(config, target.block_size, world)
-    corpus = load_corpus(config, tokenizer, target.block_size, rank, world)
+    corpus = load_corpus(config, tokenizer, target.block_size, rank, waiting)
 
     identity = checkpoint.identity_of(config, corpus.fingerprint)
     if given:
         # The path of --init may come to hold another model.
         identity["start"] = json.loads(json.dumps(asdict(start)))
-    size = Path(config.init).name if config.init else config.preset
-    folder = checkpoint.RunFolder(
-        Path(config.out or f"runs/{config.plan}-{size}-{config.seed}"), identity,
-        {setting.name: setting.default for setting in dataclasses.fields(config)}, config.batch_tokens,
-        tokenizer.files, writes=rank == 0)
+    defaults = {setting.name: setting.default for setting in dataclasses.fields(config)}
+    folder = checkpoint.RunFolder(run_path(config), identity, defaults, config.batch_tokens, tokenizer.files,
+                                  writes=rank == 0)
     setup = Setup(config, timeline, start, target, corpus, corpus.tokenizer.byte_lengths(), device, rank, world, folder,
-                  cut_before)
+                  cut_before, waiting)
     if calibration_needs(config):
         setup.calibration_batches(0)         # what it refuses it refuses now
 
@@ -761,6 +798,8 @@ def prepare(config):
         state = fresh_state(setup)
     else:
         state.masks = two_four.unpack(state.masks, device)
+    if world > 1:
+        refuse_disagreement(setup, state)
     if (config.teacher or state.teacher_file) and not state.dropped:
         open_teacher(setup, state, config.teacher or folder.path / "teacher.pt")
     return setup, state
@@ -782,6 +821,13 @@ def fresh_state(setup):
 
 def main(config, quiet=False):
     """Run a plan, or one stage of it, from where its folder stands: -> setup, state."""
+    is_first = int(os.environ.get("RANK", 0)) == 0
+    with checkpoint.locked(run_path(config)) if is_first else contextlib.nullcontext():
+        return run_locked(config, quiet)
+
+
+def run_locked(config, quiet):
+    """`main`, with the folder held."""
     setup, state = prepare(config)
     config = setup.config
     folder = setup.folder
@@ -826,7 +872,7 @@ def finish(setup, state):
     last = report.records(setup.folder.path)["eval"][-1]
     final = {key: last[key] for key in ("val_loss", "bits_per_byte", "params", "n_kv_head", "d_ff")}
     pruning = sum(state.seconds[part] for part in ("score", "cut", "slice"))
-    setup.log("summary", state.step, plan=config.plan, preset=Path(config.init).name if config.init else config.preset,
+    setup.log("summary", state.step, plan=config.plan, preset=size_name(config),
               seed=config.seed, **final,
               epochs=data.epochs(setup.corpus.train, setup.block_size, config.steps * config.batch_tokens
                                  / setup.block_size),
@@ -838,8 +884,8 @@ def finish(setup, state):
 
 @contextlib.contextmanager
 def stop_on_signals(received):
-    """Ctrl-C and SIGTERM are noted in the list `received`, which lets the step finish, save and end
-    the run. A second one ends the run at once."""
+    """Ctrl-C, SIGTERM and SIGHUP are noted in the list `received`, which lets the step finish, save
+    and end the run. A second one ends the run at once."""
     handlers = {}
 
     def note(number, _):
@@ -847,8 +893,10 @@ def stop_on_signals(received):
         signal.signal(number, handlers[number])
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handlers[number] = signal.signal(number, note)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):         # Windows has no SIGHUP
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:      # nohup ignores it
+                handlers[number] = signal.signal(number, note)
     try:
         yield
     finally:

@@ -2,9 +2,9 @@
 
     python -m bench train          # its row in the table
 
-The block has LayerNorm and matrices without biases (nanoGPT's default), as many KV heads as query heads, and an exact
-GELU. Positions are learned, the embedding is tied, and all logits are formed at once. The test compares the model with
-transformers' GPT2LMHeadModel (tests/bench/test_bench.py).
+The block has LayerNorm and matrices without biases (nanoGPT's default), as many KV heads as query
+heads, and an exact GELU. Positions are learned, the embedding is tied, and all logits are formed at
+once. The test compares the model with transformers' GPT2LMHeadModel (tests/bench/test_bench.py).
 """
 import dataclasses
 from dataclasses import dataclass
@@ -31,8 +31,10 @@ class GPT2Config:
     def flops_per_token(self, T, backward=True):
         """By the rules of model.GPTConfig.flops_per_token."""
         block = 4 * self.d_model**2 + 2 * self.d_model * self.d_ff
-        forward = 2 * (self.n_layer * block + self.vocab_size * self.d_model) + 4 * T * self.d_model * self.n_layer
-        return forward * (3 if backward else 1)
+        matrices = self.n_layer * block + self.vocab_size * self.d_model
+        attention = self.n_layer * 2 * T * self.d_model
+        forward = 2 * (matrices + attention)
+        return 3 * forward if backward else forward
 
     def resized(self, widths):
         """The loop asks for the config of live units. No unit of this model is ever cut."""
@@ -40,8 +42,9 @@ class GPT2Config:
 
 
 def peer_of(config):
-    """The GPT2Config with the width, layers, context and parameters of a GPTConfig. The FFN's width is rounded to 8
-    neurons, above d_model = 512 to 64, as matrix units need it. Widths that differ by layer count as their mean."""
+    """The GPT2Config with the width, layers, context and parameters of a GPTConfig. The FFN's width
+    is rounded to 8 neurons, above d_model = 512 to 64, as matrix units need it. Widths that differ
+    by layer count as their mean."""
     C = config.d_model
     tile = 64 if C > 512 else 8
     heads = max(n for n in range(1, max(config.n_head) + 1) if C % n == 0)
@@ -68,8 +71,8 @@ class Block(nn.Module):
         return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
 
     def forward(self, x):                                            # (B, T, C)
-        q, k, v = self.qkv(self.ln_1(x)).chunk(3, -1)
-        y = F.scaled_dot_product_attention(self.heads(q), self.heads(k), self.heads(v), is_causal=True)
+        q, k, v = [self.heads(part) for part in self.qkv(self.ln_1(x)).chunk(3, -1)]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
         x = x + self.o(y.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.ln_2(x))))
 

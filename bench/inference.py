@@ -1,11 +1,13 @@
-"""The suite infer of `python -m bench`: prefill, decoding and memory of dense and pruned models, ours and llama.cpp's.
+"""The suite infer of `python -m bench`: prefill, decoding and memory of dense and pruned models,
+ours and llama.cpp's.
 
     python -m bench infer --presets 135m --keep 0.8
 
-Weights are random. Two pruned models have equally many parameters. "even" has the same FFN width in every layer. "uneven"
-has widths that grow with depth, and in every third layer a KV group's worth of neurons instead of the group. Decoding
-reads every weight once a token, so its limit is the bytes per token over the measured bandwidth. `of the bytes` is the
-speed of the pruned model over that of the dense one, divided by what the bytes alone would allow. Not here: quality
+Weights are random. Two pruned models have equally many parameters. "even" has the same FFN width in
+every layer. "uneven" has widths that grow with depth, and in every third layer a KV group's worth
+of neurons instead of the group. Decoding reads every weight once a token, so its limit is the bytes
+per token over the measured bandwidth. `of the bytes` is the speed of the pruned model over that of
+the dense one, divided by what the bytes alone would allow. Not here: quality
 (experiments/compare.py).
 """
 import dataclasses
@@ -20,7 +22,7 @@ import torch
 
 import model as models
 from bench.timing import interleave, median_ratio, own_process, peak, traffic
-from bench.training import shapes
+from bench.variants import shapes
 from common import UserError
 from formats import gguf_export, llamacpp
 from formats.tokenizer import open_tokenizer
@@ -31,16 +33,17 @@ median = statistics.median
 # -- the models
 
 def pruned(dense, keep):
-    """{"dense", "even", "uneven": GPTConfig}. The even model has as many removable parameters as `keep` allows, to within
-    a neuron a layer, and the uneven one as many as the even one, to within a neuron. Raises UserError if `keep` leaves no
-    neurons."""
+    """{"dense", "even", "uneven": GPTConfig}. The even model has as many removable parameters as
+    `keep` allows, to within a neuron a layer, and the uneven one as many as the even one, to within
+    a neuron. Raises UserError if `keep` leaves no neurons."""
     layers = range(dense.n_layer)
     neuron = dense.unit_params(0, "ffn")
     budget = keep * dense.removable_params()
     attention = sum(dense.n_kv_head[layer] * dense.unit_params(layer, "kv") for layer in layers)
     if budget < attention + dense.n_layer * neuron:
-        raise UserError(f"--keep {keep} leaves {budget:,.0f} parameters and no neurons, as attention stays and has "
-                        f"{attention:,}; give --keep above {attention / dense.removable_params() + .01:.2f}")
+        raise UserError(f"--keep {keep} leaves {budget:,.0f} parameters and no neurons, as attention "
+                        f"stays and has {attention:,}; give --keep above "
+                        f"{attention / dense.removable_params() + .01:.2f}")
     width = int((budget - attention) / dense.n_layer / neuron)
     even = dense.resized({(layer, "ffn"): width for layer in layers})
 
@@ -58,8 +61,9 @@ def pruned(dense, keep):
 
 
 def bytes_per_token(config, context, size):
-    """The bytes that decoding a token reads, at `size` bytes a number: every matrix and norm once, and the KV cache of
-    `context` tokens. Of an embedding that is not tied only a row is read, which is left out."""
+    """The bytes that decoding a token reads, at `size` bytes a number: every matrix and norm once,
+    and the KV cache of `context` tokens. Of an embedding that is not tied only a row is read, which
+    is left out."""
     params = config.num_params()
     weights = params["total"] if config.tie_embeddings else params["total"] - params["embedding"]
     return weights * size + context * config.kv_bytes_per_token(size)
@@ -67,17 +71,19 @@ def bytes_per_token(config, context, size):
 
 # -- what is measured
 
-def build(settings, config):
-    """A model with random weights and a random prompt (1, T)."""
+def build(config, device, dtype, tokens):
+    """A model with random weights and a random prompt of so many tokens."""
     torch.manual_seed(0)
-    with torch.device(settings.device):
-        model = models.GPT(config).to(getattr(torch, settings.dtype)).eval().requires_grad_(False)
-    prompt = torch.randint(config.vocab_size, (1, settings.prompt), generator=torch.Generator().manual_seed(0))
-    return model, prompt.to(settings.device)
+    with torch.device(device):
+        model = models.GPT(config).to(getattr(torch, dtype)).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(config.vocab_size, (1, tokens), generator=generator)
+    return model, prompt.to(device)
 
 
 def generate(model, prompt, tokens):
-    """Continue the prompt greedily: -> {"first": seconds to the first token, "decode": seconds per further token}."""
+    """Continue the prompt greedily: -> {"first": seconds to the first token, "decode": seconds per
+    further token}."""
     times = [time.perf_counter()]
 
     def note(idx):
@@ -88,22 +94,29 @@ def generate(model, prompt, tokens):
     return {"first": times[1] - times[0], "decode": (times[-1] - times[1]) / (tokens - 1)}
 
 
+def write_file(path, config):
+    """Write a model with random weights for llama.cpp. The tokenizer only fills the file: its
+    vocabulary of bytes is padded."""
+    torch.manual_seed(0)
+    gguf_export.write_gguf(models.GPT(config), open_tokenizer("bytes"), path, "f16")
+
+
 def llamacpp_generate(path, prompt, tokens):
-    """The same of llama.cpp and a model's file. The seconds of the prompt count as those to the first token."""
+    """`generate` for llama.cpp. The seconds of the prompt count as those to the first token."""
     rates = llamacpp.speed(path, prompt, tokens, 1)
     return {"first": prompt / rates["prompt"], "decode": 1 / rates["decode"]}
 
 
-def memory(settings, config):
-    """The bytes before a generation (the weights) and at its peak. To be called in a process of its own."""
-    model, prompt = build(settings, config)
-    with peak(settings.device) as measured:
-        model.generate(prompt, settings.decode, temperature=0)
+def memory(config, device, dtype, tokens, decode):
+    """The bytes before a generation (the weights) and at its peak, in a process of its own."""
+    model, prompt = build(config, device, dtype, tokens)
+    with peak(device) as measured:
+        model.generate(prompt, decode, temperature=0)
     return measured
 
 
 def llamacpp_memory(path, prompt, tokens):
-    """The same of llama.cpp, in a process of its own. The file that it maps into memory is included."""
+    """`memory` for llama.cpp. The file that it maps into memory is included."""
     with peak("cpu") as measured:
         llamacpp.speed(path, prompt, tokens, 1)
     return measured
@@ -114,9 +127,11 @@ def llamacpp_memory(path, prompt, tokens):
 @dataclass
 class Measured:
     """All that was measured of one shape. Keys are (runtime, model)."""
-    settings: object
-    preset: str
+    about: dict                  # the first columns of every row
+    sizes: dict                  # {runtime: bytes of a number in its weights}
     configs: dict                # by model only
+    prompt: int                  # tokens
+    decode: int                  # tokens
     bandwidth: float             # bytes per second
     seconds: dict                # [{"first", "decode"}] of each round
     memory: dict
@@ -124,45 +139,47 @@ class Measured:
 
 def infer(settings, preset, vocab_size):
     """Time prefill and decoding of all models in turns, with the bandwidth among them."""
+    prompt = settings.prompt
+    decode = settings.decode
     dense, _ = shapes(preset, vocab_size)
-    context = max(settings.prompt + settings.decode + 1, dense.block_size)
+    context = max(prompt + decode + 1, dense.block_size)
     configs = pruned(dataclasses.replace(dense, block_size=context), settings.keep)
-    peaks = {}
-    generations = {}
-    for name, config in configs.items():
-        peaks["ours", name] = own_process(memory, settings, config)
-        generations["ours", name] = functools.partial(generate, *build(settings, config), settings.decode)
     left_out = None
     if settings.device.startswith("cuda"):
         left_out = "asked on the CPU only: --device cpu"
     elif not (find_spec("xllamacpp") and find_spec("gguf")):
         left_out = "pip install xllamacpp gguf"
 
+    peaks = {}
+    generations = {}
     with tempfile.TemporaryDirectory() as folder:
-        if not left_out:
-            for name, config in configs.items():
+        for name, config in configs.items():
+            arguments = (config, settings.device, settings.dtype, prompt)
+            peaks["ours", name] = own_process(memory, *arguments, decode)
+            generations["ours", name] = functools.partial(generate, *build(*arguments), decode)
+            if not left_out:
                 path = f"{folder}/{name}.gguf"
-                torch.manual_seed(0)
-                # The tokenizer only fills the file: its vocabulary of bytes is padded.
-                gguf_export.write_gguf(models.GPT(config), open_tokenizer("bytes"), path, "f16")
-                peaks["llama.cpp", name] = own_process(llamacpp_memory, path, settings.prompt, settings.decode)
-                generations["llama.cpp", name] = functools.partial(llamacpp_generate, path, settings.prompt, settings.decode)
+                write_file(path, config)
+                peaks["llama.cpp", name] = own_process(llamacpp_memory, path, prompt, decode)
+                generations["llama.cpp", name] = functools.partial(llamacpp_generate, path, prompt, decode)
         bandwidth, seconds = time_in_turns(generations, settings.rounds, settings.device)
 
-    measured = Measured(settings, preset, configs, bandwidth, seconds, peaks)
+    about = {"table": "inference", "shape": preset}
+    sizes = {"ours": getattr(torch, settings.dtype).itemsize, "llama.cpp": 2}
+    measured = Measured(about, sizes, configs, prompt, decode, bandwidth, seconds, peaks)
     rows = [row(measured, runtime, name) for runtime, name in generations]
     if left_out:
-        rows.append({"table": "inference", "shape": preset, "runtime": "llama.cpp", "note": left_out})
-    note = (f"; ours in {settings.dtype}, llama.cpp's files in f16: compare shares of the roofline; on a CPU memory is the "
-            "whole process's, with Python and PyTorch in both")
+        rows.append({**about, "runtime": "llama.cpp", "note": left_out})
+    note = (f"; ours in {settings.dtype}, llama.cpp's files in f16: compare shares of the roofline; "
+            "on a CPU memory is the whole process's, with Python and PyTorch in both")
     return {"rows": rows, "note": note, "bandwidth": bandwidth,
             "memory": [[*key, size] for key, size in peaks.items()],
             "rates": [[*key, rounds] for key, rounds in seconds.items()]}
 
 
 def time_in_turns(generations, rounds, device):
-    """Call the generations in turns, with the limits of bytes/s among them: -> bandwidth, {key: [what each round
-    returned]}. The first round does not count."""
+    """Call the generations in turns, with the limits of bytes/s among them: -> bandwidth, {key:
+    [what each round returned]}. The first round does not count."""
     moves = traffic(device)
     returned = {key: [] for key in generations}
     calls = {name: call for name, (call, _) in moves.items()}
@@ -175,19 +192,19 @@ def time_in_turns(generations, rounds, device):
 
 def row(measured, runtime, name):
     """One model in one runtime as a row of the table."""
-    settings = measured.settings
-    size = getattr(torch, settings.dtype).itemsize if runtime == "ours" else 2
-    context = settings.prompt + settings.decode / 2
+    context = measured.prompt + measured.decode / 2
+    size = measured.sizes[runtime]
     read = bytes_per_token(measured.configs[name], context, size)
-    dense_read = bytes_per_token(measured.configs["dense"], context, size)
+    allowed = bytes_per_token(measured.configs["dense"], context, size) / read
     rounds = [each["decode"] for each in measured.seconds[runtime, name]]
     dense_rounds = [each["decode"] for each in measured.seconds[runtime, "dense"]]
     first = median([each["first"] for each in measured.seconds[runtime, name]])
     faster = median_ratio(dense_rounds, rounds)
-    allowed = dense_read / read
-    return {"table": "inference", "shape": measured.preset, "runtime": runtime, "model": name,
-            "params": measured.configs[name].num_params()["total"], "prefill tokens/s": settings.prompt / first,
-            "first token, s": first, "decode tokens/s": 1 / median(rounds), "bytes read per token": round(read),
-            "bandwidth GB/s": measured.bandwidth / 1e9, "of the roofline": read / median(rounds) / measured.bandwidth,
+    return {**measured.about, "runtime": runtime, "model": name,
+            "params": measured.configs[name].num_params()["total"],
+            "prefill tokens/s": measured.prompt / first, "first token, s": first,
+            "decode tokens/s": 1 / median(rounds), "bytes read per token": round(read),
+            "bandwidth GB/s": measured.bandwidth / 1e9,
+            "of the roofline": read / median(rounds) / measured.bandwidth,
             "decode ÷ dense's": faster, "bytes allow": allowed, "of the bytes": faster / allowed,
             "peak bytes": measured.memory[runtime, name]["peak_bytes"]}

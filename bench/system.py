@@ -1,6 +1,6 @@
 """The suites of `python -m bench` about what surrounds the steps: start, disk and scale.
 
-    python -m bench scale                          # 2.8B -> 1.3B at 2T tokens, by the model's own accounting
+    python -m bench scale          # 2.8B -> 1.3B at 2T tokens, by the model's own accounting
 
 `scale` measures nothing. Every number that it assumes is below and in its table.
 """
@@ -19,12 +19,13 @@ import model as models
 import report
 import train
 from bench.timing import interleave, median_ratio, own_process, peak
-from bench.training import shapes
+from bench.variants import shapes
 from common import UserError, write_atomic
 from distill import CHUNK_VALUES
 from schedule import PLANS
 
 ROOT = Path(__file__).parent.parent
+ONE_STEP = ("train.py", "--plan", "scratch", "--steps", "1")
 TOKENS = 2e12                # the paper's tokens
 GPUS = (1, 8, 512)
 PEAK_FLOPS = 1e15            # per second, of a GPU in bfloat16: a round number, no card's
@@ -36,45 +37,46 @@ median = statistics.median
 
 # -- start
 
-def one_step_run(flags, cwd=ROOT):
-    """Run train.py for one step in a process of its own, with both of its evaluations, the checkpoints and the summary:
-    -> seconds from launch to exit, {part: seconds} of them that the run counts itself. Raises UserError if it fails."""
+def one_step_run(flags):
+    """Run train.py for one step in a process of its own, with the corpus, two evaluations,
+    checkpoints and a summary: -> seconds from launch to exit, {part: seconds} that the run counts
+    itself. Raises UserError if the run fails."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "train.py"), "--plan", "scratch", "--steps", "1", "--out", folder, *flags]
+        command = [sys.executable, *ONE_STEP, "--out", folder, *flags]
         start = time.perf_counter()
-        ended = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         seconds = time.perf_counter() - start
         if ended.returncode:
-            raise UserError(f"train.py {' '.join(flags)} ended with {ended.returncode}: {ended.stderr.strip()[-200:]}")
+            raise UserError(f"train.py {' '.join(flags)} ended with {ended.returncode}: "
+                            f"{ended.stderr.strip()[-200:]}")
         return seconds, report.records(folder)["summary"][0]["seconds"]
 
 
 def start(settings, preset, vocab_size):
-    """The seconds of `train.py --help`, and of a whole run of one step. The bytes of the text are its tokens."""
-    flags = ("--preset", preset, "--device", settings.device)
-    with tempfile.TemporaryDirectory() as empty:
-        cold, _ = one_step_run(flags, cwd=empty)
+    """The seconds of `train.py --help`, and of a whole run of one step. The tokens are bytes,
+    whatever `vocab_size`."""
     runs = []
-    command = [sys.executable, str(ROOT / "train.py"), "--help"]
-    calls = {"help": lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL),
+    command = [sys.executable, "train.py", "--help"]
+    flags = ("--preset", preset, "--device", settings.device)
+    calls = {"help": lambda: subprocess.run(command, cwd=ROOT, check=True, capture_output=True),
              "one step": lambda: runs.append(one_step_run(flags))}
-    helps = interleave(calls, settings.rounds)["help"]
-    runs = runs[1:]                          # the first one filled the caches
-    seconds = [whole for whole, _ in runs]
-    warm = {"what": f"python train.py --plan scratch --steps 1 --preset {preset}", "s": median(seconds)}
-    for part in runs[0][1]:
-        part_seconds = median([parts[part] for _, parts in runs])
+    seconds = interleave(calls, settings.rounds)
+    help_row = {"what": "python train.py --help", "s": median(seconds["help"])}
+    step_row = {"what": f"python {' '.join(ONE_STEP)} --preset {preset}",
+                "s": median(seconds["one step"])}
+    counted = [parts for _, parts in runs[1:]]           # the first round does not count
+    for part in counted[0]:
+        part_seconds = median([parts[part] for parts in counted])
         if part_seconds:
-            warm[f"of which {part}"] = part_seconds
-    rows = [{"what": "python train.py --help", "s": median(helps)},
-            {"what": "the one-step run in an empty folder, which first prepares the corpus", "s": cold}, warm]
-    return {"rows": rows, "seconds": {"help": helps, "one step": seconds}}
+            step_row[f"of which {part}"] = part_seconds
+    return {"rows": [help_row, step_row], "seconds": seconds}
 
 
 # -- disk
 
 def forget(path):
-    """Write a file out to the disk, and out of the page cache where the system can be asked for that (Linux)."""
+    """Write a file out to the disk, and out of the page cache where the system can be asked for
+    that (Linux)."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):
@@ -93,18 +95,18 @@ def trained(config):
 
 
 def disk_rounds(folder, rounds, config):
-    """In turns: save a checkpoint, write a plain file of the same size; load the checkpoint, read the file. -> bytes of
-    the file, {name: [seconds]}, {"save" and "load": memory}."""
+    """In turns: save a checkpoint, write a plain file of the same size; load the checkpoint, read
+    the file. -> bytes of the file, {name: [seconds]}, {"save" and "load": memory}."""
     model, optimizer = trained(config)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        ours = Path(scratch) / "ckpt_00000000.pt"
+        saved = Path(scratch) / "ckpt_00000000.pt"
         plain = Path(scratch) / "plain"
 
         def save():
-            checkpoint.save(ours, model, optimizer=optimizer.state_dict())
+            checkpoint.save(saved, model, optimizer=optimizer.state_dict())
 
         def load():
-            checkpoint.load(ours)
+            checkpoint.load(saved)
 
         def write():
             # A new file, as the memory of an old one is warm.
@@ -116,14 +118,14 @@ def disk_rounds(folder, rounds, config):
                     pass
 
         def forget_both():
-            forget(ours)
+            forget(saved)
             forget(plain)
 
         with peak("cpu") as saving:
             save()
         with peak("cpu") as loading:
             load()
-        size = ours.stat().st_size
+        size = saved.stat().st_size
         content = os.urandom(size)                       # random, so that no disk compresses it
         buffer = bytearray(2**24)
         seconds = interleave({"save": save, "write": write}, rounds)
@@ -132,19 +134,20 @@ def disk_rounds(folder, rounds, config):
 
 
 def disk(settings, preset, vocab_size):
-    """Checkpoints with the optimizer's moments against a plain file of the same size on the same disk. The plain file is
-    written anew, fsynced and renamed, and read from the disk where the system can be asked to forget it."""
+    """Checkpoints with the optimizer's moments against a plain file of the same size on the same
+    disk. The plain file is written anew, fsynced and renamed, and read from the disk where the
+    system can be asked to forget it."""
     folder = settings.disk or str(Path(settings.out).parent)
     Path(folder).mkdir(parents=True, exist_ok=True)
     config, _ = shapes(preset, vocab_size)
     size, seconds, memory = own_process(disk_rounds, folder, settings.rounds, config)
     rows = []
-    for ours, plain in (("save", "write"), ("load", "read")):
-        raised = memory[ours]["peak_bytes"] - memory[ours]["before_bytes"]
-        rows.append({"shape": preset, "V": vocab_size, "what": f"checkpoint.{ours}", "bytes": size,
-                     "s": median(seconds[ours]), "bytes/s": size / median(seconds[ours]),
+    for action, plain in (("save", "write"), ("load", "read")):
+        raised = memory[action]["peak_bytes"] - memory[action]["before_bytes"]
+        rows.append({"shape": preset, "V": vocab_size, "what": f"checkpoint.{action}", "bytes": size,
+                     "s": median(seconds[action]), "bytes/s": size / median(seconds[action]),
                      "plain file's bytes/s": size / median(seconds[plain]),
-                     "share of it": median_ratio(seconds[plain], seconds[ours]),
+                     "share of it": median_ratio(seconds[plain], seconds[action]),
                      "peak raised by": raised, "÷ file": raised / size})
     return {"rows": rows, "seconds": seconds, "memory": memory}
 
@@ -152,18 +155,20 @@ def disk(settings, preset, vocab_size):
 # -- scale
 
 def kept_bytes(config, weight_bytes, activation_bytes):
-    """The bytes per token that an eager training step keeps for the backward pass if nothing is recomputed. A compiled
-    step keeps fewer."""
+    """The bytes per token that an eager training step keeps for the backward pass if nothing is
+    recomputed. A compiled step keeps fewer."""
     C = config.d_model
     D = config.head_dim
     attention = [heads for heads in config.n_head if heads]
     ffn = [d_ff for d_ff in config.d_ff if d_ff]
 
-    # In the weights' dtype: the input and the normalised form of each norm, the loss's gradient in hidden states.
+    # In the weights' dtype: the input and the normalised form of each norm, the loss's gradient in
+    # hidden states.
     stream = 2 * C * (len(attention) + len(ffn) + 1) + C
 
-    # In the matrices' dtype: what each matrix reads, once for every reader where autocast casts it. Then q, k, v as the
-    # attention kernel takes them (k and v for every query head) and its output; gate, up, silu(gate) and their product.
+    # In the matrices' dtype: what each matrix reads, once for every reader where autocast casts it.
+    # Then q, k, v as the attention kernel takes them (k and v for every query head) and its output;
+    # gate, up, silu(gate) and their product.
     casts = activation_bytes != weight_bytes
     others = 0
     for heads in attention:
@@ -174,8 +179,8 @@ def kept_bytes(config, weight_bytes, activation_bytes):
 
 
 def step_bytes(config, micro_batch, weight_bytes=WEIGHT_BYTES, activation_bytes=ACTIVATION_BYTES):
-    """{part: bytes} of a process that trains this model. Autocast casts the matrices of the blocks. The loss holds the
-    gradient of the head and four float32 arrays of a chunk's logits."""
+    """{part: bytes} of a process that trains this model. Autocast casts the matrices of the blocks.
+    The loss holds the gradient of the head and four float32 arrays of a chunk's logits."""
     params = config.num_params()
     weights = params["total"] * weight_bytes
     tokens = micro_batch * config.block_size
@@ -183,14 +188,15 @@ def step_bytes(config, micro_batch, weight_bytes=WEIGHT_BYTES, activation_bytes=
     if activation_bytes != weight_bytes:
         cast = (params["attention"] + params["ffn"]) * activation_bytes
     return {"weights": weights, "gradients": weights, "Adam": 2 * weights,
-            "activations": tokens * kept_bytes(config, weight_bytes, activation_bytes), "cast weights": cast,
+            "activations": tokens * kept_bytes(config, weight_bytes, activation_bytes),
+            "cast weights": cast,
             "loss": config.vocab_size * config.d_model * weight_bytes + 4 * 4 * CHUNK_VALUES["gpu"]}
 
 
 def plan_flops(plan, target, enlarged):
-    """The training FLOPs per token of a plan, as a mean over its stages, with attention over the whole T x T square: the
-    enlarged model until the last cut, then the target; in a stage with distillation a forward pass of the enlarged model
-    as well."""
+    """The training FLOPs per token of a plan, as a mean over its stages, with attention over the
+    whole T x T square: the enlarged model until the last cut, then the target; in a stage with
+    distillation a forward pass of the enlarged model as well."""
     T = target.block_size
     total = 0.0
     for stage in PLANS[plan]:
@@ -203,21 +209,23 @@ def plan_flops(plan, target, enlarged):
 
 
 def scale(settings, preset, vocab_size):
-    """The memory per GPU (nothing is sharded: DDP holds all on each) and the days of training, at most, as causal
-    attention does half of the square that is counted."""
+    """The memory per GPU (nothing is sharded: DDP holds all on each) and the days of training, at
+    most, as causal attention does half of the square that is counted."""
     target, enlarged = shapes(preset, vocab_size, settings.enlarge_ff)
     rows = []
     for name, config in (("enlarged", enlarged), ("target", target)):
         parts = step_bytes(config, settings.micro_batch)
         gigabytes = {part: size / 1e9 for part, size in parts.items()}
-        rows.append({"table": "memory per GPU, GB", "model": name, "params": config.num_params()["total"], **gigabytes,
+        rows.append({"table": "memory per GPU, GB", "model": name,
+                     "params": config.num_params()["total"], **gigabytes,
                      "sum": sum(gigabytes.values()), "sequences": settings.micro_batch,
                      "bytes per weight": WEIGHT_BYTES, "bytes per activation": ACTIVATION_BYTES})
     for plan in ("scratch", "idea", "idea-kd"):
         flops = TOKENS * plan_flops(plan, target, enlarged)
+        gpu_days = flops / (PEAK_FLOPS * UTILISATION) / 86400
         for gpus in GPUS:
-            days = flops / (gpus * PEAK_FLOPS * UTILISATION) / 86400
-            rows.append({"table": "time", "plan": plan, "tokens": TOKENS, "FLOPs at most": flops, "GPUs": gpus,
-                         "peak FLOP/s of one": PEAK_FLOPS, "utilisation": UTILISATION, "days at most": days,
-                         "GPU-days at most": days * gpus})
+            rows.append({"table": "time", "plan": plan, "tokens": TOKENS, "FLOPs at most": flops,
+                         "GPUs": gpus, "peak FLOP/s of one": PEAK_FLOPS,
+                         "utilisation": UTILISATION, "days at most": gpu_days / gpus,
+                         "GPU-days at most": gpu_days})
     return {"rows": rows}

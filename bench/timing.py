@@ -1,11 +1,12 @@
 """How the benchmarks measure: rounds in turns, medians, limits, peak memory, records.
 
-    python -m pytest tests/bench/test_bench.py
+    python -m pytest tests/bench/test_timing.py
 
-Nothing here knows the numbers of a card or of a processor. The limit of FLOP/s is a large matrix product in the same
-dtype, and the limit of bytes/s is a large copy. Both are timed in turns with what they limit. All seconds are wall time,
-and the device's queue is empty at both ends. A *cell* is what is measured in one go. A cell is not measured again if the
-records have it from the same commit; a cell that failed is. Not here: what is measured (bench/__main__.py).
+Nothing here knows the numbers of a card or of a processor. The limit of FLOP/s is a large matrix
+product in the same dtype, and the limit of bytes/s is a large copy. Both are timed in turns with
+what they limit. All seconds are wall time, and the device's queue is empty at both ends. A *cell*
+is what is measured in one go. A cell is not measured again if the records have it from the same
+commit; a cell that failed is. Not here: what is measured (bench/__main__.py).
 """
 import contextlib
 import json
@@ -43,8 +44,8 @@ def seconds_of(call, device="cpu"):
 
 
 def interleave(calls, rounds, device="cpu"):
-    """Call the functions {name: function} in turns, A B A B …: -> {name: [seconds of each round]}. One round more runs
-    first and does not count."""
+    """Call the functions {name: function} in turns, A B A B …: -> {name: [seconds of each round]}.
+    One round more runs first and does not count."""
     seconds = {name: [] for name in calls}
     for _ in range(1 + rounds):
         for name, call in calls.items():
@@ -53,14 +54,15 @@ def interleave(calls, rounds, device="cpu"):
 
 
 def median_ratio(numerators, denominators):
-    """The median of the ratios within each round. What slows the machine down slows both sides of a ratio."""
+    """The median of the ratios within each round. What slows the machine down slows both sides of a
+    ratio."""
     return statistics.median(a / b for a, b in zip(numerators, denominators))
 
 
 # -- limits
 
-ROWS = {"cpu": 2048, "gpu": 8192}            # of the square matrices whose product is the limit of FLOP/s
-MEGABYTES = {"cpu": 512, "gpu": 2048}        # of the array whose copy is the limit of bytes/s
+ROWS = {"cpu": 2048, "gpu": 8192}            # of the square matrices that are multiplied
+MEGABYTES = {"cpu": 512, "gpu": 2048}        # of the array that is copied
 
 
 def kind_of(device):
@@ -83,8 +85,9 @@ def matmul(dtype, device):
 
 
 def traffic(device):
-    """Two ways to move a large array: -> {"copy": (function, bytes), "read": (function, bytes)}. A copy reads and writes.
-    A matrix-vector product only reads, as decoding does. The better rate of the two is the bandwidth."""
+    """Two ways to move a large array: -> {"copy": (function, bytes), "read": (function, bytes)}. A
+    copy reads and writes. A matrix-vector product only reads, as decoding does. The better rate of
+    the two is the bandwidth."""
     side = round((MEGABYTES[kind_of(device)] * 2**20 / 4) ** .5)
     matrix = torch.randn(side, side, device=device)
     out = torch.empty_like(matrix)
@@ -96,20 +99,21 @@ def traffic(device):
 # -- memory
 
 def process_memory(line):
-    """Bytes that this process holds (line "VmRSS" of Linux's /proc) or has held at most ("VmHWM"). Without /proc: the
-    most that it has held so far. (The system's own maximum would start at the one of the process that started ours.)"""
+    """Bytes that this process holds (line "VmRSS" of Linux's /proc) or has held at most ("VmHWM").
+    Without /proc: the most that it has held so far. (The system's own maximum would start at the
+    one of the process that started ours.)"""
     status = Path("/proc/self/status")
     if not status.exists():
         return peak_memory()
-    lines = [text.split() for text in status.read_text().splitlines()]
-    return next(1024 * int(words[1]) for words in lines if words[0] == f"{line}:")
+    lines = [text for text in status.read_text().splitlines() if text.startswith(f"{line}:")]
+    return 1024 * int(lines[0].split()[1])
 
 
 @contextlib.contextmanager
 def peak(device):
-    """Measure the memory of a block. Yields a dictionary that afterwards holds `before_bytes`, in use as the block began,
-    and `peak_bytes`, the most in use until it ended. On a CPU this is the memory of the whole process, on a GPU that of
-    PyTorch's tensors."""
+    """Measure the memory of a block. Yields a dictionary that afterwards holds `before_bytes`, in
+    use as the block began, and `peak_bytes`, the most in use until it ended. On a CPU this is the
+    memory of the whole process, on a GPU that of PyTorch's tensors."""
     memory = {}
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
@@ -126,15 +130,17 @@ def peak(device):
 
 
 def own_process(function, *args):
-    """Call the function in a fresh process with as many threads as ours, so that its peak memory is its own: -> what it
-    returns. What it raises is raised here. Raises UserError if the system killed the process."""
+    """Call the function in a fresh process with as many threads as ours, so that its peak memory is
+    its own: -> what it returns. What it raises is raised here. Raises UserError if the system
+    killed the process."""
     threads = torch.get_num_threads()
     with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
         try:
             return pool.submit(function, *args).result()
         except BrokenProcessPool:
-            raise UserError(f"the process of {function.__name__} was ended, which is what running out of memory looks "
-                            "like: give a smaller shape or a smaller --micro-batch") from None
+            raise UserError(f"the process of {function.__name__} was ended, which is what running "
+                            "out of memory looks like: give a smaller shape or a smaller "
+                            "--micro-batch") from None
 
 
 # -- records
@@ -147,7 +153,8 @@ def machine(device):
 
 
 class Records:
-    """A file with one line for each cell: the `rows` of its tables and a `note` for their titles."""
+    """A file with one line for each cell: the `rows` of its tables and a `note` for their
+    titles."""
     def __init__(self, file):
         self.file = Path(file)
 
@@ -155,13 +162,15 @@ class Records:
         """The last record of every cell. A record of a failure gives way to a later one."""
         last = {}
         for record in read_records(self.file):
-            last[json.dumps([record["suite"], record["cell"], record["about"]], sort_keys=True)] = record
+            key = json.dumps([record["suite"], record["cell"], record["about"]], sort_keys=True)
+            last[key] = record
         return list(last.values())
 
     def measure(self, suite, cell, about, call):
-        """Measure a cell and record it: -> whether it has its numbers. A cell that was recorded with the same `about`
-        (settings, machine, code) is left alone. `call()` returns {"rows": [{column: value}]} and anything else that
-        should be kept. What it raises is printed and recorded in one line."""
+        """Measure a cell and record it: -> whether it has its numbers. A cell that was recorded
+        with the same `about` (settings, machine, code) is left alone. `call()` returns {"rows":
+        [{column: value}]} and anything else that should be kept. What it raises is printed and
+        recorded in one line."""
         key = json.loads(json.dumps({"suite": suite, "cell": cell, "about": about}))
         if any(record.items() >= key.items() and "failed" not in record for record in self.all()):
             print(f"{suite}, {cell}: in {self.file} already", flush=True)
@@ -202,8 +211,9 @@ def title_of(record, table):
 
 
 def tables(records):
-    """The records as Markdown: one table for each suite, machine, commit, number of rounds and note. A table has the
-    columns that any of its rows has. The rows of one cell may belong to several tables."""
+    """The records as Markdown: one table for each suite, machine, commit, number of rounds and
+    note. A table has the columns that any of its rows has. The rows of one cell may belong to
+    several tables."""
     rows_of = {}
     for record in records:
         for row in record["rows"]:

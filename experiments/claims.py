@@ -2,7 +2,7 @@
 
     python -m experiments.claims --quick              # a few minutes: everything once at toy size; it proves nothing
     python -m experiments.claims                      # all claims on a CPU, hours; --minutes 20 makes a piece of it
-    python -m experiments.claims report               # the README's part, from the committed records
+    python -m experiments.claims report               # the tables of docs/claims.md, from the committed records
     python -m experiments.claims power                # how many seeds would see how small an effect
 
 `--preset gpu` does the same with a target of ten million parameters and runs several runs side by side on one card. A
@@ -30,7 +30,8 @@ from eval import evaluate
 from experiments import claims_report, claims_runs, sweep
 from experiments.claims_runs import SCALES
 
-# The part of the README that `report` writes stands between these lines.
+# The part of the page that `report` writes stands between these lines.
+PAGE = Path("docs/claims.md")
 BEGIN = "<!-- experiments/claims.py report -->"
 END = "<!-- end -->"
 MAX_EVALS = 15             # of a run are kept
@@ -340,7 +341,7 @@ def print_report(config, scale, runs):
     """Draw the figure and print the tables. Returns the text."""
     figure = page_of(config, "figure.png")
     drawn = claims_report.picture(runs, scale, figure)
-    text = claims_report.text(runs, scale, figure if drawn else None)
+    text = claims_report.text(runs, scale, os.path.relpath(figure, PAGE.parent) if drawn else None)
     print(text)
     return text
 
@@ -371,7 +372,7 @@ def refuse_strangers(config, scale, runs):
 
 def main_report(config):
     """Print the report and write the details beside the records. The report of preset cpu with all of its tokens also
-    goes into the README of this folder, between its markers."""
+    goes into PAGE, between its markers."""
     config, scale = select(config)
     runs = claims_report.read(config.results)
     refuse_strangers(config, scale, runs)
@@ -379,7 +380,7 @@ def main_report(config):
     if runs and config.tokens == 1:
         details = claims_report.details(runs, scale)
         write_atomic(page_of(config, "report.md"), lambda file: file.write(f"{details}\n".encode()))
-    page = Path("README.md")
+    page = PAGE
     if config.quick or config.preset != "cpu" or config.tokens != 1 or not page.exists():
         return
     new = replaced(page.read_text(), text)

@@ -1,23 +1,27 @@
 """What a grid's records say without any law: recovery curves, whole trainings, two trends, the noise of seeds.
 
-    python -c "import curves; print(curves.wholes(curves.read('results/scaling.jsonl')).keys())"
+    python -c "from experiments.scaling_curves import *; print(wholes(read('results/scaling.jsonl')).keys())"
 
-A run's records are train.py's metrics.jsonl; a recovery's hold the recipe of the cut before it, and its control is the
-recovery of the same model without one, with the same data in the same order. N is `removable`: parameters of attention
-and FFNs. Not here: making the records (experiments/scaling_runs.py), fitting (experiments/scaling_laws.py).
+A run's records are train.py's metrics.jsonl. Those of a recovery hold the recipe of the cut before it. Its control is
+the recovery of the same model without a cut, with the same data in the same order. N is the number of parameters of
+attention and FFNs. Not here: making the records (experiments/scaling_runs.py), fitting (experiments/scaling_laws.py).
 """
 import itertools
 import math
 from pathlib import Path
 
+import pandas as pd
+
 import report
 from common import UserError
-from experiments import scaling_laws
+from experiments.scaling_laws import NEAR
 from model import GPTConfig
+
+KINDS = {"ffn": "width", "layer": "depth", "2:4": "2:4"}      # by the structure that was cut
 
 
 def read(path):
-    """report.finished: {name: {tag: [records]}}. UserError: none, too."""
+    """The finished runs in a file: {name: {tag: [records]}}. Raises UserError if there are none."""
     runs = report.finished(path)
     if not runs:
         raise UserError(f"no finished runs in {path}; python -m experiments.scaling run --out {path} makes them")
@@ -25,108 +29,157 @@ def read(path):
 
 
 def removable(config):
-    """N of a config as the records hold it: parameters of attention and FFNs."""
+    """N of a model config as the records hold it."""
     return GPTConfig(**config).removable_params()
 
 
+# -- the points
+
 def recoveries(runs, first):
-    """Every evaluation of every recovery from `first` (a share of its tokens) on -> {kind: [records]} with the fields
-    of laws.Points and `model` (path and seed of what was cut). Recoveries whose control, the run named control-…, is
-    not there yet are left out. UserError: a control that does not begin where the training of its model ended."""
-    found, controls = {}, {}
-    starts = {name: r for name, r in runs.items() if r["config"][0].get("init")}
-    for name, r in starts.items():
-        c = r["config"][0]
-        if name.startswith("control"):
-            controls[c["init"], c["seed"]] = removable(c["start"]), {e["tokens"]: e["val_loss"] for e in r["eval"]}
-            whole = runs.get(Path(c["init"]).name)
-            if whole and abs(whole["summary"][0]["val_loss"] - r["eval"][0]["val_loss"]) > 1e-3:
-                raise UserError(f"{name} begins at {r['eval'][0]['val_loss']:.6f} nats, and the training of its model "
-                                f"ended at {whole['summary'][0]['val_loss']:.6f}: it is another model's; delete {name} "
-                                "and all recoveries of it, records and run folders")
-    for curve, (name, r) in enumerate(starts.items()):
-        c = r["config"][0]
-        model = (c["cut"]["cut_from"], c["seed"]) if c.get("cut") else None
-        if name.startswith("control") or model not in controls:
+    """Every evaluation of every recovery from `first`, a share of its tokens, on: {kind: [records]}.
+
+    A record has the fields of scaling_laws.Points and `model`, the path and seed of what was cut. A recovery whose
+    control has no records yet is left out. Raises UserError for another model's control."""
+    recovered = {name: run for name, run in runs.items() if run["config"][0].get("init")}
+    controls = controls_of(runs, recovered)
+    points = {}
+    for curve, run in enumerate(recovered.values()):
+        config = run["config"][0]
+        cut = config.get("cut")
+        if not cut or (cut["cut_from"], config["seed"]) not in controls:
             continue
-        n0, control = controls[model]
-        structure = c["cut"]["recipe"]["structure"]
-        kind = {"layer": "depth", "2:4": "2:4"}.get(structure, "width")
-        n = removable(c["start"]) // (2 if kind == "2:4" else 1)
-        last = r["eval"][-1]["tokens"]
-        found.setdefault(kind, []).extend(
-            dict(curve=curve, loss=e["val_loss"], tokens=e["tokens"], n0=n0, n=n, rho=1 - n / n0, before=control[0],
-                 control=control.get(e["tokens"], math.nan), model=model)
-            for e in r["eval"] if e["tokens"] >= max(1, first * last))
-    return found
+        model = cut["cut_from"], config["seed"]
+        n0, before, losses = controls[model]
+        kind = KINDS[cut["recipe"]["structure"]]
+        n = removable(config["start"])
+        if kind == "2:4":
+            n //= 2                          # half of the weights are zeros
+        first_tokens = max(1, first * run["eval"][-1]["tokens"])
+        for evaluation in run["eval"]:
+            tokens = evaluation["tokens"]
+            if tokens >= first_tokens:
+                points.setdefault(kind, []).append(dict(
+                    curve=curve, loss=evaluation["val_loss"], tokens=tokens, n0=n0, n=n, rho=1 - n / n0, before=before,
+                    control=losses.get(tokens, math.nan), model=model))
+    return points
+
+
+def controls_of(runs, recovered):
+    """{(path of the model, seed): (its N, its loss before, {tokens: loss as it trains on})} of the runs that are named
+    control-…. Raises UserError if one does not begin with the loss at which the training of its model ended."""
+    controls = {}
+    for name, run in recovered.items():
+        if not name.startswith("control"):
+            continue
+        config = run["config"][0]
+        losses = {evaluation["tokens"]: evaluation["val_loss"] for evaluation in run["eval"]}
+        begin = run["eval"][0]["val_loss"]
+        trained = runs.get(Path(config["init"]).name)
+        if trained and abs(trained["summary"][0]["val_loss"] - begin) > 1e-3:
+            raise UserError(f"{name} begins at {begin:.6f} nats, and the training of its model ended at "
+                            f"{trained['summary'][0]['val_loss']:.6f}: it is another model's; delete {name} and all "
+                            "recoveries of it, records and run folders")
+        controls[config["init"], config["seed"]] = removable(config["start"]), losses[0], losses
+    return controls
 
 
 def wholes(runs):
-    """The ends of whole trainings, not of those from --init -> {plan: [records]} with `n` at the end, `average` n over
-    the steps, `tokens`, `loss`, `epochs`, `seed`."""
-    found = {}
-    for r in runs.values():
-        c, s = r["config"][0], r["summary"][0]
-        if c.get("init"):
+    """The ends of whole trainings, which begin without an --init: {plan: [records]}. A record has `n` at the end,
+    `average` n over the steps, `tokens`, `loss`, `epochs` and `seed`."""
+    ends = {}
+    for run in runs.values():
+        config = run["config"][0]
+        summary = run["summary"][0]
+        if config.get("init"):
             continue
-        n, total = removable(c["start"]), GPTConfig(**c["start"]).num_params()["total"]
-        sizes = [(0, n), *((e["step"], n - (total - e["params"])) for e in r.get("prune", ()))]
-        ends = [step for step, _ in sizes[1:]] + [s["step"]]
-        average = sum(n * (end - step) for (step, n), end in zip(sizes, ends)) / s["step"]
-        found.setdefault(c["plan"], []).append(dict(
-            n=removable(c["target"]), average=average, tokens=s["tokens"], loss=s["val_loss"], epochs=s["epochs"],
-            seed=c["seed"]))
-    return found
+        n = removable(config["start"])
+        total = GPTConfig(**config["start"]).num_params()["total"]
+        sizes = [(0, n)]
+        for cut in run.get("prune", ()):
+            sizes.append((cut["step"], n - (total - cut["params"])))
+        until = [step for step, _ in sizes[1:]] + [summary["step"]]
+        average = sum(size * (end - step) for (step, size), end in zip(sizes, until)) / summary["step"]
+        ends.setdefault(config["plan"], []).append(dict(
+            n=removable(config["target"]), average=average, tokens=summary["tokens"], loss=summary["val_loss"],
+            epochs=summary["epochs"], seed=config["seed"]))
+    return ends
 
+
+# -- what they say
 
 def reach(curve, height):
-    """Tokens at which a curve [(tokens, excess)] first is down to `height`, between its points straight over the
-    logarithm of the tokens; its first tokens where it begins lower; inf: never."""
-    for (d0, e0), (d1, e1) in zip([curve[0], *curve], curve):
-        if e1 <= height:
-            return d0 * (d1 / d0) ** ((e0 - height) / (e0 - e1)) if e0 > height else d0
+    """The tokens at which a curve [(tokens, excess)] first comes down to `height`, by straight lines over the logarithm
+    of the tokens; its first tokens if it begins below; inf if it never comes down."""
+    before = curve[0]
+    for after in curve:
+        if after[1] <= height:
+            if before[1] <= height:
+                return before[0]
+            share = (before[1] - height) / (before[1] - after[1])
+            return before[0] * (after[0] / before[0]) ** share
+        before = after
     return math.inf
 
 
 def trends(records):
-    """The paper's two trends on the measured curves, no law between: of curves that differ in the rate (or the model)
-    only, the tokens until the loss is as near to the control's as the worst of them ends, its first tokens for a curve
-    that begins nearer. Rates within laws.NEAR count as one. -> lines of Markdown"""
-    curves, by_model, by_rate = {}, {}, {}
-    for r in records:
-        curves.setdefault((r["model"], r["n0"], r["n"], r["rho"]), []).append((r["tokens"], r["loss"] - r["control"]))
-    for (model, n0, n, rho), curve in sorted(curves.items(), key=lambda item: (item[0][1], item[0][3])):
-        by_model.setdefault(model, []).append((n0, n, rho, curve))
-        near = next((key for key in by_rate if key[1] == model[1] and max(key[0] / rho, rho / key[0]) < scaling_laws.NEAR),
-                    (rho, model[1]))
-        by_rate.setdefault(near, []).append((n0, n, rho, curve))
+    """The paper's two trends on the measured curves, without a law, as lines of Markdown.
 
-    def compared(groups, title, label):
-        """-> for every group of several curves its tokens, those per parameter left, and a line."""
-        for group in groups.values():
-            height = max(curve[-1][1] for *_, curve in group)
-            tokens = [reach(curve, height) for *_, curve in group]
-            each = [f"{label(*about)}: {t / 1e6:.2f}M ({t / about[1]:.1f})" for t, about in zip(tokens, group)]
-            if len(group) > 1:
-                yield (tokens, [t / about[1] for t, about in zip(tokens, group)],
-                       f"  - {title(*group[0])}, to {height:+.3f} nats: {', '.join(each)}")
+    Curves are compared that differ only in the rate, or only in the model. Each is followed until its loss is as near
+    to the control's as the worst of them ends; a curve that begins nearer counts with its first tokens. Rates within
+    scaling_laws.NEAR count as one."""
+    points = pd.DataFrame(records)
+    points["excess"] = points.loss - points.control
+    curves = []
+    for (model, n0, n, rho), own in points.groupby(["model", "n0", "n", "rho"], sort=False):
+        curves.append(dict(model=model, n0=n0, n=n, rho=rho, points=list(zip(own.tokens, own.excess))))
+    curves.sort(key=lambda curve: (curve["n0"], curve["rho"]))
+    by_model = {}
+    by_rate = {}
+    for curve in curves:
+        by_model.setdefault(curve["model"], []).append(curve)
+        by_rate.setdefault((near_rate(curve, by_rate), curve["model"][1]), []).append(curve)
+    rates = [compared(group, "n0", "rho") for group in by_model.values() if len(group) > 1]
+    sizes = [compared(group, "rho", "n0") for group in by_rate.values() if len(group) > 1]
+    rise = sum(is_falling(tokens[::-1]) for tokens, _, _ in rates)
+    fall = sum(is_falling(tokens) for tokens, _, _ in sizes)
+    fall_relative = sum(is_falling(relative) for _, relative, _ in sizes)
+    return [f"- *A higher ρ needs more tokens*: in {rise} of {len(rates)} models",
+            *[line for _, _, line in rates],
+            f"- *A larger model needs fewer tokens*: in {fall} of {len(sizes)} rates and seeds; *fewer per parameter "
+            f"left* (in brackets): in {fall_relative}",
+            *[line for _, _, line in sizes]]
 
-    n0_of, rho_of = lambda n0, *_: f"N₀ {n0:,}", lambda n0, n, rho, _: f"ρ {rho:.3f}"
-    rates, sizes = list(compared(by_model, n0_of, rho_of)), list(compared(by_rate, rho_of, n0_of))
-    falling = lambda numbers: all(a >= b for a, b in zip(numbers, numbers[1:]))
-    rise = sum(falling(tokens[::-1]) for tokens, _, _ in rates)
-    fall, relative = (sum(falling(row[i]) for row in sizes) for i in (0, 1))
-    lines = [f"- *A higher ρ needs more tokens*: in {rise} of {len(rates)} models", *(line for *_, line in rates)]
-    lines += [f"- *A larger model needs fewer tokens*: in {fall} of {len(sizes)} rates and seeds; *fewer per "
-              f"parameter left* (in brackets): in {relative}", *(line for *_, line in sizes)]
-    return lines
+
+def near_rate(curve, by_rate):
+    """The rate under which a curve is grouped: one that is near its own, with the same seed, or its own."""
+    for rho, seed in by_rate:
+        if seed == curve["model"][1] and max(rho / curve["rho"], curve["rho"] / rho) < NEAR:
+            return rho
+    return curve["rho"]
+
+
+def compared(group, same, differs):
+    """Curves that differ in one thing: their tokens to one height, the tokens per parameter left, and a line."""
+    labels = {"n0": "N₀ {:,}", "rho": "ρ {:.3f}"}
+    height = max(curve["points"][-1][1] for curve in group)
+    tokens = [reach(curve["points"], height) for curve in group]
+    relative = [needed / curve["n"] for needed, curve in zip(tokens, group)]
+    parts = []
+    for curve, needed, per_parameter in zip(group, tokens, relative):
+        parts.append(f"{labels[differs].format(curve[differs])}: {needed / 1e6:.2f}M ({per_parameter:.1f})")
+    return tokens, relative, f"  - {labels[same].format(group[0][same])}, to {height:+.3f} nats: {', '.join(parts)}"
+
+
+def is_falling(numbers):
+    return all(first >= second for first, second in zip(numbers, numbers[1:]))
 
 
 def noise(records):
-    """Mean |difference between two seeds| of what a cut costs (loss less L₀) at the same size, rate and tokens; nan
-    where there is one seed."""
-    found = {}
-    for r in records:
-        found.setdefault((r["n0"], r["n"], r["tokens"]), []).append(r["loss"] - r["before"])
-    pairs = [abs(a - b) for costs in found.values() for a, b in itertools.combinations(costs, 2)]
-    return sum(pairs) / len(pairs) if pairs else math.nan
+    """The mean |difference between two seeds| of what a cut costs (loss less L0) at the same size, rate and tokens; nan
+    if there is one seed."""
+    points = pd.DataFrame(records)
+    points["cost"] = points.loss - points.before
+    differences = []
+    for _, costs in points.groupby(["n0", "n", "tokens"]).cost:
+        differences += [abs(first - second) for first, second in itertools.combinations(costs, 2)]
+    return sum(differences) / len(differences) if differences else math.nan

@@ -1,35 +1,38 @@
-"""The runs that a scaling law of recovery is fitted to: trainings, cuts and recoveries, gone on with any time.
+"""The runs that a scaling law of recovery is fitted to: trainings, cuts and recoveries. They go on
+where they stopped.
 
     python -m experiments.scaling run             # 4 hours on 2 cores; experiments/scaling.py is the command
-    python -c "import grid; print(*[name for wave in grid.jobs(grid.Grid()) for name, *_ in wave])"
+    python -c "from experiments.scaling_runs import *; print(*[job.name for wave in waves(Grid()) for job in wave])"
 
-Models of several sizes N₀ (parameters of attention and FFNs) are trained on more than 20 tokens per parameter, cut by
-width (FFN neurons, equal shares), by depth (whole layers, ShortGPT's influence) and to 2:4 (Wanda), and trained on at a
-constant rate, the one that the training before ended with. So every evaluation on the way is an end that so many tokens
-could have, and one run is one curve. Where nothing was cut (the control) the loss falls as well: continued training.
-Beside them whole trainings of 1/2, 1/4 and 1/8 of the tokens, plans idea and journey, for the laws of whole trainings.
-Not here: what the records say (experiments/scaling_curves.py, experiments/scaling.py), the runs (train.py), the cuts (prune.py).
+Models of several sizes N0 (parameters of attention and FFNs) are trained on more than 20 tokens per
+parameter. They are cut by width (FFN neurons, equal shares), by depth (whole layers, ShortGPT's
+influence) or to 2:4 (Wanda). Then they are trained on at a constant learning rate, the one at which
+the training before the cut ended. So every evaluation on the way could be the end of a shorter
+recovery, and one run gives a whole curve. The control is a model that was not cut but trained on as
+well; its loss falls, too. Whole trainings on 1/2, 1/4 and 1/8 of the tokens, and plans idea and
+journey, serve the laws of whole trainings. Not here: what the records say
+(experiments/scaling_curves.py, experiments/scaling.py), the runs (train.py), the cuts (prune.py).
 """
 import json
 import os
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-from flags import INIT_LR, LEARNING_RATES
+from typing import Literal, NamedTuple
 
 import checkpoint
 import data
 import report
-from common import UserError, write_atomic
+from common import UserError, check_choices, write_atomic
 from experiments import sweep
 from formats.tokenizer import open_tokenizer
+from train import INIT_LR, LEARNING_RATES
 
 
 @dataclass(frozen=True)
 class Grid:
-    preset: str = "cpu"               # sizes and tokens: cpu, gpu (about a day), toy (minutes, to see it work)
-    init: tuple[str, ...] = ()        # instead of training them: models that are there (folders, hub ids)
+    preset: Literal["toy", "cpu", "gpu"] = "cpu"    # sizes and tokens; gpu takes about a day, toy a few minutes
+    init: tuple[str, ...] = ()        # trained models (folders, hub ids) to use instead of training some
     data: str = "stdlib"              # data.py's sources; at most 4 epochs of it
     tokenizer: str | None = None      # bytes, a tiktoken encoding, a folder; default: bytes, or that of --init
     tokens: int | None = None         # of the training before the cut; default: the preset's
@@ -44,122 +47,191 @@ class Grid:
     jobs: int | None = None           # runs side by side; default: one a core, 3 with preset gpu
     device: str | None = None         # cpu, cuda, mps; default: the preset's
     out: str = "results/scaling.jsonl"    # file of the finished runs' records
-    runs: str = "runs/scaling"        # where the run folders go
+    runs: str = "runs/scaling"        # folder of the run folders
 
 
-GRIDS = {  # sizes (model.PRESETS), tokens before and after the cut, tokens per step, sequences at once, eval windows
-    "toy": (("8x16", "8x32"), 2**18, 2**15, 2**9, 4, 4),
-    "cpu": (("8x16", "8x32", "8x48", "8x64"), 2**24, 2**21, 2**12, 32, 256),
-    "gpu": (("12x128", "12x192", "12x320", "12x512"), 2**31, 2**28, 2**17, 64, 512),       # 43 per parameter at least
+# What may differ between two calls that make the same grid.
+NOT_IDENTITY = ("seeds", "minutes", "jobs", "device", "out", "runs")
+
+
+@dataclass(frozen=True)
+class Preset:
+    sizes: tuple[str, ...]            # presets of model.py
+    tokens: int
+    recover_tokens: int
+    batch_tokens: int
+    micro_batch: int
+    eval_windows: int
+
+
+PRESETS = {
+    "toy": Preset(("8x16", "8x32"), 2**18, 2**15, 2**9, 4, 4),
+    "cpu": Preset(("8x16", "8x32", "8x48", "8x64"), 2**24, 2**21, 2**12, 32, 256),
+    # at least 43 tokens per parameter
+    "gpu": Preset(("12x128", "12x192", "12x320", "12x512"), 2**31, 2**28, 2**17, 64, 512),
 }
-CUTS = {  # settings of prune.py; depth: 1, 2 and 3 layers of 8
+CUTS = {  # the settings of prune.py; the depth cuts take 1, 2 and 3 layers of 8
     "control": None,
     **{f"width-{rho:g}": dict(structure="ffn", allocate="uniform", keep=1 - rho) for rho in (.15, .25, .35)},
     **{f"depth-{rho:g}": dict(structure="layer", score="influence", keep=1 - rho) for rho in (.125, .25, .375)},
     "2-4": dict(structure="2:4", score="wanda"),
 }
-RECOVERY_SEED = 100                   # and above: not the order of the data that the model was trained in
+RECOVERY_SEED = 100                   # and above, so that the data come in another order than before the cut
+MAX_EPOCHS = 4
 
 
-def jobs(c):
-    """-> whole trainings of the models to cut, and what comes after them: lists of (the run's name, settings of
-    train.py, settings of the cut before it or None)."""
-    if c.preset not in GRIDS:
-        raise UserError(f"--preset {c.preset!r} is not one of {', '.join(GRIDS)}")
-    if c.init and c.tokens is not None:
-        raise UserError(f"--tokens {c.tokens} has no effect with --init, whose models are trained; leave it out")
-    if len({Path(path).name for path in c.init}) < len(c.init):
-        raise UserError(f"--init {' '.join(c.init)}: their folders have the same name; rename one")
-    chosen = c.tokens, c.recover_tokens, c.batch_tokens, c.micro_batch, c.eval_windows
-    sizes, *usual = GRIDS[c.preset]
-    tokens, after, batch_tokens, micro_batch, windows = (b if a is None else a for a, b in zip(chosen, usual))
-    both = dict(data=c.data, tokenizer=c.tokenizer, batch_tokens=batch_tokens, micro_batch=micro_batch,
-                block_size=c.block_size, eval_windows=windows)
+class Job(NamedTuple):
+    name: str
+    settings: dict                    # of train.py
+    cut: dict | None = None           # the settings of prune.py for the cut before the run
+
+
+def filled(config):
+    """The settings with all defaults filled in. Raises UserError for settings that mean nothing."""
+    check_choices(config)
+    if config.init and config.tokens is not None:
+        raise UserError(f"--tokens {config.tokens} has no effect with --init, whose models are trained; leave it out")
+    if len({Path(path).name for path in config.init}) < len(config.init):
+        raise UserError(f"--init {' '.join(config.init)}: their folders have the same name; rename one")
+    chosen = {}
+    for name in ("tokens", "recover_tokens", "batch_tokens", "micro_batch", "eval_windows"):
+        if getattr(config, name) is None:
+            chosen[name] = getattr(PRESETS[config.preset], name)
+    on_gpu = config.preset == "gpu"
+    if config.device is None:
+        chosen["device"] = "cuda" if on_gpu else "cpu"
+    if config.jobs is None:
+        chosen["jobs"] = 3 if on_gpu else os.cpu_count() or 1
+    config = replace(config, **chosen)
+    steps = config.tokens // config.batch_tokens
+    recover_steps = round(config.recover_tokens / config.batch_tokens)
+    # The shortest whole training has a fourth of the steps, in which plan idea makes 20 cuts.
+    if recover_steps < 8 or (not config.init and steps < 400):
+        raise UserError(f"{config.tokens:,} tokens before the cut and {config.recover_tokens:,} after it are {steps} "
+                        f"and {recover_steps} steps of {config.batch_tokens:,}; give at least 400 and 8, or a smaller "
+                        "--batch-tokens")
+    return config
+
+
+def waves(config):
+    """The Jobs in two lists: trainings of the models that are cut, and what can only come after
+    them."""
+    config = filled(config)
+    common = dict(data=config.data, tokenizer=config.tokenizer, batch_tokens=config.batch_tokens,
+                  micro_batch=config.micro_batch, block_size=config.block_size, eval_windows=config.eval_windows)
 
     def whole(name, share=1, **settings):
-        steps = round(tokens * share / batch_tokens)
-        return name, dict(both, steps=steps, eval_every=steps, **settings), None
+        steps = round(config.tokens * share / config.batch_tokens)
+        return Job(name, dict(common, steps=steps, eval_every=steps, **settings))
 
-    wholes, recoveries, others, steps = [], [], [], round(after / batch_tokens)
-    if steps < 8 or not c.init and tokens / batch_tokens < 400:                   # a fourth of it has idea's 20 cuts
-        raise UserError(f"{tokens:,} tokens before the cut and {after:,} after it are {tokens // batch_tokens} and "
-                        f"{steps} steps of {batch_tokens:,}; give at least 400 and 8, or a smaller --batch-tokens")
-    for size in c.init or reversed(sizes):                          # the largest first, so that the last ones are short
-        for seed in range(c.seeds):
-            name, start = f"{Path(size).name}-{seed}", size if c.init else f"{c.runs}/{Path(size).name}-{seed}"
-            lr = c.lr if c.lr is not None else INIT_LR if c.init else LEARNING_RATES[size] / 10
-            if not c.init:
-                wholes.append(whole(name, plan="scratch", preset=size, seed=seed))
-            settings = dict(both, plan="scratch", init=start, seed=RECOVERY_SEED + seed, steps=steps, lr=lr, min_lr=lr,
-                            warmup_share=.01, eval_every=max(1, steps // 128), eval_growth=1.2)
-            recoveries += [
-                (f"{kind}-{name}", settings, cut and dict(cut, init=start, data=c.data, block_size=c.block_size,
-                                                          seed=seed))
-                for kind, cut in CUTS.items() if seed == 0 or kind == "control" or kind.startswith("width")]
-        if not c.init:
-            others += [whole(f"{size}-0-of-{k}", 1 / k, plan="scratch", preset=size) for k in (2, 4, 8)]
-            others += [whole(f"{plan}-{size}-0-of-4", 1 / 4, plan=plan, preset=size)
-                       for plan in ("idea", "journey")]
-    others.sort(key=lambda run: (run[1]["steps"], run[1]["plan"] != "scratch", run[1]["preset"]))     # cheapest first
-    return wholes, recoveries + others
+    trained = []
+    recovered = []
+    others = []
+    for path in config.init:
+        recovered += recoveries(config, path, path, common)
+    if config.init:
+        return trained, recovered
+    for size in reversed(PRESETS[config.preset].sizes):     # the largest first, so that the last runs are short
+        for seed in range(config.seeds):
+            trained.append(whole(f"{size}-{seed}", plan="scratch", preset=size, seed=seed))
+        recovered += recoveries(config, size, f"{config.runs}/{size}", common)
+        for k in (2, 4, 8):
+            others.append(whole(f"{size}-0-of-{k}", 1 / k, plan="scratch", preset=size))
+        for plan in ("idea", "journey"):
+            others.append(whole(f"{plan}-{size}-0-of-4", 1 / 4, plan=plan, preset=size))
+
+    def price(job):
+        return job.settings["steps"], job.settings["plan"] != "scratch", job.settings["preset"]
+
+    return trained, recovered + sorted(others, key=price)
 
 
-def job(c, name, settings, cut):
-    """Cut if need be, train, keep the records."""
-    sweep.one(f"{c.runs}/{name}", settings, c.device, cut)
-    sweep.keep_run(c.out, name, sweep.without_steps(f"{c.runs}/{name}"))
-
-
-def after_cut(c, name, settings, cut):
-    """The settings of a run that starts with what the cut leaves, if there is one."""
-    return dict(settings, init=f"{c.runs}/cut-{name}") if cut else settings
-
-
-def refuse_another_grid(c, waves):
-    """UserError: the runs folder belongs to a grid of other settings (the names of runs do not tell its models apart),
-    or the text is too short for this one."""
-    file, told = Path(c.runs) / "grid.json", {k: v for k, v in asdict(c).items() if k not in (
-        "seeds", "minutes", "jobs", "device", "out", "runs")}
-    told = json.loads(json.dumps(told))
-    found = json.loads(file.read_text()) if file.exists() else told
-    differ = [f"{k} is {found.get(k)!r} there and {v!r} here" for k, v in told.items() if found.get(k) != v]
-    if differ:
-        raise UserError(f"{c.runs} holds another grid ({'; '.join(differ)}); give another --runs, and another --out")
-    settings = max((settings for wave in waves for _, settings, _ in wave), key=lambda s: s["steps"])
-    tokens = settings["steps"] * settings["batch_tokens"]
-    if not c.init:
-        corpus = data.load(c.data, open_tokenizer(c.tokenizer or "bytes"))
-        if tokens > 4 * len(corpus.train):
-            raise UserError(f"{tokens:,} tokens are {tokens / len(corpus.train):.0f} epochs of {c.data}, more than 4; "
-                            "give more text by --data, or fewer --tokens")
-    write_atomic(file, lambda out: out.write(json.dumps(told, indent=1).encode()))
-
-
-def filled(c):
-    """With the device and the number of jobs that a preset has by default."""
-    on_gpu = c.preset == "gpu"
-    return replace(c, device=c.device or ("cuda" if on_gpu else "cpu"),
-                   jobs=(3 if on_gpu else os.cpu_count() or 1) if c.jobs is None else c.jobs)
-
-
-def run_grid(c):
-    c = filled(c)
-    if c.seeds < 1 or c.jobs < 1 or c.minutes is not None and c.minutes <= 0:
-        raise UserError(f"--seeds {c.seeds} and --jobs {c.jobs} must be at least 1, --minutes {c.minutes} above 0")
-    until = None if c.minutes is None else time.time() + 60 * c.minutes
-    waves = jobs(c)
-    refuse_another_grid(c, waves)
-    for wave in waves:
-        todo, finished = [], report.finished(c.out)
-        for name, given, cut in wave:
-            settings = after_cut(c, name, given, cut)
-            if sweep.finished(f"{name} in {c.out}", finished.get(name), settings, "--out"):
+def recoveries(config, size, start, common):
+    """The recoveries of one size, or of one model of --init: Jobs for every seed and cut. `start`
+    is the model, for a size without the seed that its folder's name ends with."""
+    if config.lr is not None:
+        lr = config.lr
+    else:
+        lr = INIT_LR if config.init else LEARNING_RATES[size] / 10
+    steps = round(config.recover_tokens / config.batch_tokens)
+    jobs = []
+    for seed in range(config.seeds):
+        init = start if config.init else f"{start}-{seed}"
+        settings = dict(common, plan="scratch", init=init, seed=RECOVERY_SEED + seed, steps=steps, lr=lr, min_lr=lr,
+                        warmup_share=.01, eval_every=max(1, steps // 128), eval_growth=1.2)
+        for kind, cut in CUTS.items():
+            if seed > 0 and not kind.startswith(("control", "width")):
                 continue
-            if not c.init and "init" in given and not checkpoint.checkpoints(given["init"]):
-                raise UserError(f"{given['init']} is gone, with which {name} begins; delete the records of that "
-                                f"training in {c.out} to have it again")
-            todo.append((c, name, settings, cut))
-        done = sweep.side_by_side(job, todo, c.jobs, until)
-        if done < len(todo):
-            return print(f"{len(todo) - done} runs of this wave are left; the same command goes on")
-    print(f"all runs are finished; python -m experiments.scaling fit {c.out}")
+            name = f"{kind}-{Path(size).name}-{seed}"
+            if cut is None:
+                jobs.append(Job(name, settings))
+                continue
+            # The run starts with what the cut leaves.
+            recipe = dict(cut, init=init, data=config.data, block_size=config.block_size, seed=seed)
+            jobs.append(Job(name, dict(settings, init=f"{config.runs}/cut-{name}"), recipe))
+    return jobs
+
+
+def make(config, job):
+    """Cut if need be, train, keep the records."""
+    sweep.run_plan(f"{config.runs}/{job.name}", job.settings, config.device, job.cut)
+    sweep.put_runs(config.out, {job.name: sweep.without_steps(f"{config.runs}/{job.name}")})
+
+
+def refuse_another_grid(config, jobs):
+    """Raise UserError if the folder of runs belongs to a grid of other settings, as the names of
+    runs do not tell the models of two grids apart, or if the text is too short for this one.
+    `config` is as it was given."""
+    file = Path(config.runs) / "grid.json"
+    identity = {name: value for name, value in asdict(config).items() if name not in NOT_IDENTITY}
+    identity = json.loads(json.dumps(identity))
+    if file.exists():
+        differ = sweep.differences("", json.loads(file.read_text()), identity)
+        if differ:
+            raise UserError(f"{config.runs} holds another grid ({'; '.join(differ)}); give another --runs, and another "
+                            "--out")
+    if not config.init:
+        tokens = max(job.settings["steps"] * job.settings["batch_tokens"] for job in jobs)
+        corpus = data.load(config.data, open_tokenizer(config.tokenizer or "bytes"))
+        if tokens > MAX_EPOCHS * len(corpus.train):
+            raise UserError(f"{tokens:,} tokens are {tokens / len(corpus.train):.0f} epochs of {config.data}, more "
+                            f"than {MAX_EPOCHS}; give more text by --data, or fewer --tokens")
+    write_atomic(file, lambda out: out.write(json.dumps(identity, indent=1).encode()))
+
+
+def run_grid(config):
+    """Make what is missing, wave by wave."""
+    minutes_given = config.minutes is not None
+    jobs_given = config.jobs is not None
+    if config.seeds < 1 or (jobs_given and config.jobs < 1) or (minutes_given and config.minutes <= 0):
+        raise UserError(f"--seeds {config.seeds} and --jobs {config.jobs} must be at least 1, --minutes "
+                        f"{config.minutes} above 0")
+    until = None
+    if minutes_given:
+        until = time.time() + 60 * config.minutes
+    trained, recovered = waves(config)
+    refuse_another_grid(config, [*trained, *recovered])
+    config = filled(config)
+    for wave in (trained, recovered):
+        missing = missing_jobs(config, wave)
+        done = sweep.side_by_side(make, [(config, job) for job in missing], config.jobs, until)
+        if done < len(missing):
+            print(f"{len(missing) - done} runs of this wave are left; the same command goes on")
+            return
+    print(f"all runs are finished; python -m experiments.scaling fit {config.out}")
+
+
+def missing_jobs(config, wave):
+    """The Jobs of a wave that have no records. Raises UserError if one of them begins with a model
+    that is gone."""
+    runs = report.finished(config.out)
+    missing = []
+    for job in wave:
+        if sweep.is_finished(f"{job.name} in {config.out}", runs.get(job.name), job.settings, "--out"):
+            continue
+        model = job.cut["init"] if job.cut else job.settings.get("init")
+        if model and not config.init and not checkpoint.checkpoints(model):
+            raise UserError(f"{model} is gone, with which {job.name} begins; delete the records of that training in "
+                            f"{config.out} to have it again")
+        missing.append(job)
+    return missing

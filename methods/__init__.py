@@ -1,2 +1,4 @@
-"""Other published ways to cut a model, one paper or family a file. `prune.py` and `train.py` import a file from here
-only when a flag asks for what it does; `experiments/` compares all of them."""
+"""Other published ways to cut, mend or sparsify a model, one paper or family a file. `prune.py` and
+`train.py` import from here only what a flag of theirs asks for; `experiments/` compares all of
+them.
+"""

@@ -1,11 +1,13 @@
-"""A narrower residual stream: every matrix, norm and embedding loses the same channels (d_model gets smaller).
+"""A narrower residual stream: every matrix, norm and embedding loses the same channels (d_model
+gets smaller).
 
     python prune.py --init runs/scratch-laptop-0 --keep 0.7 --structure channel --score activation
     python -m pytest tests/methods/test_channels.py            # sliced channels are zeroed channels
 
-Minitron (arXiv 2407.14679) ranks channels by what the norms put out. LLM-Pruner (arXiv 2305.11627) ranks them by the
-weights that read or write them. A dead channel is 0 everywhere in the stream, so slicing it off keeps the logits; it
-does not keep the next step of AdamW, as slicing units does (prune.py), because the norms' gains change.
+Minitron (arXiv 2407.14679) ranks channels by what the norms put out. LLM-Pruner (arXiv 2305.11627)
+ranks them by the weights that read or write them. A dead channel is 0 everywhere in the stream, so
+slicing it off keeps the logits; it does not keep the next step of AdamW, as slicing units does
+(prune.py), because the norms' gains change.
 """
 import dataclasses
 import math
@@ -15,16 +17,18 @@ import torch
 from common import UserError
 from model import GPT
 
-READ_THE_STREAM = ("q.weight", "k.weight", "v.weight", "gate.weight", "up.weight")       # a column per channel
+# The matrices that read the residual stream have a column per channel, the others a row.
+READ_THE_STREAM = ("q.weight", "k.weight", "v.weight", "gate.weight", "up.weight")
 
 
 @torch.no_grad()
 def channel_scores(model, stats, score):
     """What each channel of the residual stream is worth: (C,).
 
-    "magnitude" and "taylor" are sums over the entries of the blocks' matrices that read or write the channel
-    (LLM-Pruner's channel-wise cut; embeddings are left out, our choice). "activation" is the size of the norms'
-    outputs: L2 over windows, mean over positions, summed over norms (Minitron)."""
+    "magnitude" and "taylor" are sums over the entries of the blocks' matrices that read or write
+    the channel (LLM-Pruner's channel-wise cut; embeddings are left out, our choice). "activation"
+    is the size of the norms' outputs: L2 over windows, mean over positions, summed over norms
+    (Minitron)."""
     if score == "activation":
         return sum(square.sqrt().mean(0) for square in stats.channel.values())
     total = 0
@@ -38,9 +42,10 @@ def channel_scores(model, stats, score):
 
 @torch.no_grad()
 def slice_channels(model, kept):
-    """The GPT with the channels `kept` (C',) of the residual stream. The norms' mean of squares then runs over C'
-    channels instead of C, so gains · √(C/C') and eps · C/C' give the same logits. The eps of QK norms is the same
-    number, so the q and k before them are scaled by √(C/C') instead."""
+    """The GPT with the channels `kept` (C',) of the residual stream. The norms' mean of squares
+    then runs over C' channels instead of C, so gains · √(C/C') and eps · C/C' give the same logits.
+    The eps of QK norms is the same number, so the q and k before them are scaled by √(C/C')
+    instead."""
     C = model.config.d_model
     n = len(kept)
     scale = math.sqrt(C / n)
@@ -64,8 +69,8 @@ def slice_channels(model, kept):
 
 
 def narrowed(model, stats, score, budget, multiple_of):
-    """The GPT with its best channels, as many as attention and FFN parameters fit into `budget`, a multiple of
-    `multiple_of`. Raises UserError if not even so many channels fit."""
+    """The GPT with its best channels, as many as attention and FFN parameters fit into `budget`, a
+    multiple of `multiple_of`. Raises UserError if not even so many channels fit."""
     C = model.config.d_model
     # Counted width by width: biases do not shrink with C.
     fitting = 0
@@ -73,6 +78,7 @@ def narrowed(model, stats, score, budget, multiple_of):
         if dataclasses.replace(model.config, d_model=n).removable_params() <= budget:
             fitting = n
     if fitting == 0:
-        raise UserError(f"a budget of {budget:,} parameters is less than {multiple_of} of the {C} channels; keep more")
+        raise UserError(f"a budget of {budget:,} parameters is less than {multiple_of} of the {C} "
+                        "channels; keep more")
     ranked = channel_scores(model, stats, score).argsort(descending=True, stable=True)
     return slice_channels(model, ranked[:fitting].sort().values)

@@ -3,12 +3,14 @@
     python prune.py --init runs/scratch-laptop-0 --keep 0.75 --structure layer --score influence
     python prune.py --init runs/scratch-laptop-0 --keep 0.75 --structure sublayer --score perplexity
 
-Two criteria belong to whole layers only. ShortGPT's block influence reads the residual stream in front of a layer and
-behind it. Shortened LLaMA's perplexity leaves the layer out and runs the model again from there on. Every other score
-of score.py is summed over the units of the layer. A *part* is what goes whole: a "layer", or one sub-block of it, "kv"
-(the attention) or "ffn". Not here: the cut itself, which prune.py makes as any other, with no unit left in the part.
+Two criteria belong to whole layers only. ShortGPT's block influence reads the residual stream in
+front of a layer and behind it. Shortened LLaMA's perplexity leaves the layer out and runs the model
+again from there on. Every other score of score.py is summed over the units of the layer. A *part*
+is what goes whole: a "layer", or one sub-block of it, "kv" (the attention) or "ffn". Not here: the
+cut itself, which prune.py makes as any other, with no unit left in the part.
 """
 import contextlib
+import itertools
 import math
 
 import torch
@@ -20,11 +22,13 @@ from distill import chunked_loss
 from model import rotary
 from score import SCORES
 
-PARTS = {"layer": ("layer",), "sublayer": ("kv", "ffn")}        # --structure: the parts that it may remove
+# --structure: the parts that it may remove.
+PARTS = {"layer": ("layer",), "sublayer": ("kv", "ffn")}
 
 
 def units_of(config, layer, part):
-    """The units that a part consists of: {(layer, kind): number}. An absent sub-block is left out."""
+    """The units that a part consists of: {(layer, kind): number}. An absent sub-block is left
+    out."""
     kinds = ("kv", "ffn") if part == "layer" else (part,)
     widths = config.widths()
     return {(layer, kind): widths[layer, kind] for kind in kinds if widths[layer, kind] > 0}
@@ -33,15 +37,16 @@ def units_of(config, layer, part):
 # -- what a part is worth
 
 def influence(stats, layer, part="layer"):
-    """1 - cos(residual stream in front of the part, residual stream behind it), mean over tokens. This is the block
-    influence of ShortGPT (arXiv 2403.03853, eq. 1)."""
+    """1 - cos(residual stream in front of the part, residual stream behind it), mean over tokens.
+    This is the block influence of ShortGPT (arXiv 2403.03853, eq. 1)."""
     return 1 - stats.cosine[layer, part]
 
 
 def without(model, batches, parts=("layer",)):
-    """By how many nats per token the loss rises without a part: {(layer, part): nats}. This is the perplexity
-    criterion of Shortened LLaMA (arXiv 2402.02834, section 3.2). `batches` is a list of token ids (x, y)."""
-    rises = {(layer, part): 0.0 for layer in range(model.config.n_layer) for part in parts}
+    """By how many nats per token the loss rises without a part: {(layer, part): nats}. This is the
+    perplexity criterion of Shortened LLaMA (arXiv 2402.02834, section 3.2). `batches` is a list of
+    token ids (x, y)."""
+    rises = dict.fromkeys(itertools.product(range(model.config.n_layer), parts), 0.0)
     for x, y in batches:
         run = reruns(model, x, y)
         dense, _ = run(model.config.n_layer - 1, model.blocks[-1])
@@ -56,7 +61,8 @@ def without(model, batches, parts=("layer",)):
 @contextlib.contextmanager
 def absent(block, part):
     """Switch a block's attention, its FFN or both off inside of a `with`."""
-    attention, ffn = block.attn, block.ffn
+    attention = block.attn
+    ffn = block.ffn
     if part != "ffn":
         block.attn = None
     if part != "kv":
@@ -70,18 +76,18 @@ def absent(block, part):
 
 @torch.no_grad()
 def reruns(model, x, y, every=1):
-    """Run the model on token ids x, y (B, T) once and keep the residual stream in front of each layer. Returns a
-    function run(layer, block) -> (loss, KL(dense ‖ changed)) in nats per token: of the model with `block` as it is
-    now in the place of that layer, run from that layer on. `every`: losses are of every so many tokens, as logits
-    are half of the work."""
+    """Run the model on token ids x, y (B, T) once and keep the residual stream in front of each
+    layer. Returns a function run(layer, block) -> (loss, KL(dense ‖ changed)) in nats per token: of
+    the model with `block` as it is now in the place of that layer, run from that layer on. `every`:
+    losses are of every so many tokens, as logits are half of the work."""
     device = model.embed.weight.device
-    x, y = x.to(device), y.to(device)
+    x = x.to(device)
     cos, sin = rotary(model.config, 0, x.size(1), device, model.embed.weight.dtype)
     streams = [model.embed(x)]
     for block in model.blocks:
         streams.append(block(streams[-1], cos, sin))
     dense = model.norm(streams[-1])[:, ::every]
-    targets = y[:, ::every]
+    targets = y.to(device)[:, ::every]
 
     def run(layer, block):
         stream = block(streams[layer], cos, sin)
@@ -95,8 +101,8 @@ def reruns(model, x, y, every=1):
 
 
 def part_scores(model, stats, rises, structure, score):
-    """What each part that --structure may remove is worth: {(layer, part): number}. `score` is a name in SCORES,
-    "influence", or "perplexity", whose numbers are `rises` (see `without`)."""
+    """What each part that --structure may remove is worth: {(layer, part): number}. `score` is a
+    name in SCORES, "influence", or "perplexity", whose numbers are `rises` (see `without`)."""
     config = model.config
     units = SCORES[score].function(model, stats) if score in SCORES else None
     scores = {}
@@ -107,9 +113,11 @@ def part_scores(model, stats, rises, structure, score):
                 worth = influence(stats, layer, part)
             elif score == "perplexity":
                 worth = rises[layer, part]
-            else:                                # unit scores are means over parameters: back to a sum over all of them
+            else:
+                # Scores of units are means over their parameters. This is the sum over all of them.
                 worth = sum(units[key].sum().item() * config.unit_params(*key) for key in widths)
-            # Sub-blocks differ in size, so they compete per parameter (our choice). Whole layers compete as published.
+            # Sub-blocks differ in size, so they compete per parameter (our choice). Whole layers
+            # compete as published.
             params = sum(n * config.unit_params(*key) for key, n in widths.items())
             scores[layer, part] = worth if structure == "layer" else worth / max(1, params)
     return scores
@@ -118,9 +126,10 @@ def part_scores(model, stats, rises, structure, score):
 # -- which parts go
 
 def widths_for(config, budget, how, scores, structure, resource="params"):
-    """How many units each layer of `config` keeps when whole parts go, the lowest score first, until all units cost at
-    most `budget` of `resource`: {(layer, kind): units}. `how` is "global", or "middle", which keeps the first and last
-    layers whole. Raises UserError for another `how`, and if the layers that `middle` keeps cost more than the budget."""
+    """How many units each layer of `config` keeps when whole parts go, the lowest score first,
+    until all units cost at most `budget` of `resource`: {(layer, kind): units}. `how` is "global",
+    or "middle", which keeps the first and last layers whole. Raises UserError for another `how`,
+    and if the layers that `middle` keeps cost more than the budget."""
     if how not in ("global", "middle"):
         raise UserError(f"whole layers and sub-blocks go by --allocate global or middle, not {how}")
     costs, left, widths = allocate.split_budget(config, budget, ("ffn", "kv"), resource)

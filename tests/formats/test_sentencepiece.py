@@ -13,7 +13,7 @@ import checkpoint
 from common import UserError
 from formats import huggingface
 from formats.gguf_export import write_gguf
-from formats.llamacpp import encoded, opened
+from formats.llamacpp import open_server, tokenize
 from formats.tokenizer import PROBE, open_tokenizer
 from model import GPT, GPTConfig
 
@@ -82,9 +82,9 @@ def test_exports_to_gguf_tokenize_as_llama_cpp(run):
     if "tokenizer.model" in files and not find_spec("google"):
         pytest.skip("a tokenizer.model is read with protobuf, which is not installed")
     assert "the same in xllamacpp" in command("export.py", "run", "model.gguf", "--to", "gguf", folder=folder)
-    tokenizer, server = open_tokenizer(str(folder / "llama")), opened(folder / "model.gguf", 64)
+    tokenizer, server = open_tokenizer(str(folder / "llama")), open_server(folder / "model.gguf", 64)
     for text in TEXTS:
-        assert encoded(server, text) == tokenizer.encode(text).tolist(), text
+        assert tokenize(server, text) == tokenizer.encode(text).tolist(), text
 
 
 @pytest.mark.parametrize("kind", ["gemma", "mistral", "unigram", pytest.param("unigram.model", marks=reads_protos),
@@ -96,7 +96,7 @@ def test_other_kinds_tokenize_alike_in_llama_cpp(kind, tmp_path):
     files = toys.json_files(kind) if kind in toys.KINDS else toys.model_files("unigram", **options)
     tokenizer = open_tokenizer(kind, files)
     write_gguf(GPT(GPTConfig(500, 64, 32, 8, (4,), (4,), (48,))), tokenizer, tmp_path / "model.gguf")
-    server = opened(tmp_path / "model.gguf", 64)
+    server = open_server(tmp_path / "model.gguf", 64)
     for text in TEXTS:
         # Metaspace puts a blank only before a text that begins with none, llama.cpp before every text.
         if kind in ("mistral", "unigram") and text.startswith(" "):
@@ -104,7 +104,7 @@ def test_other_kinds_tokenize_alike_in_llama_cpp(kind, tmp_path):
         # Ours cuts a special text in two, so two unknown characters in it stay two.
         if kind == "unigram" and "s>" in text:
             continue
-        assert encoded(server, text) == tokenizer.encode(text).tolist(), text
+        assert tokenize(server, text) == tokenizer.encode(text).tolist(), text
 
 
 REFUSED = {

@@ -19,7 +19,7 @@ import transformers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, trainers
 
 from common import UserError
-from formats import tokenizer
+from formats import tokenizer, tokenizer_json
 from formats.tokenizer import Bytes, Tiktoken, open_tokenizer
 
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -326,9 +326,12 @@ def test_what_says_no_bytes_or_is_damaged_is_refused_in_a_sentence(contents, pat
     refused(changed(contents["gpt2"], path, value), sentence)
 
 
-def toy(*tokens, steps=(tokenizer.LEVEL,), **model):
+GPT2_STEPS = tokenizer_json.PRE_TOKENIZERS[tokenizer_json.GPT2]
+
+
+def toy(*tokens, steps=GPT2_STEPS, **model):
     """A tokenizer.json of the 256 bytes, `tokens` from id 256 on, and <|endoftext|>."""
-    vocab = {char: byte for char, byte in tokenizer.BYTES.items()} | {t: 256 + i for i, t in enumerate(tokens)}
+    vocab = {char: byte for char, byte in tokenizer_json.BYTES.items()} | {t: 256 + i for i, t in enumerate(tokens)}
     about = {"dropout": None, "unk_token": None, "byte_fallback": False, "ignore_merges": False, **model}
     steps = [{"trim_offsets": True, **step} if step["type"] == "ByteLevel" else step for step in steps]
     return {"version": "1.0", "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
@@ -338,16 +341,16 @@ def toy(*tokens, steps=(tokenizer.LEVEL,), **model):
 
 
 @pytest.mark.parametrize("pattern, nfc, name", [
-    (tokenizer.GPT2, False, "json-26be1fd48fe84e90"),
-    (tokenizer.GPT2, True, "json-a24cb72c4f6e80bd"),
-    (tokenizer.SMOLLM2, False, "json-8e341f7539b5acd1"),
-    (tokenizer.SMOLLM2, True, "json-58b3bca2ea14bf97"),
-    (tokenizer.LLAMA3, False, "json-856e01172ff07db5"),
-    (tokenizer.LLAMA3, True, "json-c2cc983a5716984d"),
-    (tokenizer.QWEN2, False, "json-50ebf3abdc153b7e"),
-    (tokenizer.QWEN2, True, "json-c77c3852218928e0")])
+    (tokenizer_json.GPT2, False, "json-26be1fd48fe84e90"),
+    (tokenizer_json.GPT2, True, "json-a24cb72c4f6e80bd"),
+    (tokenizer_json.SMOLLM2, False, "json-8e341f7539b5acd1"),
+    (tokenizer_json.SMOLLM2, True, "json-58b3bca2ea14bf97"),
+    (tokenizer_json.LLAMA3, False, "json-856e01172ff07db5"),
+    (tokenizer_json.LLAMA3, True, "json-c2cc983a5716984d"),
+    (tokenizer_json.QWEN2, False, "json-50ebf3abdc153b7e"),
+    (tokenizer_json.QWEN2, True, "json-c77c3852218928e0")])
 def test_names_are_those_of_existing_runs_and_records(pattern, nfc, name):
-    content = toy("ab", "abc", merges=[["a", "b"], ["ab", "c"]], steps=tokenizer.PRE_TOKENIZERS[pattern])
+    content = toy("ab", "abc", merges=[["a", "b"], ["ab", "c"]], steps=tokenizer_json.PRE_TOKENIZERS[pattern])
     if nfc:
         content["normalizer"] = {"type": "NFC"}
     assert ours(content).name == name
@@ -417,7 +420,8 @@ def test_files_made_of_a_vocabulary_have_its_ids_in_tokenizers_and_here(kind, co
         read = ours(contents[kind])
         ranks = {read.token_bytes(i): i for i in range(read.vocab_size) if i not in read.specials.values()}
         ranks |= {bytes([b]): 1600 + b for b in range(256) if bytes([b]) not in ranks}        # tiktoken has all bytes
-        pattern = {"gpt2": tokenizer.GPT2, "smollm2": tokenizer.SMOLLM2, "llama3": SPLIT}.get(kind, tokenizer.QWEN2)
+        pattern = {"gpt2": tokenizer_json.GPT2, "smollm2": tokenizer_json.SMOLLM2, "llama3": SPLIT,
+                   "qwen2": tokenizer_json.QWEN2}[kind]
         bare = Tiktoken(kind, tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks,
                                                 special_tokens=read.specials), read.specials["<|endoftext|>"])
     files = bare.as_files()
@@ -565,6 +569,20 @@ def test_added_tokens_come_out_of_text_unless_they_look_special_or_end_it(text, 
     assert a.decode(a.encode(f"a{text}b")) == f"a{text}b"
 
 
+@pytest.mark.parametrize("unknown, expected", [("<|endoftext|>", [97, 98]), ("<unk>", [97, 257, 98])])
+def test_an_unknown_byte_does_not_end_a_document(unknown, expected):
+    """SmolLM2's tokenizer.json lacks 21 bytes and names <|endoftext|> for them."""
+    content = toy(merges=[], unk_token=unknown)
+    content["model"]["vocab"] = {text: i for text, i in content["model"]["vocab"].items() if text != "\u0104"} | {
+        "<|endoftext|>": 256, "<unk>": 257}
+    assert ours(content).encode("a\x04b").tolist() == expected
+    assert ours(content, bos_token="<|endoftext|>").encode("a\x04b").tolist() == expected
+    assert theirs(content).encode("a\x04b").ids == [97, content["model"]["vocab"][unknown], 98]
+    content = json.loads(toys.unigram().to_str())
+    with pytest.raises(UserError, match="the token for unknown characters is the one that ends a document"):
+        ours(content, eos_token="<unk>")
+
+
 def test_a_text_that_ends_documents_and_cannot_be_kept_out_is_refused():
     made = toys.unigram()
     made.add_special_tokens(["."])
@@ -573,7 +591,7 @@ def test_a_text_that_ends_documents_and_cannot_be_kept_out_is_refused():
         open_tokenizer("x", files)
     files = toys.model_files(user_defined_symbols=["<|im_end|>"])
     assert 3 in open_tokenizer("x", files).encode("a<|im_end|>")                 # as in transformers; it ends nothing
-    with pytest.raises(UserError, match="a document may spell the token that ends it, '<|im_end|>'"):
+    with pytest.raises(UserError, match="a document may spell the token that ends it, '<|im_end|>', as it is a user"):
         open_tokenizer("x", files | {"tokenizer_config.json": '{"eos_token": "<|im_end|>", "added_tokens_decoder": '
                                                               '{"3": {"content": "<|im_end|>"}}}'})
 

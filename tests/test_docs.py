@@ -1,0 +1,481 @@
+"""docs/: tables are what the committed records say, numbers in the prose too, links lead somewhere, commands parse, and
+the walkthrough prints what it says.
+
+    python -m pytest tests/test_docs.py
+    PYTHONPATH=. python tests/test_docs.py      # write the generated tables and the output of the walkthrough anew
+"""
+import contextlib
+import io
+import math
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from scipy import stats
+
+import report
+from common import read_records, write_atomic
+from experiments import claims, claims_report, compare, scaling, scaling_curves, scaling_laws
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RESULTS = ROOT / "results"
+PLACE = ("4x16", 100)
+PAPERS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)       # the claims that are not our own
+
+
+def page(name):
+    return (ROOT / "docs" / name).read_text()
+
+
+def prose(name):
+    """A page without its generated parts, every line break a space."""
+    text = re.sub(r"<!-- (?!end).*?<!-- end -->", "", page(name), flags=re.S)
+    return " ".join(text.split())
+
+
+# -- generated parts
+
+def overview():
+    return compare.overview(compare.read(RESULTS / "smollm2.jsonl"), 0.8)
+
+
+def scaling_table(head):
+    """The table of results/scaling/report.md that begins with these columns."""
+    parts = (RESULTS / "scaling" / "report.md").read_text().split("\n\n")
+    return next(part for part in parts if part.startswith(head))
+
+
+GENERATED = {        # (page, name of the part): function that returns its text
+    ("pruning.md", "experiments/compare.py overview"): overview,
+    ("scaling.md", "results/scaling/report.md errors"): lambda: scaling_table("| cut | law"),
+    ("scaling.md", "results/scaling/report.md constants"): lambda: scaling_table("| cut | points"),
+}
+
+
+def with_part(text, name, content):
+    """The page with `content` between its markers of this name."""
+    begin = f"<!-- {name} -->\n"
+    before, found, rest = text.partition(begin)
+    assert found, f"no marker {name}"
+    _, end, after = rest.partition("<!-- end -->")
+    return f"{before}{begin}{content}\n{end}{after}"
+
+
+@pytest.mark.parametrize(("name", "part"), GENERATED)
+def test_a_generated_part_is_what_the_records_say(name, part):
+    text = page(name)
+    assert with_part(text, part, GENERATED[name, part]()) == text
+
+
+def test_comparison_report_is_what_the_records_say():
+    written = (RESULTS / "smollm2" / "report.md").read_text()
+    assert compare.report(compare.read(RESULTS / "smollm2.jsonl"), 0.8) + "\n" == written
+
+
+# -- claims
+
+@pytest.fixture(scope="module")
+def recorded():
+    """The finished runs of the claims, and their Scale."""
+    config, scale = claims.select(claims.Report())
+    return claims_report.read(ROOT / config.results), scale
+
+
+def test_claims_are_what_the_records_say(recorded):
+    runs, scale = recorded
+    assert with_claims(page("claims.md"), runs, scale) == page("claims.md")
+    details = (RESULTS / "claims" / "report.md").read_text()
+    assert details == claims_report.details(runs, scale) + "\n"
+    assert (RESULTS / "claims" / "figure.png").exists()
+
+
+def with_claims(text, runs, scale):
+    return claims.replaced(text, claims_report.text(runs, scale, "../results/claims/figure.png"))
+
+
+def losses(runs, kind, ratio=100):
+    """{seed: final loss} of a kind."""
+    summaries = claims_report.of_kind(runs, kind, "4x16", ratio)
+    return {seed: summary["final_loss"] for seed, summary in summaries.items()}
+
+
+def differences(runs, first, second, ratio=100):
+    return list(claims_report.differences(runs, first, second, "4x16", ratio).values())
+
+
+def brief(values):
+    """"0.021 ± 0.005": the size of the mean difference, and half of Student's interval."""
+    effect = claims_report.effect(values)
+    return f"{abs(effect.mean):.3f} ± {(effect.high - effect.low) / 2:.3f}"
+
+
+def test_effects_in_the_prose_are_those_of_the_records(recorded):
+    """Every "0.019 ± 0.008" outside of the tables is the effect of some pair of a claim, or of these pairs."""
+    runs, scale = recorded
+    known = {brief(differences(runs, "kd-flops", "scratch-flops"))}
+    for ratio in scale.ratios:
+        known.add(brief(differences(runs, "idea-kd-annealed", "idea", ratio)))
+    for row in claims_report.comparisons(runs, scale):
+        values = differences(runs, row.first, row.second, row.ratio)
+        if len(values) > 1:
+            known.add(brief(values))
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    written = re.findall(r"\d\.\d{3} ± \d\.\d{3}", prose("claims.md") + readme)
+    assert len(written) >= 20
+    assert not set(written) - known
+
+
+def test_holm_leaves_six_of_the_36_pairs(recorded):
+    runs, scale = recorded
+    p_values = []
+    for row in claims_report.comparisons(runs, scale):
+        number = row.claim.number
+        main_length = scale.long if number == 9 else scale.ratio
+        if number in PAPERS and row.ratio == main_length:
+            values = differences(runs, row.first, row.second, row.ratio)
+            p_values.append((stats.ttest_1samp(values, 0).pvalue, number))
+    p_values.sort()
+    left = []
+    for rank, (p, number) in enumerate(p_values):
+        if p * (len(p_values) - rank) >= 0.05:
+            break
+        left.append(number)
+    below = sum(p < 0.05 for p, _ in p_values)
+    assert sorted(left) == [1, 1, 5, 5, 9, 9]
+    assert f"Of the {len(p_values)} pairs in the table of claims, {below} differ from 0" in prose("claims.md")
+
+
+def test_what_claims_md_says_about_pairing(recorded):
+    runs, _ = recorded
+    text = prose("claims.md")
+    correlations = {}
+    for first, second in (("oneshot", "naive"), ("idea", "scratch")):
+        a, b = losses(runs, first), losses(runs, second)
+        seeds = sorted(set(a) & set(b))
+        assert len(seeds) == 15
+        correlations[first] = statistics.correlation([a[s] for s in seeds], [b[s] for s in seeds])
+    assert f"correlate by {correlations['oneshot']:.2f} over seeds" in text
+    assert f"(−{-correlations['idea']:.2f} at 100 tokens per parameter)" in text
+
+
+def steps_with_teacher(run, first_cut):
+    """How many steps after the first cut the teacher was dropped, or None; and the share of steps that had one."""
+    steps = run["config"][0]["steps"]
+    dropped = [record["step"] for record in run.get("teacher", []) if record.get("dropped")]
+    if not dropped:
+        return None, (steps - first_cut) / steps
+    return dropped[0] - first_cut, (dropped[0] + 1 - first_cut) / steps
+
+
+def test_what_claims_md_says_about_teachers(recorded):
+    runs, _ = recorded
+    text = prose("claims.md")
+    shares = []
+    for ratio in (25, 100, 400):
+        for seed in range(15):
+            run = runs[f"idea-kd-4x16-{ratio}-s{seed}"]
+            first_cut = round(run["config"][0]["steps"] / 2)
+            after, share = steps_with_teacher(run, first_cut)
+            assert after == 49
+        shares.append(f"{100 * share:.1f}" if share < 0.01 else f"{100 * share:.0f}")
+    assert f"for {shares[0]}, {shares[1]} and {shares[2]} % of the steps at 25, 100 and 400" in text
+
+    # The teachers whose own cosine has ended: dropped at 25 and 100, never at 400.
+    dropped = []
+    for ratio in (25, 100, 400):
+        for seed in range(15):
+            run = runs[f"idea-kd-annealed-4x16-{ratio}-s{seed}"]
+            after, _ = steps_with_teacher(run, round(run["config"][0]["steps"] / 2))
+            assert (after is None) == (ratio == 400)
+            if after is not None:
+                dropped.append(after)
+    assert f"dropped after {min(dropped)} to {max(dropped)} steps" in text
+    ahead = [-value for value in differences(runs, "annealed", "idea-kd-annealed", 400)]
+    assert f"by {min(ahead):.3f} to {max(ahead):.3f} nats, and teaches for half of the run" in text
+    ahead = [-value for value in differences(runs, "annealed-longer", "kd-annealed-longer")]
+    assert f"a teacher that was {statistics.mean(ahead):.2f} nats ahead" in text
+    gain = statistics.mean(losses(runs, "scratch").values()) - statistics.mean(losses(runs, "scratch-flops").values())
+    assert f"`scratch` gains {gain:.3f} from 1.33 times its FLOPs" in text
+
+
+def test_what_claims_md_says_about_lengths(recorded):
+    runs, _ = recorded
+    text = prose("claims.md")
+    for ratio in (25, 100, 400):
+        cells = []
+        for other in ("scratch-flops", "scratch"):
+            values = differences(runs, "idea", other, ratio)
+            sign = "−" if statistics.mean(values) < 0 else ""
+            cells.append(sign + brief(values))
+        assert f"| {ratio} | {cells[0]} | {cells[1]} |" in text
+    effect = claims_report.effect(differences(runs, "idea", "scratch-flops", 400))
+    assert f"from −{-effect.low:.3f} to +{effect.high:.3f}" in text
+    ends = [-statistics.mean(differences(runs, "idea", f"idea-{name}")) for name in ("1.3x", "5.3x", "25%", "75%")]
+    assert f"end between {min(ends):.3f} and {max(ends):.3f} higher" in text
+    config = runs["cut-adaptive-4x16-100-s0"]["config"][0]
+    a, b, c, d = config["target"]["d_ff"]
+    assert f"They leave {a}, {b}, {c} and {d} neurons (seed 0)" in text
+    nearest = [abs(statistics.mean(differences(runs, "idea", f"idea-{name}"))) for name in ("activation", "taylor", "flap")]
+    assert f"end within {max(nearest):.4f} of IDEA Prune's" in text
+
+
+def test_what_claims_md_says_about_learning_rates(recorded):
+    runs, _ = recorded
+    text = prose("claims.md")
+    best = 0
+    for kind in claims_report.claims_runs.RATED:
+        worse = [statistics.mean(differences(runs, kind, f"{kind}-lr-{times}x")) < 0 for times in ("0.5", "2")]
+        best += all(worse)
+    assert best == 7 and "on average for seven of them" in text
+    wsd = []
+    for kind in ("idea", "scratch"):
+        wsd.append(-statistics.mean(differences(runs, kind, f"{kind}-wsd-lr-2x")))
+    assert f"WSD looks {wsd[0]:.3f} (`idea`) and {wsd[1]:.3f} (`scratch`) worse" in text
+
+
+def test_what_claims_md_says_about_the_default_size():
+    table = report.table(sorted((RESULTS / "laptop").glob("*.jsonl")))
+    text = prose("claims.md")
+    row = re.search(r"\| mean loss \|(.*?)\| The cuts", text)[1]
+    assert re.findall(r"\d\.\d{4}", row) == re.findall(r"(\d\.\d{4}) ±", table)
+
+    # idea minus naive, by seed, both at the same rate
+    minus = []
+    for seed in range(3):
+        pair = [report.records(RESULTS / "laptop" / f"{plan}-{seed}.jsonl") for plan in ("idea", "naive")]
+        idea, naive = (run["summary"][0]["val_loss"] for run in pair)
+        minus.append(idea - naive)
+    assert "{:+.4f}, {:+.4f} and {:.4f} for the three seeds".format(*minus).replace(" -0", " −0") in text
+
+    run = report.records(RESULTS / "laptop" / "idea-0.jsonl")
+    cuts = [record["val_loss"] for record in run["prune"]]
+    before = next(record["val_loss"] for record in run["eval"] if record["step"] == 750)
+    assert f"from {before:.4f} before the first cut to {cuts[-1]:.4f} behind the last one" in text
+    assert f"never more than {max(cuts) - before:.3f} above" in text
+
+
+# -- pruning
+
+def perplexities(part="test"):
+    """{(method, kept fraction): {seed: perplexity}}."""
+    cells = compare.cells(compare.read(RESULTS / "smollm2.jsonl"), part)
+    table = {}
+    for key, seeds in cells.items():
+        table[key] = {seed: cell["perplexity"] for seed, cell in seeds.items()}
+    return table
+
+
+def test_what_pruning_md_says_about_methods():
+    text = prose("pruning.md")
+    by_seed = perplexities()
+    mean = {key: statistics.mean(seeds.values()) for key, seeds in by_seed.items()}
+    ours = "taylor / measured / mended"
+    lower = []
+    for keep in (0.9, 0.8, 0.7, 0.6):
+        published = [value for (name, at), value in mean.items() if at == keep and name in compare.PUBLISHED]
+        lower.append(f"{100 - 100 * mean[ours, keep] / min(published):.0f}")
+    assert f"{lower[0]}, {lower[1]}, {lower[2]} and {lower[3]} % below the best published method" in text
+    for name, other in (("LLM-Pruner", "32.00"), ("Wanda-sp", "42.16"), ("Minitron", "22.29")):
+        whole = "Minitron, width" if name == "Minitron" else name
+        assert f"{mean[whole, 0.8]:.2f}" == other
+        assert f"{name} {mean[f'{name}, FFN', 0.8]:.2f} against {other}" in text
+    assert f"({mean['taylor2 / global', 0.8]:.2f} against {mean['Adapt-Pruner, FFN', 0.8]:.2f})" in text
+    assert f"({mean['taylor2 / global', 0.6]:.2f} against {mean['Adapt-Pruner, FFN', 0.6]:.2f})" in text
+    assert f"({mean['Adapt-Pruner, FFN', 0.8]:.2f} against {mean['FLAP', 0.8]:.2f})" in text
+    assert f"ShortGPT, with a perplexity of {mean['ShortGPT', 0.8]:.2f}" in text
+    for keep, line in ((0.8, "{:.1f} % lower in perplexity on FFNs at −20 % and {:.1f} %"),
+                       (0.6, "at −40 % {:.1f} and {:.1f} %")):
+        gains = []
+        for kind in (", FFN", ""):
+            adapt, other = by_seed[f"Adapt-Pruner{kind}", keep], by_seed[f"LLM-Pruner{kind}", keep]
+            gains.append(100 - 100 * adapt[0] / other[0])
+        assert line.format(*gains) in text
+    runs = report.read_runs(RESULTS / "smollm2.jsonl")
+    for name in ("adapt-0", "adapt-cuts1-0"):
+        assert f"at {runs[name]['summary'][0]['val_loss']:.4f}" in text
+    assert f"before it was {runs['adapt-0']['eval'][0]['val_loss']:.4f}" in text
+
+
+def test_what_pruning_md_says_about_questions():
+    records = compare.read(RESULTS / "smollm2.jsonl")
+    means = {}
+    for record in records:
+        if record["tag"] == "questions":
+            means.setdefault(record["name"], []).append(record["acc_norm"])
+    means = {name: f"{statistics.mean(values):.3f}" for name, values in means.items() if len(values) == 3}
+    cut = {name: value for name, value in means.items() if name != "dense"}
+    best = max(cut, key=cut.get)
+    assert best == "ShortGPT"
+    ours = max(value for name, value in cut.items() if name.endswith("mended"))
+    line = f"{means[best]}, where the whole model answers {means['dense']} and ours {ours}"
+    assert line in prose("pruning.md")
+
+
+# -- scaling
+
+def test_scaling_report_is_what_the_records_say():
+    """The trends anew; of the fits, which take a minute, one, as near as optimisers agree."""
+    written = (RESULTS / "scaling" / "report.md").read_text()
+    recoveries = scaling_curves.recoveries(scaling_curves.read(RESULTS / "scaling.jsonl"), 0.05)
+    for kind in recoveries.values():
+        assert "\n".join(scaling_curves.trends(kind)) in written
+    noise = f"{scaling_curves.noise(recoveries['width']):.4f} nats"
+    assert f"width: two seeds differ by {noise}" in written and f"differ by {noise}" in prose("scaling.md")
+    points = scaling_laws.Points.of(recoveries["width"])
+    nats = scaling_laws.judge(scaling_laws.fit("p2", points, starts=4), points)["nats"]
+    assert nats == pytest.approx(float(re.search(r"\| width \| p2 \| ([\d.]+)", written)[1]), rel=0.05)
+
+
+def test_worked_example_of_scaling_md_is_what_the_command_prints(capsys):
+    example = dict(n0=4e5, rho=0.25, target_loss=1.19, samples=2)
+    text = prose("scaling.md")
+    for before in (None, 1.14):
+        scaling.main_plan(scaling.Plan(**example, before=before))
+        printed = capsys.readouterr().out
+        tokens = int(re.search(r"nats per token: ([\d,]+) tokens", printed)[1].replace(",", ""))
+        share = float(re.search(r"recovery's are ([\d.]+)\s?%", printed)[1])
+        shown = f"{tokens / 1e6:.1f}M" if before is None else f"{tokens / 1e6:.2f}M"
+        assert shown in text and f"{share:.1f} %" in text
+    tokens = int(re.search(r"from scratch to 1.19\d*: ([\d,]+) tokens", printed)[1].replace(",", ""))
+    assert f"{tokens / 1e6:.1f}M (9.8M to 16.8M)" in text
+
+
+# -- speed
+
+def test_what_speed_md_says_is_what_the_records_say():
+    from bench import training
+    text = prose("speed.md")
+    rows = []
+    for record in read_records(RESULTS / "bench.jsonl"):
+        rows += [(record["suite"], row) for row in record["rows"]]
+
+    def values(suite, key, digits=2, **where):
+        found = [row[key] for name, row in rows if name == suite and key in row and where.items() <= row.items()]
+        assert found, (suite, key, where)
+        return [f"{value:.{digits}f}" for value in found]
+
+    peers = (training.GPT2, training.PLAIN, training.LLAMA)
+    for line, where in (("V = 256", dict(V=256, compiled=False)), ("V = 256, compiled", dict(V=256, compiled=True)),
+                        ("V = 50,257", dict(V=50257, compiled=False))):
+        cells = [values("train", "tokens/s: recover's ÷ this", variant=peer, **where)[0] for peer in peers]
+        assert f"| {line} | {' | '.join(cells)} |" in text
+    for V, line in ((256, "{}, {} and {} of the rate"), (50257, "{}, {} and {} at V = 50,257")):
+        reached = []
+        for stage in ("enlarge", "prune", "recover"):
+            reached += values("train", "of matmul's FLOP/s, causal", V=V, compiled=False, variant=stage)
+        assert line.format(*reached) in text
+    over = []
+    for V in (256, 50257):
+        over += values("train", "time over the roofline", V=V, compiled=False, variant="recover, KD")
+    assert f"| {over[0]}, {over[1]} | at most 1.10" in text
+    peak = values("kd", "(peak − teacher) ÷ CE's peak", variant="recover, KD")[0]
+    assert f"| {peak} | at most 1.05" in text
+    small, large = values("cuts", "prune stage ÷ none (a cut per 15 steps, a score per 5)", 3)
+    assert f"| {small} | {large} | at most 1.03" in text
+    late = values("cuts", "÷ at the last cut")
+    assert f"| {late[1]}, {late[2]} | {late[4]}, {late[5]} |" in text
+    saving, loading = values("disk", "share of it")
+    assert f"| {saving}, {loading} | at least 0.7" in text
+    assert f"reach {values('ddp', 'efficiency')[0]} of twice the speed" in text
+    ours = values("infer", "of the bytes", runtime="ours")
+    theirs = values("infer", "of the bytes", runtime="llama.cpp")
+    assert f"even widths | {ours[1]} | {theirs[1]} |" in text
+    assert f"uneven widths | {ours[2]} | {theirs[2]} |" in text
+    for name in ("ours", "llama.cpp"):
+        assert values("infer", "of the roofline", runtime=name, model="dense")[0] in text
+
+
+# -- links
+
+def anchors(text):
+    """The anchors of a page's headings, as GitHub makes them."""
+    found = set()
+    for heading in re.findall(r"^#+ (.*)$", text, re.M):
+        kept = re.sub(r"[^\w\- ]", "", heading.lower())
+        found.add(kept.replace(" ", "-"))
+    return found
+
+
+@pytest.mark.parametrize("file", PAGES, ids=lambda file: file.name)
+def test_links_lead_somewhere(file):
+    text = file.read_text()
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    for link in links:
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        other = file if not path else file.parent / path
+        assert other.exists(), link
+        assert not anchor or anchor in anchors(other.read_text()), link
+
+
+# -- the walkthrough
+
+BLOCK = re.compile(r"```python\n(.*?)```\n(?:```text\n(.*?)```\n)?", re.S)
+
+
+def printed_by(blocks):
+    """What each block of Python prints; they share their variables, in order."""
+    space = {}
+    outputs = []
+    for code in blocks:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(code, space)                                        # noqa: S102
+        outputs.append(out.getvalue())
+    return outputs
+
+
+NUMBER = re.compile(r"-?\d+\.\d+")
+
+
+def test_walkthrough_prints_what_it_says():
+    """Text and whole numbers exactly; numbers with a point to 0.05, since training differs a little from machine to
+    machine."""
+    blocks = BLOCK.findall(page("walkthrough.md"))
+    assert len(blocks) >= 8
+    for (code, expected), printed in zip(blocks, printed_by([code for code, _ in blocks])):
+        shape = NUMBER.sub("#", re.sub(r"\d+ %", "# %", printed))
+        assert shape == NUMBER.sub("#", re.sub(r"\d+ %", "# %", expected)), code
+        for ours, theirs in zip(NUMBER.findall(printed), NUMBER.findall(expected)):
+            assert math.isclose(float(ours), float(theirs), abs_tol=0.05), (code, printed)
+
+
+def test_walkthrough_shows_the_two_facts():
+    text = page("walkthrough.md")
+    assert "largest entry of a dead neuron: 0.0\n" in text
+    assert "logits differ by less than 1e-12: True\n" in text
+
+
+# -- writing what is generated
+
+def write():
+    for (name, part), content in GENERATED.items():
+        text = with_part(page(name), part, content())
+        write_page(name, text)
+    config, scale = claims.select(claims.Report())
+    write_page("claims.md", with_claims(page("claims.md"), claims_report.read(ROOT / config.results), scale))
+    text = page("walkthrough.md")
+    blocks = [code for code, _ in BLOCK.findall(text)]
+    outputs = iter(printed_by(blocks))
+
+    def filled(match):
+        output = next(outputs)
+        shown = f"```text\n{output}```\n" if output else ""
+        return f"```python\n{match[1]}```\n{shown}"
+
+    write_page("walkthrough.md", BLOCK.sub(filled, text))
+
+
+def write_page(name, text):
+    write_atomic(ROOT / "docs" / name, lambda file: file.write(text.encode()))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(ROOT))
+    write()
