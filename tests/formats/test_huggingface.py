@@ -386,6 +386,15 @@ def prompts():
     return ids[0], ids[1, :15]
 
 
+def greedy(model, prompt):
+    """Our continuation by 20 tokens. None of its choices hinges on rounding."""
+    ids = model.generate(prompt[None], 20, temperature=0)[0]
+    logits = model(ids[None, :-1])[0, len(prompt) - 1:]
+    best, second = logits.topk(2).values.unbind(-1)
+    assert (best - second).min() > 100 * torch.finfo(torch.float32).eps * logits.abs().max()
+    return ids
+
+
 def padded(side, width):
     """The two prompts in one batch, padded on one side -> (ids, mask), each (2, width)."""
     ids, mask = torch.zeros(2, width, dtype=torch.long), torch.zeros(2, width, dtype=torch.long)
@@ -403,13 +412,13 @@ def test_exported_models_generate_as_ours(exported, cache):
     own_code = type(theirs).__module__.startswith("transformers_modules")
     if own_code and "cache_implementation" in cache and VERSION < (4, 56):
         pytest.skip("transformers before 4.56 allocates a static cache with one width for all layers")
-    expected = [model.generate(prompt[None], 20, temperature=0)[0] for prompt in prompts()]
-    greedy = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0, **cache)
+    expected = [greedy(model, prompt) for prompt in prompts()]
+    settings = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0, **cache)
     first = prompts()[0][None]
-    alone = theirs.generate(first, attention_mask=torch.ones_like(first), **greedy)
+    alone = theirs.generate(first, attention_mask=torch.ones_like(first), **settings)
     assert torch.equal(alone[0], expected[0])
     ids, mask = padded("left", 24)
-    batch = theirs.generate(ids, attention_mask=mask, **greedy)
+    batch = theirs.generate(ids, attention_mask=mask, **settings)
     assert torch.equal(batch[0, 4:], expected[0]) and torch.equal(batch[1, 9:], expected[1])
 
 

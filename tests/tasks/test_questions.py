@@ -283,7 +283,9 @@ def test_questions_and_tasks_agree_with_lm_eval_on_transformers(twin, tmp_path):
         assert found[name + "_stderr"] == pytest.approx(theirs["results"]["own_choice"][name + "_stderr,none"])
     ours, table = questions.run_tasks(model, tokenizer, names, include_path=str(tmp_path), bootstrap_iters=1)  # lm_eval's
     near(answers(ours, "own_choice"), answers(theirs, "own_choice"), 1e-4)
-    assert answers(ours, "own_rolling") == pytest.approx(answers(theirs, "own_rolling"), abs=1e-3)
+    # Sums over up to some thousand tokens: float32 may round a hundred times.
+    rounding = 100 * torch.finfo(torch.float32).eps
+    assert answers(ours, "own_rolling") == pytest.approx(answers(theirs, "own_rolling"), rel=rounding)
     texts = answers(ours, "own_generate")
     assert texts == answers(theirs, "own_generate")
     assert len({len(tokenizer.encode(text)) for text in texts}) > 1                       # some of them were stopped
