@@ -144,7 +144,7 @@ class Tiktoken(Tokenizer):
     def ids(self, text, special):
         if special:
             return self.encoding.encode(text, allowed_special="all")
-        return self.encoding.encode_ordinary(text)
+        return self.encoding.encode_to_numpy(text, disallowed_special=())
 
     def token_bytes(self, token):
         try:

@@ -19,7 +19,7 @@ WITH_HOLES = {**CONFIGS, "holes": GPTConfig(**SHAPE, n_head=(4, 0, 2), n_kv_head
 
 
 def new(config, dtype=torch.float64, seed=0, device="cpu"):
-    """A model and its AdamW, built as steps.make_optimizer does. Weights far from 0 and gains far from 1."""
+    """A model and its AdamW, built as train.py does. Weights far from 0 and gains far from 1."""
     torch.manual_seed(seed)
     model = GPT(config).to(device, dtype)
     with torch.no_grad():
@@ -59,7 +59,7 @@ def channels_of_unit(config, layer, kind, unit):
 
 
 def without(config, layer, kind, *units):
-    """The keep that drops exactly these units."""
+    """All units alive but exactly these."""
     return prune.everything(config) | {(layer, kind): torch.tensor(
         [i for i in range(config.widths()[layer, kind]) if i not in units], dtype=torch.long)}
 

@@ -20,7 +20,7 @@ from model import GPTConfig
 @pytest.mark.parametrize("how, structure, resource", [
     (how, structure, resource) for how in allocate.ALLOCATIONS for structure in STRUCTURES
     for resource in allocate.RESOURCES if (structure, resource) != (("ffn",), "kv_bytes")])
-def test_budgets_are_met_and_nothing_that_went_would_have_fitted(how, structure, resource):
+def test_budgets_are_met_to_the_last_block(how, structure, resource):
     met = 0
     for seed in range(40):
         rng = random.Random(seed)
@@ -70,10 +70,10 @@ def test_global_keeps_the_best_of_all_layers_and_kinds(seed):
     config = CONFIGS[rng.choice(list(CONFIGS))]
     scores = random_scores(config, seed, ties=True)
     widths = allocate.widths_for(config, math.floor(rng.random() * config.removable_params()), "global", scores)
-    keep = prune.choose({key: scores[key] for key in widths}, widths)
+    alive = prune.choose({key: scores[key] for key in widths}, widths)
     for key in (key for key, n in config.widths().items() if widths[key] < n):
-        best = max(s for i, s in enumerate(scores[key].tolist()) if i not in keep[key].tolist())
-        for other, kept in keep.items():     # nothing kept that is as large as a unit that went scores below it
+        best = max(s for i, s in enumerate(scores[key].tolist()) if i not in alive[key].tolist())
+        for other, kept in alive.items():     # nothing kept that is as large as a unit that went scores below it
             if config.unit_params(*other) >= config.unit_params(*key) and len(kept):
                 assert scores[other][kept].min() >= best
 
@@ -89,7 +89,7 @@ def shared(how, keep, config=EQUAL, structure=("ffn", "kv"), scores=None, **more
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids=",".join)
 @pytest.mark.parametrize("m", [1, 4, 7])
-def test_uniform_layers_differ_by_at_most_one_block_and_strict_ones_not_at_all(structure, m):
+def test_uniform_layers_differ_by_at_most_one_block(structure, m):
     seen = set()
     for keep in (.3, .45, .55, .66, .8, .93) if len(structure) == 2 else (.7, .8, .9):
         for how, most in (("uniform", 1), ("uniform-strict", 0)):
@@ -108,7 +108,7 @@ def test_uniform_keeps_the_share_in_uneven_layers():
             assert abs(n - keep * config.widths()[key]) <= 1 + .03 * n         # FFNs take what is less than a KV group
 
 
-def test_middle_keeps_the_first_eighth_and_the_last_sixteenth_whole():
+def test_middle_keeps_the_outer_layers_whole():
     assert [l for l in range(32) if allocate.protected(l, 32)] == [0, 1, 2, 3, 30, 31]
     for structure in STRUCTURES:
         widths, start = shared("middle", .75, structure=structure), EQUAL.widths()
@@ -170,7 +170,7 @@ def test_adaptive_leaves_at_least_one_percent():
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_standardised_does_not_see_a_layers_scale_and_offset_and_global_does(seed):
+def test_standardised_ignores_a_layers_scale_and_offset(seed):
     config = EQUAL if seed % 2 else CONFIGS["all"]
     scores = random_scores(config, seed)
     other = scores | {(1, "ffn"): scores[1, "ffn"] * 7 + 3, (0, "kv"): scores[0, "kv"] / 9 - 5}
@@ -178,7 +178,7 @@ def test_standardised_does_not_see_a_layers_scale_and_offset_and_global_does(see
     assert pairs["standardised"][0] == pairs["standardised"][1] and pairs["global"][0] != pairs["global"][1]
 
 
-def test_global_and_standardised_may_drop_sub_blocks_and_the_next_cut_goes_on():
+def test_global_may_drop_sub_blocks_and_go_on():
     scores = random_scores(EQUAL, 0)
     scores |= {(3, "kv"): torch.zeros(4), (5, "ffn"): torch.zeros(40)}
     widths = shared("global", .8, scores=scores)
@@ -222,7 +222,7 @@ def random_start_and_target(rng):
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_allocations_meet_every_budget_on_the_way_to_the_target(seed):
+def test_widths_on_the_way_meet_every_budget(seed):
     rng = random.Random(seed)
     start, target = random_start_and_target(rng)
     whole, least, first, last = start.removable_params(), target.removable_params(), start.widths(), target.widths()

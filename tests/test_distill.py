@@ -58,7 +58,7 @@ def near(found, expected, relative=1e-10):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_kl_is_that_of_torch_distributions_and_so_is_its_gradient(temperature):
+def test_kl_is_that_of_torch_distributions(temperature):
     s, t = draw(6, V).requires_grad_(), draw(6, V, seed=1)
     expected = kl_divergence(Categorical(logits=t / temperature), Categorical(logits=s / temperature)) * temperature**2
     value, gradient = kl(s.detach(), t, temperature)
@@ -69,7 +69,7 @@ def test_kl_is_that_of_torch_distributions_and_so_is_its_gradient(temperature):
         near(moved, value, 1e-9), near(moved_gradient, gradient, 1e-9)
 
 
-def test_cross_entropy_is_that_of_torch_and_so_is_its_gradient():
+def test_cross_entropy_is_that_of_torch():
     s, y = draw(6, V).requires_grad_(), torch.tensor([0, 12, 3, 3, 7, 1])
     expected = F.cross_entropy(s, y, reduction="none")
     value, *none, gradient = token_losses(s.detach(), y)
@@ -79,7 +79,7 @@ def test_cross_entropy_is_that_of_torch_and_so_is_its_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_kl_and_its_gradient_vanish_at_student_equals_teacher_and_only_there(dtype):
+def test_kl_vanishes_only_where_student_equals_teacher(dtype):
     p = draw(50, V, dtype=dtype)
     for temperature in (0.5, 1.0, 3.0):
         value, gradient = kl(p, p.clone(), temperature)
@@ -141,7 +141,7 @@ def test_bfloat16_logits_are_widened_before_anything_is_formed_from_them():
     near(stats.double(), torch.stack((F.cross_entropy(logits, y), divergence, F.cross_entropy(taught, y))), 1e-6)
 
 
-def test_the_loss_is_a_mean_over_tokens_and_of_the_right_size_for_every_vocabulary():
+def test_loss_is_a_mean_over_tokens():
     hidden, weight, targets, teacher_hidden, teacher_weight = batch()
     whole = chunked_loss(hidden, weight, targets, teacher_hidden, teacher_weight)[0]
     rows = [chunked_loss(hidden[i:i + 1], weight, targets[i:i + 1], teacher_hidden[i:i + 1], teacher_weight)[0]
@@ -174,7 +174,7 @@ class Scaled(torch.nn.Module):
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_torch_compile_takes_the_loss_as_one_graph_and_gives_the_same_gradients(monkeypatch, backend):
+def test_compiled_loss_is_one_graph_with_the_same_gradients(monkeypatch, backend):
     monkeypatch.setattr(distill, "CHUNK_VALUES", {"cpu": V * 8})
     hidden, weight, *rest = batch()
     for taught in (rest, rest[:1]):
@@ -192,7 +192,7 @@ def test_a_gpu_s_chunks_are_whole_tiles_of_64_tokens():
     assert tokens == [320, 32, 1] and distill.chunk_tokens(torch.empty(49152, 1)) == 42
 
 
-def test_smoothing_starts_at_the_first_value_and_a_teacher_no_longer_better_is_dropped():
+def test_a_teacher_that_is_overtaken_is_dropped():
     average = None
     for value, expected in ((4.0, 4.0), (2.0, 3.0), (7.0, 5.0), (5.0, 5.0)):
         average = smooth(average, value, beta=0.5)
@@ -226,7 +226,7 @@ def measure_memory(kind, tokens, vocabulary=49152, width=64):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_the_peak_is_at_most_a_third_of_the_plain_formula_s(tokens=2048):
+def test_peak_memory_is_at_most_a_third_of_plain(tokens=2048):
     """The plain one's grows with the tokens: at 8,192 of them it was 12,291 MB and ours 118 MB, a ratio of 0.01."""
     peak = {}
     for kind in ("plain", "ours"):

@@ -17,8 +17,8 @@ ROWS = [      # a file imports only from rows above its own
     "eval export methods.depth methods.torch_pruning_peer",
     "methods.measured",
     "prune",
-    "train experiments.compare experiments.smollm2",
-    "bench.variants experiments.claims_runs experiments.sweep",
+    "train experiments.compare_report experiments.smollm2",
+    "bench.variants experiments.claims_runs experiments.compare experiments.sweep",
     "bench.inference bench.system bench.training experiments.claims_report experiments.scaling_runs",
     "bench.__main__ experiments.claims experiments.scaling"]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}

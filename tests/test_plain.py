@@ -23,7 +23,8 @@ def dense(tree):
                 places.append((node.lineno, "a comprehension inside a comprehension"))
         if isinstance(node, ast.IfExp) and inside(node, ast.IfExp):
             places.append((node.lineno, "a conditional expression inside another"))
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple) and isinstance(node.targets[0], ast.Tuple):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple) \
+                and isinstance(node.targets[0], ast.Tuple):
             places.append((node.lineno, "two values assigned in one statement"))
         if isinstance(node, ast.Expr) and isinstance(node.value, (ast.IfExp, ast.BoolOp, ast.Tuple, ast.ListComp)):
             places.append((node.lineno, "an expression as a statement"))
@@ -35,8 +36,9 @@ def test_code_is_written_apart(name):
     assert not dense(ast.parse(FILES[name].read_text()))
 
 
-@pytest.mark.parametrize("code", ["[a for b in c for a in b]", "[[a for a in b] for b in c]", "a if b else c if d else e",
-                                  "a, b = c, d", "a and b()", "a() if b else c()"])
+@pytest.mark.parametrize("code", [
+    "[a for b in c for a in b]", "[[a for a in b] for b in c]", "a if b else c if d else e", "a, b = c, d", "a and b()",
+    "a() if b else c()"])
 def test_what_is_dense_is_seen(code):
     assert dense(ast.parse(code))
 

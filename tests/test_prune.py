@@ -39,39 +39,39 @@ def train(model, optimizer, steps, first=0, loss=loss_of, rank=0, autocast=False
 
 
 def some(config, *kinds):
-    """A keep that drops one or more scattered units of these kinds in each layer, in each another number."""
-    rng, keep = random.Random(0), prune.everything(config)
+    """All units but one or more scattered ones of these kinds in each layer, in each layer another number."""
+    rng, alive = random.Random(0), prune.everything(config)
     for (layer, kind), n in config.widths().items():
         if kind in kinds:
-            keep[layer, kind] = torch.tensor(sorted(rng.sample(range(n), max(1, n - 1 - layer))))
-    return keep
+            alive[layer, kind] = torch.tensor(sorted(rng.sample(range(n), max(1, n - 1 - layer))))
+    return alive
 
 
-def dead_entries(model, keep):
-    """{parameter name: bool tensor, true at the entries of units that are not kept}"""
+def dead_entries(model, alive):
+    """{parameter name: bool tensor, true at the entries of units that are not alive}"""
     dead = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
     for (layer, kind), n in model.config.widths().items():
-        for unit in set(range(n)) - set(keep[layer, kind].tolist()):
+        for unit in set(range(n)) - set(alive[layer, kind].tolist()):
             for name, index in entries(model.config, layer, kind, unit):
                 dead[name][index] = True
     return dead
 
 
-def split(model, keep):
+def split(model, alive):
     """All weights in two vectors: those of dead units, the others."""
-    dead, parameters = dead_entries(model, keep), dict(model.named_parameters())
+    dead, parameters = dead_entries(model, alive), dict(model.named_parameters())
     return [torch.cat([parameters[name].detach()[d == side] for name, d in dead.items()]) for side in (True, False)]
 
 
-def assert_same_where_alive(model, optimizer, small, small_optimizer, keep, tolerance):
-    """Weights, exp_avg, exp_avg_sq and step counts of the small model are the large one's kept entries."""
-    dead, large = dead_entries(model, keep), dict(model.named_parameters())
+def assert_same_where_alive(model, optimizer, small, small_optimizer, alive, tolerance):
+    """Weights, exp_avg, exp_avg_sq and step counts of the small model are the large one's living entries."""
+    dead, large = dead_entries(model, alive), dict(model.named_parameters())
     for name, p in small.named_parameters():
-        alive, q = ~dead[name], large[name]
+        living, q = ~dead[name], large[name]
         mine, theirs = small_optimizer.state[p], optimizer.state[q]
         assert mine.keys() == theirs.keys() == {"step", "exp_avg", "exp_avg_sq"} and mine["step"] == theirs["step"]
         for a, b in ((p, q), *((mine[moment], theirs[moment]) for moment in ("exp_avg", "exp_avg_sq"))):
-            assert a.shape == p.shape and (a.flatten() - b[alive]).abs().max() <= tolerance, name
+            assert a.shape == p.shape and (a.flatten() - b[living]).abs().max() <= tolerance, name
 
 
 # -- fact 2: slicing is exact
@@ -82,30 +82,30 @@ def assert_same_where_alive(model, optimizer, small, small_optimizer, keep, tole
 def test_slicing_keeps_the_logits_and_the_next_step(name, kind, dtype, tolerance):
     model, optimizer = new(CONFIGS[name], dtype)
     train(model, optimizer, 20)
-    keep, (x, _) = some(model.config, kind), batch(model.config, 0)
+    alive, (x, _) = some(model.config, kind), batch(model.config, 0)
     before = model(x)
-    prune.zero_(model, optimizer, keep)
+    prune.zero_(model, optimizer, alive)
     train(model, optimizer, 7, first=20)
-    small, small_optimizer = prune.slice(model, optimizer, keep)
-    assert small.config.widths() == {key: len(indices) for key, indices in keep.items()}
+    small, small_optimizer = prune.slice(model, optimizer, alive)
+    assert small.config.widths() == {key: len(indices) for key, indices in alive.items()}
     assert (small(x) - model(x)).abs().max() <= tolerance
     assert (small(x) - before).abs().max() > 1e-2                              # something was cut
-    assert_same_where_alive(model, optimizer, small, small_optimizer, keep, 0)
+    assert_same_where_alive(model, optimizer, small, small_optimizer, alive, 0)
     norms = [train(*pair, 1, first=27) for pair in ((model, optimizer), (small, small_optimizer))]
     assert min(norms) > 2 * CLIP                                               # clipping binds: all gradients matter
     if dtype == torch.float64:                         # in float32, m / sqrt(v) blows up the rounding of tiny gradients
-        assert_same_where_alive(model, optimizer, small, small_optimizer, keep, tolerance)
+        assert_same_where_alive(model, optimizer, small, small_optimizer, alive, tolerance)
 
 
 @pytest.mark.parametrize("kinds", [("ffn",), ("kv",), ("ffn", "kv")])
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_a_layer_without_units_loses_the_sub_block_and_its_norm(kinds, layer):
+def test_a_layer_without_units_loses_its_sub_block(kinds, layer):
     model, optimizer = new(CONFIGS["all"])
     train(model, optimizer, 20)
-    keep = prune.everything(model.config) | {(layer, kind): torch.tensor([], dtype=torch.long) for kind in kinds}
-    prune.zero_(model, optimizer, keep)
+    alive = prune.everything(model.config) | {(layer, kind): torch.tensor([], dtype=torch.long) for kind in kinds}
+    prune.zero_(model, optimizer, alive)
     train(model, optimizer, 3, first=20)
-    small, small_optimizer = prune.slice(model, optimizer, keep)
+    small, small_optimizer = prune.slice(model, optimizer, alive)
     x, _ = batch(model.config, 0)
     assert (small(x) - model(x)).abs().max() <= 1e-12
     gone = tuple(f"blocks.{layer}.{part}" for kind in kinds
@@ -113,7 +113,7 @@ def test_a_layer_without_units_loses_the_sub_block_and_its_norm(kinds, layer):
     assert [key for key in model.state_dict() if not key.startswith(gone)] == list(small.state_dict())
     for pair in ((model, optimizer), (small, small_optimizer)):
         train(*pair, 1, first=23)
-    assert_same_where_alive(model, optimizer, small, small_optimizer, keep, 1e-12)
+    assert_same_where_alive(model, optimizer, small, small_optimizer, alive, 1e-12)
     absent = prune.everything(small.config)                                    # what is not there is no trouble later
     prune.zero_(small, small_optimizer, absent)
     assert torch.equal(prune.slice(small, small_optimizer, absent)[0](x), small(x))
@@ -126,9 +126,9 @@ def test_a_sliced_model_is_a_model_of_its_own(name):
     train(model, optimizer, 3)
     model.blocks[0].attn_norm.weight.requires_grad_(False)
     optimizer.param_groups[0].update(lr=0.0125, initial_lr=0.5)
-    keep = some(model.config, "ffn")
-    prune.zero_(model, optimizer, keep)
-    small, small_optimizer = prune.slice(model, optimizer, keep)
+    alive = some(model.config, "ffn")
+    prune.zero_(model, optimizer, alive)
+    small, small_optimizer = prune.slice(model, optimizer, alive)
     assert list(small.state_dict()) == list(GPT(small.config).state_dict())
     large, name_of = dict(model.named_parameters()), {p: key for m in (model, small) for key, p in m.named_parameters()}
     for key, p in small.named_parameters():
@@ -143,21 +143,21 @@ def test_a_sliced_model_is_a_model_of_its_own(name):
     assert all(torch.equal(p, before[0][key]) for key, p in model.state_dict().items())
     for i, state in optimizer.state_dict()["state"].items():
         assert all(torch.equal(v, before[1][i][key]) for key, v in state.items())
-    alone, none = prune.slice(model, None, keep)
+    alone, none = prune.slice(model, None, alive)
     assert none is None and alone.config == small.config
 
 
 # -- fact 1: a dead unit stays dead
 
-def life_after_death(model, optimizer, keep, moments=True, steps=100, **how):
+def life_after_death(model, optimizer, alive, moments=True, steps=100, **how):
     """Train, cut, train on; -> weights of the dead units at the end."""
     train(model, optimizer, 20, **how)
-    assert split(model, keep)[0].numel() and (split(model, keep)[0] != 0).all()
-    prune.zero_(model, optimizer if moments else None, keep)
+    assert split(model, alive)[0].numel() and (split(model, alive)[0] != 0).all()
+    prune.zero_(model, optimizer if moments else None, alive)
     with torch.compiler.set_stance("fail_on_recompile"):
         train(model, optimizer, steps, first=20, **how)
-    assert (split(model, keep)[1] != 0).all()                                  # and nobody else died
-    return split(model, keep)[0]
+    assert (split(model, alive)[1] != 0).all()                                  # and nobody else died
+    return split(model, alive)[0]
 
 
 @every_config
@@ -176,8 +176,8 @@ def test_a_unit_whose_moments_live_comes_back(name, kind):
 
 @every_config
 def test_bfloat16_autocast_keeps_units_dead(name):
-    keep = some(CONFIGS[name], "ffn", "kv")
-    assert (life_after_death(*new(CONFIGS[name], torch.float32), keep, autocast=True) == 0).all()
+    alive = some(CONFIGS[name], "ffn", "kv")
+    assert (life_after_death(*new(CONFIGS[name], torch.float32), alive, autocast=True) == 0).all()
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="compiling for a CPU takes inductor a minute")
@@ -188,8 +188,8 @@ def test_compiled_training_keeps_units_dead_and_never_recompiles(backend, device
     torch.compiler.reset()
     config, compiled = CONFIGS["all"], torch.compile(loss_of, backend=backend, dynamic=False)
     model, optimizer = new(config, torch.float32, device=device)
-    keep = some(config, "ffn", "kv")
-    assert (life_after_death(model, optimizer, keep, loss=compiled, autocast=device == "cuda") == 0).all()
+    alive = some(config, "ffn", "kv")
+    assert (life_after_death(model, optimizer, alive, loss=compiled, autocast=device == "cuda") == 0).all()
 
 
 def ddp_worker(rank, folder):
@@ -219,8 +219,8 @@ def test_killing_a_kv_group_removes_exactly_its_query_heads(name):
     for layer, (H, K) in enumerate(zip(config.n_head, config.n_kv_head)):
         for j in range(K):
             whole, killed, unheard, silent = (new(config)[0] for _ in range(4))
-            keep, g, D = without(config, layer, "kv", j), H // K, config.head_dim
-            prune.zero_(killed, None, keep)
+            alive, g, D = without(config, layer, "kv", j), H // K, config.head_dim
+            prune.zero_(killed, None, alive)
             with torch.no_grad():
                 unheard.blocks[layer].attn.o.weight[:, j * g * D:(j + 1) * g * D] = 0    # query heads j·g … (j+1)·g-1
                 for p in silent.blocks[layer].attn.v.parameters():                       # KV head j
@@ -228,8 +228,8 @@ def test_killing_a_kv_group_removes_exactly_its_query_heads(name):
             assert (killed(x) - unheard(x)).abs().max() <= 1e-12
             assert (killed(x) - silent(x)).abs().max() <= 1e-12
             assert (killed(x) - whole(x)).abs().max() > 1e-4
-            (dead, alive), (_, same) = split(killed, keep), split(whole, keep)
-            assert (dead == 0).all() and torch.equal(alive, same)
+            (dead, rest), (_, same) = split(killed, alive), split(whole, alive)
+            assert (dead == 0).all() and torch.equal(rest, same)
 
 
 # -- choice

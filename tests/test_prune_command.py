@@ -78,7 +78,7 @@ RECIPES = [dict(zip(("structure", "score", "allocate", "keep", "budget"), row[:5
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: "-".join(map(str, r.values())))
-def test_every_kind_of_recipe_meets_its_budget_and_the_model_loads(command, trained, recipe, tmp_path, monkeypatch):
+def test_every_recipe_meets_its_budget_and_loads(command, trained, recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(prune, "picture", lambda *_: None)
     full = dataclasses.replace(checkpoint.load(trained)[0].config, block_size=32)
     model, about, said = command(**recipe)
@@ -113,7 +113,7 @@ def test_every_kind_of_recipe_meets_its_budget_and_the_model_loads(command, trai
     assert losses(again[2]) == [before, after]
 
 
-def test_the_loss_it_prints_is_evals_and_the_opposite_order_is_worse(command, trained, tmp_path, monkeypatch, capsys):
+def test_printed_loss_is_evals_and_opposite_order_is_worse(command, trained, tmp_path, monkeypatch, capsys):
     settings = dict(keep=.5, windows=16, eval_windows=64, block_size=64)
     before, after = losses(command(**settings)[2])
     evaluation.main(evaluation.Eval(str(tmp_path / "cut"), windows=64, device="cpu"))      # the same hold-out
@@ -157,7 +157,7 @@ def test_the_hold_out_only_measures(command, corpus, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["magnitude", "wanda"])
-def test_2_4_is_saved_with_its_masks_and_trains_on_as_2_4(command, tmp_path, name):
+def test_2_4_is_saved_and_trains_on_with_its_masks(command, tmp_path, name):
     model, about, said = command(structure="2:4", score=name)
     masks = two_four.unpack(about["masks"])
     assert two_four.share(model) == 1 and "zero in 100% of the blocks' matrices" in said

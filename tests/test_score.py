@@ -32,7 +32,7 @@ DATA_AWARE = [name for name in score.SCORES if name not in ("magnitude", "random
 
 
 @pytest.mark.parametrize("name", WITH_HOLES)
-def test_scores_take_exactly_the_entries_of_a_unit_and_the_query_heads_it_serves(name):
+def test_scores_take_exactly_the_entries_of_a_unit(name):
     model, _ = new(WITH_HOLES[name])
     config, batches, w = model.config, text(model.config), {n: p.detach() for n, p in model.named_parameters()}
     stats, seen = score.collect(model, batches, FIELDS), inputs(model, batches)
@@ -141,7 +141,7 @@ def planted():
 
 
 @pytest.mark.parametrize("name", [*DATA_AWARE, "magnitude"])
-def test_useless_units_rank_last_unless_only_their_weights_are_looked_at(planted, name):
+def test_useless_units_rank_last(planted, name):
     found = score.SCORES[name].function(*planted)
     neurons, groups = (found[1, kind].argsort().tolist() for kind in ("ffn", "kv"))
     if name == "magnitude":
@@ -202,10 +202,10 @@ def test_moving_averages_against_written_out_numbers():
         torch.testing.assert_close(found[key], torch.tensor(numbers, dtype=torch.float64))
 
 
-def test_ranking_puts_dead_units_last_and_uncertainty_can_turn_the_order():
+def test_ranking_with_dead_units_and_uncertainty():
     key, averages = (0, "kv"), {(0, "kv"): torch.tensor([[3., 2., 9., 1.], [.1, 1., 5., .5]])}
-    keep = {key: torch.tensor([0, 1, 3])}
-    plain, uncertain = (score.mask_dead(score.ranking(averages, twice), keep) for twice in (False, True))
+    alive = {key: torch.tensor([0, 1, 3])}
+    plain, uncertain = (score.mask_dead(score.ranking(averages, twice), alive) for twice in (False, True))
     assert plain[key].tolist() == [3, 2, -math.inf, 1]
     torch.testing.assert_close(uncertain[key], torch.tensor([.3, 2., -math.inf, .5]))
     assert [prune.choose(scores, {key: 2})[key].tolist() for scores in (plain, uncertain)] == [[0, 1], [1, 3]]

@@ -278,11 +278,12 @@ def test_executed_flops_exceed_credited_ones_by_dead_units_teacher_and_scoring(t
     full, live = (c.flops_per_token(64) * 256 for c in (setup.start, setup.target))
     assert early["credited"] == late["credited"] == taught["credited"]
     assert late["executed"] - early["executed"] == pytest.approx((55 - 41) * (full - live))
-    assert taught["executed"] - early["executed"] == pytest.approx(30 * setup.start.flops_per_token(64, backward=False) * 256)
+    teaching = setup.start.flops_per_token(64, backward=False) * 256
+    assert taught["executed"] - early["executed"] == pytest.approx(30 * teaching)
     scored = sum(schedule.score_at(step, setup.timeline, 5, 10) for step in range(60))
     sizes = [schedule.size_at(step, setup.timeline) for step in range(60)]
-    live_at = [setup.start.resized(train.allocate.widths_on_the_way(setup.start, setup.target, size, setup.start.widths()))
-               for size in sizes]
+    widths = [train.allocate.widths_on_the_way(setup.start, setup.target, size, setup.start.widths()) for size in sizes]
+    live_at = [setup.start.resized(each) for each in widths]
     assert early["credited"] == pytest.approx(sum(256 * config.flops_per_token(64) for config in live_at))
     assert early["executed"] == pytest.approx(41 * full + 19 * live + 3 * scored * setup.start.removable_params())
 
@@ -337,7 +338,8 @@ def test_init_starts_with_these_weights_and_ends_at_its_widths_divided(tmp_path,
     setup, state = train_toy(tmp_path / "run", **settings)
     last, about = checkpoint.load(tmp_path / "run")
     assert (last.config.n_head, last.config.n_kv_head, last.config.d_ff) == ((2, 0, 2), (1, 0, 1), (16, 16, 0))
-    assert setup.target == last.config and checkpoint.tokenizer_of(about, "run").encode("añ").tolist() == [*"añ".encode()]
+    assert setup.target == last.config
+    assert checkpoint.tokenizer_of(about, "run").encode("añ").tolist() == [*"añ".encode()]
     losses = [e["val_loss"] for e in report.records(tmp_path / "run")["eval"]]
     assert losses[-1] < losses[0] - 1
     config = json.loads((folder / "config.json").read_text())                  # the folder comes to hold another model
@@ -351,7 +353,8 @@ def test_init_without_pruning_trains_on_and_a_run_is_a_teacher_for_it(tmp_path, 
     settings = dict(init=str(folder), preset="laptop", block_size=32)
     setup, state = train_toy(tmp_path / "more", plan="scratch", **settings)
     assert setup.target == setup.start == state.model.config and setup.start.d_ff == model.config.d_ff
-    setup, state = train_toy(tmp_path / "taught", plan="kd", teacher=str(tmp_path / "more"), drop_teacher=False, **settings)
+    settings |= dict(teacher=str(tmp_path / "more"), drop_teacher=False)
+    setup, state = train_toy(tmp_path / "taught", plan="kd", **settings)
     assert state.teacher is not None
 
 
@@ -463,7 +466,8 @@ def test_a_named_score_is_measured_at_every_cut_and_cuts_what_it_says(tmp_path, 
             assert sorted(best) == keep[key].tolist()
     train_toy(tmp_path / "plain", slice_at=45)
     plain = report.records(tmp_path / "plain")["summary"][0]["flops_executed"]
-    scored = sum(schedule.score_at(step, setup.timeline, 5, 10) for step in range(60)) * 3 * setup.start.removable_params()
+    scored = sum(schedule.score_at(step, setup.timeline, 5, 10) for step in range(60))
+    scored *= 3 * setup.start.removable_params()
     calibrated = 0 if name == "random" else 4 * 4 * 64 * setup.start.flops_per_token(64, backward=False)
     assert state.flops["executed"] == pytest.approx(plain - scored + calibrated)
 

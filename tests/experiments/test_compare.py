@@ -1,11 +1,11 @@
-"""experiments/compare.py on a tiny model: disjoint texts, kept budgets, records that go on where they stopped, claims."""
+"""The comparison on a tiny model: disjoint texts, kept budgets, records that go on where they stopped, claims."""
 import json
 import math
 
 import pytest
 
 from common import UserError, append_record
-from experiments import compare
+from experiments import compare, compare_report
 from formats import huggingface
 from formats.tokenizer import open_tokenizer
 from model import GPT, GPTConfig
@@ -65,21 +65,21 @@ def test_a_comparison_meets_its_budgets_and_goes_on_where_it_stopped(folder, tmp
     assert all(r["kept"] <= r["keep"] for r in cells if "perplexity" in r)
     assert all(math.isfinite(r["perplexity"]) for r in cells if "refused" not in r)
     names = {r["name"] for r in cells if r["part"] == "test"}
-    assert names >= {*compare.PUBLISHED} and names >= {*compare.HALF}
-    assert len(names) == len(compare.PUBLISHED) + len(compare.HALF) + 1 + SMALL["best"]
+    assert names >= {*compare.PUBLISHED} and names >= {*compare_report.HALF}
+    assert len(names) == len(compare.PUBLISHED) + len(compare_report.HALF) + 1 + SMALL["best"]
     for name in ("FLAP", "SliceGPT", "Adapt-Pruner", "ShortGPT"):               # every seed and size has its row
         assert sum("perplexity" in r for r in cells if r["name"] == name and r["part"] == "test") == 4, name
     assert {r["name"] for r in records if r["tag"] == "questions"} >= {"dense", "FLAP", "SliceGPT"}
     assert "flap / measured / mended" in {r["name"] for r in cells} and "| **" in printed
 
-    monkeypatch.setattr(compare.Bench, "cut", None)                             # nothing is left to cut
+    monkeypatch.setattr(compare.Cuts, "cut", None)                             # nothing is left to cut
     compare.main(settings)
     assert compare.read(tmp_path / "all.jsonl") == records
     monkeypatch.undo()
 
     compare.main(compare.Compare(str(folder), out=settings.out, part="report"))
     assert (tmp_path / "all" / "report.md").read_text() == capsys.readouterr().out.split("Test perplexity", 1)[0] + \
-        compare.report(records, .8) + "\n"
+        compare_report.report(records, .8) + "\n"
     others = [{"run": "adapt", "tag": "config"}, {"run": "adapt", "tag": "cell"}]          # of another run
     for record in others:
         append_record(tmp_path / "all.jsonl", **record)
@@ -98,7 +98,7 @@ def test_another_comparison_is_refused_and_its_records_stay(folder, tmp_path, fe
     before = file.read_bytes()
     with pytest.raises(UserError, match="tokens is 256 there and 512 here"):
         compare.main(compare.Compare(str(folder), out=str(file), part="grid", **{**SMALL, "tokens": 512}))
-    with pytest.raises(UserError, match="'nothing' is not one of grid, rows"):
+    with pytest.raises(UserError, match="--part 'nothing' is not one of all, grid, rows"):
         compare.main(compare.Compare(str(folder), out=str(file), part="nothing", **SMALL))
     with pytest.raises(UserError, match="--seeds has no effect on a report"):
         compare.main(compare.Compare(str(folder), out=str(file), part="report", seeds=7))
@@ -124,12 +124,13 @@ def test_claims_are_the_written_numbers():
                     cell("test", "ShortGPT", .8, seed, short), cell("test", "wanda / adaptive", .8, seed, 99.)]
         records += [cell("test", "taylor / adaptive", .8, seed, mine)]          # on test ours is not chosen again
     records.append({"tag": "cell", "part": "test", "name": "SliceGPT", "keep": .8, "seed": 0, "refused": "why"})
-    text = compare.claims(records, .8)
+    text = compare_report.claims(records, .8)
     assert "*Adaptive beats uniform* (keep 0.8, validation, one calibration): mixed, `taylor` +10.0%, `wanda` -10.0%" \
         in text
     assert "*Adapt-Pruner beats FLAP*: mixed, keep 0.8 -20.0%, +10.0%" in text
     assert "keep 0.8: holds, best width Adapt-Pruner 21.00, best depth ShortGPT 42.00" in text
-    assert "taylor / adaptive), keep 0.8: 14.50 against the best published, Adapt-Pruner, 21.00: -10.0%, -50.0%" in text
+    assert "taylor / adaptive), keep 0.8: 14.50; the best published method, Adapt-Pruner, has 21.00: -10.0%, -50.0%" \
+        in text
     assert "worse" not in text and "Refused: SliceGPT at 0.8" in text
 
 
@@ -140,7 +141,7 @@ def test_overview_has_every_method_once_the_dense_model_first_and_then_the_best(
     asked = (("dense", 1.0, "a", .5), ("dense", 1.0, "b", .25), ("FLAP", .8, "a", .4))
     records += [{"tag": "questions", "name": name, "keep": keep, "seed": 0, "file": file, "limit": 500, "acc_norm": x}
                 for name, keep, file, x in asked]
-    text = compare.overview(records, .8)
+    text = compare_report.overview(records, .8)
     assert "and mean accuracy (acc_norm) on 500 of a, 500 of b" in text
     assert text.splitlines()[2:] == [
         "| method | keep 0.8 | keep 0.6 | keep 0.5 | questions at 0.8 |", "| --- | --- | --- | --- | --- |",
@@ -149,8 +150,8 @@ def test_overview_has_every_method_once_the_dense_model_first_and_then_the_best(
 
 
 def test_cost_is_a_ratio_of_one_run(folder, tmp_path):
-    bench = compare.Bench(compare.Compare(str(folder), out=str(tmp_path / "cost.jsonl"), **SMALL))
-    before = {name: p.clone() for name, p in bench.model.named_parameters()}
-    table = compare.cost(bench, windows=4, rounds=1)
+    subject = compare.open_subject(compare.Compare(str(folder), **SMALL))
+    before = {name: p.clone() for name, p in subject.model.named_parameters()}
+    table = compare.cost(subject, windows=4, rounds=1)
     assert table.count("\n") == 5 and "| `taylor2` | forward, backward |" in table
-    assert all((p == before[name]).all() and p.grad is None for name, p in bench.model.named_parameters())
+    assert all((p == before[name]).all() and p.grad is None for name, p in subject.model.named_parameters())

@@ -65,7 +65,7 @@ def test_the_channels_that_stay_are_the_best():
 
 
 @pytest.mark.parametrize("name", ["magnitude", "taylor", "activation"])
-def test_a_channel_of_the_stream_is_worth_what_reads_and_writes_it(name):
+def test_a_channel_is_worth_what_reads_and_writes_it(name):
     model, _ = new(WITH_HOLES["all"])
     stats = score.collect(model, text(model.config), {"grad", "channel"})
     found = channels.channel_scores(model, stats, name)

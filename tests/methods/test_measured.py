@@ -55,7 +55,7 @@ def test_the_knapsack_is_exhaustive_search(seed):
         measured.knapsack(options, cheapest - 1)
 
 
-def test_the_knapsack_takes_the_first_of_equals_and_rounds_large_costs_up():
+def test_the_knapsack_breaks_ties_and_rounds_large_costs():
     assert measured.knapsack({"a": [(3, 1.), (2, 1.), (2, 1.)], "b": [(1, 0.), (0, 0.)]}, 10) == {"a": 0, "b": 0}
     most, rng = 10**8 + 7, random.Random(0)                                    # 96 times 2^20 units of 1
     options = {key: [(rng.randint(0, most // 2), rng.random()) for _ in range(4)] + [(0, 1.)] for key in range(4)}
@@ -80,7 +80,7 @@ def surrogate(damage, widths):
 @pytest.mark.parametrize("structure, budget", [(structure, budget) for structure in STRUCTURES
                                                for budget in allocate.RESOURCES
                                                if (structure, budget) != (("ffn",), "kv_bytes")])
-def test_measured_meets_the_budget_and_is_never_worse_than_uniform_in_what_it_adds_up(structure, budget):
+def test_measured_is_never_worse_than_uniform(structure, budget):
     compared = 0
     for seed in range(12):
         rng, m = random.Random(seed), [1, 4][seed % 2]
@@ -109,7 +109,7 @@ def test_measured_meets_the_budget_and_is_never_worse_than_uniform_in_what_it_ad
     assert compared >= 3 or budget == "kv_bytes"
 
 
-def test_measured_cuts_where_it_costs_least_and_refuses_what_cannot_be():
+def test_measured_cuts_where_it_costs_least():
     damage = {(layer, "ffn"): [(40, 0.), (0, 1. if layer == 2 else 8.)] for layer in range(8)}
     most = EQUAL.removable_params() - 40 * EQUAL.unit_params(0, "ffn")
     widths = measured.widths_for(EQUAL, most, damage, ("ffn",))
@@ -118,7 +118,7 @@ def test_measured_cuts_where_it_costs_least_and_refuses_what_cannot_be():
         measured.widths_for(EQUAL, 100, damage, ("ffn",))
 
 
-def test_wide_layers_are_measured_on_a_grid_and_the_rest_filled_up():
+def test_wide_layers_are_filled_up_between_grid_points():
     config = GPTConfig(**SHAPE, n_head=(0, 0), n_kv_head=(0, 0), d_ff=(1000, 1000))
     damage = {(layer, "ffn"): [(1000, 0.), (500, .1 + layer), (0, 3.)] for layer in (0, 1)}
     for keep in (.31, .5, .777):
@@ -135,7 +135,7 @@ def kl(dense, other):
 
 @pytest.mark.parametrize("name", ["all", "holes"])
 @pytest.mark.parametrize("factor", [1, 2])
-def test_damage_is_the_divergence_of_the_whole_model_with_other_columns(name, factor):
+def test_damage_is_the_divergence_of_the_whole_model(name, factor):
     model, _ = new(WITH_HOLES[name])
     batches, was, config = text(model.config, 2), fingerprint(model), model.config
     scores = {key: torch.rand(n, generator=torch.Generator().manual_seed(key[0])) for key, n in config.widths().items()}
@@ -156,7 +156,7 @@ def test_damage_is_the_divergence_of_the_whole_model_with_other_columns(name, fa
             assert nats == pytest.approx(exact, abs=1e-12) and nats > 0
 
 
-def test_damage_under_autocast_is_of_the_weights_as_they_are_now():
+def test_damage_under_autocast_is_of_the_current_weights():
     """autocast keeps bfloat16 copies of the weights, and would go on with those from before a cut."""
     model, _ = new(WITH_HOLES["gqa"], torch.float32)
     scores = {key: torch.arange(n) for key, n in model.config.widths().items()}

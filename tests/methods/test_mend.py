@@ -23,7 +23,7 @@ def random_problem(seed, n=9, tokens=200):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_mended_columns_are_numpys_least_squares_as_damping_goes_to_0(seed):
+def test_mended_columns_are_numpys_least_squares(seed):
     x, gram, w = random_problem(seed)
     kept = torch.tensor([0, 3, 4, 8])
     best = torch.from_numpy(np.linalg.lstsq(x[:, kept].numpy(), (x @ w.T).numpy(), rcond=None)[0]).T        # (5, 4)
@@ -35,7 +35,7 @@ def test_mended_columns_are_numpys_least_squares_as_damping_goes_to_0(seed):
     assert mend.mended(w, gram, torch.tensor([], dtype=torch.long)).shape == (5, 0)
 
 
-def test_mending_is_exact_where_what_goes_is_a_combination_of_what_stays():
+def test_mending_redundant_channels_is_exact():
     x, _, w = random_problem(0)
     x[:, [2, 6]] = x[:, [0, 1, 3]] @ torch.tensor([[1., -2], [.5, 0], [0, 3]], dtype=torch.float64)
     kept, gram = torch.tensor([0, 1, 3, 4, 5, 7, 8]), x.T @ x / len(x)
@@ -47,17 +47,17 @@ def test_mending_is_exact_where_what_goes_is_a_combination_of_what_stays():
 @pytest.mark.parametrize("name", ["gqa", "all"])
 def test_a_mended_cut_changes_only_the_readers_and_comes_nearer(name):
     model, _ = new(WITH_HOLES[name])
-    batches, keep = text(model.config), prune.everything(model.config)
-    keep |= {(0, "ffn"): torch.tensor([0, 2, 3]), (1, "kv"): torch.tensor([0, 2]), (1, "ffn"): torch.tensor([]).long()}
+    batches, alive = text(model.config), prune.everything(model.config)
+    alive |= {(0, "ffn"): torch.tensor([0, 2, 3]), (1, "kv"): torch.tensor([0, 2]), (1, "ffn"): torch.tensor([]).long()}
     stats, seen = score.collect(model, batches, {"gram", "mean"}), inputs(model, batches)
-    plain, mended = prune.cut(model, keep), prune.cut(model, keep, "least-squares", stats)
+    plain, mended = prune.cut(model, alive), prune.cut(model, alive, "least-squares", stats)
     assert plain.config == mended.config and type(mended) is GPT
     changed = {a for (a, p), q in zip(plain.named_parameters(), mended.parameters()) if not torch.equal(p, q)}
     assert changed == {"blocks.0.ffn.down.weight", "blocks.1.attn.o.weight"}
     for layer, kind in ((0, "ffn"), (1, "kv")):
         reader = coupled(model.config, layer, kind)[-1][0]
         x, w, units = seen[reader].flatten(0, 1), model.get_parameter(reader), model.config.widths()[layer, kind]
-        channels = torch.cat([torch.arange(w.size(1)).view(units, -1)[unit] for unit in keep[layer, kind]])
+        channels = torch.cat([torch.arange(w.size(1)).view(units, -1)[unit] for unit in alive[layer, kind]])
         error = lambda small: (x[:, channels] @ small.get_parameter(reader).T - x @ w.T).square().mean().item()
         assert error(mended) < .99 * error(plain)
 
@@ -69,8 +69,8 @@ def test_bias_puts_the_mean_in_the_place_of_what_went(kind, kept):
     model, _ = new(WITH_HOLES["all"])
     batches, n = text(model.config), model.config.widths()[0, kind]
     stats, weights = score.collect(model, batches, {"mean"}), copy.deepcopy(model.state_dict())
-    keep = without(model.config, 0, kind, *(set(range(n)) - {*kept}))
-    small, idx = prune.cut(model, keep, "bias", stats), batches[0][0]
+    alive = without(model.config, 0, kind, *(set(range(n)) - {*kept}))
+    small, idx = prune.cut(model, alive, "bias", stats), batches[0][0]
     reader = coupled(model.config, 0, kind)[-1][0]
     each = model.get_parameter(reader).size(1) // n
     gone = [c for c in range(n * each) if c // each not in kept]
@@ -83,13 +83,13 @@ def test_bias_puts_the_mean_in_the_place_of_what_went(kind, kept):
     expected = model(idx)
     handle.remove()
     assert (small(idx) - expected).abs().max() <= 1e-12 and (small(idx) - model(idx)).abs().max() > 1e-3
-    assert (prune.cut(model, keep)(idx) - expected).abs().max() > 1e-4                     # without the bias it differs
+    assert (prune.cut(model, alive)(idx) - expected).abs().max() > 1e-4                     # without the bias it differs
     assert all(torch.equal(p, weights[key]) for key, p in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["plain", "all"])
 @pytest.mark.parametrize("kind", ["ffn", "kv"])
-def test_bias_keeps_the_mean_of_the_output_and_brings_it_nearer(name, kind):
+def test_bias_keeps_the_mean_of_the_output(name, kind):
     model, _ = new(WITH_HOLES[name])
     batches, part = text(model.config), "ffn" if kind == "ffn" else "attn"
     stats, alive = score.collect(model, batches, {"mean"}), without(model.config, 0, kind, 0)

@@ -71,7 +71,7 @@ def projected(model, batches, k, idx):
 
 
 @every_config
-def test_nothing_dropped_is_the_dense_model_and_the_dense_model_stays(name):
+def test_nothing_dropped_is_the_dense_model(name):
     model, idx = new(CONFIGS[name]), tokens_of(CONFIGS[name], 2, 3)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     sliced = sliced_to(model, calibration(model.config), 24)
@@ -91,7 +91,7 @@ def test_slicing_is_projecting_the_stream_before_each_sub_block(name, k):
 
 
 @every_config
-def test_a_stream_that_lives_in_k_directions_is_sliced_to_them_exactly(name):
+def test_a_stream_in_k_directions_is_sliced_exactly(name):
     model, idx, k = new(CONFIGS[name]), tokens_of(CONFIGS[name], 2, 3), 10
     lives = torch.linalg.qr(torch.randn(24, k, dtype=torch.float64))[0]
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_a_stream_that_lives_in_k_directions_is_sliced_to_them_exactly(name):
 
 @every_config
 @pytest.mark.parametrize("keep", [.5, .7, .95])
-def test_the_width_is_the_largest_multiple_of_8_in_the_budget_by_the_tensors_there_are(name, keep):
+def test_width_is_the_largest_multiple_of_8_in_the_budget(name, keep):
     wide = {**CONFIGS[name].__dict__, "d_model": 72, "d_ff": tuple(9 * f for f in CONFIGS[name].d_ff)}
     model = new(GPTConfig(**wide), torch.float32)
     budget, batches = keep * model.config.removable_params(), [tokens_of(model.config, 5, 1)]
@@ -146,7 +146,7 @@ def trained():
     return model.requires_grad_(False), rows
 
 
-def test_principal_directions_lose_less_of_a_trained_model_than_random_ones(trained, monkeypatch):
+def test_principal_directions_lose_less_than_random_ones(trained, monkeypatch):
     model, rows = trained
     loss = lambda m: F.cross_entropy(m(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()).item()
     batches, k = [rows[:64, :-1]], 32                                                        # of 48: a third goes

@@ -35,7 +35,7 @@ def folder(path, n_kv_head=2, tie=True):
 
 @needs_peer
 @pytest.mark.parametrize("keep, n_kv_head, tie", [(.9, 2, True), (.7, 2, False), (.6, 6, True), (.2, 1, True)])
-def test_budget_is_met_and_the_logits_are_those_of_their_pruned_model(keep, n_kv_head, tie, tmp_path):
+def test_budget_is_met_and_logits_are_the_same(keep, n_kv_head, tie, tmp_path):
     source = folder(tmp_path / "hf", n_kv_head, tie)
     dense = checkpoint.load(source)[0].config
     model, seconds, ratio = peer.cut(str(source), keep)

@@ -44,7 +44,7 @@ def brute(scores):
 
 @pytest.mark.parametrize("values", [2, 1000])                     # few: ties everywhere, some among zeros
 @pytest.mark.parametrize("wanda", [False, True])
-def test_the_two_best_of_each_four_stay_as_brute_force_says(values, wanda):
+def test_the_two_best_of_each_four_stay(values, wanda):
     model, g = new(), torch.Generator().manual_seed(1)
     for p in model.parameters():
         p.data = torch.randint(-values, values + 1, p.shape, generator=g).double()
@@ -137,7 +137,7 @@ def test_share_counts_blocks():
     assert two_four.share(model) == 1 - 2 / blocks
 
 
-def test_packed_masks_are_one_bit_a_weight_and_come_back_exactly_through_a_checkpoint(tmp_path):
+def test_packed_masks_come_back_through_a_checkpoint(tmp_path):
     model, g = new(), torch.Generator().manual_seed(0)
     masks = two_four.masks(model) | {f"odd.{n}": torch.rand(5, n, generator=g) < .5 for n in (1, 7, 8, 9, 64)}
     packed = two_four.pack(masks)
@@ -156,7 +156,7 @@ def test_packed_masks_are_one_bit_a_weight_and_come_back_exactly_through_a_check
     (dict(d_ff=(20, 10)), "blocks.1.ffn.down.weight has 10 inputs.*multiple of 4; .*--multiple-of 4"),
     (dict(d_model=14), "blocks.0.attn.q.weight has 14 inputs.*multiple of 4; .*d_model and head_dim"),
     (dict(head_dim=2), "blocks.0.attn.o.weight has 6 inputs.*multiple of 4; .*d_model and head_dim")])
-def test_widths_that_are_no_multiple_of_4_are_refused_in_one_sentence(shape, says):
+def test_widths_that_are_no_multiple_of_4_are_refused(shape, says):
     model = GPT(GPTConfig(**{**dict(vocab_size=13, block_size=8, d_model=12, head_dim=4, n_head=(3, 3),
                                     n_kv_head=(3, 3), d_ff=(20, 8)), **shape}))
     for call in (two_four.masks, two_four.share):
@@ -220,7 +220,7 @@ class Killed(BaseException):
     pass
 
 
-def test_a_2_4_model_trains_on_as_2_4_killed_or_not_and_so_does_a_run_from_that_run(tmp_path, monkeypatch, given, init):
+def test_a_2_4_model_stays_2_4_killed_or_not(tmp_path, monkeypatch, given, init):
     _, state = train_toy(tmp_path / "whole", **init)
     assert obeys(tmp_path / "whole", given[2]) and state.masks.keys() == given[2].keys()
     losses = [e["val_loss"] for e in report.records(tmp_path / "whole")["eval"]]
@@ -298,7 +298,7 @@ def test_two_processes_hold_the_same_masks_and_are_one(tmp_path, given, init):
 
 
 @pytest.mark.parametrize("plan", ["idea", "naive", "oneshot", "idea-kd", "journey"])
-def test_plans_that_prune_refuse_a_2_4_model_and_write_nothing(tmp_path, init, plan):
+def test_plans_that_prune_refuse_a_2_4_model(tmp_path, init, plan):
     with pytest.raises(UserError, match=f"2:4.*cannot be cut while it trains.*{plan!r} prunes.*--plan scratch") as no:
         train_toy(tmp_path / "run", **init, plan=plan, block_size=32)
     assert "\n" not in str(no.value) and not (tmp_path / "run").exists()

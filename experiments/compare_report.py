@@ -1,0 +1,304 @@
+"""The rows of the comparison of methods, and what its records say: tables, and the papers' claims with verdicts.
+
+    python -m experiments.compare smollm2 --out results/smollm2.jsonl --part report
+
+Not here: making the records (experiments/compare.py).
+"""
+import functools
+import itertools
+import math
+from statistics import fmean
+
+import pandas as pd
+
+import allocate
+import score
+from common import UserError
+from prune import Prune
+from report import markdown
+
+# -- what is compared
+
+FFN = functools.partial(Prune, structure="ffn")
+PUBLISHED = {  # score and allocation are the method's own
+    "random": Prune(score="random", allocate="uniform"),
+    "magnitude": Prune(score="magnitude", allocate="uniform"),
+    "Wanda-sp": Prune(score="wanda", allocate="uniform"),
+    "Wanda-sp, FFN": FFN(score="wanda", allocate="uniform"),
+    "FLAP": Prune(score="flap", allocate="global", mend="bias"),
+    "LLM-Pruner": Prune(score="taylor", allocate="middle"),
+    "LLM-Pruner, FFN": FFN(score="taylor", allocate="middle"),
+    "LLM-Pruner, channels": Prune(score="taylor", structure="channel"),
+    "Minitron, width": Prune(score="activation", allocate="uniform"),
+    "Minitron, FFN": FFN(score="activation", allocate="uniform"),
+    "Minitron, channels": Prune(score="activation", structure="channel"),
+    "Adapt-Pruner": Prune(score="taylor", allocate="adaptive", iterations=20),        # as many as ADAPT_STEP gives
+    "Adapt-Pruner, FFN": FFN(score="taylor", allocate="adaptive", iterations=20),
+    "ShortGPT": Prune(score="influence", structure="layer"),
+    "Shortened LLaMA, PPL": Prune(score="perplexity", structure="layer", measured_windows=16),
+    "Shortened LLaMA, Taylor+": Prune(score="taylor", structure="layer", allocate="middle"),
+    "SliceGPT": None,                 # these two have no recipe of prune.py
+    "torch-pruning": None,
+}
+HALF = {"2:4, magnitude": Prune(score="magnitude", structure="2:4"),
+        "2:4, Wanda": Prune(score="wanda", structure="2:4")}
+DEPTH = ("ShortGPT", "Shortened LLaMA, PPL", "Shortened LLaMA, Taylor+")
+RIVALS = ("LLM-Pruner", "LLM-Pruner, FFN", "FLAP", "Wanda-sp", "Wanda-sp, FFN", "SliceGPT")      # of Adapt-Pruner
+ALLOCATIONS = [name for name in allocate.ALLOCATIONS if name != "uniform-strict"]
+ADAPT_STEP = 0.02                     # from Adapt-Pruner's scripts
+
+
+def grid():
+    """The recipes of all scores with all allocations, as cut and mended; what is quick to run comes
+    first."""
+    recipes = []
+    for allocations, mend in ((ALLOCATIONS, "none"), (ALLOCATIONS, "least-squares"), (["measured"], "least-squares"),
+                              (["measured"], "none")):
+        for unit_score, allocation in itertools.product(score.SCORES, allocations):
+            recipes.append(Prune(score=unit_score, allocate=allocation, mend=mend))
+    return recipes
+
+
+GRID = grid()
+
+
+def name_of(recipe):
+    mended = " / mended" if recipe.mend == "least-squares" else ""
+    return f"{recipe.score} / {recipe.allocate}{mended}"
+
+
+# -- the records as tables
+
+def cells(records, part):
+    """A table of the cells that were not refused: a row each, with the losses of the texts as
+    columns."""
+    rows = []
+    for record in records:
+        if record["tag"] == "cell" and record["part"] == part and "perplexity" in record:
+            rows.append({**record, **record["losses"]})
+    columns = ["name", "keep", "seed", "perplexity", "kept", "params", "python", "prose"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def by_method(table):
+    """{(name, keep): {seed: perplexity}} of a table of cells."""
+    perplexities = {}
+    for row in table.itertuples():
+        perplexities.setdefault((row.name, row.keep), {})[row.seed] = row.perplexity
+    return perplexities
+
+
+def number(x):
+    return f"{x:.2f}" if x < 1000 else f"{x:.3g}"
+
+
+def short(values):
+    """The mean, and half of the range if there are several."""
+    values = list(values)
+    if len(values) == 1:
+        return number(values[0])
+    return f"{number(fmean(values))} ± {number((max(values) - min(values)) / 2)}"
+
+
+def label(name):
+    """A method in a table: ours in bold letters, and what stands for a library in words."""
+    if name == "torch-pruning":
+        return "torch-pruning's LLM example (weight norms, no data)"
+    return name if name in (*PUBLISHED, *HALF, "dense") else f"**{name}**"
+
+
+def grid_table(records, keep):
+    """Perplexity on the validation parts, score by allocation; the second number is with least
+    squares."""
+    perplexities = by_method(cells(records, "validation"))
+
+    def cell(unit_score, allocation):
+        numbers = []
+        for mend in ("none", "least-squares"):
+            recipe = Prune(score=unit_score, allocate=allocation, mend=mend)
+            by_seed = perplexities.get((name_of(recipe), keep))
+            numbers.append(number(by_seed[0]) if by_seed else "-")
+        return " / ".join(numbers)
+
+    allocations = [*ALLOCATIONS, "measured"]
+    rows = []
+    for unit_score in score.SCORES:
+        rows.append([f"`{unit_score}`", *[cell(unit_score, allocation) for allocation in allocations]])
+    dense = perplexities["dense", 1.0][0]
+    heads = ["score", *[f"`{allocation}`" for allocation in allocations]]
+    return (f"Validation perplexity at keep {keep:g}, as cut and with least squares (the dense model has "
+            f"{dense:.2f}):\n\n{markdown(heads, rows)}")
+
+
+def answers(records):
+    """{(name, keep): {file with its number of questions: share answered (acc_norm)}}."""
+    shares = {}
+    for record in records:
+        if record["tag"] == "questions":
+            of_method = shares.setdefault((record["name"], record["keep"]), {})
+            of_method[record["file"], record["limit"]] = record["acc_norm"]
+    return shares
+
+
+def all_files(shares):
+    """The files of questions in any of several {file: share}."""
+    return sorted(set().union(*shares))
+
+
+def row_tables(records):
+    """One table for each kept fraction: the reported rows on the test parts, the best first."""
+    table = cells(records, "test")
+    shares = answers(records)
+    tables = []
+    for keep in sorted(table.keep[table.keep < 1].unique(), reverse=True):
+        files = all_files([of_method for (_, at), of_method in shares.items() if at == keep])
+        rows = []
+        for (name, at), own in table[table.keep.isin([keep, 1])].groupby(["name", "keep"]):
+            row = [label(name), len(own), f"{own.kept.mean():.3f}", f"{own.params.mean() / 1e6:.1f}",
+                   short([math.exp(own.python.mean())]), short([math.exp(own.prose.mean())]), short(own.perplexity)]
+            for file in files:
+                share = shares.get((name, at), {}).get(file)
+                row.append("" if share is None else f"{share:.3f}")
+            rows.append((own.perplexity.mean(), row))
+        rows.sort(key=lambda row: row[0])
+        heads = [f"{file} ({limit})" for file, limit in files]
+        tables.append(f"Test perplexity at keep {keep:g} (ours in bold):\n\n" + markdown(
+            ["method", "seeds", "kept", "params (M)", "python", "prose", "both", *heads], [row for _, row in rows]))
+    return tables
+
+
+def overview(records, keep):
+    """Every method by kept fraction: its test perplexity, and the share of questions answered at
+    `keep`. The best there comes first; methods that did not run at it come last."""
+    perplexities = by_method(cells(records, "test"))
+    keeps = sorted({at for _, at in perplexities if at < 1}, reverse=True)
+    shares = {}
+    for (name, at), of_method in answers(records).items():
+        if at in (keep, 1):
+            shares[name] = of_method
+    files = all_files(shares.values())
+
+    def rank(name):
+        at_keep = perplexities.get((name, keep), {0: math.inf})
+        at_half = perplexities.get((name, .5), {0: math.inf})
+        return name != "dense", fmean(at_keep.values()), fmean(at_half.values())
+
+    rows = []
+    for name in sorted({name for name, _ in perplexities}, key=rank):
+        row = [label(name)]
+        for at in keeps:
+            by_seed = perplexities.get((name, 1.0 if name == "dense" else at))
+            row.append(short(by_seed.values()) if by_seed else "")
+        if files:
+            of_method = shares.get(name, {})
+            row.append(f"{fmean(of_method.values()):.3f}" if len(of_method) == len(files) else "")
+        rows.append(row)
+    heads = ["method", *[f"keep {at:g}" for at in keeps]]
+    title = "Test perplexity by kept fraction"
+    if files:
+        heads.append(f"questions at {keep:g}")
+        title += ", and mean accuracy (acc_norm) on " + ", ".join(f"{limit} of {file}" for file, limit in files)
+    return f"{title} (ours in bold; ± is half of the range of calibration seeds):\n\n{markdown(heads, rows)}"
+
+
+# -- the papers' claims
+
+def verdict(differences):
+    """Whether all, none or some of the relative differences in perplexity are below 0."""
+    below = sum(difference < 0 for difference in differences)
+    if below == len(differences):
+        return "holds"
+    return "does not hold" if below == 0 else "mixed"
+
+
+def percents(differences):
+    return ", ".join(f"{difference:+.1%}" for difference in differences)
+
+
+def against(perplexities, first, second, keep):
+    """Relative differences of perplexity between two methods, by the seeds that both have."""
+    of_first = perplexities.get((first, keep), {})
+    of_second = perplexities.get((second, keep), {})
+    return [of_first[seed] / of_second[seed] - 1 for seed in sorted(set(of_first) & set(of_second))]
+
+
+def adaptive_beats_uniform(grid, keep):
+    differences = {}
+    for unit_score in score.SCORES:
+        pair = [grid.get((f"{unit_score} / {allocation}", keep)) for allocation in ("adaptive", "uniform")]
+        if all(pair):
+            differences[unit_score] = pair[0][0] / pair[1][0] - 1
+    if not differences:
+        return []
+    each = ", ".join(f"`{unit_score}` {difference:+.1%}" for unit_score, difference in differences.items())
+    return [f"*Adaptive beats uniform* (keep {keep:g}, validation, one calibration): {verdict(differences.values())}, "
+            f"{each}"]
+
+
+def adapt_pruner_beats_others(test, keeps):
+    lines = []
+    for rival in RIVALS:
+        mine = "Adapt-Pruner, FFN" if rival.endswith("FFN") else "Adapt-Pruner"
+        differences = []
+        parts = []
+        for keep in keeps:
+            at_keep = against(test, mine, rival, keep)
+            if at_keep:
+                differences += at_keep
+                parts.append(f"keep {keep:g} {percents(at_keep)}")
+        if parts:
+            lines.append(f"*{mine} beats {rival}*: {verdict(differences)}, {'; '.join(parts)}")
+    return lines
+
+
+def width_and_ours(test, keep, chosen):
+    """Width against depth, and the method that the grid chose against the best published one, at
+    one kept fraction."""
+    mean = {name: fmean(by_seed.values()) for (name, at), by_seed in test.items() if at == keep}
+    published = [name for name in mean if name in PUBLISHED]
+    depth = min((name for name in published if name in DEPTH), key=mean.get, default=None)
+    width = min((name for name in published if name not in DEPTH), key=mean.get, default=None)
+    lines = []
+    if depth and width:
+        decision = verdict([mean[width] / mean[depth] - 1])
+        lines.append(f"*Width beats depth*, keep {keep:g}: {decision}, best width {width} {mean[width]:.2f}, best "
+                     f"depth {depth} {mean[depth]:.2f}")
+    if published and chosen in mean:
+        best = min(published, key=mean.get)
+        differences = percents(against(test, chosen, best, keep))
+        lines.append(f"*Ours* (the best of the grid on validation, {chosen}), keep {keep:g}: {mean[chosen]:.2f}; the "
+                     f"best published method, {best}, has {mean[best]:.2f}: {differences}")
+    return lines
+
+
+def claims(records, keep):
+    """Each claim of the papers against the records, as a list with verdicts. Ours is the grid's
+    best on validation."""
+    grid_cells = by_method(cells(records, "validation"))
+    test = by_method(cells(records, "test"))
+    keeps = sorted({at for name, at in test if at < 1 and name not in HALF}, reverse=True)
+    tested = {name for name, _ in test}
+    candidates = {}
+    for (name, at), by_seed in grid_cells.items():
+        if at == keep and name in tested and 0 in by_seed:
+            candidates[name] = by_seed[0]
+    chosen = min(candidates, key=candidates.get, default=None)
+    lines = adaptive_beats_uniform(grid_cells, keep) + adapt_pruner_beats_others(test, keeps)
+    for at in keeps:
+        lines += width_and_ours(test, at, chosen)
+    refused = set()
+    for record in records:
+        if "refused" in record and record["part"] == "test":
+            refused.add((record["name"], record["keep"]))
+    if refused:
+        lines.append("Refused: " + ", ".join(f"{name} at {at:g}" for name, at in sorted(refused)))
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def report(records, keep):
+    """The tables and what they say about each claim, as Markdown. Raises UserError if there are no
+    records."""
+    if cells(records, "validation").empty:
+        raise UserError("no records there; give the --out of a comparison that ran")
+    blocks = (overview(records, keep), grid_table(records, keep), claims(records, keep), *row_tables(records))
+    return "\n\n".join(blocks)
