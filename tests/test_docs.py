@@ -18,7 +18,7 @@ from scipy import stats
 
 import report
 from common import read_records, write_atomic
-from experiments import claims, claims_report, compare, scaling_curves, scaling_laws
+from experiments import claims, claims_report, compare, compare_report, scaling_curves, scaling_laws
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -40,7 +40,7 @@ def prose(name):
 # -- generated parts
 
 def overview():
-    return compare.overview(compare.read(RESULTS / "smollm2.jsonl"), 0.8)
+    return compare_report.overview(compare.read(RESULTS / "smollm2.jsonl"), 0.8)
 
 
 def scaling_table(head):
@@ -73,7 +73,7 @@ def test_a_generated_part_is_what_the_records_say(name, part):
 
 def test_comparison_report_is_what_the_records_say():
     written = (RESULTS / "smollm2" / "report.md").read_text()
-    assert compare.report(compare.read(RESULTS / "smollm2.jsonl"), 0.8) + "\n" == written
+    assert compare_report.report(compare.read(RESULTS / "smollm2.jsonl"), 0.8) + "\n" == written
 
 
 # -- claims
@@ -262,11 +262,7 @@ def test_what_claims_md_says_about_the_default_size():
 
 def perplexities(part="test"):
     """{(method, kept fraction): {seed: perplexity}}."""
-    cells = compare.cells(compare.read(RESULTS / "smollm2.jsonl"), part)
-    table = {}
-    for key, seeds in cells.items():
-        table[key] = {seed: cell["perplexity"] for seed, cell in seeds.items()}
-    return table
+    return compare_report.by_method(compare_report.cells(compare.read(RESULTS / "smollm2.jsonl"), part))
 
 
 def test_what_pruning_md_says_about_methods():
@@ -276,7 +272,7 @@ def test_what_pruning_md_says_about_methods():
     ours = "taylor / measured / mended"
     lower = []
     for keep in (0.9, 0.8, 0.7, 0.6):
-        published = [value for (name, at), value in mean.items() if at == keep and name in compare.PUBLISHED]
+        published = [value for (name, at), value in mean.items() if at == keep and name in compare_report.PUBLISHED]
         lower.append(f"{100 - 100 * mean[ours, keep] / min(published):.0f}")
     assert f"{lower[0]}, {lower[1]}, {lower[2]} and {lower[3]} % below the best published method" in text
     for name, other in (("LLM-Pruner", "32.00"), ("Wanda-sp", "42.16"), ("Minitron", "22.29")):
