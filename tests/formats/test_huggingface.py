@@ -76,7 +76,7 @@ def config_of(folder, **changes):
 # -- in
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_gradients_equal_those_of_transformers(family, tmp_path):
+def test_logits_and_gradients_are_transformers(family, tmp_path):
     theirs = oracle(family)
     theirs.save_pretrained(tmp_path)
     model, about = checkpoint.load(tmp_path)
@@ -95,7 +95,7 @@ def test_logits_and_gradients_equal_those_of_transformers(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_in_out_in_is_bitwise_and_transformers_loads_the_stock_class(family, tmp_path):
+def test_in_and_out_again_is_bitwise(family, tmp_path):
     theirs = oracle(family).bfloat16()
     theirs.save_pretrained(tmp_path / "in")
     model, _ = checkpoint.load(tmp_path / "in")
@@ -112,7 +112,7 @@ def test_in_out_in_is_bitwise_and_transformers_loads_the_stock_class(family, tmp
     close(stock(idx).logits, before(idx).logits)
 
 
-def test_configs_of_transformers_4_and_5_are_the_same_to_us(tmp_path):
+def test_both_spellings_of_configs_are_read(tmp_path):
     oracle("llama-3").save_pretrained(tmp_path)
     c = json.loads((tmp_path / "config.json").read_text())
     new = {**c, "rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, **LLAMA3}}
@@ -124,7 +124,7 @@ def test_configs_of_transformers_4_and_5_are_the_same_to_us(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_keys_that_a_config_leaves_out_have_transformers_defaults(family):
+def test_absent_keys_have_transformers_defaults(family):
     kind = FAMILIES[family][0]
     bare = dict(vocab_size=61, hidden_size=256, num_attention_heads=8, num_hidden_layers=2, intermediate_size=40,
                 num_key_value_heads=2)
@@ -144,7 +144,7 @@ def test_mobilellm_is_llama_under_another_name(tmp_path):
     close(checkpoint.load(tmp_path)[0](idx), theirs(idx).logits)
 
 
-def test_shards_are_read_through_their_index_and_into_the_asked_dtype(tmp_path):
+def test_shards_are_read_through_their_index(tmp_path):
     theirs = oracle("qwen2")
     theirs.save_pretrained(tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2 and (tmp_path / "model.safetensors.index.json").exists()
@@ -195,13 +195,13 @@ def folder(tmp_path):
     (dict(num_hidden_layers=1), r"holds model.layers.1.*no place"),
     (dict(model_type="llama"), "q_proj.bias.*no place|_proj.bias.*no place"),
 ])
-def test_models_that_are_not_ours_to_compute_are_refused_with_the_reason(folder, changes, sentence):
+def test_other_models_are_refused_with_the_reason(folder, changes, sentence):
     config_of(folder, **changes)
     with pytest.raises(UserError, match=sentence):
         checkpoint.load(folder)
 
 
-def test_a_sliding_window_as_long_as_the_context_asked_for_is_no_window(tmp_path):
+def test_a_sliding_window_limits_the_context(tmp_path):
     theirs = oracle("mistral", sliding_window=32)
     theirs.save_pretrained(tmp_path)
     model, _ = checkpoint.load(tmp_path, block_size=32)
@@ -214,15 +214,17 @@ def test_a_sliding_window_as_long_as_the_context_asked_for_is_no_window(tmp_path
     assert checkpoint.load(tmp_path / "out")[0].config.block_size == 32
 
 
-def test_qwen_s_sliding_window_counts_only_where_it_is_used():
+def test_an_unused_sliding_window_is_ignored():
     bare = dict(model_type="qwen2", vocab_size=61, hidden_size=64, num_attention_heads=8, num_hidden_layers=2,
                 intermediate_size=40, num_key_value_heads=2, max_position_embeddings=8192)
-    context = lambda **more: huggingface.read_config({**bare, **more}, "x").block_size
+
+    def context(**more):
+        return huggingface.read_config({**bare, **more}, "x").block_size
     assert context(sliding_window=16) == context(use_sliding_window=False, sliding_window=16) == 8192
     assert context(use_sliding_window=True) == 4096 and context(use_sliding_window=True, sliding_window=16) == 16
 
 
-def test_one_file_goes_before_a_stale_index_as_in_transformers(tmp_path):
+def test_one_file_goes_before_a_stale_index(tmp_path):
     oracle("qwen2").save_pretrained(tmp_path, max_shard_size="10KB")
     theirs = oracle("qwen2", rope_theta=1000.0)
     with torch.no_grad():
@@ -235,7 +237,7 @@ def test_one_file_goes_before_a_stale_index_as_in_transformers(tmp_path):
     assert torch.equal(checkpoint.load(tmp_path)[0].norm.weight, theirs.model.norm.weight)
 
 
-def test_tied_models_that_hold_another_head_are_refused(tmp_path):
+def test_a_tied_model_with_another_head_is_refused(tmp_path):
     oracle("smollm2").save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
@@ -246,7 +248,7 @@ def test_tied_models_that_hold_another_head_are_refused(tmp_path):
         checkpoint.load(tmp_path)
 
 
-def test_a_context_longer_than_the_trained_one_is_refused(folder):
+def test_a_longer_context_is_refused(folder):
     with pytest.raises(UserError, match="trained with a context of 64 tokens, not 65"):
         checkpoint.load(folder, block_size=65)
 
@@ -279,9 +281,9 @@ def test_broken_files_are_named(folder):
         checkpoint.load(folder)
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/{}/secret.safetensors", "sub/x.safetensors", "..", "config.json",
-                                  "x\0.safetensors"])
-def test_an_index_names_no_file_outside_of_its_folder(name, tmp_path):
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/{}/secret.safetensors", "sub/x.safetensors", "..",
+                                  "config.json", "x\0.safetensors"])
+def test_an_index_leads_nowhere_else(name, tmp_path):
     folder = tmp_path / "sent"
     oracle("qwen2").save_pretrained(folder, max_shard_size="10KB")
     index = folder / "model.safetensors.index.json"
@@ -296,7 +298,7 @@ def test_an_index_names_no_file_outside_of_its_folder(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["../outside", "/{}/outside", "sub/tokenizer.json", "config.json", "own_code.py", "..",
                                   "model.safetensors", "modeling_nanoprune.py"])
-def test_a_checkpoint_names_no_file_that_export_writes(name, tmp_path):
+def test_a_checkpoint_leads_export_nowhere_else(name, tmp_path):
     """Outside of the folder, or in place of one of ours: config.json could name code, which our own check would run."""
     sent, out = tmp_path / "sent.pt", tmp_path / "deep" / "out"
     for about in (dict(huggingface={}), dict(run={"tokenizer": "x"})):
@@ -307,7 +309,7 @@ def test_a_checkpoint_names_no_file_that_export_writes(name, tmp_path):
         assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["sent.pt"]
 
 
-def test_a_folder_s_own_code_is_not_run_unless_we_wrote_it(tmp_path):
+def test_a_sent_folder_runs_no_code(tmp_path):
     model = wild(n_head=(6, 0), n_kv_head=(2, 0), d_ff=(40, 40))
     huggingface.save(tmp_path, model, "nanoprune")
     (tmp_path / "modeling_nanoprune.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
@@ -316,7 +318,7 @@ def test_a_folder_s_own_code_is_not_run_unless_we_wrote_it(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_mixed_dtypes_need_a_choice_and_quantized_tensors_are_refused(tmp_path):
+def test_mixed_and_quantized_dtypes_are_refused(tmp_path):
     model = wild(n_head=(6,), n_kv_head=(2,), d_ff=(40,))
     model.norm.bfloat16()
     huggingface.save(tmp_path, model, "llama")
@@ -330,7 +332,7 @@ def test_mixed_dtypes_need_a_choice_and_quantized_tensors_are_refused(tmp_path):
         checkpoint.load(tmp_path)
 
 
-def test_a_hub_id_is_fetched_and_an_absent_network_named(tmp_path, monkeypatch):
+def test_a_hub_id_is_fetched_or_the_network_blamed(tmp_path, monkeypatch):
     import huggingface_hub
     oracle("smollm2").save_pretrained(tmp_path / "copy")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(tmp_path / "copy"))
@@ -424,7 +426,7 @@ def test_exported_models_generate_as_ours(exported, cache):
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_exported_models_compute_padded_batches_as_ours(exported, side):
+def test_exported_models_compute_padded_batches(exported, side):
     """The logits of a padded batch, and those of one more token behind its cache."""
     model, theirs = exported
     ids, mask = padded(side, 24)
@@ -446,7 +448,7 @@ def test_exported_models_compute_padded_batches_as_ours(exported, side):
     (EVEN | dict(qk_norm=True), "no QK norm, which layer 0"),
     (dict(n_head=(5, 5), n_kv_head=(5, 1), d_ff=(8, 8)), "5 query heads, which do not divide d_model 48"),
 ])
-def test_decilm_refuses_with_the_layer_and_leaves_nothing(widths, sentence, tmp_path):
+def test_decilm_refuses_and_leaves_nothing(widths, sentence, tmp_path):
     checkpoint.save(tmp_path / "m.pt", wild(**widths), run={"tokenizer": "bytes"})
     with pytest.raises(UserError, match=sentence):
         export.main(export.Export(str(tmp_path / "m.pt"), str(tmp_path / "out"), "deci"))
@@ -465,7 +467,7 @@ def test_decilm_configs_read_as_vllm_reads_them(tmp_path):
     assert again.block_configs[0].ffn.ffn_mult == first.ffn.ffn_mult and json.loads(config.to_json_string())
 
 
-def test_export_refuses_before_it_writes_and_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_export_refuses_and_leaves_nothing(tmp_path, monkeypatch):
     checkpoint.save(tmp_path / "m.pt", wild(**EVEN), run={"tokenizer": "bytes"})
     source, out = str(tmp_path / "m.pt"), tmp_path / "out"
     for settings, sentence in ((dict(to="onnx"), "--to 'onnx' is not one of hf, gguf, deci"),

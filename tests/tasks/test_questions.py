@@ -63,13 +63,13 @@ def near(found, wanted, tolerance=1e-9):
 
 
 @pytest.mark.parametrize("batch_tokens, row", [(None, 256), (1, 256), (37, 20), (10**6, 256), (500, 0)])
-def test_loglikelihoods_are_the_plain_formula_in_order_whatever_the_batches(expected, monkeypatch, batch_tokens, row):
+def test_loglikelihoods_are_the_plain_formula(expected, monkeypatch, batch_tokens, row):
     monkeypatch.setattr(questions, "ROW", row)
     near(loglikelihoods(wild(UNEVEN), some_requests(), batch_tokens), expected)
     assert {greedy for _, greedy in expected} == {True, False}
 
 
-def test_logits_are_formed_in_chunks_and_for_predicted_tokens_only(expected, monkeypatch):
+def test_logits_are_formed_for_predicted_tokens_only(expected, monkeypatch):
     rows, model = [], wild(UNEVEN)
     monkeypatch.setattr(questions, "chunk_tokens", lambda _: 10)
     linear = F.linear
@@ -168,7 +168,7 @@ def test_bad_files_are_refused(tmp_path):
             bigbench(tmp_path, example)
 
 
-def test_multiple_choice_counts_and_its_three_rules():
+def test_multiple_choice_has_three_metrics():
     model = wild(GPTConfig(**{**UNEVEN.__dict__, "vocab_size": 256, "block_size": 64}))
     tokenizer = Bytes()
     questions = [Question(f"Q{n}: ", ("a", " bb", " éé", " dddd ee"), n % 4) for n in range(40)]
@@ -267,7 +267,7 @@ QUESTIONS = [Question(query, choices, n % 2) for n, query in enumerate(
     for choices in [(" a", " blue sky"), (" read", " é", " they read it", " a")]]
 
 
-def test_questions_and_tasks_agree_with_lm_eval_on_transformers(twin, tmp_path):
+def test_questions_and_tasks_agree_with_lm_eval(twin, tmp_path):
     model, tokenizer, oracle, _ = twin
     write_tasks(tmp_path, QUESTIONS)
     from lm_eval import simple_evaluate
@@ -281,7 +281,7 @@ def test_questions_and_tasks_agree_with_lm_eval_on_transformers(twin, tmp_path):
     for name in ("acc", "acc_norm", "acc_bytes"):
         assert found[name] == theirs["results"]["own_choice"][name + ",none"]
         assert found[name + "_stderr"] == pytest.approx(theirs["results"]["own_choice"][name + "_stderr,none"])
-    ours, table = questions.run_tasks(model, tokenizer, names, include_path=str(tmp_path), bootstrap_iters=1)  # lm_eval's
+    ours, table = questions.run_tasks(model, tokenizer, names, include_path=str(tmp_path), bootstrap_iters=1)
     near(answers(ours, "own_choice"), answers(theirs, "own_choice"), 1e-4)
     # Sums over up to some thousand tokens: float32 may round a hundred times.
     rounding = 100 * torch.finfo(torch.float32).eps
@@ -320,7 +320,7 @@ def greedy(model, text, n):
     return bytes(model.generate(idx, n, temperature=0)[0, idx.size(1):].tolist())
 
 
-def test_generation_stops_at_texts_and_eot_and_cuts_the_prompt():
+def test_generation_stops_and_cuts_the_prompt():
     model = wild(GPTConfig(**{**UNEVEN.__dict__, "vocab_size": 128, "block_size": 64}))
     text = greedy(model, "Q: ", 12)
     tokenizer = Bytes()
@@ -340,7 +340,7 @@ def test_generation_stops_at_texts_and_eot_and_cuts_the_prompt():
         questions.complete(model, tokenizer, ids, [], 64)
 
 
-def test_sampled_generation_repeats_by_seed_and_refuses_options_it_lacks():
+def test_sampled_generation_repeats_by_seed():
     model = wild(GPTConfig(**{**UNEVEN.__dict__, "vocab_size": 128, "block_size": 64}))
     adapter = lambda seed: questions.lm_eval_adapter(model, Bytes(), seed=seed)
     from lm_eval.api.instance import Instance
