@@ -338,12 +338,12 @@ def page_of(config, name):
 
 
 def print_report(config, scale, runs):
-    """Draw the figure and print the tables. Returns the text."""
+    """Draw the figure and print the tables. Returns the figure's path, or None if there is nothing to draw."""
     figure = page_of(config, "figure.png")
-    drawn = claims_report.picture(runs, scale, figure)
-    text = claims_report.text(runs, scale, os.path.relpath(figure, PAGE.parent) if drawn else None)
-    print(text)
-    return text
+    if not claims_report.picture(runs, scale, figure):
+        figure = None
+    print(claims_report.text(runs, scale, figure))
+    return figure
 
 
 def replaced(page, text):
@@ -376,19 +376,19 @@ def main_report(config):
     config, scale = select(config)
     runs = claims_report.read(config.results)
     refuse_strangers(config, scale, runs)
-    text = print_report(config, scale, runs)
+    figure = print_report(config, scale, runs)
     if runs and config.tokens == 1:
         details = claims_report.details(runs, scale)
         write_atomic(page_of(config, "report.md"), lambda file: file.write(f"{details}\n".encode()))
-    page = PAGE
-    if config.quick or config.preset != "cpu" or config.tokens != 1 or not page.exists():
+    if config.quick or config.preset != "cpu" or config.tokens != 1 or not PAGE.exists():
         return
-    new = replaced(page.read_text(), text)
-    if new is None:
-        print(f"{page} was left as it is: it has no {BEGIN} … {END}", file=sys.stderr)
+    link = figure and os.path.relpath(figure, PAGE.parent)
+    page = replaced(PAGE.read_text(), claims_report.text(runs, scale, link))
+    if page is None:
+        print(f"{PAGE} was left as it is: it has no {BEGIN} … {END}", file=sys.stderr)
         return
-    write_atomic(page, lambda file: file.write(new.encode()))
-    print(f"written into {page}", file=sys.stderr)
+    write_atomic(PAGE, lambda file: file.write(page.encode()))
+    print(f"written into {PAGE}", file=sys.stderr)
 
 
 def main_power(config):

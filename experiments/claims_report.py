@@ -536,7 +536,7 @@ def basis(runs, scale):
 
 
 def text(runs, scale, figure=None):
-    """The README's part, from the records alone. `figure` is the path of the picture."""
+    """The part of docs/claims.md that follows from the records. `figure` is the link to the picture."""
     if not runs:
         return ("Nothing has been measured yet: `python -m experiments.claims` runs what is missing, and "
                 f"`python -m experiments.claims report` writes this part.\n\n{short_table(runs, scale)}")
@@ -556,7 +556,7 @@ def text(runs, scale, figure=None):
 
 
 def details(runs, scale):
-    """What the README has no room for: every claim at every place, every kind, the spread of the differences."""
+    """What that page has no room for: every claim at every place, every kind, the spread of the differences."""
     blocks = [claims_table(runs, scale),
               "Seeds differ by more than kinds do, so compare only means over the same seeds.",
               kinds_table(runs, scale), power(runs, scale)]

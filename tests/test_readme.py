@@ -20,7 +20,7 @@ import report
 import train
 from bench.__main__ import Bench
 from common import parse, read_records
-from experiments import claims, claims_report, compare, scaling, smollm2
+from experiments import claims, claims_report, compare, compare_report, scaling, smollm2
 from formats import huggingface
 from formats.tokenizer import open_tokenizer
 from model import GPT, GPTConfig
@@ -231,8 +231,8 @@ def laptop(plan):
 
 
 def perplexity(name, keep):
-    cells = compare.cells(compare.read(RESULTS / "smollm2.jsonl"), "test")
-    return statistics.mean(cell["perplexity"] for cell in cells[name, keep].values())
+    cells = compare_report.cells(compare.read(RESULTS / "smollm2.jsonl"), "test")
+    return statistics.mean(compare_report.by_method(cells)[name, keep].values())
 
 
 def test_findings_have_a_number_and_a_page():
@@ -259,10 +259,10 @@ def test_findings_about_the_claims():
 
 def test_findings_about_a_pretrained_model():
     mending, width = bullets()[4:6]
-    published = min(perplexity(name, 0.8) for name in compare.PUBLISHED)
+    published = min(perplexity(name, 0.8) for name in compare_report.PUBLISHED)
     lower = 1 - perplexity("taylor / measured / mended", 0.8) / published
     assert f"{100 * lower:.0f} % below" in mending
-    depth = min(perplexity(name, 0.8) for name in compare.DEPTH)
+    depth = min(perplexity(name, 0.8) for name in compare_report.DEPTH)
     assert f"{published:.2f} against {depth:.2f}" in width
 
 

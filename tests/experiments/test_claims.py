@@ -355,9 +355,10 @@ def test_far_fewer_is_more_than_twice(low, high, verdict):
     assert claims_report.verdict_of_factor(5, low, high) == verdict
 
 
-def test_report_writes_the_readme_between_its_markers_and_nothing_else(file, tmp_path, capsys, monkeypatch):
+def test_report_writes_its_page_between_the_markers_and_nothing_else(file, tmp_path, capsys, monkeypatch):
     scale = SCALES["cpu"]
-    page = tmp_path / "README.md"
+    page = tmp_path / "docs" / "claims.md"
+    page.parent.mkdir()
     page.write_text(f"before\n{claims.BEGIN}\nold\n{claims.END}\nafter\n")
     c = Report(results=str(file))
     monkeypatch.chdir(tmp_path)
@@ -376,7 +377,7 @@ def test_report_writes_the_readme_between_its_markers_and_nothing_else(file, tmp
         sweep.put_runs(file, {strange: ()})
     assert page.read_text() == empty and not (tmp_path / "records" / "report.md").exists()
     claims.main_report(c)
-    text = claims_report.text(claims_report.read(c.results), scale, tmp_path / "records" / "figure.png")
+    text = claims_report.text(claims_report.read(c.results), scale, "../records/figure.png")
     assert page.read_text() == f"before\n{claims.BEGIN}\n{text}\n{claims.END}\nafter\n"
     assert (tmp_path / "records" / "figure.png").stat().st_size > 10_000 and "![" in text
     told = (tmp_path / "records" / "report.md").read_text()

@@ -591,9 +591,22 @@ def test_a_text_that_ends_documents_and_cannot_be_kept_out_is_refused():
         open_tokenizer("x", files)
     files = toys.model_files(user_defined_symbols=["<|im_end|>"])
     assert 3 in open_tokenizer("x", files).encode("a<|im_end|>")                 # as in transformers; it ends nothing
-    with pytest.raises(UserError, match="a document may spell the token that ends it, '<|im_end|>', as it is a user"):
-        open_tokenizer("x", files | {"tokenizer_config.json": '{"eos_token": "<|im_end|>", "added_tokens_decoder": '
-                                                              '{"3": {"content": "<|im_end|>"}}}'})
+    for text in ("<|im_end|>", "<unk>", "e"):
+        i = {"<|im_end|>": 3, "<unk>": 0}.get(text) or open_tokenizer("x", files).encode("here")[-1]
+        config = {"eos_token": text, "added_tokens_decoder": {str(i): {"content": text}}}
+        with pytest.raises(UserError, match="a document may spell the token that ends it, '.*', as it is no control"):
+            open_tokenizer("x", files | {"tokenizer_config.json": json.dumps(config)})
+
+
+@pytest.mark.parametrize("flag", ["normalized", "lstrip", "rstrip", "single_word"])
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", *toys.KINDS])
+def test_no_flag_of_a_special_token_lets_a_document_spell_it(kind, flag, contents):
+    made = toys.KINDS[kind]() if kind in toys.KINDS else theirs(contents[kind])
+    made.add_special_tokens([AddedToken("<end>", special=True, **{flag: True})])
+    a = ours(json.loads(made.to_str()), eos_token="<end>")
+    assert a.eot in a.encode("a <end> b", special=True)
+    for text in [*forged(a), "a <end> b"]:
+        assert a.eot not in a.encode(text), text
 
 
 def test_truncation_and_padding_of_a_file_do_not_change_ids(contents):
