@@ -19,11 +19,9 @@ import errno
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 import sys
-import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -31,10 +29,19 @@ import torch
 import xxhash
 from filelock import FileLock, Timeout
 
-from common import UserError, append_record, commit, read_records, write_atomic
+from common import (
+    Damaged,
+    UserError,
+    append_record,
+    commit,
+    first_line,
+    read_pickled_tensors,
+    read_records,
+    write_atomic,
+)
 from distill import freeze
 from formats import huggingface
-from formats.tokenizer import open_tokenizer
+from formats.tokenizer import FILES, open_tokenizer
 from model import GPT, GPTConfig, with_context
 
 FORMAT = "nanoprune checkpoint 1"
@@ -112,11 +119,6 @@ def tensors_in(value):
             yield from tensors_in(item)
 
 
-def first_line(problem):
-    """The first line of what an exception says."""
-    return (str(problem) or type(problem).__name__).splitlines()[0][:100]
-
-
 def refuse_evaluation_only(model):
     """Raise UserError for a baseline that is more than its GPTConfig: a subclass of GPT."""
     if type(model) is not GPT:
@@ -144,7 +146,7 @@ def load(path, device="cpu", dtype=None, block_size=None):
     its config.json, "tokenizer_files"}. Raises UserError for a file that is missing, truncated, of
     another version or of another shape than it says."""
     folder = find(path)
-    if folder.is_dir() and (folder / "config.json").exists():
+    if any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
         return huggingface.load(folder, device, dtype, block_size)
     model, about = load_ours(folder, device, block_size)
     return model if dtype is None else model.to(dtype), about
@@ -158,9 +160,12 @@ def find(path):
     if local.exists() or not could_be_a_hub_id:
         return local
     import huggingface_hub
-    files = ["config.json", "model*.safetensors*", "*token*", "vocab.json", "merges.txt", "chat_template.jinja"]
+    files = ["*config.json", "model*.safetensors*", *FILES]
     try:
-        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=files))
+        folder = Path(huggingface_hub.snapshot_download(str(path), allow_patterns=files))
+        if not list(folder.glob("*.safetensors")):
+            huggingface_hub.snapshot_download(str(path), allow_patterns=["pytorch_model*.bin*"])
+        return folder
     except Exception as problem:             # whatever the hub and the network raise
         raise UserError(f"no checkpoint at {path}, and the hub does not give it ({type(problem).__name__}: "
                         f"{' '.join(str(problem).split())[:150]}); check the name and the network, or give a "
@@ -198,16 +203,12 @@ def load_ours(path, device, block_size=None):
     raise UserError(f"{'; '.join(damages)}; restore the file from a copy")
 
 
-class Damaged(UserError):
-    """A checkpoint that is not what was written."""
-
-
 def open_file(file, device, block_size):
     """Open one checkpoint file: -> (GPT on the device, the rest). Raises Damaged for one that is
     truncated or changed, and UserError for one of another format or with weights that are not
     finite."""
     on_meta = device == "meta"
-    state = read_pickled_tensors(file, "meta" if on_meta else "cpu")
+    state = read_pickled_tensors(file, "use a file that train.py wrote", "meta" if on_meta else "cpu")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         form = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise UserError(f"{file} has format {form!r}, this code reads {FORMAT!r}; use the code that wrote it")
@@ -235,23 +236,6 @@ def refuse_non_finite(model, path):
         if not torch.isfinite(p).all():
             raise UserError(f"{path}: {(~torch.isfinite(p)).sum().item():,} of {p.numel():,} values of {name} are "
                             "infinite or not a number; use an earlier checkpoint or another copy")
-
-
-def read_pickled_tensors(file, map_location):
-    """What torch.save wrote, if it is plain tensors and numbers. Raises UserError for anything
-    else; no code that a file holds is run."""
-    # What the system refuses (no permission) passes through here as an OSError and is not called
-    # truncated below.
-    open(file, "rb").close()
-    try:
-        return torch.load(file, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as problem:
-        code = re.search(r"GLOBAL ([\w.]+)", str(problem))
-        reason = f": it would run {code[1]}, and pickled code is never run" if code else ""
-        raise UserError(f"{file} is not a checkpoint of plain tensors and numbers{reason}; use a file that train.py "
-                        "wrote") from None
-    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, LookupError, OSError) as problem:
-        raise Damaged(f"{file} is truncated or no checkpoint ({first_line(problem)})") from None
 
 
 def fingerprint(model):

@@ -120,7 +120,7 @@ def check_reader(folder, model):
 def check_transformers(folder, model):
     """Load `folder` in transformers and compare the logits of two random texts: -> the largest
     difference. Raises UserError if it is above TOLERANCE of the largest logit."""
-    peer = in_transformers(folder, own_code=True)
+    peer = in_transformers(folder)
     shape = 2, min(64, model.config.block_size)
     tokens = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -134,9 +134,12 @@ def check_transformers(folder, model):
     return difference
 
 
-def in_transformers(folder, own_code=False):
+def in_transformers(folder):
     """A Hugging Face folder as transformers' model, in float32, without progress bars and warnings.
-    `own_code` lets the folder's own code run: only for folders that we wrote."""
+    Raises UserError if the folder brings along other code than ours, or an adapter, which names
+    another folder."""
+    huggingface.refuse_adapter(Path(folder))
+    own_code = huggingface.has_own_code(Path(folder))
     import transformers
     transformers.utils.logging.disable_progress_bar()
     # It warns that "torch_dtype is deprecated", but version 4.51 has no other name for it.

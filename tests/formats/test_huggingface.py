@@ -1,6 +1,10 @@
 """Hugging Face folders in and out: transformers is the oracle of values and gradients, and loads what we write."""
 import copy
+import functools
+import importlib
 import json
+import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -276,8 +280,10 @@ def test_broken_files_are_named(folder):
         with pytest.raises(UserError, match=f"index.json {sentence}"):
             checkpoint.load(folder)
     index.unlink()
+    with pytest.raises(UserError, match="has no model.safetensors nor its index, and no pytorch_model.bin"):
+        checkpoint.load(folder)
     (folder / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UserError, match="only pytorch_model.bin: pickled weights are never opened"):
+    with pytest.raises(UserError, match="pytorch_model.bin is truncated"):
         checkpoint.load(folder)
 
 
@@ -309,13 +315,160 @@ def test_a_checkpoint_leads_export_nowhere_else(name, tmp_path):
         assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["sent.pt"]
 
 
-def test_a_sent_folder_runs_no_code(tmp_path):
+@pytest.mark.parametrize("change", ["the file", "the class", "the module", "the family", "an adapter", "no file"])
+def test_a_sent_folder_runs_no_code_but_ours(change, tmp_path):
     model = wild(n_head=(6, 0), n_kv_head=(2, 0), d_ff=(40, 40))
     huggingface.save(tmp_path, model, "nanoprune")
-    (tmp_path / "modeling_nanoprune.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(ValueError, match="trust_remote_code"):
+    assert type(export.in_transformers(tmp_path)).__name__ == "NanopruneForCausalLM"
+    file = tmp_path / "modeling_nanoprune.py"
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    runs = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    (tmp_path / "other.py").write_text(f"{runs}\nfrom modeling_nanoprune import *")
+    if change == "the file":
+        file.write_text(file.read_text() + runs)
+    elif change == "the class":
+        config_of(tmp_path, auto_map={**auto_map, "AutoConfig": "modeling_nanoprune.Block"})
+    elif change == "the module":
+        config_of(tmp_path, auto_map={**auto_map, "AutoModelForCausalLM": "other.NanopruneForCausalLM"})
+    elif change == "the family":
+        config_of(tmp_path, model_type="llama")
+    elif change == "an adapter":
+        (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    else:
+        file.unlink()
+    with pytest.raises(UserError, match="such code is never run|an adapter .* for elsewhere, not a model; merge"):
         export.in_transformers(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+# -- weights in pytorch_model.bin
+
+def as_bin(folder, tensors, shards=1, **how):
+    """Replace the weights of a folder by pytorch_model.bin, or by shards of it with an index."""
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    if shards == 1:
+        torch.save(tensors, folder / "pytorch_model.bin", **how)
+        return
+    names = [f"pytorch_model-{i}.bin" for i in range(shards)]
+    weight_map = {name: names[i % shards] for i, name in enumerate(tensors)}
+    for file in names:
+        torch.save({name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("shards, how", [(1, {}), (3, {}), (1, {"_use_new_zipfile_serialization": False})])
+def test_pickled_weights_are_read_as_transformers_reads_them(shards, how, tmp_path):
+    peer = oracle("llama-2").bfloat16()
+    peer.save_pretrained(tmp_path)
+    as_bin(tmp_path, peer.state_dict(), shards, **how)
+    model, _ = checkpoint.load(tmp_path)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, expected[huggingface.their_name(name)]) and p.is_contiguous()
+    assert checkpoint.load(tmp_path, dtype=torch.float32)[0].embed.weight.dtype == torch.float32
+
+
+def test_safetensors_go_before_pickled_weights(tmp_path):
+    peer = oracle("smollm2")
+    peer.save_pretrained(tmp_path)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    assert torch.equal(checkpoint.load(tmp_path)[0].norm.weight, peer.model.norm.weight)
+
+
+class Runs:
+    """What pickle would call when it is read."""
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+HOSTILE = {"system": Runs(os.system, "touch ran"), "eval": Runs(eval, "1"),
+           "exec": Runs(exec, "1"), "Popen": Runs(subprocess.Popen, ["true"]),
+           "getattr": Runs(getattr, 1, "real"), "partial": Runs(functools.partial, print),
+           "open": Runs(open, "ran", "w"), "import_module": Runs(importlib.import_module, "os"),
+           "rmtree": Runs(shutil.rmtree, "absent"), "serialization.load": Runs(torch.load, "absent"),
+           "hub.load": Runs(torch.hub.load, "a/b", "c"), "run_path": Runs(runpy.run_path, "absent"),
+           "linear.Linear": torch.nn.Linear(1, 1)}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_pickled_code_is_refused_by_its_function_s_name(name, zipped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    peer = oracle("smollm2")
+    peer.save_pretrained(tmp_path)
+    as_bin(tmp_path, {**peer.state_dict(), "x": HOSTILE[name]}, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=rf"pytorch_model.bin .* would run [\w.]*{name}, and pickled code is never run; take"):
+        checkpoint.load(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content, sentence", [
+    ([1], "holds no dictionary of tensors by name"), ({1: torch.zeros(1)}, "holds no dictionary of tensors by name"),
+    ({"model.norm.weight": 3}, "holds no dictionary of tensors by name"),
+    ({"model.norm.weight": torch.zeros(1).expand(10**12)}, r"model.norm.weight is \(1000000000000,\), config.json asks"),
+    ({"model.norm.weight": torch.ones(48).to_sparse()}, "model.norm.weight is torch.sparse_coo; only"),
+    ({"model.norm.weight": torch.ones(48, dtype=torch.int8)}, "model.norm.weight is torch.int8; only F64, F32")])
+def test_pickled_weights_that_are_no_model_s_are_refused(content, sentence, tmp_path):
+    peer = oracle("smollm2")
+    peer.save_pretrained(tmp_path)
+    as_bin(tmp_path, {**peer.state_dict(), **content} if isinstance(content, dict) else content)
+    with pytest.raises(UserError, match=sentence):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../secret.bin", "sub/x.bin", "config.json", "x.safetensors", "/etc/passwd"])
+def test_an_index_of_pickled_weights_leads_nowhere_else(name, tmp_path):
+    peer = oracle("smollm2")
+    peer.save_pretrained(tmp_path)
+    as_bin(tmp_path, peer.state_dict(), 2)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    with pytest.raises(UserError, match=r"names .*, and only \*.bin files beside it are read"):
+        checkpoint.load(tmp_path)
+
+
+# -- other spellings, and sentences with the right remedy
+
+@pytest.mark.parametrize("rename", [lambda name: name.removeprefix("model."), lambda name: "_orig_mod." + name,
+                                    lambda name: name.replace("model.", "model._orig_mod.")])
+def test_names_of_bare_and_of_compiled_models_are_read(rename, tmp_path):
+    peer = oracle("llama-2")
+    peer.save_pretrained(tmp_path)
+    tensors = {rename(name): tensor for name, tensor in peer.state_dict().items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    idx = torch.randint(61, (1, 40))
+    close(checkpoint.load(tmp_path)[0](idx), peer(idx).logits)
+    save_file({**tensors, "model.norm.weight": torch.ones(48)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="holds model.norm.weight twice"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, None])
+def test_a_tied_model_that_does_not_say_so_is_told_to(tied, tmp_path):
+    oracle("smollm2").save_pretrained(tmp_path)
+    config_of(tmp_path, tie_word_embeddings=tied)
+    with pytest.raises(UserError, match=r"no tensor lm_head.weight, .* set tie_word_embeddings to true in config.json"):
+        checkpoint.load(tmp_path)
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/base"}')
+    with pytest.raises(UserError, match=r"holds an adapter \(LoRA\) for somebody/base, not a model; merge the two"):
+        checkpoint.load(tmp_path)
+
+
+def test_the_hub_is_asked_for_pickled_weights_only_where_there_are_no_others(tmp_path, monkeypatch):
+    import huggingface_hub
+    patterns = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns:
+                        patterns.append(allow_patterns) or str(tmp_path))
+    checkpoint.find("somebody/model")
+    (tmp_path / "model.safetensors").touch()
+    checkpoint.find("somebody/model")
+    assert len(patterns) == 3 and patterns[1] == ["pytorch_model*.bin*"] and patterns[0] == patterns[2]
 
 
 def test_mixed_and_quantized_dtypes_are_refused(tmp_path):
