@@ -41,7 +41,7 @@ from common import (
 )
 from distill import freeze
 from formats import huggingface
-from formats.tokenizer import FILES, open_tokenizer
+from formats.tokenizer import FILES, has_tokenizer, open_tokenizer
 from model import GPT, GPTConfig, with_context
 
 FORMAT = "nanoprune checkpoint 1"
@@ -160,7 +160,7 @@ def find(path):
     if local.exists() or not could_be_a_hub_id:
         return local
     import huggingface_hub
-    files = ["*config.json", "model*.safetensors*", *FILES]
+    files = ["*config.json", "model*.safetensors*", *FILES, "additional_chat_templates/*", "README.md"]
     try:
         folder = Path(huggingface_hub.snapshot_download(str(path), allow_patterns=files))
         if not list(folder.glob("*.safetensors")):
@@ -175,8 +175,9 @@ def find(path):
 def tokenizer_of(about, path):
     """The Tokenizer of the model that `load(path)` returned with `about`. Raises UserError if it
     has none that we can read."""
-    if "huggingface" in about and not about["tokenizer_files"]:
-        raise UserError(f"{path} has no tokenizer.json; add the file (train.py takes --tokenizer, too)")
+    if "huggingface" in about and not has_tokenizer(about["tokenizer_files"]):
+        raise UserError(f"{path} has no tokenizer.json or tokenizer.model; add the file (train.py takes --tokenizer, "
+                        "too)")
     name = about["run"]["tokenizer"] if "run" in about else str(path)
     return open_tokenizer(name, about.get("tokenizer_files"))
 
@@ -226,6 +227,11 @@ def open_file(file, device, block_size):
                         f"{' '.join(str(problem).split())[:200]}") from None
     if not on_meta:
         refuse_non_finite(model, file)
+    # Only `load` says that a model is Hugging Face's.
+    state.pop("huggingface", None)
+    if not isinstance(state.get("run", {}), dict):
+        raise UserError(f"{file} has {state['run']!r:.60} where the settings of its run should be; use a file that "
+                        "train.py or prune.py wrote")
     return model.to(device), state
 
 

@@ -26,8 +26,9 @@ from typing import Literal
 import torch
 
 import checkpoint
-from common import UserError, check_choices, parse, run
+from common import UserError, check_choices, first_line, parse, run
 from formats import gguf_export, huggingface, llamacpp
+from formats.tokenizer import has_tokenizer, special_ids
 
 RUNTIME = {"hf": "transformers", "deci": "transformers", "gguf": "xllamacpp"}
 GGUF_DTYPE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -55,14 +56,17 @@ def write(config, model, about, path):
     checkpoint.refuse_evaluation_only(model)
     if config.to == "gguf":
         dtype = GGUF_DTYPE[model.embed.weight.dtype]
-        gguf_export.write_gguf(model, checkpoint.tokenizer_of(about, config.checkpoint), path, dtype)
+        tokenizer = checkpoint.tokenizer_of(about, config.checkpoint)
+        source = Path(config.checkpoint).resolve()
+        name = source.parent.name if source.is_file() else source.name
+        gguf_export.write_gguf(model, tokenizer, path, dtype, name, about.get("license"))
         return f"GGUF, architecture {gguf_export.architecture(model.config)}, {dtype}"
 
     if config.to == "deci":
         family = "nemotron-nas"
     else:
         family = huggingface.stock_family(model.config) or "nanoprune"
-    files, special = tokenizer_files(about, config.checkpoint)
+    files, special = tokenizer_files(about, config.checkpoint, model.config.vocab_size)
     path.mkdir(parents=True)
     huggingface.save(path, model, family, files, special)
 
@@ -70,20 +74,24 @@ def write(config, model, about, path):
     layout = written["architectures"][0]
     if "auto_map" in written:
         layout += ", with its code: load it with trust_remote_code=True"
-    if not files:
+    if not has_tokenizer(files):
         layout += ", WITHOUT a tokenizer: it came without one, or tiktoken's has no tokenizer.json"
     return layout
 
 
-def tokenizer_files(about, source):
+def tokenizer_files(about, source, vocab_size):
     """The tokenizer of a model that `checkpoint.load` opened: ({file name: content}, ids of its
     special tokens). Files of a Hugging Face folder are handed on as they came, even if we could not
     read the tokenizer."""
     if "huggingface" in about:
-        names = ("bos_token_id", "eos_token_id")
-        return about["tokenizer_files"], {name: about["huggingface"].get(name) for name in names}
-    tokenizer = checkpoint.tokenizer_of(about, source)
-    return tokenizer.as_files(), {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot}
+        files = about["tokenizer_files"]
+        special = {name: about["huggingface"].get(name) for name in ("bos_token_id", "eos_token_id")}
+    else:
+        tokenizer = checkpoint.tokenizer_of(about, source)
+        files = tokenizer.as_files()
+        special = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot}
+    # What generates text reads these first: there may be several ends of a text.
+    return files, {**special, **special_ids(files, vocab_size, source)}
 
 
 # -- checking
@@ -144,8 +152,13 @@ def in_transformers(folder):
     transformers.utils.logging.disable_progress_bar()
     # It warns that "torch_dtype is deprecated", but version 4.51 has no other name for it.
     transformers.utils.logging.set_verbosity_error()
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, torch_dtype=torch.float32, trust_remote_code=own_code).eval()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, torch_dtype=torch.float32, trust_remote_code=own_code)
+    except Exception as problem:             # whatever transformers raises at odd files
+        raise UserError(f"transformers does not load {folder} ({type(problem).__name__}: {first_line(problem)}); "
+                        "correct config.json or generation_config.json of the model") from problem
+    return model.eval()
 
 
 # -- the command

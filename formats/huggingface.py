@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from common import UserError, read_pickled_tensors
-from formats.tokenizer import FILES, read_files, read_json
+from formats.tokenizer import check_files, read_files, read_json
 from model import GPT, GPTConfig, with_context
 
 FAMILIES = ("llama", "mobilellm", "mistral", "qwen2", "qwen3", "nanoprune", "nemotron-nas")
@@ -360,16 +360,25 @@ def refuse_adapter(folder):
                         "merge the two by peft's merge_and_unload() and save_pretrained(), and give that folder")
 
 
+def read_license(folder):
+    """The name of the license in the first lines of a folder's README.md, as the hub has it, or None."""
+    if not (folder / "README.md").is_file():
+        return None
+    beginning = (folder / "README.md").read_bytes()[:4096].decode(errors="replace")
+    license = re.match(r"---\r?\n(?:(?!---).*\n)*?license: *([\w.-]+) *\r?\n", beginning)
+    return license[1] if license else None
+
+
 def load(folder, device, dtype, block_size):
     """Open a Hugging Face folder: -> (GPT, {"huggingface": config.json, "tokenizer_files": {file
-    name: content}}).
+    name: content}, "license": its name or None}).
 
     `dtype` None keeps the stored one. With the device "meta" no weights are read. `block_size` is
     the context that is wanted; None takes all. Raises UserError if the model is not ours to
     compute, or if a file is missing or broken."""
     refuse_adapter(folder)
     hf = read_json((folder / "config.json").read_bytes(), folder / "config.json")
-    about = {"huggingface": hf, "tokenizer_files": read_files(folder)}
+    about = {"huggingface": hf, "tokenizer_files": read_files(folder), "license": read_license(folder)}
     with torch.device("meta"):
         model = GPT(with_context(read_config(hf, folder, block_size), block_size, folder))
     if str(device) == "meta":
@@ -413,7 +422,7 @@ def stock_family(config):
 
 def write_config(config, family, dtype, special):
     """GPTConfig -> config.json (dict), in the spelling of transformers 4, which version 5 reads,
-    too. `special` holds "bos_token_id" and "eos_token_id"."""
+    too. `special` holds "bos_token_id", "eos_token_id" and, where known, "pad_token_id"."""
     heads = max(config.n_head)
     kv_heads = max(config.n_kv_head)
     if family == "nanoprune" and (heads == 0 or config.d_model % heads):
@@ -520,20 +529,19 @@ def save(folder, model, family, files=None, special=None):
     from huggingface_hub import save_torch_state_dict
     # The names may come out of a checkpoint that somebody sent: they lead nowhere else and replace
     # no file of ours.
-    for name in files or {}:
-        if name not in FILES:
-            raise UserError(f"{name!r} is no file of a tokenizer; those are {', '.join(FILES)}: "
-                            "take the tokenizer from another checkpoint")
+    files = files or {}
+    check_files("the model", files)
     folder = Path(folder)
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     hf = write_config(model.config, family, dtype, special or {})
     # What came with the tokenizer is written first, so that it cannot replace a file of ours.
-    for name, content in (files or {}).items():
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     weights = {their_name(name): p.detach() for name, p in model.named_parameters()}
     save_torch_state_dict(weights, folder, metadata={"format": "pt"})
     if family in OWN_CODE:
         shutil.copy(OWN_FILE, folder)
     (folder / "config.json").write_text(json.dumps(hf, indent=1) + "\n")
-    for file in folder.iterdir():
+    for file in folder.glob("*.safetensors"):
         file.chmod(0o644)                    # safetensors makes files that only their owner may read

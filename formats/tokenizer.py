@@ -38,7 +38,9 @@ from formats.tokenizer_json import (
 )
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-         "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")
+         "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json")
+# transformers keeps a chat template that has a name in a file of this folder.
+NAMED_TEMPLATE = re.compile(r"additional_chat_templates/([\w-]+)\.jinja")
 
 # A text in which most ways to cut text into words, and so most tokenizers, differ.
 PROBE = ("It's a'tb a'sb a'reb a'veb a'mb a'llb a'db I'LL A'TB A'LLB 1234567 x12 ٣٤٥  6 camelCase's "
@@ -380,13 +382,36 @@ def open_tokenizer(name, files=None):
                         "bytes") from problem
 
 
+def check_files(where, files):
+    """Raise UserError if `files`, which may come out of a checkpoint that somebody sent, is no {file
+    name: content} with the names of FILES."""
+    if not isinstance(files, dict):
+        raise UserError(f"{where}: the tokenizer's files are {type(files).__name__} and no dictionary; take the "
+                        "tokenizer from another checkpoint")
+    for name, content in files.items():
+        if name not in FILES and not NAMED_TEMPLATE.fullmatch(str(name)):
+            raise UserError(f"{where}: {name!r} is no file of a tokenizer; those are {', '.join(FILES)}: "
+                            "take the tokenizer from another checkpoint")
+        kind = bytes if name == "tokenizer.model" else str
+        if not isinstance(content, kind):
+            raise UserError(f"{where}: {name} is {type(content).__name__}, and must be {kind.__name__}; take the "
+                            "tokenizer from another checkpoint")
+
+
+def has_tokenizer(files):
+    """Whether `files`, {file name: content}, hold a tokenizer."""
+    return "tokenizer.json" in files or "tokenizer.model" in files
+
+
 def from_files(where, files):
     """{file name: content} of a Hugging Face folder -> Tokenizer."""
+    check_files(where, files)
     if "tokenizer.json" in files:
         return HuggingFace(where, files)
     if "tokenizer.model" in files:
         return SentencePiece(where, files)
-    raise UserError(f"{where} holds no tokenizer.json: give the folder of a Hugging Face model that does")
+    raise UserError(f"{where} holds no tokenizer.json: give the folder of a Hugging Face model that does, or one with "
+                    "a tokenizer.model")
 
 
 def read_json(text, where):
@@ -394,36 +419,79 @@ def read_json(text, where):
     JSON object."""
     try:
         return {**json.loads(text)}
-    except (ValueError, TypeError) as problem:
+    except (ValueError, TypeError, RecursionError) as problem:
         raise UserError(f"{where} is not a JSON object ({problem}): copy it again") from problem
 
 
 def read_files(folder):
-    """A Hugging Face folder -> {file name: content} of those of FILES that it has; {} if it has no
-    tokenizer.
+    """A Hugging Face folder -> {file name: content} of those of FILES that it has, and of its named chat
+    templates.
 
     Contents are str. That of tokenizer.model is bytes; it is left out if there is a tokenizer.json.
-    If there is no tokenizer_config.json, `config_from_ids` makes a minimal one. Raises UserError if a
-    file is not UTF-8 or not JSON."""
+    If there is no tokenizer_config.json, `config_from_ids` makes a minimal one. Without a tokenizer
+    only generation_config.json is left, which `with_ids` completes. Raises UserError if a file is not
+    UTF-8 or not JSON, or if a chat template has an odd name."""
     files = {}
-    for path in [Path(folder, name) for name in (*FILES, "config.json")]:
+    templates = [f"additional_chat_templates/{path.name}" for path in Path(folder).glob("additional_chat_templates/*")]
+    for name in (*FILES, *sorted(templates), "config.json"):
+        path = Path(folder, name)
         if not path.is_file():
             continue
         content = path.read_bytes()
         try:
-            files[path.name] = content if path.suffix == ".model" else content.decode("utf-8")
+            files[name] = content if path.suffix == ".model" else content.decode("utf-8")
         except UnicodeDecodeError as problem:
             raise UserError(f"{path} is not UTF-8 text (byte {problem.start}): copy it again") from problem
-    config = files.pop("config.json", "{}")
+    config = read_json(files.pop("config.json", "{}"), f"{folder}/config.json")
+    check_files(folder, files)
+    generation = with_ids(files.get("generation_config.json"), config, f"{folder}/generation_config.json")
+    if generation:
+        files["generation_config.json"] = generation
+    if not has_tokenizer(files):
+        return {name: files[name] for name in files if name == "generation_config.json"}
     if "tokenizer.json" not in files:
-        return files if "tokenizer.model" in files else {}
+        return files
     files.pop("tokenizer.model", None)
     if "tokenizer_config.json" not in files:
         content = read_json(files["tokenizer.json"], f"{folder}/tokenizer.json")
-        made = config_from_ids(read_json(config, f"{folder}/config.json"), content)
+        made = config_from_ids(config, content)
         if made:
             files["tokenizer_config.json"] = json.dumps(made)
     return files
+
+
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def with_ids(text, config, where):
+    """The text of a generation_config.json or None, with the ids that only config.json has: a list of
+    ends of a text, and the padding, which a tokenizer does not know."""
+    ids = {key: config[key] for key in SPECIAL_IDS if config.get(key) not in (None, [])}
+    if text is None:
+        says_more = isinstance(ids.get("eos_token_id"), list) or "pad_token_id" in ids
+        return json.dumps(ids) if says_more else None
+    generation = read_json(text, where)
+    missing = [key for key in ids if generation.get(key) is None]
+    if not missing:
+        return text
+    return json.dumps({**generation, **{key: ids[key] for key in missing}})
+
+
+def special_ids(files, vocab_size, where):
+    """{"eos_token_id": id or list of ids, …} of a generation_config.json among `files`. Raises
+    UserError if an id is none of the `vocab_size` tokens. (A padding of -1 means none.)"""
+    generation = read_json(files.get("generation_config.json", "{}"), f"{where}: generation_config.json")
+    ids = {}
+    for key in SPECIAL_IDS:
+        value = generation.get(key)
+        if value is None or value == [] or (key == "pad_token_id" and value == -1):
+            continue
+        for token in value if isinstance(value, list) else [value]:
+            if type(token) is not int or not 0 <= token < vocab_size:
+                raise UserError(f"{where}: {key} {value!r:.80} of generation_config.json or config.json is none of "
+                                f"the model's {vocab_size} token ids; correct it")
+        ids[key] = value
+    return ids
 
 
 def config_from_ids(config, content):

@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 import export
+import prune
 from common import UserError
-from formats import huggingface
+from formats import gguf_vocabulary, huggingface
 from formats.tokenizer import open_tokenizer
 from model import GPT, GPTConfig
 
@@ -428,6 +429,91 @@ def test_an_index_of_pickled_weights_leads_nowhere_else(name, tmp_path):
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
     with pytest.raises(UserError, match=r"names .*, and only \*.bin files beside it are read"):
         checkpoint.load(tmp_path)
+
+
+# -- what else belongs to a model
+
+TEMPLATES = {"chat_template.jinja": "{{ messages }}", "additional_chat_templates/tool_use.jinja": "{{ tools }}"}
+GENERATION = {"bos_token_id": 1, "eos_token_id": [2, 3, 0], "pad_token_id": 5, "do_sample": True, "temperature": 0.6}
+
+
+def chat_model(folder, generation, **config):
+    """A folder whose tokenizer has bytes as tokens, with templates."""
+    huggingface.save(folder, wild(n_head=(6,), n_kv_head=(2,), d_ff=(40,), vocab_size=256), "llama",
+                     {**open_tokenizer("bytes").as_files(), **TEMPLATES})
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    (folder / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n# A model\n")
+    config_of(folder, **config)
+    return folder
+
+
+def pruned(folder, out):
+    """What prune.py makes of a folder, without the cut."""
+    model, about = checkpoint.load(folder)
+    prune.save(prune.Prune(), model, out, checkpoint.tokenizer_of(about, folder), "", about["license"])
+    return out
+
+
+@pytest.mark.parametrize("generation, config, expected", [
+    (GENERATION, {}, GENERATION),
+    (None, dict(eos_token_id=[2, 3], pad_token_id=4), {"eos_token_id": [2, 3], "pad_token_id": 4}),
+    ({"temperature": 0.6}, dict(eos_token_id=[2, 3]), {"temperature": 0.6, "eos_token_id": [2, 3]})])
+def test_ends_of_text_and_templates_survive_a_cut_and_an_export(generation, config, expected, tmp_path):
+    sent = chat_model(tmp_path / "in", generation, **config)
+    for source in (sent, pruned(sent, tmp_path / "cut")):
+        out = tmp_path / f"out of {source.name}"
+        export.main(export.Export(str(source), str(out)))
+        written = json.loads((out / "generation_config.json").read_text())
+        assert {key: written.get(key) for key in expected} == expected
+        peer = transformers.AutoModelForCausalLM.from_pretrained(out)
+        assert peer.generation_config.eos_token_id == expected["eos_token_id"] == peer.config.eos_token_id
+        assert peer.generation_config.pad_token_id == expected.get("pad_token_id") == peer.config.pad_token_id
+        assert {name: (out / name).read_text() for name in TEMPLATES} == TEMPLATES
+        tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+        assert tokenizer.chat_template == {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+
+
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id", "pad_token_id"])
+@pytest.mark.parametrize("value", [256, -2, "2", 2.0, True, [2, None], {"a": 1}, 10**30])
+@pytest.mark.parametrize("place", ["config", "generation"])
+def test_odd_token_ids_are_refused(key, value, place, tmp_path):
+    ids = {key: value}
+    sent = chat_model(tmp_path / "in", ids if place == "generation" else {}, **(ids if place == "config" else {}))
+    with pytest.raises(UserError, match=f"{key} .* is none of the model's 256 token ids; correct it"):
+        export.main(export.Export(str(sent), str(tmp_path / "out")))
+
+
+def test_a_padding_of_minus_one_is_none(tmp_path):
+    sent = chat_model(tmp_path / "in", None, pad_token_id=-1)
+    export.main(export.Export(str(sent), str(tmp_path / "out")))
+    assert "pad_token_id" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_a_gguf_has_name_license_file_type_ends_and_padding(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    sent = chat_model(tmp_path / "in", GENERATION)
+    for source in (sent, pruned(sent, tmp_path / "cut")):
+        export.main(export.Export(str(source), str(tmp_path / "out.gguf"), "gguf", "float16", unchecked=True))
+        fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
+        values = {name: field.contents() for name, field in fields.items()}
+        (tmp_path / "out.gguf").unlink()
+        expected = {"general.name": source.name, "general.license": "apache-2.0",
+                    "general.file_type": int(gguf.LlamaFileType.MOSTLY_F16),
+                    "tokenizer.ggml.eos_token_id": 0, "tokenizer.ggml.eot_token_id": 2,
+                    "tokenizer.ggml.eom_token_id": 3, "tokenizer.ggml.padding_token_id": 5,
+                    "tokenizer.chat_template": "{{ messages }}", "tokenizer.chat_template.tool_use": "{{ tools }}"}
+        assert {name: values[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("template", [[{"name": "a"}], [{"name": "a", "template": "x"}, {"name": "a", "template": "y"}],
+                                      ["x"], [{"name": 3, "template": "x"}]])
+def test_a_template_that_a_gguf_cannot_hold_is_refused(template):
+    files = open_tokenizer("bytes").as_files()
+    config = json.loads(files["tokenizer_config.json"])
+    files["tokenizer_config.json"] = json.dumps({**config, "chat_template": template})
+    with pytest.raises(UserError, match="the chat template .* has no text, or no name of its own"):
+        gguf_vocabulary.chat_template(open_tokenizer("x", files))
 
 
 # -- other spellings, and sentences with the right remedy
