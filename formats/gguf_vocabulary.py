@@ -126,8 +126,8 @@ def chat_template(tokenizer):
         is_plain = isinstance(template, dict) and isinstance(template.get("template"), str)
         name = template.get("name") if is_plain else None
         if not isinstance(name, str) or re.sub(r"\W", "_", name) in keys:
-            raise UserError(f"the chat template {str(template)[:60]!r} of {tokenizer.name!r} has no text, or no name of "
-                            "its own; correct tokenizer_config.json, or export with --to hf")
+            raise UserError(f"the chat template {str(template)[:60]!r} of {tokenizer.name!r} has no text, or no name "
+                            "of its own; correct tokenizer_config.json, or export with --to hf")
         keys.add(re.sub(r"\W", "_", name))
     if keys == {"default"}:
         return templates[0]["template"]

@@ -35,12 +35,17 @@ from formats.tokenizer_json import (
     name_of,
     refuse_unknown_spelling,
     spells_bytes,
+    splits_at_lines,
 )
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
          "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json")
 # transformers keeps a chat template that has a name in a file of this folder.
 NAMED_TEMPLATE = re.compile(r"additional_chat_templates/([\w-]+)\.jinja")
+
+# The encodings of tiktoken whose regular expressions let no word reach across a line end before a
+# letter or digit, and look no farther than that.
+LINES_SPLIT = ("gpt2", "r50k_base", "p50k_base", "p50k_edit", "cl100k_base", "o200k_base", "o200k_harmony")
 
 # A text in which most ways to cut text into words, and so most tokenizers, differ.
 PROBE = ("It's a'tb a'sb a'reb a'veb a'mb a'llb a'db I'LL A'TB A'LLB 1234567 x12 ٣٤٥  6 camelCase's "
@@ -56,8 +61,12 @@ class Tokenizer:
     vocab_size  1 + the largest id
     eot, bos    the ids that close and open a document; bos may be None
     specials    {text: id} of the tokens that no document can spell
+    splits_at_lines     whether a text may be cut behind a line end that stands between a character
+                        that is no blank and a letter or digit: both parts have the ids of the whole
     files       {file name: content} that it was read from; {} for bytes and tiktoken's vocabularies
     opening     the ids that transformers puts in front of every text"""
+
+    splits_at_lines = False
 
     def __init__(self, name, vocab_size, eot, bos=None, specials=None, files=None, opening=()):
         self.name = name
@@ -119,6 +128,8 @@ def replace_surrogates(text):
 class Bytes(Tokenizer):
     """UTF-8 bytes. NUL is the end of a text; `encode` drops a NUL that a text holds."""
 
+    splits_at_lines = True
+
     def __init__(self, eot=0):
         super().__init__("bytes", 256, eot)
 
@@ -141,6 +152,7 @@ class Tiktoken(Tokenizer):
         specials = dict(encoding._special_tokens)
         vocab_size = 1 + max(*encoding._mergeable_ranks.values(), *specials.values())
         eot = encoding.eot_token if eot is None else eot
+        self.splits_at_lines = name in LINES_SPLIT
         super().__init__(name, vocab_size, eot, specials=specials)
 
     def ids(self, text, special):
@@ -180,6 +192,7 @@ class HuggingFace(Tokenizer):
         except Exception as problem:             # the library raises nothing more specific
             raise UserError(f"{where}: tokenizer.json is damaged ({problem}): copy it again") from problem
         self.is_byte_level = spells_bytes(content)
+        self.splits_at_lines = splits_at_lines(content)
         self.added = self.backend.get_added_tokens_decoder()
 
         added = {token.content: i for i, token in self.added.items() if token.content}

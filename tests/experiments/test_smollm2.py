@@ -21,7 +21,8 @@ def test_a_run_folder_is_refused_with_the_remedy(task, tmp_path):
 
 @pytest.mark.parametrize("of", ["model", "tokenizer"])
 def test_a_folder_s_own_code_is_not_run(of, tmp_path):
-    model = GPT(GPTConfig(vocab_size=256, block_size=64, d_model=12, head_dim=4, n_head=(3,), n_kv_head=(3,), d_ff=(5,)))
+    shape = dict(vocab_size=256, block_size=64, d_model=12, head_dim=4, n_head=(3,), n_kv_head=(3,), d_ff=(5,))
+    model = GPT(GPTConfig(**shape))
     huggingface.save(tmp_path, model, "llama", open_tokenizer("bytes").as_files())
     (tmp_path / "sent.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     file = tmp_path / ("config.json" if of == "model" else "tokenizer_config.json")

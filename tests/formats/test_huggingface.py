@@ -402,7 +402,7 @@ def test_pickled_code_is_refused_by_its_function_s_name(name, zipped, tmp_path, 
     peer = oracle("smollm2")
     peer.save_pretrained(tmp_path)
     as_bin(tmp_path, {**peer.state_dict(), "x": HOSTILE[name]}, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match=rf"pytorch_model.bin .* would run [\w.]*{name}, and pickled code is never run; take"):
+    with pytest.raises(UserError, match=rf"pytorch_model.bin .* would run [\w.]*{name}, and pickled code is never run"):
         checkpoint.load(tmp_path)
     assert not (tmp_path / "ran").exists()
 
@@ -410,7 +410,7 @@ def test_pickled_code_is_refused_by_its_function_s_name(name, zipped, tmp_path, 
 @pytest.mark.parametrize("content, sentence", [
     ([1], "holds no dictionary of tensors by name"), ({1: torch.zeros(1)}, "holds no dictionary of tensors by name"),
     ({"model.norm.weight": 3}, "holds no dictionary of tensors by name"),
-    ({"model.norm.weight": torch.zeros(1).expand(10**12)}, r"model.norm.weight is \(1000000000000,\), config.json asks"),
+    ({"model.norm.weight": torch.zeros(1).expand(10**12)}, r"model.norm.weight is \(1000000000000,\), config.json"),
     ({"model.norm.weight": torch.ones(48).to_sparse()}, "model.norm.weight is torch.sparse_coo; only"),
     ({"model.norm.weight": torch.ones(48, dtype=torch.int8)}, "model.norm.weight is torch.int8; only F64, F32")])
 def test_pickled_weights_that_are_no_model_s_are_refused(content, sentence, tmp_path):
