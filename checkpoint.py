@@ -178,8 +178,12 @@ def tokenizer_of(about, path):
     if "huggingface" in about and not has_tokenizer(about["tokenizer_files"]):
         raise UserError(f"{path} has no tokenizer.json or tokenizer.model; add the file (train.py takes --tokenizer, "
                         "too)")
-    name = about["run"]["tokenizer"] if "run" in about else str(path)
-    return open_tokenizer(name, about.get("tokenizer_files"))
+    if "run" not in about:
+        return open_tokenizer(str(path), about.get("tokenizer_files"))
+    # A checkpoint that somebody sent does not choose a folder of this machine.
+    name = str(about["run"].get("tokenizer", "of an unknown name"))
+    files = about.get("tokenizer_files")
+    return open_tokenizer(name, {} if files is None else files)
 
 
 def load_ours(path, device, block_size=None):

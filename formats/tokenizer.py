@@ -43,6 +43,9 @@ FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_
 # transformers keeps a chat template that has a name in a file of this folder.
 NAMED_TEMPLATE = re.compile(r"additional_chat_templates/([\w-]+)\.jinja")
 
+# Larger ids would be a table of gigabytes, and are some mistake (our choice; Gemma has 262,144 tokens).
+LARGEST_VOCABULARY = 2**24
+
 # The encodings of tiktoken whose regular expressions let no word reach across a line end before a
 # letter or digit, and look no farther than that.
 LINES_SPLIT = ("gpt2", "r50k_base", "p50k_base", "p50k_edit", "cl100k_base", "o200k_base", "o200k_harmony")
@@ -69,6 +72,9 @@ class Tokenizer:
     splits_at_lines = False
 
     def __init__(self, name, vocab_size, eot, bos=None, specials=None, files=None, opening=()):
+        if vocab_size > LARGEST_VOCABULARY:
+            raise UserError(f"the tokenizer {name!r} has an id {vocab_size - 1:,}, and ids up to {LARGEST_VOCABULARY:,} "
+                            "are read; correct the ids of its added tokens")
         self.name = name
         self.vocab_size = vocab_size
         self.eot = eot
@@ -206,6 +212,9 @@ class HuggingFace(Tokenizer):
         if content["model"].get("unk_id") == eot:
             raise UserError(f"{where}: the token for unknown characters is the one that ends a document; "
                             "name another \"eos_token\" in tokenizer_config.json")
+        if content["model"].get("type") == "Unigram" and content["model"].get("unk_id") is None:
+            raise UserError(f"{where}: the Unigram model of tokenizer.json has no \"unk_id\", so that no unknown "
+                            "character can be encoded; copy it again")
         forbid(self.backend, specials, (eot, bos), where)
         ids = self.backend.get_vocab(with_added_tokens=True).values()
         if len(set(ids)) < len(ids):
@@ -355,6 +364,10 @@ def open_model(content, where):
     try:
         model.LoadFromSerializedProto(content)
     except RuntimeError as problem:
+        # Llama 3's original file of this name is tiktoken's: a token in base64 and its rank in each line.
+        if re.match(rb"[A-Za-z0-9+/]+=* \d+\n", content):
+            raise UserError(f"{where}: tokenizer.model is a list of tiktoken's tokens and not SentencePiece's file; give "
+                            "the folder that has a tokenizer.json, too") from problem
         reason = " ".join(str(problem).split())
         raise UserError(f"{where}: tokenizer.model is damaged ({reason}): copy it again") from problem
     return model
@@ -370,9 +383,11 @@ def piece_bytes(piece):
 
 def open_tokenizer(name, files=None):
     """"bytes", the name of a tiktoken encoding, or a Hugging Face folder or its tokenizer.json ->
-    Tokenizer. With `files`, {file name: content}, it is made of these, and `name` is for messages.
-    Raises UserError if the name is unknown, the tokenizer not supported, or a vocabulary cannot be
-    downloaded."""
+    Tokenizer. With `files`, {file name: content}, it is made of these, and `name` is for messages; with
+    {} the name is never a folder's. Raises UserError if the name is unknown, the tokenizer not
+    supported, or a vocabulary cannot be downloaded."""
+    if files is not None:
+        check_files(name, files)
     if files:
         return from_files(name, files)
     if name == "bytes":
@@ -380,7 +395,7 @@ def open_tokenizer(name, files=None):
     import tiktoken
     names = ["bytes", *tiktoken.list_encoding_names()]
     path = Path(name)
-    if name not in names and path.exists():
+    if files is None and name not in names and path.exists():
         is_file = path.name in ("tokenizer.json", "tokenizer.model")
         return from_files(name, read_files(path.parent if is_file else path))
     try:
@@ -418,7 +433,6 @@ def has_tokenizer(files):
 
 def from_files(where, files):
     """{file name: content} of a Hugging Face folder -> Tokenizer."""
-    check_files(where, files)
     if "tokenizer.json" in files:
         return HuggingFace(where, files)
     if "tokenizer.model" in files:
@@ -541,7 +555,7 @@ def named_ends(config, added, where):
         text = config.get(key)
         if isinstance(text, dict):
             text = text.get("content")
-        if text is not None and text not in added:
+        if text is not None and (not isinstance(text, str) or text not in added):
             raise UserError(f"{where}: {key} {text!r} of tokenizer_config.json is not among the "
                             f"{len(added)} added tokens of the tokenizer; correct one of the two")
         names = usual if text is None else (text,)
@@ -555,7 +569,10 @@ def added_tokens(files, config, where):
     try:
         for token, entry in (config.get("added_tokens_decoder") or {}).items():
             added[entry["content"]] = int(token)
-        return {str(text): int(token) for text, token in added.items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        added = {str(text): int(token) for text, token in added.items()}
+        if min(added.values(), default=0) < 0:
+            raise ValueError(f"an id of {min(added.values())}")
+        return added
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as problem:
         raise UserError(f"{where}: the added tokens are damaged ({type(problem).__name__}: {problem}): "
                         "copy tokenizer_config.json and added_tokens.json again") from problem

@@ -267,7 +267,7 @@ def test_a_folder_a_file_and_their_texts_are_one_tokenizer(tmp_path, contents, m
     monkeypatch.undo()
     (tmp_path / "tokenizer.json").unlink()
     assert tokenizer.read_files(tmp_path) == {}
-    with pytest.raises(UserError, match="holds no tokenizer.json: give the folder"):
+    with pytest.raises(UserError, match="holds no tokenizer.json: give the folder .* or one with a tokenizer.model"):
         tokenizer.open_tokenizer(str(tmp_path))
     with pytest.raises(UserError, match="or a folder with a tokenizer.json"):
         tokenizer.open_tokenizer("no/such/folder")
@@ -500,7 +500,11 @@ def test_the_ends_and_openings_of_a_tokenizer_model_are_those_of_its_files(monke
             ("tokenizer.model", b"", "tokenizer.model is damaged .INTERNAL"),
             ("tokenizer.model", b"nonsense", "tokenizer.model is damaged .INTERNAL"),
             ("tokenizer.model", files["tokenizer.model"][:5000], "tokenizer.model is damaged"),
+            ("tokenizer.model", b"IQ== 0\nIg== 1\n", "tokenizer.model is a list of tiktoken's tokens and not Sentence"),
             ("added_tokens.json", '{"<pad>": "x"}', "the added tokens are damaged .ValueError"),
+            ("added_tokens.json", '{"<pad>": -1}', "the added tokens are damaged .ValueError: an id of -1"),
+            ("added_tokens.json", '{"<pad>": Infinity}', "the added tokens are damaged .OverflowError"),
+            ("added_tokens.json", '{"<pad>": 99999999999}', "has an id 99,999,999,999, and ids up to 16,777,216 are read"),
             ("tokenizer_config.json", '{"added_tokens_decoder": {"5": 7}}', "the added tokens are damaged .TypeError"),
             ("tokenizer_config.json", '{"eos_token": "<end>"}', "eos_token '<end>' of tokenizer_config.json is not")]:
         with pytest.raises(UserError, match=sentence):
