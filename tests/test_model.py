@@ -125,9 +125,9 @@ def test_sampling_repeats_with_its_generator_and_stays_within_top_k():
     (dict(n_head=(4, 6, 3, 3), n_kv_head=(2, 6, 2, 1)), "layer 2: 3 query heads over 2 KV heads"),
     (dict(n_kv_head=(2, 0, 1, 1)), "layer 1: 6 query heads over 0 KV heads"),
     (dict(n_head=(4, 6, 2, 0)), "layer 3: 0 query heads over 1 KV heads"),
-    (dict(d_ff=(-1, 24, 1, 8)), "layer 0: .* and -1 neurons"),
-    (dict(head_dim=5), "head_dim 5 must be even"), (dict(d_model=0), "d_model 0 positive"),
-    (dict(vocab_size=0), "vocab_size 0"), (dict(block_size=0), "block_size 0")])
+    (dict(d_ff=(-1, 24, 1, 8)), "d_ff is -1, and must be a whole number between 0 and"),
+    (dict(head_dim=5), "head_dim 5 must be even"), (dict(d_model=0), "d_model is 0, and must be"),
+    (dict(vocab_size=0), "vocab_size is 0"), (dict(block_size=0), "block_size is 0")])
 def test_shapes_that_do_not_fit_are_refused(changes, says):
     with pytest.raises(UserError, match=says):
         tiny(**changes)
@@ -161,7 +161,7 @@ def test_save_and_load_round_trip_bitwise(tmp_path):
         save(tmp_path / "ckpt_00000010.pt", wrapped, **state)
         found, other = load(tmp_path)                                # the newest
         assert found.config == model.config and type(found) is GPT and all(p.requires_grad for p in found.parameters())
-        assert list(found.state_dict()) == list(model.state_dict()) and set(other) == {"format", *state}
+        assert list(found.state_dict()) == list(model.state_dict()) and set(other) == {"format", "digest", *state}
         assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), model.state_dict().values()))
         assert {k: other[k] for k in ("step", "plan", "shares")} == {k: state[k] for k in ("step", "plan", "shares")}
         moments = [o["state"][3]["exp_avg"] for o in (other["optimizer"], state["optimizer"])]
@@ -181,6 +181,7 @@ def test_load_refuses_other_files_and_never_runs_code(tmp_path):
     model, whole, file, marker = GPT(tiny()), tmp_path / "whole.pt", tmp_path / "bad.pt", tmp_path / "ran"
     save(whole, model)
     content = torch.load(whole, weights_only=True)
+    del content["digest"]                                            # or each change would be damage
 
     def refused(says):
         with pytest.raises(UserError, match=says) as problem:
