@@ -112,8 +112,8 @@ def test_a_config_is_read_or_refused(drawn, sent, monkeypatch):
     with only_inside(sent, monkeypatch):
         (sent / "sent" / "config.json").write_text(json.dumps(changed))
         try:
-            _, about = checkpoint.load(sent / "sent")
-            export.tokenizer_files(about, "x", 300)
+            model, about = checkpoint.load(sent / "sent")
+            export.tokenizer_files(model, about, "x")
         finally:
             (sent / "sent" / "config.json").write_text(json.dumps(config))
 
@@ -159,9 +159,9 @@ def test_a_checkpoint_names_no_folder(sent):
     folder = sent / "sent"
     for run in ({"tokenizer": str(folder)}, {}):
         checkpoint.save(sent / "named.pt", GPT(GPTConfig(**SHAPE)), run=run)
-        _, about = checkpoint.load(sent / "named.pt")
+        model, about = checkpoint.load(sent / "named.pt")
         with pytest.raises(UserError, match="no tokenizer '"):
-            checkpoint.tokenizer_of(about, sent / "named.pt")
+            checkpoint.tokenizer_of(model, about, sent / "named.pt")
     assert open_tokenizer(str(folder)).eot == 0
 
 
@@ -173,8 +173,8 @@ def test_a_checkpoint_s_state_is_read_or_refused(drawn, sent, monkeypatch):
     value = drawn.draw(strategies.one_of(anything(sent), strategies.just(torch.ones(2)), strategies.just(b"x")))
     torch.save(replaced(state, drawn.draw, value), sent / "changed.pt")
     with only_inside(sent, monkeypatch):
-        _, about = checkpoint.load(sent / "changed.pt")
-        checkpoint.tokenizer_of(about, "x")
-        files, _ = export.tokenizer_files(about, "x", 300)
+        model, about = checkpoint.load(sent / "changed.pt")
+        checkpoint.tokenizer_of(model, about, "x")
+        files, _ = export.tokenizer_files(model, about, "x")
         (sent / "out").mkdir(exist_ok=True)
         huggingface.save(sent / "out", GPT(GPTConfig(**SHAPE)), "llama", files)

@@ -56,7 +56,7 @@ def oracle(family, **changes):
 def wild(**shape):
     """A model of ours with large random weights."""
     torch.manual_seed(1)
-    model = GPT(GPTConfig(**dict(vocab_size=61, block_size=64, d_model=48, head_dim=8) | shape))
+    model = GPT(GPTConfig(**dict(vocab_size=256, block_size=64, d_model=48, head_dim=8) | shape))
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(mean="norm" in name, std=0.2)
@@ -451,7 +451,7 @@ def chat_model(folder, generation, **config):
 def pruned(folder, out):
     """What prune.py makes of a folder, without the cut."""
     model, about = checkpoint.load(folder)
-    prune.save(prune.Prune(), model, out, checkpoint.tokenizer_of(about, folder), "", about["license"])
+    prune.save(prune.Prune(), model, out, checkpoint.tokenizer_of(model, about, folder), "", about["license"])
     return out
 
 
