@@ -73,8 +73,8 @@ class Tokenizer:
 
     def __init__(self, name, vocab_size, eot, bos=None, specials=None, files=None, opening=()):
         if vocab_size > LARGEST_VOCABULARY:
-            raise UserError(f"the tokenizer {name!r} has an id {vocab_size - 1:,}, and ids up to {LARGEST_VOCABULARY:,} "
-                            "are read; correct the ids of its added tokens")
+            raise UserError(f"the tokenizer {name!r} has an id {vocab_size - 1:,}, and ids up to "
+                            f"{LARGEST_VOCABULARY:,} are read; correct the ids of its added tokens")
         self.name = name
         self.vocab_size = vocab_size
         self.eot = eot
@@ -373,8 +373,8 @@ def open_model(content, where):
     except RuntimeError as problem:
         # Llama 3's original file of this name is tiktoken's: a token in base64 and its rank in each line.
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\n", content):
-            raise UserError(f"{where}: tokenizer.model is a list of tiktoken's tokens and not SentencePiece's file; give "
-                            "the folder that has a tokenizer.json, too") from problem
+            raise UserError(f"{where}: tokenizer.model is a list of tiktoken's tokens and not SentencePiece's file; "
+                            "give the folder that has a tokenizer.json, too") from problem
         reason = " ".join(str(problem).split())
         raise UserError(f"{where}: tokenizer.model is damaged ({reason}): copy it again") from problem
     return model

@@ -349,8 +349,8 @@ def multiple_choice(model, tokenizer, questions, batch_tokens=None, progress=Tru
         for choice in q.choices:
             context, continuation = encoder.pair(q.query, choice)
             if not 0 < len(continuation) <= block_size:
-                raise UserError(f"{q.where}: the choice {choice[:40]!r} has {len(continuation)} tokens, and must have 1 "
-                                f"to {block_size}, the model's context; shorten or remove it")
+                raise UserError(f"{q.where}: the choice {choice[:40]!r} has {len(continuation)} tokens, and must have "
+                                f"1 to {block_size}, the model's context; shorten or remove it")
             requests.append((context, continuation))
     scores = iter(loglikelihoods(model, requests, batch_tokens, progress))
     nats = []

@@ -1,4 +1,4 @@
-"""Files that somebody sent, with a part replaced by anything: a UserError or nothing, and no file outside is touched."""
+"""Files that somebody sent, with any part replaced: a UserError or nothing, and no file outside is touched."""
 import contextlib
 import copy
 import json
@@ -153,6 +153,20 @@ def test_a_tokenizer_is_read_or_refused(kind, sent, monkeypatch):
             gguf_vocabulary.chat_template(tokenizer)
             gguf_vocabulary.named_padding(tokenizer)
     check()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+                                  "adapter_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, "{", "[1]", "", "\xff"])
+def test_deep_and_broken_json_is_a_sentence(name, content, sent, tmp_path):
+    for file in (sent / "sent").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    if name.startswith("model"):
+        (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=f"{name} is not"):
+        model, about = checkpoint.load(tmp_path)
+        checkpoint.tokenizer_of(model, about, tmp_path)
 
 
 def test_a_checkpoint_names_no_folder(sent):

@@ -504,7 +504,7 @@ def test_the_ends_and_openings_of_a_tokenizer_model_are_those_of_its_files(monke
             ("added_tokens.json", '{"<pad>": "x"}', "the added tokens are damaged .ValueError"),
             ("added_tokens.json", '{"<pad>": -1}', "the added tokens are damaged .ValueError: an id of -1"),
             ("added_tokens.json", '{"<pad>": Infinity}', "the added tokens are damaged .OverflowError"),
-            ("added_tokens.json", '{"<pad>": 99999999999}', "has an id 99,999,999,999, and ids up to 16,777,216 are read"),
+            ("added_tokens.json", '{"<pad>": 99999999999}', "has an id 99,999,999,999, and ids up to 16,777,216"),
             ("tokenizer_config.json", '{"added_tokens_decoder": {"5": 7}}', "the added tokens are damaged .TypeError"),
             ("tokenizer_config.json", '{"eos_token": "<end>"}', "eos_token '<end>' of tokenizer_config.json is not")]:
         with pytest.raises(UserError, match=sentence):

@@ -410,8 +410,8 @@ def test_a_choice_that_a_token_swallows_is_encoded_alone(context, choice):
 
 def test_a_choice_that_cannot_be_scored_is_named_by_file_and_line(tmp_path):
     config = GPTConfig(**{**UNEVEN.__dict__, "vocab_size": 256})
-    for choice, sentence in (("\0", "has 0 tokens, and must have 1 to 16"), ("x" * 17, "has 17 tokens, and must have 1")):
-        rows = [{"query": "Q", "choices": [" a", " b"], "gold": 0}, {"query": "Q", "choices": [" a", choice], "gold": 0}]
+    for choice, sentence in (("\0", "has 0 tokens, and must have 1 to 16"), ("x" * 17, "has 17 tokens, and must")):
+        rows = [{"query": "Q", "choices": [" a", text], "gold": 0} for text in (" b", choice)]
         (tmp_path / "q.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
         with pytest.raises(UserError, match=f"q.jsonl:2: the choice .* {sentence}"):
             multiple_choice(wild(config), Bytes(), read_questions(tmp_path / "q.jsonl"))
