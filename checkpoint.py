@@ -146,7 +146,7 @@ def load(path, device="cpu", dtype=None, block_size=None):
     its config.json, "tokenizer_files"}. Raises UserError for a file that is missing, truncated, of
     another version or of another shape than it says."""
     folder = find(path)
-    if any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         return huggingface.load(folder, device, dtype, block_size)
     model, about = load_ours(folder, device, dtype, block_size)
     return model if dtype is None else model.to(dtype), about

@@ -186,6 +186,8 @@ def list_files(source):
     are relative to, files). Raises UserError if there are none.
 
     Packages bring copies of one another, so that one text may be on both sides of the hold-out."""
+    if not source:
+        raise UserError("the source of a corpus has no name: give stdlib, packages, a file, folder or glob, or hf:NAME")
     is_python = source in PYTHON
     path = Path(sysconfig.get_paths()[PYTHON[source]] if is_python else source).expanduser()
     if path.is_dir():
@@ -488,16 +490,17 @@ def load(source="stdlib", tokenizer_name="bytes", cache="data_cache", workers=0,
     else:
         tok = open_tokenizer(tokenizer_name)
     # A folder of finished shards is a source that needs no work.
-    if (Path(source) / "train_000.bin").exists():
+    folder = Path(source).expanduser()
+    if (folder / "train_000.bin").exists():
         if (field, split, stream) != ("text", "train", False):
             raise UserError(f"{source} holds finished tokens, on which --field, --split and --stream have no effect: "
                             "leave them out")
-        return check(open_shards(Path(source), tok), block_size)
+        return check(open_shards(folder, tok), block_size)
     source = open_source(source, field, split, stream, tok.splits_at_lines)
     # Reading the standard library as bytes takes no longer than reading its shards.
     folder = None
     if cache is not None and (source.name != "stdlib" or tok.name != "bytes"):
-        folder = Path(cache) / cache_key(source, tok)
+        folder = Path(cache).expanduser() / cache_key(source, tok)
         if (folder / "index.json").exists():
             return check(open_shards(folder, tok), block_size)
     shards = {"train": [], "val": []}

@@ -360,7 +360,7 @@ def check_names(folder, family, model, files):
 def refuse_adapter(folder):
     """Raise UserError if a folder holds a LoRA adapter, which is a change to the weights of another
     model."""
-    if (folder / "adapter_config.json").exists():
+    if (folder / "adapter_config.json").is_file():
         base = read_json((folder / "adapter_config.json").read_bytes(), folder / "adapter_config.json")
         raise UserError(f"{folder} holds an adapter (LoRA) for {base.get('base_model_name_or_path')}, not a model; "
                         "merge the two by peft's merge_and_unload() and save_pretrained(), and give that folder")

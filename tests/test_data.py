@@ -390,6 +390,18 @@ def test_equal_documents_cannot_be_held_out_from_each_other(count, tmp_path):
         data.load(str(tmp_path / "same.jsonl"), cache=None)
 
 
+def test_no_source_is_not_this_folder():
+    with pytest.raises(UserError, match="the source of a corpus has no name: give stdlib"):
+        data.load("", cache=None)
+
+
+def test_a_tilde_is_the_home_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made = data.load("~/texts", cache="~/cache").folder
+    assert made.parent == tmp_path / "cache"
+    assert len(data.load(f"~/cache/{made.name}").train) == len(data.load(str(folder), cache=None).train)
+
+
 def test_flags_without_an_effect_are_refused(folder, tmp_path):
     for flags, sentence in ((dict(split="val"), "--split is for hf: sources, .* has no split 'val'"),
                             (dict(field="body"), "--field body is for rows .* holds none: leave --field out")):

@@ -160,10 +160,13 @@ def test_shards_are_read_through_their_index(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM, which Linux has")
-def test_peak_memory_is_the_model_and_little_more(tmp_path):
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_peak_memory_is_the_model_and_little_more(kind, tmp_path):
     """A bf16 file of 100 MB read as float32: 200 MB are the model's own."""
     model = wild(vocab_size=8000, d_model=1024, head_dim=64, n_head=(16,) * 4, n_kv_head=(16,) * 4, d_ff=(2816,) * 4)
     huggingface.save(tmp_path, model.bfloat16(), "llama")
+    if kind == "bin":
+        as_bin(tmp_path, load_file(tmp_path / "model.safetensors"))
     script = ("import torch, checkpoint, safetensors.torch\n"
               "lines = lambda: open('/proc/self/status').read().splitlines()\n"
               "peak = lambda: next(int(s.split()[1]) * 1024 for s in lines() if s.startswith('VmHWM'))\n"
