@@ -370,9 +370,9 @@ def best_of_grid(records, config):
     """The best cells of the grid so far that are no published method: {name: recipe}."""
     table = compare_report.cells(records, "validation")
     table = table[(table.keep == config.grid_keep) & (table.seed == 0)].set_index("name")
-    ours = {name_of(recipe): recipe for recipe in GRID if recipe not in PUBLISHED.values()}
-    ranked = table.perplexity[table.index.isin(ours)].sort_values(kind="stable")
-    return {name: ours[name] for name in ranked.index[:config.best]}
+    candidates = {name_of(recipe): recipe for recipe in GRID if recipe not in PUBLISHED.values()}
+    ranked = table.perplexity[table.index.isin(candidates)].sort_values(kind="stable")
+    return {name: candidates[name] for name in ranked.index[:config.best]}
 
 
 # -- the command
@@ -476,8 +476,8 @@ def cost(subject, windows=16, rounds=3):
             plain = seconds_and_memory(plain_passes, backward)
             for p in model.parameters():
                 p.grad = None
-            ours = seconds_and_memory(whole_cut, recipe)
-            ratios.append((ours[0] / plain[0], ours[1] / plain[1]))
+            whole = seconds_and_memory(whole_cut, recipe)
+            ratios.append((whole[0] / plain[0], whole[1] / plain[1]))
         seconds, memory = np.median(ratios, 0)
         rows.append([f"`{name}`", "forward, backward" if backward else "forward", f"{seconds:.2f}",
                      f"{memory:.2f}"])
