@@ -66,7 +66,7 @@ from tasks import questions
 class Compare:
     init: str                     # the model: a Hugging Face folder or hub id, or a checkpoint
     out: str = "runs/compare.jsonl"    # file of records
-    # cost is about the seconds and the memory of a cut
+    # what to make; cost: the seconds and the memory of a cut
     part: Literal["all", "grid", "rows", "questions", "report", "cost"] = "all"
     keeps: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6)    # kept fractions of the reported rows
     grid_keep: float = 0.8        # of the grid, and of the questions
