@@ -54,7 +54,7 @@ def test_time_ends_a_suite_and_the_same_command_goes_on(tmp_path, monkeypatch, c
 
     monkeypatch.setattr(bench, "cells", lambda settings: [cell(name) for name in "abc"])
     monkeypatch.setattr(bench, "ALARM_SECONDS", .05)
-    command = bench.Bench("gpu", out=str(tmp_path / "records.jsonl"), device="cpu", minutes=.01)
+    command = bench.Bench("gpu", out=str(tmp_path / "records.jsonl"), device="cpu", minutes=.05)
     bench.main(command)
     assert done == ["a"] and swallowed and "the same command goes on" in capsys.readouterr().out
     slow[0] = False
