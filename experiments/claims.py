@@ -170,9 +170,9 @@ def keep_records(config, name, **about):
 def is_recorded(config, run, runs, settings, cut):
     """Whether the records of a run exist. Raises UserError if they are of another run with the same
     name."""
-    def as_recorded(own):
+    def as_recorded(settings):
         recorded = {}
-        for key, value in own.items():
+        for key, value in settings.items():
             if isinstance(value, str):
                 value = value.removeprefix(f"{config.runs}/")
             if key not in checkpoint.NOT_IDENTITY:
@@ -215,7 +215,7 @@ class Jobs:
             self.add(other)
         if self.without_records(measures):
             return
-        settings, cut = claims_runs.settings(run, self.scale, self.recorded, self.config.runs)
+        settings, cut = claims_runs.settings_of(run, self.scale, self.recorded, self.config.runs)
         if is_recorded(self.config, run, self.recorded, settings, cut):
             for other in self.without_records(run.needs()):
                 raise UserError(f"{self.config.results} holds {run.name}, but not {other.name}, "

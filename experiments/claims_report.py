@@ -586,9 +586,9 @@ def text(runs, scale, figure=None):
              "parameter, unless it names another length. The numbers are differences in the final "
              f"loss: below 0 the first kind is better. A verdict of \"{UNDECIDED}\" means that the "
              "interval contains both answers.")
-    ours = [str(number) for number in sorted(scale.claims) if CLAIMS[number].ours]
-    if ours:
-        about += f" Claims {' and '.join(ours)} are our own; report.md shows them."
+    own_claims = [str(number) for number in sorted(scale.claims) if CLAIMS[number].ours]
+    if own_claims:
+        about += f" Claims {' and '.join(own_claims)} are our own; report.md shows them."
     blocks = [basis(runs, scale), picture, about, short_table(runs, scale),
               "\n".join(sentences(runs, scale)), lengths_table(runs, scale),
               ingredients_table(runs, scale)]
