@@ -50,6 +50,7 @@ def choose(scores, widths):
     ascending. A pure function; ties go to the lower index."""
     alive = {}
     for key, values in scores.items():
+        # On the CPU, so that ties are broken alike on every device.
         ranked = values.cpu().argsort(descending=True, stable=True)
         alive[key] = ranked[:widths[key]].sort().values
     return alive
@@ -82,6 +83,7 @@ def slice(model, optimizer, alive):
     """Cut dead units off for good. Returns (model, optimizer) with only the entries of the units in
     `alive`, and the same dtype, device, hyperparameters, moments and step counts. `optimizer` may
     be None. A sub-block that keeps no unit goes, together with the norm in front of it."""
+    # How each parameter is cut: the dimension that runs over units, their number, the living ones.
     widths = model.config.widths()
     cuts = {}
     for key, indices in alive.items():
@@ -102,6 +104,7 @@ def slice(model, optimizer, alive):
     large = dict(model.named_parameters())
     weights = {name: smaller(name, large[name]) for name, _ in small.named_parameters()}
     small.load_state_dict(weights, assign=True)
+    # A frozen parameter stays frozen.
     for name, p in small.named_parameters():
         p.requires_grad_(large[name].requires_grad)
     if optimizer is None:
@@ -164,6 +167,7 @@ class Structure:
     mend: tuple[str, ...] = ("none",)
 
 
+# A new score or allocation is allowed for units, and a score for layers, as soon as it has its row.
 UNITS = Structure(tuple(SCORES), (*ALLOCATIONS, "measured"), RESOURCES,
                   ("none", "bias", "least-squares"))
 # FLAP's scores sum to 0 in every layer, so they cannot rank layers.
@@ -277,10 +281,12 @@ def measure(model, stats, batches, recipe):
     """What the recipe learns by running the model again, on its measured_windows: how the loss
     rises without each layer or sub-block (depth.without), or the damage of several widths of each
     sub-block (measured.damage)."""
+    # The model runs once for each layer, or for each width of each sub-block: few windows must do.
     batches = batches[:recipe.measured_windows // batches[0][0].size(0)]
     if recipe.score == "perplexity":
         return depth.without(model, batches, depth.PARTS[recipe.structure])
 
+    # What is measured is mended as the cut will be.
     def reader(name, w, kept):
         if recipe.mend == "least-squares":
             return mend.mended(w, stats.gram[name], kept)
@@ -300,12 +306,14 @@ def decide(model, stats, batches, recipe, budget, whole=None, damage=None):
     config = priced(recipe, model)
     if runs_again(recipe) and damage is None:
         damage = measure(model, stats, batches, recipe)
+    # Whole layers or sub-blocks: all of their units stay, or none.
     if recipe.structure in depth.PARTS:
         scores = depth.part_scores(model, stats, damage, recipe.structure, recipe.score)
         widths = depth.widths_for(config, budget, recipe.allocate, scores, recipe.structure,
                                   recipe.budget)
         return {key: torch.arange(n) for key, n in widths.items()}
 
+    # Units: first how many of each layer, then which.
     scores = SCORES[recipe.score].function(model, stats)
     options = dict(structure=recipe.structure.split(","), multiple_of=recipe.multiple_of,
                    resource=recipe.budget)
@@ -368,6 +376,7 @@ def check_least_squares(recipe, config, T, device):
     if device == "mps":
         raise UserError("--mend least-squares is solved in float64, which Apple's GPUs lack; give "
                         "--device cpu")
+    # With fewer tokens than inputs the Gram matrix has no full rank: the fit would be to noise.
     widest = max(*config.d_ff, config.head_dim * max(config.n_head))
     tokens = recipe.windows * T
     if tokens < widest:
@@ -472,6 +481,7 @@ def main(recipe):
         left = allocate.total(priced(recipe, model), recipe.budget)
         print(f"{left:,} of {total:,} {recipe.budget} kept: {left / total:.4f}, "
               f"asked {recipe.keep:g}")
+    # A model that is more than its GPTConfig (mend.BiasedGPT) does not fit into a checkpoint.
     if type(model) is not GPT:
         print(f"not saved, as {model.evaluation_only}, which no GPTConfig and no runtime has")
         return

@@ -84,6 +84,7 @@ def collect(model, batches, needs, readers=READERS):
         else:
             model.requires_grad_(False)
         hook_activations(model, stats, needs, readers, hooks)
+        # The hooks do the work while the model runs: nothing is kept but their sums.
         for x, y in batches:
             with torch.set_grad_enabled(backward):
                 hidden = model.hidden(x.to(device))
@@ -167,6 +168,7 @@ def take_inputs(stats, needs, name):
         if "position" in needs:
             add(stats.position, name, x.square().sum(0))
         if "gram" in needs:
+            # Autocast would round the products to bfloat16.
             with torch.autocast(x.device.type, enabled=False):
                 add(stats.gram, name, rows.T @ rows)
     return hook
@@ -192,6 +194,7 @@ def take_cosines(stats, layer, block):
     @torch.no_grad()
     def block_hook(module, args, out):
         before = args[0].detach()
+        # The stream between the two sub-blocks is not a module's output: it is added up here.
         middle = before if block.attn is None else before + outputs.pop("attention")
         after = out.detach()
         add_cosine("kv", before, middle)

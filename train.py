@@ -118,7 +118,7 @@ class Train:
     save_every: int = 500                    # steps
     device: str = "auto"                     # auto, cpu, cuda, mps
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"    # bfloat16 is autocast; auto: that on a GPU
-    compile: bool | None = None              # torch.compile; default: on a GPU only
+    compile: bool | None = None              # torch.compile, True or False; default: on a GPU only
 
 
 # -- the method

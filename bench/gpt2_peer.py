@@ -85,6 +85,7 @@ class GPT2(nn.Module):
         self.positions = nn.Embedding(config.block_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.d_model, bias=False)
+        # nanoGPT also scales what writes into the residual stream; speed does not depend on it.
         for p in self.parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)

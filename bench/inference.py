@@ -150,6 +150,7 @@ def infer(settings, preset, vocab_size):
     elif not (find_spec("xllamacpp") and find_spec("gguf")):
         left_out = "pip install xllamacpp gguf"
 
+    # Memory is measured in fresh processes. Then all models stay loaded and take turns.
     peaks = {}
     generations = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -47,6 +47,7 @@ def interleave(calls, rounds, device="cpu"):
     """Call the functions {name: function} in turns, A B A B …: -> {name: [seconds of each round]}.
     One round more runs first and does not count."""
     seconds = {name: [] for name in calls}
+    # Round by round, so that a slow minute of the machine falls on all of them.
     for _ in range(1 + rounds):
         for name, call in calls.items():
             seconds[name].append(seconds_of(call, device))

@@ -67,6 +67,7 @@ def stages(settings, preset, vocab_size, names, memory=False):
     load, target, enlarged = fitted(settings, preset, vocab_size)
     peaks = {}
     if memory:
+        # Each in a process of its own: memory that one has freed would count for the next.
         peaks = {name: own_process(memory_of, load, name, target, enlarged) for name in KD}
     variants = {}
     rounds = 1 + load.rounds + APART
@@ -153,6 +154,7 @@ def cuts(settings, preset, vocab_size):
     steps = load.steps
     pruned = stage_variant(load, "prune", target, enlarged, 1 + load.rounds)
     sliced = stage_variant(load, "recover", target, enlarged, 1 + load.rounds)
+    # `pruned` shrinks by zeros only. `sliced` has the shape that it will have behind the slice.
     spent = []
     calls = {"not sliced": lambda: spent.append(spend(pruned, steps)),
              "sliced": lambda: sliced.go(steps)}

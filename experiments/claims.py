@@ -1,14 +1,14 @@
-"""The papers' claims at small scale, by one command: paired runs, counted FLOPs, intervals over seeds.
+"""The papers' claims at small scale: paired runs, counted FLOPs, intervals over seeds.
 
-    python -m experiments.claims --quick              # a few minutes: everything once at toy size; it proves nothing
-    python -m experiments.claims                      # all claims on a CPU, hours; --minutes 20 makes a piece of it
-    python -m experiments.claims report               # the tables of docs/claims.md, from the committed records
-    python -m experiments.claims power                # how many seeds would see how small an effect
+    python -m experiments.claims --quick       # a few minutes: everything at toy size; proves nothing
+    python -m experiments.claims               # all claims on a CPU, hours; --minutes 20 makes a piece
+    python -m experiments.claims report        # the tables of docs/claims.md from the committed records
+    python -m experiments.claims power         # how many seeds would see how small an effect
 
-`--preset gpu` does the same with a target of ten million parameters and runs several runs side by side on one card. A
-run whose records exist is not made again, and one that was killed goes on. The teachers and the models to cut that a
-claim's runs need are made first. Not here: what is compared (experiments/claims_runs.py), what it says
-(experiments/claims_report.py).
+`--preset gpu` does the same with a target of ten million parameters and runs several runs side by
+side on one card. A run whose records exist is not made again, and one that was killed goes on. The
+teachers and the models to cut that a claim's runs need are made first. Not here: what is compared
+(experiments/claims_runs.py), what it says (experiments/claims_report.py).
 """
 import dataclasses
 import json
@@ -40,32 +40,33 @@ MAX_EVALS = 15             # of a run are kept
 @dataclass(frozen=True)
 class Report:
     preset: Literal["cpu", "gpu"] = "cpu"    # sizes, tokens and seeds (claims_runs.SCALES)
-    quick: bool = False               # instead: toy size and one seed, a few minutes; it proves nothing
-    tokens: float = 1.0               # of every run, times the preset's; a fraction shows that everything works
+    quick: bool = False               # instead: toy size and one seed; it proves nothing
+    tokens: float = 1.0               # of every run, times the preset's; a fraction is a trial
     results: str | None = None        # file of records; default: results/claims.jsonl, -gpu.jsonl
 
 
 @dataclass(frozen=True)
 class RunAll(Report):
-    claims: str | None = None         # their numbers, as in 1,3,4, which is also their order at a place; default: all
+    claims: str | None = None         # numbers, as in 1,3,4, in the order of work; default: all
     seeds: int | None = None          # of every claim, from 0 on; default: the preset's
     minutes: float | None = None      # stop then, and save; the same command goes on
     jobs: int | None = None           # runs side by side; default: one a core, 3 on a GPU
     device: str | None = None         # cpu, cuda, mps; default: the preset's
     data: str | None = None           # the text, as in data.py; no run reads it more than 4 times
-    again: bool = False               # delete the runs of another code, and what requires them, and make them anew
-    runs: str | None = None           # folder of the run folders; default: runs/claims, runs/claims-gpu or runs/quick
+    again: bool = False               # make the runs of another code, and what requires them, anew
+    runs: str | None = None           # folder of run folders; default: runs/claims, -gpu, runs/quick
 
 
 def select(config):
-    """The settings with the file of records filled in, and the Scale that they choose. Raises UserError for settings
-    that mean nothing."""
+    """The settings with the file of records filled in, and the Scale that they choose. Raises
+    UserError for settings that mean nothing."""
     check_choices(config)
     if config.quick and config.preset != "cpu":
         raise UserError(f"--preset {config.preset} has no effect with --quick; leave one of them out")
     refuse_unless_positive("tokens", config.tokens)
     scale = SCALES["quick" if config.quick else config.preset]
-    scale = dataclasses.replace(scale, ratio=scale.ratio * config.tokens, long=scale.long * config.tokens,
+    scale = dataclasses.replace(scale, ratio=scale.ratio * config.tokens,
+                                long=scale.long * config.tokens,
                                 ratios=tuple(ratio * config.tokens for ratio in scale.ratios))
     if config.results is None:
         results = "runs/quick/records.jsonl" if config.quick else f"results/{name_of(config)}.jsonl"
@@ -115,32 +116,38 @@ def numbers_of(text, scale):
     words = text.split(",")
     known = [str(number) for number in sorted(scale.claims)]
     if not set(words) <= set(known):
-        raise UserError(f"--claims {text!r} must be numbers of {', '.join(known)}, separated by commas")
+        raise UserError(f"--claims {text!r} must be numbers of {', '.join(known)}, separated by "
+                        "commas")
     return tuple(int(word) for word in words)
 
 
 # -- one run
 
 def job(config, run, settings, cut, windows):
-    """Make a run and keep its records, with the loss on `windows` windows of the hold-out at its end."""
+    """Make a run and keep its records, with the loss on `windows` windows of the hold-out at its
+    end."""
     try:
         setup, state = sweep.run_plan(f"{config.runs}/{run.name}", settings, config.device, cut)
     except train.NotFinite:
         if "-lr-" not in run.kind:
             raise
-        # A rate of claim 13 at which training diverges is infinitely bad. It must not stop the other runs.
-        keep_records(config, run.name, val_loss=math.inf, final_loss=math.inf, flops_executed=0, flops_credited=0,
-                     seconds={})
+        # A rate of claim 13 at which training diverges is infinitely bad. It must not stop the
+        # other runs.
+        keep_records(config, run.name, val_loss=math.inf, final_loss=math.inf, flops_executed=0,
+                     flops_credited=0, seconds={})
         return
-    final = evaluate(state.model, setup.corpus.val, setup.byte_lengths, windows, batch=settings["micro_batch"])
-    keep_records(config, run.name, final_loss=final["loss"], final_windows=final["tokens"] // setup.block_size,
+    final = evaluate(state.model, setup.corpus.val, setup.byte_lengths, windows,
+                     batch=settings["micro_batch"])
+    keep_records(config, run.name, final_loss=final["loss"],
+                 final_windows=final["tokens"] // setup.block_size,
                  flops_executed=state.flops["executed"] + claims_runs.calibration_flops(run, cut),
                  flops_credited=state.flops["credited"], seconds=state.seconds)
 
 
 def keep_records(config, name, **about):
-    """Keep what the report needs of a run, about 3 kB: its config, at most MAX_EVALS evaluations, when its teacher was
-    dropped, and its summary together with `about`. Paths become relative to the folder of runs."""
+    """Keep what the report needs of a run, about 3 kB: its config, at most MAX_EVALS evaluations,
+    when its teacher was dropped, and its summary together with `about`. Paths become relative to
+    the folder of runs."""
     run = report.records(f"{config.runs}/{name}")
     settings = {key: value for key, value in run["config"][0].items() if value is not None}
     last = run["eval"][-1]
@@ -154,13 +161,15 @@ def keep_records(config, name, **about):
         kept.append({key: value for key, value in teacher.items() if key != "file"})
     # A run of one stage, or one that diverged, has no summary of its own.
     summary = run.get("summary", [last])[0]
-    kept.append({**summary, **about, "tag": "summary", "epochs": last["tokens"] / settings["corpus_tokens"][0]})
+    kept.append({**summary, **about, "tag": "summary",
+                 "epochs": last["tokens"] / settings["corpus_tokens"][0]})
     relative = json.dumps(kept).replace(f'"{config.runs}/', '"')
     sweep.put_runs(config.results, {name: json.loads(relative)})
 
 
 def is_recorded(config, run, runs, settings, cut):
-    """Whether the records of a run exist. Raises UserError if they are of another run with the same name."""
+    """Whether the records of a run exist. Raises UserError if they are of another run with the same
+    name."""
     def as_recorded(own):
         recorded = {}
         for key, value in own.items():
@@ -170,12 +179,13 @@ def is_recorded(config, run, runs, settings, cut):
                 recorded[key] = value
         return recorded
 
-    return sweep.is_finished(f"{run.name} in {config.results}", runs.get(run.name), as_recorded(settings), "--results",
-                             as_recorded(cut or {}))
+    return sweep.is_finished(f"{run.name} in {config.results}", runs.get(run.name),
+                             as_recorded(settings), "--results", as_recorded(cut or {}))
 
 
 def is_lost(config, run, runs):
-    """Whether the records of a run exist, but its final checkpoint does not: it was deleted, or is being made again."""
+    """Whether the records of a run exist, but its final checkpoint does not: it was deleted, or is
+    being made again."""
     if run.name not in runs:
         return False
     step = runs[run.name]["summary"][0]["step"]
@@ -195,8 +205,8 @@ class Jobs:
         return [run for run in runs if run.name not in self.recorded]
 
     def add(self, run, again=False):
-        """Add a run, or instead what it still waits for. A run with records is left out, unless it is to be made
-        `again`, because a run that needs its checkpoint does not find it."""
+        """Add a run, or instead what it still waits for. A run with records is left out, unless it
+        is to be made `again`, because a run that needs its checkpoint does not find it."""
         if (run, again) in self.visited:
             return
         self.visited.add((run, again))
@@ -208,8 +218,8 @@ class Jobs:
         settings, cut = claims_runs.settings(run, self.scale, self.recorded, self.config.runs)
         if is_recorded(self.config, run, self.recorded, settings, cut):
             for other in self.without_records(run.needs()):
-                raise UserError(f"{self.config.results} holds {run.name}, but not {other.name}, from which it came; "
-                                "remove both")
+                raise UserError(f"{self.config.results} holds {run.name}, but not {other.name}, "
+                                "from which it came; remove both")
             if not again:
                 return
         lost = [other for other in run.needs() if is_lost(self.config, other, self.recorded)]
@@ -224,8 +234,8 @@ class Jobs:
 
 
 def ready(config, scale, wanted, recorded):
-    """What can be made now of the wanted runs and of all that they require: arguments of `job`, the longest run
-    first."""
+    """What can be made now of the wanted runs and of all that they require: arguments of `job`, the
+    longest run first."""
     jobs = Jobs(config, scale, recorded)
     for run in wanted:
         jobs.add(run)
@@ -235,8 +245,8 @@ def ready(config, scale, wanted, recorded):
 # -- all runs
 
 class Progress:
-    """The FLOPs that are left, and how long they take at the rate of the runs that ended in this session. Before the
-    first one has ended it is the rate of the runs whose records exist."""
+    """The FLOPs that are left, and how long they take at the rate of the runs that ended in this
+    session. Before the first one has ended it is the rate of the runs whose records exist."""
     def __init__(self, config, missing, runs):
         self.config = config
         self.missing = dict(missing)             # {name: expected FLOPs}
@@ -262,8 +272,9 @@ class Progress:
 
 
 def forget_another_code(config, everything):
-    """--again: delete the records and folders of the runs that another code made or began, and of all runs that require
-    one of them. `everything`: the runs in an order in which what is required comes first."""
+    """--again: delete the records and folders of the runs that another code made or began, and of
+    all runs that require one of them. `everything`: the runs in an order in which what is required
+    comes first."""
     runs = claims_report.read(config.results)
     forgotten = set()
     existing = 0
@@ -315,10 +326,11 @@ def run_all(config):
                 return
     if config.quick:
         print_report(config, scale, runs)
-        print("\nOne seed proves nothing: seeds differ by as much as plans do. python -m experiments.claims runs "
-              "several.")
+        print("\nOne seed proves nothing: seeds differ by as much as plans do. python -m "
+              "experiments.claims runs several.")
     else:
-        print(f"all runs are finished; python -m experiments.claims report says what {config.results} holds")
+        print("all runs are finished; python -m experiments.claims report says what "
+              f"{config.results} holds")
 
 
 def refuse_another_text(config, scale, runs, fingerprint):
@@ -326,19 +338,22 @@ def refuse_another_text(config, scale, runs, fingerprint):
     for run in runs.values():
         recorded = run["config"][0]["fingerprint"]
         if recorded != fingerprint:
-            raise UserError(f"{config.results} holds runs of another text (fingerprint {recorded}) than {scale.data} "
-                            f"is here ({fingerprint}); give another --results and --runs")
+            raise UserError(f"{config.results} holds runs of another text (fingerprint {recorded}) "
+                            f"than {scale.data} is here ({fingerprint}); give another --results "
+                            "and --runs")
 
 
 # -- the report
 
 def page_of(config, name):
-    """The path of a page beside the records: those of results/claims.jsonl are in results/claims."""
+    """The path of a page beside the records: those of results/claims.jsonl are in
+    results/claims."""
     return Path(config.results).with_suffix("") / name
 
 
 def print_report(config, scale, runs):
-    """Draw the figure and print the tables. Returns the figure's path, or None if there is nothing to draw."""
+    """Draw the figure and print the tables. Returns the figure's path, or None if there is nothing
+    to draw."""
     figure = page_of(config, "figure.png")
     if not claims_report.picture(runs, scale, figure):
         figure = None
@@ -347,7 +362,8 @@ def print_report(config, scale, runs):
 
 
 def replaced(page, text):
-    """A page with `text` between the markers in place of what stood there, or None if it has no markers."""
+    """A page with `text` between the markers in place of what stood there, or None if it has no
+    markers."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -356,23 +372,24 @@ def replaced(page, text):
 
 
 def refuse_strangers(config, scale, runs):
-    """Raise UserError if a recorded run does not belong to the plan, or has another learning rate than the plan. A
-    table would show it beside the others as if it did."""
+    """Raise UserError if a recorded run does not belong to the plan, or has another learning rate
+    than the plan. A table would show it beside the others as if it did."""
     seeds = 1 + max((claims_report.seed_of(name) for name in runs), default=0)
     planned = {run.name: run for run in claims_runs.all_runs(scale, seeds)}
     for name, recorded in runs.items():
         if name not in planned:
-            raise UserError(f"{name} in {config.results} is no run of this plan; move its records elsewhere")
+            raise UserError(f"{name} in {config.results} is no run of this plan; move its records "
+                            "elsewhere")
         lr = recorded["config"][0]["lr"]
         peak = claims_runs.peak_rate(planned[name])
         if lr != peak:
-            raise UserError(f"{name} in {config.results} has a learning rate of {lr:g}, the plan one of {peak:g}; "
-                            "remove its records")
+            raise UserError(f"{name} in {config.results} has a learning rate of {lr:g}, the plan "
+                            f"one of {peak:g}; remove its records")
 
 
 def main_report(config):
-    """Print the report and write the details beside the records. The report of preset cpu with all of its tokens also
-    goes into PAGE, between its markers."""
+    """Print the report and write the details beside the records. The report of preset cpu with all
+    of its tokens also goes into PAGE, between its markers."""
     config, scale = select(config)
     runs = claims_report.read(config.results)
     refuse_strangers(config, scale, runs)
@@ -395,7 +412,8 @@ def main_power(config):
     config, scale = select(config)
     table = claims_report.power(claims_report.read(config.results), scale)
     if not table:
-        raise UserError("no pair has two seeds yet; python -m experiments.claims --claims 1 --seeds 3 makes some")
+        raise UserError("no pair has two seeds yet; python -m experiments.claims --claims 1 "
+                        "--seeds 3 makes some")
     print(table)
 
 

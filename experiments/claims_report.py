@@ -1,14 +1,16 @@
-"""What the claims' runs say: paired differences with intervals, verdicts, tokens to equal loss, tables, the figure.
+"""What the claims' runs say: paired differences, verdicts, tokens to equal loss, tables, a figure.
 
-    python -m experiments.claims report                     # from the committed records
-    python -m experiments.claims power                      # how many seeds would see how small an effect
+    python -m experiments.claims report             # from the committed records
+    python -m experiments.claims power              # how many seeds would see how small an effect
 
-All comparisons are paired by seed: the two runs read the same data in the same order (unless only one of them begins
-with a cut) and are judged on the same hold-out, by their losses at the end. An interval is Student's 95 % interval of
-the mean difference over seeds; one seed has no interval and proves nothing. For tokens to equal loss the interval is a
-percentile bootstrap over seeds, which is too narrow for few seeds. No interval accounts for the learning rates, which
-were chosen with these seeds, or for the number of comparisons: of 20 rows without any effect one is expected to look
-like an effect. Not here: what is compared (experiments/claims_runs.py), the runs (experiments/claims.py).
+All comparisons are paired by seed: the two runs read the same data in the same order (unless only
+one of them begins with a cut) and are judged on the same hold-out, by their losses at the end. An
+interval is Student's 95 % interval of the mean difference over seeds; one seed has no interval and
+proves nothing. For tokens to equal loss the interval is a percentile bootstrap over seeds, which is
+too narrow for few seeds. No interval accounts for the learning rates, which were chosen with these
+seeds, or for the number of comparisons: of 20 rows without any effect one is expected to look like
+an effect. Not here: what is compared (experiments/claims_runs.py), the runs
+(experiments/claims.py).
 """
 import bisect
 import math
@@ -30,7 +32,7 @@ from experiments.scaling_curves import reach
 LEVEL = .95                            # of the intervals
 POWER = .8
 UNDECIDED = "not at this scale"
-FAR = 2                                # this many times fewer tokens are "far fewer" (claim 9); the number is ours
+FAR = 2                                # times fewer tokens are "far fewer" (claim 9; our number)
 FIGURE = ("scratch", "naive", "idea", "idea-kd")
 INGREDIENTS = (                        # (what it is, a kind with it, a kind without it)
     ("one cosine instead of two cycles", "oneshot", "naive"),
@@ -45,8 +47,8 @@ INGREDIENTS = (                        # (what it is, a kind with it, a kind wit
 
 @dataclass(frozen=True)
 class Effect:
-    """The mean of paired differences in nats per token; below 0 the first kind is better. What needs more seeds than
-    there are is nan."""
+    """The mean of paired differences in nats per token; below 0 the first kind is better. What
+    needs more seeds than there are is nan."""
     seeds: int
     mean: float = math.nan
     sd: float = math.nan               # of the differences, between seeds
@@ -79,27 +81,30 @@ def effect(differences):
 
 
 def least_seen(sd, seeds):
-    """The smallest true difference that this many seeds show with probability POWER, tested two-sided at 5 %, if paired
-    differences have the standard deviation sd: (t_.975 + t_.8) · sd / √n. Student's t approximates the noncentral t."""
+    """The smallest true difference that this many seeds show with probability POWER, tested
+    two-sided at 5 %, if paired differences have the standard deviation sd: (t_.975 + t_.8) · sd /
+    √n. Student's t approximates the noncentral t."""
     quantiles = stats.t.ppf([(1 + LEVEL) / 2, POWER], seeds - 1)
     return quantiles.sum() * sd / math.sqrt(seeds)
 
 
 def seeds_for(sd, difference, limit=1000):
     """How many seeds show this difference (`least_seen`)."""
-    return 2 + bisect.bisect_left(range(2, limit), True, key=lambda seeds: least_seen(sd, seeds) <= difference)
+    return 2 + bisect.bisect_left(range(2, limit), True,
+                                  key=lambda seeds: least_seen(sd, seeds) <= difference)
 
 
 def bootstrapped(statistic, seeds, samples=1000):
-    """(value, low, high): statistic(list of seeds) with its 95 % percentile interval over resampled seeds. One seed has
-    no interval (nan)."""
+    """(value, low, high): statistic(list of seeds) with its 95 % percentile interval over resampled
+    seeds. One seed has no interval (nan)."""
     seeds = sorted(seeds)
     value = statistic(seeds)
     if len(seeds) < 2:
         return value, math.nan, math.nan
     dice = random.Random(0)
     values = [statistic(dice.choices(seeds, k=len(seeds))) for _ in range(samples)]
-    # Values may be infinite. So the interval ends at samples: scipy.stats.bootstrap would interpolate, which gives nan.
+    # Values may be infinite. So the interval ends at samples: scipy.stats.bootstrap would
+    # interpolate, which gives nan.
     low, high = np.quantile(values, ((1 - LEVEL) / 2, (1 + LEVEL) / 2), method="nearest")
     return value, low, high
 
@@ -112,7 +117,8 @@ def read(path):
     for run in runs.values():
         config = run["config"][0]
         if "law" in config:
-            config["size_curve"] = config.pop("law")      # the setting's name when the committed records were made
+            # This was the setting's name when the committed records were made.
+            config["size_curve"] = config.pop("law")
     return runs
 
 
@@ -163,7 +169,8 @@ def comparisons(runs, scale):
 
 @dataclass(frozen=True)
 class Cost:
-    """What runs take, on average over seeds (a teacher is dropped sooner in some than in others)."""
+    """What runs take, on average over seeds (a teacher is dropped sooner in some than in
+    others)."""
     tokens: float
     flops: float                       # executed
 
@@ -173,9 +180,11 @@ class Cost:
 
 
 def cost(runs, kind, size, ratio, seeds, total=True):
-    """The Cost of a kind, if `total` with the runs that it needs; nan if one of them has no records."""
+    """The Cost of a kind, if `total` with the runs that it needs; nan if one of them has no
+    records."""
     costs = [cost_of_run(runs, Run(kind, size, ratio, seed), total) for seed in seeds]
-    return Cost(statistics.mean(one.tokens for one in costs), statistics.mean(one.flops for one in costs))
+    return Cost(statistics.mean(own.tokens for own in costs),
+                statistics.mean(own.flops for own in costs))
 
 
 def cost_of_run(runs, run, total):
@@ -196,26 +205,31 @@ def mean(summaries, key, seeds):
 
 
 def curve(lengths, seeds, spent="tokens"):
-    """The points (tokens or "flops_executed", final loss) of several lengths of run, each {seed: summary}: means over
-    these seeds, in ascending order."""
-    return sorted((mean(summaries, spent, seeds), mean(summaries, "final_loss", seeds)) for summaries in lengths)
+    """The points (tokens or "flops_executed", final loss) of several lengths of run, each {seed:
+    summary}: means over these seeds, in ascending order."""
+    return sorted((mean(summaries, spent, seeds), mean(summaries, "final_loss", seeds))
+                  for summaries in lengths)
 
 
 @dataclass(frozen=True)
 class EqualLoss:
     """What a kind at a place is worth beside training from scratch (claim 5)."""
-    worth: tuple[float, float, float]  # scratch takes so many times the kind's tokens to its loss; low, high
-    tokens: float                      # the kind's tokens with what it needs, as a multiple of its own
-    flops: float                       # its own FLOPs as a multiple of those of scratch at equal own tokens
-    total_flops: float                 # the same with what it needs
+    # Scratch takes so many times the kind's tokens to its loss: the value, low, high.
+    worth: tuple[float, float, float]
+    # The kind's tokens with what it needs, as a multiple of its own.
+    tokens: float
+    # The kind's own FLOPs, and those with what it needs, as multiples of those of scratch at equal
+    # own tokens.
+    flops: float
+    total_flops: float
 
 
 def equal_loss(runs, kind, size, ratio, scale):
     """The EqualLoss of a kind at a place, or None if runs are missing.
 
-    Scratch is measured at every length and interpolated by straight lines over the logarithm of the tokens. Straight
-    lines lie above a convex curve, so `worth` is rather too large. It is 0 below the shortest length and inf beyond
-    the longest."""
+    Scratch is measured at every length and interpolated by straight lines over the logarithm of the
+    tokens. Straight lines lie above a convex curve, so `worth` is rather too large. It is 0 below
+    the shortest length and inf beyond the longest."""
     own = of_kind(runs, kind, size, ratio)
     scratch = of_kind(runs, "scratch", size, ratio)
     seeds = [seed for seed in own if seed in scratch]
@@ -243,12 +257,15 @@ def equal_loss(runs, kind, size, ratio, scale):
 
 
 def headline(runs, scale):
-    """Claim 9: how many times fewer tokens or FLOPs a cut model takes to the loss of training from scratch.
+    """Claim 9: how many times fewer tokens or FLOPs a cut model takes to the loss of training from
+    scratch.
 
-    Returns {what is counted: (times, low, high)} and whether the shortest recovery is enough already, so that it is at
-    least so many times; (None, False) if runs are missing. 0 times: the longest recovery is not enough."""
+    Returns {what is counted: (times, low, high)} and whether the shortest recovery is enough
+    already, so that it is at least so many times; (None, False) if runs are missing. 0 times: the
+    longest recovery is not enough."""
     kinds = [first for first, _ in CLAIMS[9].pairs]
-    scratch, large, *recoveries = [of_kind(runs, kind, scale.size, scale.long) for kind in ("scratch", "large", *kinds)]
+    scratch, large, *recoveries = [of_kind(runs, kind, scale.size, scale.long)
+                                   for kind in ("scratch", "large", *kinds)]
     seeds = sorted(set(scratch).intersection(large, *recoveries))
     if not seeds:
         return None, False
@@ -261,9 +278,11 @@ def headline(runs, scale):
 
         return bootstrapped(ratio, seeds)
 
-    counted = {"Tokens, counting the recovery only": times("tokens", 0),
-               "Tokens, counting the larger model's training": times("tokens", large[first]["tokens"]),
-               "FLOPs, counting the larger model's training": times("flops_executed", large[first]["flops_executed"])}
+    counted = {
+        "Tokens, counting the recovery only": times("tokens", 0),
+        "Tokens, counting the larger model's training": times("tokens", large[first]["tokens"]),
+        "FLOPs, counting the larger model's training":
+            times("flops_executed", large[first]["flops_executed"])}
     _, shortest_loss = curve(recoveries, seeds)[0]
     return counted, shortest_loss <= mean(scratch, "final_loss", seeds)
 
@@ -332,14 +351,19 @@ def titles(rows):
 
 
 def multiples(runs, row):
-    """Tokens and FLOPs of the first kind as multiples of the second's, over the seeds that both have: their own, and if
-    that differs with what they need."""
+    """Tokens and FLOPs of the first kind as multiples of the second's, over the seeds that both
+    have: their own, and if that differs with what they need."""
     place = row.size, row.ratio
     seeds = differences(runs, row.first, row.second, *place)
     if not seeds:
         return "-"
-    own = cost(runs, row.first, *place, seeds, total=False).over(cost(runs, row.second, *place, seeds, total=False))
-    total = cost(runs, row.first, *place, seeds).over(cost(runs, row.second, *place, seeds))
+
+    def multiple(total):
+        first = cost(runs, row.first, *place, seeds, total)
+        return first.over(cost(runs, row.second, *place, seeds, total))
+
+    own = multiple(total=False)
+    total = multiple(total=True)
     text = f"{own.tokens:.2f}, {own.flops:.2f}"
     if total != own:
         text += f"; {total.tokens:.2f}, {total.flops:.2f}"
@@ -357,14 +381,16 @@ def claims_table(runs, scale):
         if decision == UNDECIDED:
             smallest = least_seen(row.effect.sd, row.effect.seeds)
             decision += f" ({row.effect.seeds} seeds see {smallest:.4f})"
-        cells.append((title, pair(row), f"{row.size}, {row.ratio:g}", row.effect.seeds, interval(row.effect), decision,
-                      multiples(runs, row)))
-    return report.markdown(("claim", "compared", "size, tokens per parameter", "seeds", "difference (95 %)", "verdict",
-                            "tokens, FLOPs as multiples: own; with what is needed"), cells)
+        cells.append((title, pair(row), f"{row.size}, {row.ratio:g}", row.effect.seeds,
+                      interval(row.effect), decision, multiples(runs, row)))
+    heads = ("claim", "compared", "size, tokens per parameter", "seeds", "difference (95 %)",
+             "verdict", "tokens, FLOPs as multiples: own; with what is needed")
+    return report.markdown(heads, cells)
 
 
 def short_table(runs, scale):
-    """A row for every pair of the papers' claims. Claim 5 is shown at one place; `lengths_table` shows the others."""
+    """A row for every pair of the papers' claims. Claim 5 is shown at one place; `lengths_table`
+    shows the others."""
     rows = []
     for row in comparisons(runs, scale):
         elsewhere = row.claim.place == "ratios" and row.ratio != scale.ratio
@@ -392,18 +418,21 @@ def lengths_table(runs, scale):
             effect_at_tokens = effect(differences(runs, kind, "scratch", scale.size, ratio))
             at_flops = ""
             if kind in equal_flops:
-                at_flops = beside_equal_flops(runs, kind, equal_flops[kind], scale.size, ratio, effect_at_tokens.seeds)
+                at_flops = beside_equal_flops(runs, kind, equal_flops[kind], scale.size, ratio,
+                                              effect_at_tokens.seeds)
             flops = f"{equal.flops:.2f}"
             if equal.tokens > 1:
                 flops += f" ({equal.total_flops:.2f} on {equal.tokens:.2g} times the tokens)"
-            cells.append((f"`{kind}`", f"{ratio:g}", effect_at_tokens.seeds, brief(effect_at_tokens), at_flops,
-                          factor(*equal.worth), flops))
+            cells.append((f"`{kind}`", f"{ratio:g}", effect_at_tokens.seeds,
+                          brief(effect_at_tokens), at_flops, factor(*equal.worth), flops))
     if not cells:
         return ""
-    return report.markdown((
-        "kind", "tokens per parameter", "seeds", "minus `scratch` at equal own tokens", "at equal FLOPs, minus",
-        "tokens that `scratch` takes to the same loss, as a multiple of the kind's",
-        "FLOPs as a multiple of those of `scratch` at equal own tokens (with the teacher's training)"), cells)
+    heads = ("kind", "tokens per parameter", "seeds", "minus `scratch` at equal own tokens",
+             "at equal FLOPs, minus",
+             "tokens that `scratch` takes to the same loss, as a multiple of the kind's",
+             "FLOPs as a multiple of those of `scratch` at equal own tokens (with the teacher's "
+             "training)")
+    return report.markdown(heads, cells)
 
 
 def beside_equal_flops(runs, kind, other, size, ratio, usual_seeds):
@@ -429,7 +458,8 @@ def ingredients_table(runs, scale):
 
 
 def kinds_table(runs, scale):
-    """Every kind at every place: its learning rate, tokens, FLOPs, steps with a teacher, and loss."""
+    """Every kind at every place: its learning rate, tokens, FLOPs, steps with a teacher, and
+    loss."""
     places = []
     for number in scale.claims:
         places += claims_runs.places(CLAIMS[number], scale)
@@ -462,8 +492,8 @@ def kind_cells(runs, kind, size, ratio, summaries):
     if len(losses) > 1 and max(losses) < math.inf:
         loss += f" ± {statistics.stdev(losses):.4f}"
     params = summaries[min(summaries)]["params"]
-    return (f"`{kind}`", f"{size}, {ratio:g}", f"{own_runs[0]['config'][0]['lr']:g}", len(summaries), f"{params:,}",
-            tokens, flops, steps, loss)
+    return (f"`{kind}`", f"{size}, {ratio:g}", f"{own_runs[0]['config'][0]['lr']:g}",
+            len(summaries), f"{params:,}", tokens, flops, steps, loss)
 
 
 def taught_share(run):
@@ -481,19 +511,21 @@ def taught_share(run):
 
 
 def power(runs, scale):
-    """The spread of the paired differences, and how many seeds small effects need, as Markdown; "" if no pair has two
-    seeds."""
+    """The spread of the paired differences, and how many seeds small effects need, as Markdown; ""
+    if no pair has two seeds."""
     cells = []
     for row in comparisons(runs, scale):
         sd = row.effect.sd
         if row.effect.seeds > 1:
-            cells.append((row.claim.number, f"`{row.first}` minus `{row.second}`", f"{row.size}, {row.ratio:g}",
-                          row.effect.seeds, f"{sd:.4f}", f"{least_seen(sd, row.effect.seeds):.4f}",
-                          seeds_for(sd, .01), seeds_for(sd, .005)))
+            cells.append((row.claim.number, f"`{row.first}` minus `{row.second}`",
+                          f"{row.size}, {row.ratio:g}", row.effect.seeds, f"{sd:.4f}",
+                          f"{least_seen(sd, row.effect.seeds):.4f}", seeds_for(sd, .01),
+                          seeds_for(sd, .005)))
     if not cells:
         return ""
-    table = report.markdown(("claim", "pair", "size, tokens per parameter", "seeds", "sd of differences",
-                             "smallest effect seen", "seeds for 0.01", "seeds for 0.005"), cells)
+    heads = ("claim", "pair", "size, tokens per parameter", "seeds", "sd of differences",
+             "smallest effect seen", "seeds for 0.01", "seeds for 0.005")
+    table = report.markdown(heads, cells)
     return f"Nats per token, tested two-sided at 5 % with power 80 %, by Student's t.\n\n{table}"
 
 
@@ -509,11 +541,13 @@ def sentences(runs, scale):
         limit = "at least " if at_least else ""
         line = f"- {what}: {limit}{factor(*times, below='not reached')}"
         if "recovery only" in what:
-            line += f", {verdict_of_factor(*times)} (\"far fewer\" means more than {FAR} times; the number is ours)"
+            line += (f", {verdict_of_factor(*times)} (\"far fewer\" means more than {FAR} times; the "
+                     "number is ours)")
         lines.append(f"{line}.")
     if lines:
-        lines.insert(0, "A model that is cut from a larger trained one reaches the loss of `scratch` with fewer tokens "
-                        "or FLOPs by these factors (\"not reached\": the longest recovery ends above that loss):\n")
+        lines.insert(0, "A model that is cut from a larger trained one reaches the loss of "
+                     "`scratch` with fewer tokens or FLOPs by these factors (\"not reached\": the "
+                     "longest recovery ends above that loss):\n")
     return lines
 
 
@@ -528,35 +562,42 @@ def basis(runs, scale):
     final = ", ".join(map(str, windows))
     cosine = claims_runs.peak_rate(Run("idea", scale.size, scale.ratio, 0))
     wsd = claims_runs.peak_rate(Run("idea-wsd", scale.size, scale.ratio, 0))
-    return (f"The tables come from {len(runs)} runs on the text {config['data']!r}, which no run reads more than "
-            f"{epochs:.1f} times. Losses at the end are over {final} windows of the hold-out, those while training "
-            f"over {config['eval_windows']}. The peak learning rate is {cosine:g}, and {wsd:g} with WSD "
-            "instead of a cosine; claim 13 is about these rates, and the intervals do not account for their choice. "
-            f"Code of the runs (a hash of the sources in older records, the git commit in newer ones): {code}.")
+    return (f"The tables come from {len(runs)} runs on the text {config['data']!r}, which no run "
+            f"reads more than {epochs:.1f} times. Losses at the end are over {final} windows of "
+            f"the hold-out, those while training over {config['eval_windows']}. The peak learning "
+            f"rate is {cosine:g}, and {wsd:g} with WSD instead of a cosine; claim 13 is about "
+            "these rates, and the intervals do not account for their choice. Code of the runs (a "
+            f"hash of the sources in older records, the git commit in newer ones): {code}.")
 
 
 def text(runs, scale, figure=None):
-    """The part of docs/claims.md that follows from the records. `figure` is the link to the picture."""
+    """The part of docs/claims.md that follows from the records. `figure` is the link to the
+    picture."""
     if not runs:
-        return ("Nothing has been measured yet: `python -m experiments.claims` runs what is missing, and "
-                f"`python -m experiments.claims report` writes this part.\n\n{short_table(runs, scale)}")
+        return ("Nothing has been measured yet: `python -m experiments.claims` runs what is missing, "
+                "and `python -m experiments.claims report` writes this part.\n\n"
+                + short_table(runs, scale))
     picture = ""
     if figure:
-        picture = (f"![loss, learning rate and size against FLOPs]({figure})\n\n*Losses while training, at "
-                   f"{scale.size} and {scale.ratio:g} tokens per parameter: mean and range over seeds.*")
-    about = (f"Each row compares two kinds of run at {scale.size} and {scale.ratio:g} tokens per parameter, unless it "
-             "names another length. The numbers are differences in the final loss: below 0 the first kind is better. "
-             f"A verdict of \"{UNDECIDED}\" means that the interval contains both answers.")
+        picture = (f"![loss, learning rate and size against FLOPs]({figure})\n\n"
+                   f"*Losses while training, at {scale.size} and {scale.ratio:g} tokens per "
+                   "parameter: mean and range over seeds.*")
+    about = (f"Each row compares two kinds of run at {scale.size} and {scale.ratio:g} tokens per "
+             "parameter, unless it names another length. The numbers are differences in the final "
+             f"loss: below 0 the first kind is better. A verdict of \"{UNDECIDED}\" means that the "
+             "interval contains both answers.")
     ours = [str(number) for number in sorted(scale.claims) if CLAIMS[number].ours]
     if ours:
         about += f" Claims {' and '.join(ours)} are our own; report.md shows them."
-    blocks = [basis(runs, scale), picture, about, short_table(runs, scale), "\n".join(sentences(runs, scale)),
-              lengths_table(runs, scale), ingredients_table(runs, scale)]
+    blocks = [basis(runs, scale), picture, about, short_table(runs, scale),
+              "\n".join(sentences(runs, scale)), lengths_table(runs, scale),
+              ingredients_table(runs, scale)]
     return "\n\n".join(block for block in blocks if block)
 
 
 def details(runs, scale):
-    """What that page has no room for: every claim at every place, every kind, the spread of the differences."""
+    """What that page has no room for: every claim at every place, every kind, the spread of the
+    differences."""
     blocks = [claims_table(runs, scale),
               "Seeds differ by more than kinds do, so compare only means over the same seeds.",
               kinds_table(runs, scale), power(runs, scale)]
@@ -566,8 +607,8 @@ def details(runs, scale):
 # -- the figure
 
 def picture(runs, scale, path):
-    """Draw loss, learning rate and live parameters against executed FLOPs, over the seeds that all drawn kinds have.
-    Returns whether there is anything to draw."""
+    """Draw loss, learning rate and live parameters against executed FLOPs, over the seeds that all
+    drawn kinds have. Returns whether there is anything to draw."""
     seeds = {}
     for kind in FIGURE:
         summaries = of_kind(runs, kind, scale.size, scale.ratio)
@@ -587,8 +628,9 @@ def picture(runs, scale, path):
     loss.set(ylim=(min(lowest) - .02, max(lowest) + .02), ylabel="hold-out loss (nats per token)")
     loss.legend()
     rate.set(ylabel="learning rate")
-    size.set(ylabel="live parameters (k)", xlabel="training FLOPs executed, those of the enlarged phase,\n"
-             "the teacher's forward passes and scoring included")
+    size.set(ylabel="live parameters (k)",
+             xlabel="training FLOPs executed, those of the enlarged phase,\n"
+                    "the teacher's forward passes and scoring included")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(path, dpi=110)
     return True
@@ -609,11 +651,12 @@ def draw(axes, kind, drawn, color):
     config, start, target, timeline = claims_runs.plan_of(drawn[0]["config"][0])
     steps = range(config.steps)
     flops_at = np.interp(steps, [0, *(record["step"] for record in evals)], [0, *flops])
-    rates = [schedule.lr_at(step, timeline, config.lr, config.min_lr, config.warmup_share, config.shape)
-             for step in steps]
+    rates = [schedule.lr_at(step, timeline, config.lr, config.min_lr, config.warmup_share,
+                            config.shape) for step in steps]
     rate.plot(flops_at, rates, color=color)
     params = {}
     for kept in (1.0, *(kept for _, kept in timeline.events)):
         params[kept] = claims_runs.config_at(start, target, kept).num_params()["total"] / 1e3
-    size.step(flops_at, [params[schedule.size_at(step, timeline)] for step in steps], color=color, where="post")
+    size.step(flops_at, [params[schedule.size_at(step, timeline)] for step in steps], color=color,
+              where="post")
     return [losses.min(), *losses[:, 2:].mean(0)]

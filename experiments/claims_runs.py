@@ -1,13 +1,15 @@
-"""What the papers claim, and which runs can tell: kinds of runs, claims as pairs of kinds, sizes and tokens.
+"""What the papers claim, and which runs can tell: kinds of runs, and claims as pairs of kinds.
 
     python -c "from experiments.claims_runs import CLAIMS; print(*CLAIMS.values(), sep='\\n')"
 
-A run is a *kind* (how it is trained: a row of KINDS) at a *place* (a size, and a number of tokens per parameter of the
-target: `Scale`) with a seed. A run may need others: a teacher, or a model that is cut for it. They are runs of the same
-place and seed, so that all of their cost is counted. A claim is a list of pairs: it says that the first kind ends with
-a lower loss than the second, or at most `margin` above it. Claims 1 to 6 and 11 are from IDEA Prune (arXiv 2503.05920),
-7 and 9 from Adapt-Pruner (2502.03460), 8 from The Journey Matters (2501.12486), 10 from the sources that score.py
-names; 12 and 13 are ours. Not here: running (experiments/claims.py), statistics (experiments/claims_report.py).
+A run is a *kind* (how it is trained: a row of KINDS) at a *place* (a size, and a number of tokens
+per parameter of the target: `Scale`) with a seed. A run may need others: a teacher, or a model that
+is cut for it. They are runs of the same place and seed, so that all of their cost is counted. A
+claim is a list of pairs: it says that the first kind ends with a lower loss than the second, or at
+most `margin` above it. Claims 1 to 6 and 11 are from IDEA Prune (arXiv 2503.05920), 7 and 9 from
+Adapt-Pruner (2502.03460), 8 from The Journey Matters (2501.12486), 10 from the sources that
+score.py names; 12 and 13 are ours. Not here: running (experiments/claims.py), statistics
+(experiments/claims_report.py).
 """
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
@@ -21,36 +23,41 @@ from common import UserError
 from formats.tokenizer import open_tokenizer
 from schedule import PLANS
 
-RECOVERY_SEED = 100                    # is added behind a cut, where the data come in another order than before it
+RECOVERY_SEED = 100                    # is added behind a cut, for another order of the data
 WARM = 70                              # steps: the shortest first warm-up
-MAX_EPOCHS = 4                         # repeated text is nearly as good as new text up to here (arXiv 2305.16264)
+MAX_EPOCHS = 4                         # so far repeated text is as good as new (arXiv 2305.16264)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A size (a preset of model.py), tokens and seeds. Ratios are tokens per parameter of the target."""
+    """A size (a preset of model.py), tokens and seeds. Ratios are tokens per parameter of the
+    target."""
     size: str
     ratio: float                       # of all claims but 9
     long: float                        # of claim 9
     ratios: tuple[float, ...]          # of claim 5
     batch_tokens: int                  # per step
     micro_batch: int                   # sequences per forward pass
-    seeds: int                         # `python -m experiments.claims power` says how small an effect so many see
+    seeds: int                         # `experiments.claims power` says what so many can see
     eval_windows: int = 64             # of the hold-out, while a run trains
-    final_windows: int = 2048          # of the hold-out at the end: claims are judged, and rates chosen, by these
+    final_windows: int = 2048          # of the hold-out at the end, by which claims are judged
     data: str = "stdlib"
-    claims: tuple[int, ...] = (1, 3, 4, 5, 2, 11, 13, 10, 6, 7, 8, 9, 12)             # the order of work at a place
+    claims: tuple[int, ...] = (1, 3, 4, 5, 2, 11, 13, 10, 6, 7, 8, 9, 12)      # in order of work
     only: tuple[str, ...] = ()         # the only kinds to run; empty: all that the claims compare
 
 
-# The kinds that are a plan with its own settings, and those that claim 13 also runs at other learning rates.
+# The kinds that are a plan with its own settings, and those that claim 13 also runs at other
+# learning rates.
 PLAIN = ("scratch", "naive", "oneshot", "idea", "idea-kd")
+RIVAL_SCORES = ("activation", "taylor", "flap", "random")
 RATED = ("scratch", "kd", "naive", "idea", "adapt", "cut-annealed", "scratch-wsd", "idea-wsd")
 SCALES = {
-    # With batches of 4,096 tokens (404 steps at 4x16 and 100) all kinds ended 0.26 to 0.40 nats higher.
+    # With batches of 4,096 tokens (404 steps at 4x16 and 100) all kinds ended 0.26 to 0.40 nats
+    # higher.
     "cpu": Scale("4x16", 100, 400, (25, 100, 400), 2**10, 8, 5),
     "gpu": Scale("10m", 14, 14, (3.5, 7, 14), 2**16, 64, 3, data="packages"),
-    "quick": Scale("toy", 60, 60, (60,), 2**11, 32, 1, final_windows=256, claims=(1, 3, 4, 5), only=PLAIN),
+    "quick": Scale("toy", 60, 60, (60,), 2**11, 32, 1, final_windows=256, claims=(1, 3, 4, 5),
+                   only=PLAIN),
 }
 
 
@@ -67,8 +74,8 @@ class Kind:
     share: float = 1                   # of the place's tokens
     rate: float = 1                    # times the preset's peak learning rate
     floor: float = .1                  # the last learning rate, as a share of the peak
-    # Instead of `share`: spend as much of this ("flops_executed" or "flops_credited") as that kind spent. What the two
-    # kinds need is counted in neither.
+    # Instead of `share`: spend as much of this ("flops_executed" or "flops_credited") as that kind
+    # spent. What the two kinds need is counted in neither.
     equal: tuple[str, str] | None = None
 
 
@@ -79,12 +86,13 @@ def kd(**settings):
 
 def cut(init, share=.5, allocation="uniform-strict", score="sensitivity"):
     """A model of another kind, cut once and trained on."""
-    return Kind("scratch", init=init, share=share, cut=dict(structure="ffn", allocate=allocation, score=score))
+    return Kind("scratch", init=init, share=share,
+                cut=dict(structure="ffn", allocate=allocation, score=score))
 
 
 def window(enlarge_share, prune_share):
-    """Plan journey with another window of pruning, in shares of the credited FLOPs. It spends as many of them as with
-    the paper's window."""
+    """Plan journey with another window of pruning, in shares of the credited FLOPs. It spends as
+    many of them as with the paper's window."""
     shares = dict(enlarge_share=enlarge_share, prune_share=prune_share)
     return Kind("journey", shares, equal=("journey", "flops_credited"))
 
@@ -92,8 +100,8 @@ def window(enlarge_share, prune_share):
 KINDS = {
     **{plan: Kind(plan) for plan in (*PLAIN, "journey", "adapt")},
     "naive-cold": Kind("naive", dict(rewarm=False)),
-    # The enlarged model after half of the tokens: at the end of a cosine of its own; half way along the whole cosine at
-    # the same rate; and as it stands in kind idea-kd before the first cut.
+    # The enlarged model after half of the tokens: at the end of a cosine of its own; half way along
+    # the whole cosine at the same rate; and as it stands in kind idea-kd before the first cut.
     "annealed": Kind("naive", dict(stage="enlarge")),
     "halfway": Kind("idea", dict(stage="enlarge")),
     "captured": Kind("idea-kd", dict(stage="enlarge")),
@@ -107,7 +115,7 @@ KINDS = {
     "scratch-kd-flops": Kind("scratch", equal=("idea-kd", "flops_executed")),
     "idea-1.3x": Kind("idea", dict(enlarge_ff=1.3)),
     "idea-5.3x": Kind("idea", dict(enlarge_ff=5.3)),
-    "idea-25%": Kind("idea", dict(enlarge_share=.25, prune_share=.3)),              # prune : recover stay 2 : 3
+    "idea-25%": Kind("idea", dict(enlarge_share=.25, prune_share=.3)),     # prune : recover is 2 : 3
     "idea-75%": Kind("idea", dict(enlarge_share=.75, prune_share=.1)),
     "idea-wsd": Kind("idea", dict(shape="wsd"), rate=.5),
     "scratch-wsd": Kind("scratch", dict(shape="wsd"), rate=.5),
@@ -118,9 +126,9 @@ KINDS = {
     "journey-25-30%": window(.25, .05),
     "journey-50-75%": window(.5, .25),
     "journey-5-75%": window(.05, .7),
-    "large": Kind("naive", dict(stage="enlarge", enlarge_ff=5.3), share=2),         # as many tokens as scratch
+    "large": Kind("naive", dict(stage="enlarge", enlarge_ff=5.3), share=2),    # scratch's tokens
     **{f"large-cut-1/{k}": cut("large", 1 / k) for k in (64, 16, 4, 1)},
-    **{f"idea-{name}": Kind("idea", dict(score=name)) for name in ("activation", "taylor", "flap", "random")},
+    **{f"idea-{name}": Kind("idea", dict(score=name)) for name in RIVAL_SCORES},
     "kd-weight-0.9": kd(kd_weight=.9),
     "kd-temperature-2": kd(kd_temperature=2.),
     "kd-to-the-end": kd(drop_teacher=False),
@@ -147,8 +155,8 @@ class Claim:
     number: int
     text: str
     pairs: tuple[tuple[str, str], ...]    # of kinds
-    by_factor: bool = False            # its verdict is about tokens to equal loss; its pairs are shown without one
-    margin: float = 0                  # nats per token: "near-optimal" is at most so much above the other (ours)
+    by_factor: bool = False            # the verdict is about tokens to equal loss, not about pairs
+    margin: float = 0                  # nats per token: "near-optimal" is at most so far above (ours)
     place: Literal["ratio", "long", "ratios"] = "ratio"                # which of Scale's
     ours: bool = False                 # not from a paper, and not in the short table
 
@@ -159,31 +167,39 @@ ALL_CLAIMS = (
     Claim(2, "an intermediate checkpoint is a better seed for pruning than the converged one",
           (("cut-halfway", "cut-annealed"),)),
     Claim(3, "iterative removal beats one-shot", (("idea", "oneshot"),)),
-    Claim(4, "pruning with distillation beats pruning alone, and distillation from scratch with the same teacher",
-          (("idea-kd", "idea"), ("idea-kd-annealed", "idea"), ("idea-kd", "kd-captured"), ("idea-kd-annealed", "kd"),
-           ("idea-kd-annealed", "kd-flops"))),
-    Claim(5, "IDEA with distillation beats training from scratch, at equal own tokens and at equal FLOPs",
-          (("idea", "scratch"), ("idea-kd", "scratch"), ("idea-kd-annealed", "scratch"), ("idea", "scratch-flops"),
-           ("idea-kd", "scratch-kd-flops")), place="ratios"),
+    Claim(4, "pruning with distillation beats pruning alone, and distillation from scratch with the "
+             "same teacher",
+          (("idea-kd", "idea"), ("idea-kd-annealed", "idea"), ("idea-kd", "kd-captured"),
+           ("idea-kd-annealed", "kd"), ("idea-kd-annealed", "kd-flops"))),
+    Claim(5, "IDEA with distillation beats training from scratch, at equal own tokens and at equal "
+             "FLOPs",
+          (("idea", "scratch"), ("idea-kd", "scratch"), ("idea-kd-annealed", "scratch"),
+           ("idea", "scratch-flops"), ("idea-kd", "scratch-kd-flops")), place="ratios"),
     Claim(6, "enlarging 2.6 times for half of the tokens is near-optimal, and so is a cosine",
           (*[("idea", f"idea-{other}") for other in ("1.3x", "5.3x", "25%", "75%", "wsd")],
            ("scratch", "scratch-wsd")), margin=.01),
     Claim(7, "adaptive shares beat uniform ones, and incremental cuts one, through a whole recovery",
           (("cut-adaptive", "cut-uniform"), ("adapt", "adapt-1cut"))),
     Claim(8, "pruning from 25 % to 75 % of the compute is near-optimal, at equal credited FLOPs",
-          tuple(("journey", f"journey-{other}") for other in ("5-25%", "25-30%", "50-75%", "5-75%")), margin=.01),
+          tuple(("journey", f"journey-{other}") for other in ("5-25%", "25-30%", "50-75%", "5-75%")),
+          margin=.01),
     Claim(9, "cut from a larger trained model, recovery needs far fewer tokens than scratch",
-          tuple((f"large-cut-1/{k}", "scratch") for k in (64, 16, 4, 1)), by_factor=True, place="long"),
-    Claim(10, "IDEA's score is better inside the pipeline than Minitron's, LLM-Pruner's, FLAP's and a random one",
-          tuple(("idea", f"idea-{name}") for name in ("activation", "taylor", "flap", "random"))),
-    Claim(11, "the mechanism: the second warm-up costs, and so does a second cycle (Adam forgets before both)",
+          tuple((f"large-cut-1/{k}", "scratch") for k in (64, 16, 4, 1)), by_factor=True,
+          place="long"),
+    Claim(10, "IDEA's score is better inside the pipeline than Minitron's, LLM-Pruner's, FLAP's and a "
+              "random one",
+          tuple(("idea", f"idea-{name}") for name in RIVAL_SCORES)),
+    Claim(11, "the mechanism: the second warm-up costs, and so does a second cycle (Adam forgets "
+              "before both)",
           (("naive-cold", "naive"), ("oneshot", "naive-cold"))),
-    Claim(12, "another teacher, distillation, schedule or learning-rate floor is better (our own claim)",
-          (*[(name, "idea-kd-annealed") for name in ("kd-weight-0.9", "kd-temperature-2", "kd-to-the-end",
-                                                     "kd-linear-40%", "kd-floor-1%", "kd-annealed-longer")],
+    Claim(12, "another teacher, distillation, schedule or learning-rate floor is better (our own "
+              "claim)",
+          (("kd-weight-0.9", "idea-kd-annealed"), ("kd-temperature-2", "idea-kd-annealed"),
+           ("kd-to-the-end", "idea-kd-annealed"), ("kd-linear-40%", "idea-kd-annealed"),
+           ("kd-floor-1%", "idea-kd-annealed"), ("kd-annealed-longer", "idea-kd-annealed"),
            ("kd-annealed-longer", "idea"), ("kd-floor-1%", "scratch-floor-1%")), ours=True),
-    Claim(13, "the peak learning rates are near-optimal, against half and twice of them (our own claim; the rates were "
-              "chosen by these runs)", tuple(RATE_PAIRS), margin=.01, ours=True),
+    Claim(13, "the peak learning rates are near-optimal, against half and twice of them (our own "
+              "claim; the rates were chosen by these runs)", tuple(RATE_PAIRS), margin=.01, ours=True),
 )
 CLAIMS = {claim.number: claim for claim in ALL_CLAIMS}
 
@@ -221,7 +237,8 @@ def places(claim, scale):
 
 
 def pairs(claim, scale):
-    """The pairs of a claim that the scale has, as a list of (first kind, second kind, size, ratio)."""
+    """The pairs of a claim that the scale has, as a list of (first kind, second kind, size,
+    ratio)."""
     rows = []
     for size, ratio in places(claim, scale):
         for first, second in claim.pairs:
@@ -242,8 +259,8 @@ def runs_of(claim, scale, seeds):
 def in_order(scale, seeds):
     """The order of work: a list of (number of a claim, the runs that it compares at one place).
 
-    The cheapest place comes first and the claims come in the scale's order. So a day's work that is stopped after an
-    hour has said something about most of the claims."""
+    The cheapest place comes first and the claims come in the scale's order. So a day's work that is
+    stopped after an hour has said something about most of the claims."""
     groups = {}
     for number in scale.claims:
         for run in runs_of(CLAIMS[number], scale, seeds):
@@ -289,7 +306,8 @@ def everything(runs):
 
 
 def all_runs(scale, seeds):
-    """All runs of the scale's claims with all that they require, each once, what is required first."""
+    """All runs of the scale's claims with all that they require, each once, what is required
+    first."""
     compared = []
     for _, group in in_order(scale, seeds):
         compared += group
@@ -306,15 +324,17 @@ def peak_rate(run):
 def settings(run, scale, records, folder="runs/claims"):
     """The settings of train.py for a run, and those of prune.py for the cut before it, or None.
 
-    `records` holds {name: {tag: [records]}} of the runs that this one requires. `folder` is where run folders lie."""
+    `records` holds {name: {tag: [records]}} of the runs that this one requires. `folder` is where
+    run folders lie."""
     kind = KINDS[run.kind]
     lr = peak_rate(run)
     target, _ = models.preset(run.size, vocabulary(), 1)
     place_steps = run.ratio * target.num_params()["total"] / scale.batch_tokens
     seed = run.seed + (RECOVERY_SEED if kind.init else 0)
-    own = dict(plan=kind.plan, preset=run.size, seed=seed, steps=max(1, round(place_steps * kind.share)), lr=lr,
-               min_lr=lr * kind.floor, data=scale.data, batch_tokens=scale.batch_tokens,
-               micro_batch=scale.micro_batch, eval_windows=scale.eval_windows, compile=False, **kind.settings)
+    own = dict(plan=kind.plan, preset=run.size, seed=seed,
+               steps=max(1, round(place_steps * kind.share)), lr=lr, min_lr=lr * kind.floor,
+               data=scale.data, batch_tokens=scale.batch_tokens, micro_batch=scale.micro_batch,
+               eval_windows=scale.eval_windows, compile=False, **kind.settings)
     if kind.equal:
         own["steps"] = equal_steps(run, own, records)
     warmup = first_warmup(kind, own["steps"], own["steps"] if kind.init else place_steps)
@@ -330,13 +350,14 @@ def settings(run, scale, records, folder="runs/claims"):
     del own["preset"]
     own["init"] = f"{folder}/from-{run.name}"
     keep = target.removable_params() / uncut(run).removable_params()
-    recipe = dict(kind.cut, init=f"{folder}/{run.of(kind.init).name}", data=scale.data, seed=seed, windows=64,
-                  keep=keep, micro_batch=scale.micro_batch)
+    recipe = dict(kind.cut, init=f"{folder}/{run.of(kind.init).name}", data=scale.data, seed=seed,
+                  windows=64, keep=keep, micro_batch=scale.micro_batch)
     return own, recipe
 
 
 def equal_steps(run, own, records):
-    """In how many steps a run spends what the kind that it is compared with spent. `own` are its settings."""
+    """In how many steps a run spends what the kind that it is compared with spent. `own` are its
+    settings."""
     kind = KINDS[run.kind]
     other, cost = kind.equal
     budget = records[run.of(other).name]["summary"][0][cost]
@@ -345,19 +366,20 @@ def equal_steps(run, own, records):
         # When the teacher is dropped is not known in advance; the run of the plan itself shows it.
         spent = records[run.of(kind.plan).name]["summary"][0][cost]
         return max(1, round(steps * budget / spent))
-    for _ in range(4):                 # steps and FLOPs are nearly proportional, so that this converges at once
+    for _ in range(4):                 # steps and FLOPs are nearly proportional: this converges
         spent = predicted(dict(own, steps=steps))[cost]
         steps = max(1, round(steps * budget / spent))
     return steps
 
 
 def first_warmup(kind, steps, whole):
-    """The warmup_share that makes a run's first warm-up as long as those of the runs it is compared with, or None if
-    the default does.
+    """The warmup_share that makes a run's first warm-up as long as those of the runs it is compared
+    with, or None if the default does.
 
-    A warm-up takes a share of `whole`: the steps of a plan of this place with one cycle, or those behind a cut. It has
-    at least WARM steps and takes at most .4 of its cycle. Plan naive's first cycle is half as long as others; with the
-    default share its warm-up would be half as long, too, and naive would lose by that alone."""
+    A warm-up takes a share of `whole`: the steps of a plan of this place with one cycle, or those
+    behind a cut. It has at least WARM steps and takes at most .4 of its cycle. Plan naive's first
+    cycle is half as long as others; with the default share its warm-up would be half as long, too,
+    and naive would lose by that alone."""
     stages = PLANS[kind.plan]
     restarts = [i for i, stage in enumerate(stages) if stage.restart]
     cycle = steps
@@ -382,7 +404,8 @@ def vocabulary():
 # -- what a run costs
 
 def calibration_flops(run, recipe):
-    """What prune.py executes with this recipe before the run, without its evaluations; 0 without a recipe."""
+    """What prune.py executes with this recipe before the run, without its evaluations; 0 without a
+    recipe."""
     if not recipe:
         return 0
     large = uncut(run)
@@ -392,8 +415,9 @@ def calibration_flops(run, recipe):
 
 
 def plan_of(own, preset=None):
-    """Settings of train.py, or a record of them -> (the settings resolved, the model config at the start, the one at
-    the end, schedule.Timeline). `preset` is the size of the target behind an --init."""
+    """Settings of train.py, or a record of them -> (the settings resolved, the model config at the
+    start, the one at the end, schedule.Timeline). `preset` is the size of the target behind an
+    --init."""
     known = {setting.name for setting in fields(train.Train)} - {"init", "teacher"}
     if not own.get("cuts"):
         known -= {"cuts"}              # the record of a plan without cuts
@@ -414,7 +438,8 @@ def config_at(start, target, size):
 def predicted(own, preset=None):
     """FLOPs of a run with these settings of train.py: {"flops_executed", "flops_credited"}.
 
-    Scoring is not counted. A teacher counts as if it were never dropped and as large as the enlarged model."""
+    Scoring is not counted. A teacher counts as if it were never dropped and as large as the
+    enlarged model."""
     config, start, target, timeline = plan_of(own, preset)
     length = target.block_size
     stop = config.steps
@@ -432,10 +457,12 @@ def predicted(own, preset=None):
         executed += steps * physical.flops_per_token(length)
         credited += steps * live.flops_per_token(length)
     _, enlarged = models.preset(config.preset, vocabulary(), config.enlarge_ff, config.enlarge_kv)
+    teacher_flops = enlarged.flops_per_token(length, backward=False)
     for stage, begin, end in timeline.stages:
         if stage.kd:
-            executed += max(0, min(end, stop) - begin) * enlarged.flops_per_token(length, backward=False)
-    return {"flops_executed": executed * config.batch_tokens, "flops_credited": credited * config.batch_tokens}
+            executed += max(0, min(end, stop) - begin) * teacher_flops
+    return {"flops_executed": executed * config.batch_tokens,
+            "flops_credited": credited * config.batch_tokens}
 
 
 def expected(run, scale):
@@ -446,8 +473,9 @@ def expected(run, scale):
 
 
 def fingerprint_of(runs, scale):
-    """The fingerprint of the text that these runs read. Tokenizes the text, which runs side by side would all do at
-    once. Raises UserError if a run would read it too often, or has too few steps for its cuts."""
+    """The fingerprint of the text that these runs read. Tokenizes the text, which runs side by side
+    would all do at once. Raises UserError if a run would read it too often, or has too few steps
+    for its cuts."""
     corpus = data.load(scale.data, open_tokenizer("bytes"))
     for run in runs:
         try:
@@ -457,7 +485,8 @@ def fingerprint_of(runs, scale):
         stopped = .5 if own.get("stage") == "enlarge" else 1
         tokens = own["steps"] * own["batch_tokens"] * stopped
         if tokens > MAX_EPOCHS * len(corpus.train):
-            raise UserError(f"{run.name} takes {tokens:,.0f} tokens, {tokens / len(corpus.train):.1f} epochs of "
-                            f"{scale.data} and more than {MAX_EPOCHS}; give more text by --data (packages, a folder, "
+            raise UserError(f"{run.name} takes {tokens:,.0f} tokens, "
+                            f"{tokens / len(corpus.train):.1f} epochs of {scale.data} and more "
+                            f"than {MAX_EPOCHS}; give more text by --data (packages, a folder, "
                             "hf:NAME), or fewer --tokens")
     return corpus.fingerprint

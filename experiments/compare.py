@@ -1,7 +1,7 @@
 """Every criterion and allocation and the published methods on one pretrained model, on equal terms.
 
-    python -m experiments.compare smollm2 --out runs/compare.jsonl     # 9 core-hours at --tokens 8192; it can go on
-    python -m experiments.compare smollm2 --out results/smollm2.jsonl --part report      # from the committed records
+    python -m experiments.compare smollm2 --out runs/compare.jsonl --tokens 8192      # 9 core-hours
+    python -m experiments.compare smollm2 --out results/smollm2.jsonl --part report   # tables only
 
 There are two texts: the standard library's Python source, and English prose (the language reference
 in `pydoc_data.topics`). Each has three parts that share no document: for calibration (one pass for
@@ -66,7 +66,8 @@ from tasks import questions
 class Compare:
     init: str                     # the model: a Hugging Face folder or hub id, or a checkpoint
     out: str = "runs/compare.jsonl"    # file of records
-    part: Literal["all", "grid", "rows", "questions", "report", "cost"] = "all"    # cost: seconds and memory of a cut
+    # cost is about the seconds and the memory of a cut
+    part: Literal["all", "grid", "rows", "questions", "report", "cost"] = "all"
     keeps: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6)    # kept fractions of the reported rows
     grid_keep: float = 0.8        # of the grid, and of the questions
     seeds: int = 2                # calibrations of the reported rows
@@ -144,7 +145,8 @@ class Records:
         differ = [f"{name} is {config.get(name)!r} there and {value!r} here"
                   for name, value in identity.items() if config.get(name) != value]
         if differ:
-            raise UserError(f"{file} holds another comparison ({'; '.join(differ)}); give another --out")
+            raise UserError(f"{file} holds another comparison ({'; '.join(differ)}); give another "
+                            "--out")
 
     def add(self, **record):
         append_record(self.file, run=RUN, **record)
@@ -180,9 +182,9 @@ class Subject:
         for text, parts in self.texts.items():
             available[text] = {part: len(ids) for part, ids in parts.items()}
         return {"model": checkpoint.fingerprint(self.model)[:16], "windows": config.windows,
-                "block_size": config.block_size, "micro_batch": config.micro_batch, "tokens": config.tokens,
-                "params": self.model.config.num_params()["total"], "python": platform.python_version(),
-                "available": available}
+                "block_size": config.block_size, "micro_batch": config.micro_batch,
+                "tokens": config.tokens, "params": self.model.config.num_params()["total"],
+                "python": platform.python_version(), "available": available}
 
 
 def open_subject(config):
@@ -193,7 +195,8 @@ def open_subject(config):
     for text, parts in subject.texts.items():
         for part in ("validation", "test"):
             if len(parts[part]) <= config.tokens:
-                raise UserError(f"{text} has {len(parts[part]):,} tokens of {part}; give --tokens below that")
+                raise UserError(f"{text} has {len(parts[part]):,} tokens of {part}; give --tokens "
+                                "below that")
     return subject
 
 
@@ -223,7 +226,8 @@ class Cuts:
         with torch.autocast("cpu", torch.bfloat16):
             stats = score.collect(self.subject.model, batches, needs)
         stats.seed = seed
-        print(f"calibrated on {stats.tokens:,} tokens, seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"calibrated on {stats.tokens:,} tokens, seed {seed}: "
+              f"{time.perf_counter() - start:.0f} s", flush=True)
         self.calibrated = seed, batches, stats
         return batches, stats
 
@@ -233,7 +237,8 @@ class Cuts:
         model = self.subject.model
         budget = math.floor(keep * self.subject.total + 1e-6)
         if name == "torch-pruning":
-            return torch_pruning_peer.cut(self.subject.config.init, keep, self.subject.config.block_size)[0]
+            return torch_pruning_peer.cut(self.subject.config.init, keep,
+                                          self.subject.config.block_size)[0]
         batches, stats = self.calibration(seed)
         if name == "SliceGPT":
             return slicegpt(model, [x for x, _ in batches], keep)
@@ -267,8 +272,9 @@ class Cuts:
 
     def damage(self, recipe, seed, batches, stats):
         """prune.measure of a recipe, from the records or into them."""
-        about = dict(tag="measured", score=recipe.score, mend=recipe.mend, structure=recipe.structure, seed=seed,
-                     shares=list(measured.SHARES), windows=recipe.measured_windows)
+        about = dict(tag="measured", score=recipe.score, mend=recipe.mend,
+                     structure=recipe.structure, seed=seed, shares=list(measured.SHARES),
+                     windows=recipe.measured_windows)
         if not self.records.find(**about):
             start = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16):
@@ -287,7 +293,8 @@ def can_run(name):
 
 def precision(model):
     """The context in which a model runs: SliceGPT's rotations are not for bf16."""
-    return contextlib.nullcontext() if isinstance(model, Sliced) else torch.autocast("cpu", torch.bfloat16)
+    return contextlib.nullcontext() if isinstance(model, Sliced) else torch.autocast("cpu",
+                                                                                     torch.bfloat16)
 
 
 def losses_of(subject, model, part):
@@ -321,7 +328,7 @@ def run_cell(cuts, part, name, recipe, keep, seed):
         return
     where = f"{part:10} {name:34} keep {keep:g} seed {seed}"
     if name not in ("dense", "torch-pruning"):
-        cuts.calibration(seed)               # which all methods of a seed share, and so no one's seconds
+        cuts.calibration(seed)      # all methods of a seed share it, so its seconds are not theirs
     start = time.perf_counter()
     try:
         model = subject.model if name == "dense" else cuts.cut(name, recipe, keep, seed)
@@ -335,7 +342,8 @@ def run_cell(cuts, part, name, recipe, keep, seed):
     if name in HALF:
         nonzero = sum(p.count_nonzero().item() for _, p in two_four.matrices(model))
         size["kept"] = nonzero / subject.total
-    cuts.records.add(**about, losses=losses, perplexity=math.exp(fmean(losses.values())), seconds=seconds, **size)
+    cuts.records.add(**about, losses=losses, perplexity=math.exp(fmean(losses.values())),
+                     seconds=seconds, **size)
     print(f"{where}: " + "  ".join(f"{text} {loss:.4f}" for text, loss in losses.items()), flush=True)
 
 
@@ -350,10 +358,12 @@ def ask(cuts, name, recipe, keep, seed, file):
         return
     model = cuts.cut(name, recipe, keep, seed) if keep < 1 else subject.model
     with precision(model):
-        result = questions.multiple_choice(model, subject.tokenizer, questions.read_questions(file)[:limit],
-                                           progress=False)
-    cuts.records.add(**about, **{key: result[key] for key in ("questions", "acc", "acc_norm", "acc_norm_stderr")})
-    print(f"questions  {name:34} keep {keep:g}: {Path(file).stem} {result['acc_norm']:.4f}", flush=True)
+        result = questions.multiple_choice(model, subject.tokenizer,
+                                           questions.read_questions(file)[:limit], progress=False)
+    cuts.records.add(**about, **{key: result[key]
+                                 for key in ("questions", "acc", "acc_norm", "acc_norm_stderr")})
+    print(f"questions  {name:34} keep {keep:g}: {Path(file).stem} {result['acc_norm']:.4f}",
+          flush=True)
 
 
 def best_of_grid(records, config):
@@ -373,12 +383,13 @@ def check(config):
         raise UserError(f"--block-size {config.block_size} must be at least 1")
     fractions = all(0 < keep < 1 for keep in (*config.keeps, config.grid_keep))
     if not fractions or min(config.seeds, config.limit, config.tokens // config.block_size) < 1:
-        raise UserError(f"--keeps {config.keeps} and --grid-keep {config.grid_keep} must be between 0 and 1, --seeds "
-                        f"{config.seeds} and --limit {config.limit} at least 1, --tokens {config.tokens} at least "
-                        f"--block-size {config.block_size}")
+        raise UserError(f"--keeps {config.keeps} and --grid-keep {config.grid_keep} must be "
+                        f"between 0 and 1, --seeds {config.seeds} and --limit {config.limit} at "
+                        f"least 1, --tokens {config.tokens} at least --block-size "
+                        f"{config.block_size}")
     if min(config.micro_batch, config.windows) < 1 or config.windows % (4 * config.micro_batch):
-        raise UserError(f"--windows {config.windows} must be a multiple of 4 x --micro-batch {config.micro_batch}: of "
-                        "two texts, and of halves of them")
+        raise UserError(f"--windows {config.windows} must be a multiple of 4 x --micro-batch "
+                        f"{config.micro_batch}: of two texts, and of halves of them")
     if config.part == "questions" and not config.questions:
         raise UserError("--part questions needs --questions FILE ...")
 
@@ -441,7 +452,8 @@ def cost(subject, windows=16, rounds=3):
     config = subject.config
     for name, p in model.named_parameters():                # no more gradients than a score needs
         p.requires_grad_(name.startswith("blocks.") and p.dim() == 2)
-    batches = score.batches(subject.texts["python"]["calibration"], config.block_size, windows, config.micro_batch, 0)
+    batches = score.batches(subject.texts["python"]["calibration"], config.block_size, windows,
+                            config.micro_batch, 0)
     budget = math.floor(config.grid_keep * subject.total)
 
     def plain_passes(backward):
@@ -467,7 +479,8 @@ def cost(subject, windows=16, rounds=3):
             ours = seconds_and_memory(whole_cut, recipe)
             ratios.append((ours[0] / plain[0], ours[1] / plain[1]))
         seconds, memory = np.median(ratios, 0)
-        rows.append([f"`{name}`", "forward, backward" if backward else "forward", f"{seconds:.2f}", f"{memory:.2f}"])
+        rows.append([f"`{name}`", "forward, backward" if backward else "forward", f"{seconds:.2f}",
+                     f"{memory:.2f}"])
     return markdown(["score", "plain passes", "seconds, ratio", "peak memory, ratio"], rows)
 
 

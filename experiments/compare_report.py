@@ -1,4 +1,4 @@
-"""The rows of the comparison of methods, and what its records say: tables, and the papers' claims with verdicts.
+"""The rows of the comparison of methods, and what its records say: tables and verdicts.
 
     python -m experiments.compare smollm2 --out results/smollm2.jsonl --part report
 
@@ -32,7 +32,8 @@ PUBLISHED = {  # score and allocation are the method's own
     "Minitron, width": Prune(score="activation", allocate="uniform"),
     "Minitron, FFN": FFN(score="activation", allocate="uniform"),
     "Minitron, channels": Prune(score="activation", structure="channel"),
-    "Adapt-Pruner": Prune(score="taylor", allocate="adaptive", iterations=20),        # as many as ADAPT_STEP gives
+    # Adapt-Pruner's iterations are those that ADAPT_STEP gives.
+    "Adapt-Pruner": Prune(score="taylor", allocate="adaptive", iterations=20),
     "Adapt-Pruner, FFN": FFN(score="taylor", allocate="adaptive", iterations=20),
     "ShortGPT": Prune(score="influence", structure="layer"),
     "Shortened LLaMA, PPL": Prune(score="perplexity", structure="layer", measured_windows=16),
@@ -43,7 +44,8 @@ PUBLISHED = {  # score and allocation are the method's own
 HALF = {"2:4, magnitude": Prune(score="magnitude", structure="2:4"),
         "2:4, Wanda": Prune(score="wanda", structure="2:4")}
 DEPTH = ("ShortGPT", "Shortened LLaMA, PPL", "Shortened LLaMA, Taylor+")
-RIVALS = ("LLM-Pruner", "LLM-Pruner, FFN", "FLAP", "Wanda-sp", "Wanda-sp, FFN", "SliceGPT")      # of Adapt-Pruner
+# The methods that Adapt-Pruner is compared with.
+RIVALS = ("LLM-Pruner", "LLM-Pruner, FFN", "FLAP", "Wanda-sp", "Wanda-sp, FFN", "SliceGPT")
 ALLOCATIONS = [name for name in allocate.ALLOCATIONS if name != "uniform-strict"]
 ADAPT_STEP = 0.02                     # from Adapt-Pruner's scripts
 
@@ -52,8 +54,8 @@ def grid():
     """The recipes of all scores with all allocations, as cut and mended; what is quick to run comes
     first."""
     recipes = []
-    for allocations, mend in ((ALLOCATIONS, "none"), (ALLOCATIONS, "least-squares"), (["measured"], "least-squares"),
-                              (["measured"], "none")):
+    for allocations, mend in ((ALLOCATIONS, "none"), (ALLOCATIONS, "least-squares"),
+                              (["measured"], "least-squares"), (["measured"], "none")):
         for unit_score, allocation in itertools.product(score.SCORES, allocations):
             recipes.append(Prune(score=unit_score, allocate=allocation, mend=mend))
     return recipes
@@ -126,8 +128,8 @@ def grid_table(records, keep):
         rows.append([f"`{unit_score}`", *[cell(unit_score, allocation) for allocation in allocations]])
     dense = perplexities["dense", 1.0][0]
     heads = ["score", *[f"`{allocation}`" for allocation in allocations]]
-    return (f"Validation perplexity at keep {keep:g}, as cut and with least squares (the dense model has "
-            f"{dense:.2f}):\n\n{markdown(heads, rows)}")
+    return (f"Validation perplexity at keep {keep:g}, as cut and with least squares (the dense "
+            f"model has {dense:.2f}):\n\n{markdown(heads, rows)}")
 
 
 def answers(records):
@@ -154,16 +156,18 @@ def row_tables(records):
         files = all_files([of_method for (_, at), of_method in shares.items() if at == keep])
         rows = []
         for (name, at), own in table[table.keep.isin([keep, 1])].groupby(["name", "keep"]):
-            row = [label(name), len(own), f"{own.kept.mean():.3f}", f"{own.params.mean() / 1e6:.1f}",
-                   short([math.exp(own.python.mean())]), short([math.exp(own.prose.mean())]), short(own.perplexity)]
+            row = [label(name), len(own), f"{own.kept.mean():.3f}",
+                   f"{own.params.mean() / 1e6:.1f}", short([math.exp(own.python.mean())]),
+                   short([math.exp(own.prose.mean())]), short(own.perplexity)]
             for file in files:
                 share = shares.get((name, at), {}).get(file)
                 row.append("" if share is None else f"{share:.3f}")
             rows.append((own.perplexity.mean(), row))
         rows.sort(key=lambda row: row[0])
         heads = [f"{file} ({limit})" for file, limit in files]
-        tables.append(f"Test perplexity at keep {keep:g} (ours in bold):\n\n" + markdown(
-            ["method", "seeds", "kept", "params (M)", "python", "prose", "both", *heads], [row for _, row in rows]))
+        heads = ["method", "seeds", "kept", "params (M)", "python", "prose", "both", *heads]
+        text = markdown(heads, [row for _, row in rows])
+        tables.append(f"Test perplexity at keep {keep:g} (ours in bold):\n\n{text}")
     return tables
 
 
@@ -197,8 +201,10 @@ def overview(records, keep):
     title = "Test perplexity by kept fraction"
     if files:
         heads.append(f"questions at {keep:g}")
-        title += ", and mean accuracy (acc_norm) on " + ", ".join(f"{limit} of {file}" for file, limit in files)
-    return f"{title} (ours in bold; ± is half of the range of calibration seeds):\n\n{markdown(heads, rows)}"
+        asked = ", ".join(f"{limit} of {file}" for file, limit in files)
+        title += f", and mean accuracy (acc_norm) on {asked}"
+    title += " (ours in bold; ± is half of the range of calibration seeds):"
+    return f"{title}\n\n{markdown(heads, rows)}"
 
 
 # -- the papers' claims
@@ -225,14 +231,15 @@ def against(perplexities, first, second, keep):
 def adaptive_beats_uniform(grid, keep):
     differences = {}
     for unit_score in score.SCORES:
-        pair = [grid.get((f"{unit_score} / {allocation}", keep)) for allocation in ("adaptive", "uniform")]
+        pair = [grid.get((f"{unit_score} / {allocation}", keep))
+                for allocation in ("adaptive", "uniform")]
         if all(pair):
             differences[unit_score] = pair[0][0] / pair[1][0] - 1
     if not differences:
         return []
-    each = ", ".join(f"`{unit_score}` {difference:+.1%}" for unit_score, difference in differences.items())
-    return [f"*Adaptive beats uniform* (keep {keep:g}, validation, one calibration): {verdict(differences.values())}, "
-            f"{each}"]
+    each = ", ".join(f"`{name}` {difference:+.1%}" for name, difference in differences.items())
+    return [f"*Adaptive beats uniform* (keep {keep:g}, validation, one calibration): "
+            f"{verdict(differences.values())}, {each}"]
 
 
 def adapt_pruner_beats_others(test, keeps):
@@ -261,13 +268,14 @@ def width_and_ours(test, keep, chosen):
     lines = []
     if depth and width:
         decision = verdict([mean[width] / mean[depth] - 1])
-        lines.append(f"*Width beats depth*, keep {keep:g}: {decision}, best width {width} {mean[width]:.2f}, best "
-                     f"depth {depth} {mean[depth]:.2f}")
+        lines.append(f"*Width beats depth*, keep {keep:g}: {decision}, best width {width} "
+                     f"{mean[width]:.2f}, best depth {depth} {mean[depth]:.2f}")
     if published and chosen in mean:
         best = min(published, key=mean.get)
         differences = percents(against(test, chosen, best, keep))
-        lines.append(f"*Ours* (the best of the grid on validation, {chosen}), keep {keep:g}: {mean[chosen]:.2f}; the "
-                     f"best published method, {best}, has {mean[best]:.2f}: {differences}")
+        lines.append(f"*Ours* (the best of the grid on validation, {chosen}), keep {keep:g}: "
+                     f"{mean[chosen]:.2f}; the best published method, {best}, has "
+                     f"{mean[best]:.2f}: {differences}")
     return lines
 
 
@@ -300,5 +308,6 @@ def report(records, keep):
     records."""
     if cells(records, "validation").empty:
         raise UserError("no records there; give the --out of a comparison that ran")
-    blocks = (overview(records, keep), grid_table(records, keep), claims(records, keep), *row_tables(records))
+    blocks = (overview(records, keep), grid_table(records, keep), claims(records, keep),
+              *row_tables(records))
     return "\n\n".join(blocks)

@@ -1,12 +1,12 @@
-"""How many tokens a pruned model needs to recover: the P² law (arXiv 2411.10272) and its rivals, fitted, tested, used.
+"""How many tokens a pruned model needs to recover: the P² law and its rivals, fitted and used.
 
-    python -m experiments.scaling run                             # the grid, 4 hours on 2 cores; goes on where killed
-    python -m experiments.scaling run --minutes 20                # a piece of it
-    python -m experiments.scaling fit results/scaling.jsonl       # constants, held-out errors, figures; 2 minutes
-    python -m experiments.scaling plan --n0 4e5 --rho 0.25 --before 1.14 --target-loss 1.19     # tokens for this loss
+    python -m experiments.scaling run                         # the grid, 4 hours on 2 cores
+    python -m experiments.scaling run --minutes 20            # a piece of it; the same command goes on
+    python -m experiments.scaling fit results/scaling.jsonl   # constants, errors, figures; 2 minutes
+    python -m experiments.scaling plan --n0 4e5 --rho 0.25 --before 1.14 --target-loss 1.19
 
-Not here: the runs (experiments/scaling_runs.py), what they say without a law (experiments/scaling_curves.py), the laws
-and their fit (experiments/scaling_laws.py).
+Not here: the runs (experiments/scaling_runs.py), what they say without a law
+(experiments/scaling_curves.py), the laws and their fit (experiments/scaling_laws.py).
 """
 import math
 import sys
@@ -38,12 +38,14 @@ class FitGrid:
 
 
 def page_of(config, name):
-    """The path of a page beside the records: those of results/scaling.jsonl are in results/scaling."""
+    """The path of a page beside the records: those of results/scaling.jsonl are in
+    results/scaling."""
     return Path(config.records).with_suffix("") / name
 
 
 def allows(name, points):
-    """Whether the law can be fitted to these points: whether there are enough of them, of rates and of sizes."""
+    """Whether the law can be fitted to these points: whether there are enough of them, of rates and
+    of sizes."""
     try:
         scaling_laws.check(scaling_laws.LAWS[name], points)
     except UserError:
@@ -52,7 +54,8 @@ def allows(name, points):
 
 
 def form_of_p2(points):
-    """The name of the P² law without the constants that mean nothing for these points, or None if they are too few."""
+    """The name of the P² law without the constants that mean nothing for these points, or None if
+    they are too few."""
     for name in ("p2", "p2, one rate", "p2, one size"):
         if allows(name, points):
             return name
@@ -67,7 +70,8 @@ def fit_report(config, runs):
     if kinds:
         blocks += recovery_tables(config, kinds)
     for kind, records in kinds:
-        lines = [f"{kind}, tokens measured (in brackets per parameter left):", *scaling_curves.trends(records)]
+        lines = [f"{kind}, tokens measured (in brackets per parameter left):",
+                 *scaling_curves.trends(records)]
         blocks.append("\n".join(lines))
     return "\n\n".join([*blocks, *average_law(wholes, config)])
 
@@ -77,8 +81,8 @@ def trained_models(scratch):
     longest = {(end["n"], end["seed"]): end for end in sorted(scratch, key=lambda end: end["tokens"])}
     rows = []
     for (n, seed), end in sorted(longest.items()):
-        rows.append([f"{n:,}", seed, f"{end['tokens']:,}", f"{end['tokens'] / n:.0f}", f"{end['epochs']:.2f}",
-                     f"{end['loss']:.4f}"])
+        rows.append([f"{n:,}", seed, f"{end['tokens']:,}", f"{end['tokens'] / n:.0f}",
+                     f"{end['epochs']:.2f}", f"{end['loss']:.4f}"])
     if not rows:
         return []
     return [markdown(["N₀", "seed", "tokens", "per parameter", "epochs", "L₀"], rows)]
@@ -94,7 +98,8 @@ def recovery_tables(config, kinds):
         tested += error_rows(config, kind, points)
         noise = scaling_curves.noise(records)
         if not math.isnan(noise):
-            remarks.append(f"- {kind}: two seeds differ by {noise:.4f} nats in what the same cut costs")
+            remarks.append(f"- {kind}: two seeds differ by {noise:.4f} nats in what the same cut "
+                           "costs")
         law = form_of_p2(points)
         if law is None:
             continue
@@ -105,13 +110,17 @@ def recovery_tables(config, kinds):
             remarks.append(f"- {kind}: the fit did not converge; other constants fit as well")
         for sentence in dict.fromkeys(scaling_laws.unpinned(fit, points, samples)):
             remarks.append(f"- {kind}: {sentence}")
-    return [f"Constants of the P² law, fitted with {config.loss} loss. In brackets stand 90 % of a bootstrap over "
-            "curves; curves of one model share its L₀, so these intervals are rather too narrow.",
-            markdown(["cut", "points", *P2_CONSTANTS, "R² of loss - L₀", "mean error (nats)", "Huber", "ASD"], fitted),
-            "\n".join(remarks),
-            "Mean error in nats, where a law was fitted and on the points that were held out. The laws against the "
-            "control are given its measured loss at every point, also at those held out.",
-            markdown(["cut", "law", "fitted", *HELD_OUT], tested)]
+    constants = markdown(["cut", "points", *P2_CONSTANTS, "R² of loss - L₀", "mean error (nats)",
+                          "Huber", "ASD"], fitted)
+    errors = markdown(["cut", "law", "fitted", *HELD_OUT], tested)
+    return [f"Constants of the P² law, fitted with {config.loss} loss. In brackets stand 90 % of a "
+            "bootstrap over curves; curves of one model share its L₀, so these intervals are "
+            "rather too narrow.",
+            constants, "\n".join(remarks),
+            "Mean error in nats, where a law was fitted and on the points that were held out. The "
+            "laws against the control are given its measured loss at every point, also at those "
+            "held out.",
+            errors]
 
 
 def constants_row(kind, fit, points, samples):
@@ -123,13 +132,13 @@ def constants_row(kind, fit, points, samples):
     judged = scaling_laws.judge(fit, points)
     cost = points.loss - points.before
     r2 = 1 - fit.sse / ((cost - cost.mean()) ** 2).sum()
-    return [kind, len(points.loss), *cells.values(), f"{r2:.4f}", f"{judged['nats']:.2g}", f"{judged['huber']:.2g}",
-            f"{judged['asd']:.2g}"]
+    return [kind, len(points.loss), *cells.values(), f"{r2:.4f}", f"{judged['nats']:.2g}",
+            f"{judged['huber']:.2g}", f"{judged['asd']:.2g}"]
 
 
 def error_rows(config, kind, points):
-    """A row for each law that these points allow: its mean error, in nats and per cent, where it was fitted and on each
-    part held out."""
+    """A row for each law that these points allow: its mean error, in nats and per cent, where it
+    was fitted and on each part held out."""
     def show(judged):
         return f"{judged['nats']:.4f} ({judged['percent']:.2f} %)" if judged else "-"
 
@@ -149,8 +158,8 @@ def error_rows(config, kind, points):
 
 
 def average_law(wholes, config):
-    """The law of The Journey Matters on the trainings that prune, fitted to those that do not: with the average N and
-    with the final one. A list of blocks, empty without such runs."""
+    """The law of The Journey Matters on the trainings that prune, fitted to those that do not: with
+    the average N and with the final one. A list of blocks, empty without such runs."""
     scratch = Points.of(wholes.get("scratch", []))
     pruned = [plan for plan in wholes if plan != "scratch"]
     if not pruned or not allows("chinchilla", scratch):
@@ -163,22 +172,22 @@ def average_law(wholes, config):
     rows = []
     for plan in pruned:
         for end in wholes[plan]:
-            rows.append([plan, f"{end['n']:,}", f"{end['average']:,.0f}", f"{end['tokens']:,}", f"{end['loss']:.4f}",
-                         f"{predicted(end, end['n']) - end['loss']:+.4f}",
+            rows.append([plan, f"{end['n']:,}", f"{end['average']:,.0f}", f"{end['tokens']:,}",
+                         f"{end['loss']:.4f}", f"{predicted(end, end['n']) - end['loss']:+.4f}",
                          f"{predicted(end, end['average']) - end['loss']:+.4f}"])
     constants = ", ".join(f"{name} {value:.3g}" for name, value in fit.constants.items())
     error = scaling_laws.judge(fit, scratch)["nats"]
-    return [f"The law of whole trainings from scratch, A/N^alpha + B/D^beta + E: {constants}; mean error {error:.4f} "
-            "nats. What it predicts for the trainings that prune:",
-            markdown(["plan", "N at the end", "N on average", "tokens", "loss", "law with N at the end, error",
-                      "law with the average N, error"], rows)]
+    table = markdown(["plan", "N at the end", "N on average", "tokens", "loss",
+                      "law with N at the end, error", "law with the average N, error"], rows)
+    return [f"The law of whole trainings from scratch, A/N^alpha + B/D^beta + E: {constants}; mean "
+            f"error {error:.4f} nats. What it predicts for the trainings that prune:", table]
 
 
 def main_fit(config):
     check_choices(config)
     if not 0 <= config.first < 1 or min(config.starts, config.samples) < 1:
-        raise UserError(f"--first {config.first} must be at least 0 and below 1, --starts {config.starts} and "
-                        f"--samples {config.samples} at least 1")
+        raise UserError(f"--first {config.first} must be at least 0 and below 1, --starts "
+                        f"{config.starts} and --samples {config.samples} at least 1")
     runs = scaling_curves.read(config.records)
     text = fit_report(config, runs)
     write_atomic(page_of(config, "report.md"), lambda file: file.write(f"{text}\n".encode()))
@@ -206,7 +215,8 @@ def draw_curves(config, kinds):
     for row, (kind, records) in zip(axes, sorted(kinds.items())):
         points = Points.of(records)
         late = HELD_OUT["last 20 %"](points)
-        fit = scaling_laws.fit(form_of_p2(points) or "power", points.where(~late), config.loss, config.starts)
+        fit = scaling_laws.fit(form_of_p2(points) or "power", points.where(~late), config.loss,
+                               config.starts)
         fitted = fit.law.predict(fit.theta, points)
         for axis, (n0, model) in zip(row, models):
             own = np.array([record["model"] == model for record in records])
@@ -216,7 +226,8 @@ def draw_curves(config, kinds):
                 draw_curve(axis, points, curve, late, fitted, f"C{shade}")
             axis.set_xscale("log")
             axis.tick_params(which="minor", labelbottom=False)
-            axis.set_title(f"{kind}, N₀ {n0:,}, seed {model[1] - scaling_runs.RECOVERY_SEED}", fontsize=8)
+            axis.set_title(f"{kind}, N₀ {n0:,}, seed {model[1] - scaling_runs.RECOVERY_SEED}",
+                           fontsize=8)
             if own.any():
                 axis.legend(fontsize=7)
         row[0].set_ylabel(f"loss ({LABEL})")
@@ -229,7 +240,8 @@ def draw_curve(axis, points, curve, late, fitted, color):
     """One recovery, the points of the mask `curve`; those in `late` were held out."""
     seen = curve & ~late
     hidden = curve & late
-    axis.plot(points.tokens[curve], fitted[curve], color=color, lw=1, label=f"ρ {points.rho[curve][0]:.3f}")
+    axis.plot(points.tokens[curve], fitted[curve], color=color, lw=1,
+              label=f"ρ {points.rho[curve][0]:.3f}")
     axis.plot(points.tokens[seen], points.loss[seen], "o", ms=3, color=color)
     axis.plot(points.tokens[hidden], points.loss[hidden], "o", ms=4, mfc="white", color=color)
 
@@ -269,7 +281,7 @@ class Plan:
     kind: Literal["width", "depth", "2:4"] = "width"     # of the cut; 2:4 takes no --rho
     target_loss: float | None = None     # nats per token; or:
     budget_tokens: float | None = None   # of recovery
-    before: float | None = None       # the loss before the cut; default: what the law of whole trainings says of n0
+    before: float | None = None       # the loss before the cut; default: by the law of trainings
     records: str = "results/scaling.jsonl"  # of a grid: the law is fitted anew
     first: float = 0.05               # points before this share of a recovery are left out
     samples: int = 200                # bootstrap samples, for intervals of 90 %
@@ -295,9 +307,11 @@ def check_plan(config):
     rho_fits = (config.rho is None) == (config.kind == "2:4")
     one_goal = (config.target_loss is None) != (config.budget_tokens is None)
     if not config.n0 or not rho_fits or not one_goal:
-        raise UserError("plan needs --n0, --rho (but not with --kind 2:4) and one of --target-loss, --budget-tokens")
+        raise UserError("plan needs --n0, --rho (but not with --kind 2:4) and one of "
+                        "--target-loss, --budget-tokens")
     if not 0 <= config.first < 1 or config.samples < 1:
-        raise UserError(f"--first {config.first} must be at least 0 and below 1, --samples {config.samples} at least 1")
+        raise UserError(f"--first {config.first} must be at least 0 and below 1, --samples "
+                        f"{config.samples} at least 1")
     for name in ("n0", "rho", "before", "target_loss", "budget_tokens"):
         value = getattr(config, name)
         limit = 1 if name == "rho" else math.inf
@@ -306,12 +320,13 @@ def check_plan(config):
 
 
 def refuse_outside(what, value, measured, extrapolate, slack=1.0001):
-    """Raise UserError if a value is outside of the measured range and --extrapolate was not given."""
+    """Raise UserError if a value is outside of the measured range and --extrapolate was not
+    given."""
     low = min(measured)
     high = max(measured)
     if not extrapolate and not low / slack <= value <= high * slack:
-        raise UserError(f"{what} {value:,.4g} is outside of what was measured, {low:,.4g} to {high:,.4g}; give "
-                        "--extrapolate to have the law's answer all the same")
+        raise UserError(f"{what} {value:,.4g} is outside of what was measured, {low:,.4g} to "
+                        f"{high:,.4g}; give --extrapolate to have the law's answer all the same")
 
 
 def main_plan(config):
@@ -332,7 +347,8 @@ def main_plan(config):
 
     before, befores, source = loss_before(config, scratch)
     refuse_outside("the loss before the cut,", before, points.before, config.extrapolate)
-    print(f"N₀ {config.n0:,.0f}, L₀ {before:.4f} ({source}); {config.kind} cut of {rho:.1%}, {n:,.0f} parameters left")
+    print(f"N₀ {config.n0:,.0f}, L₀ {before:.4f} ({source}); {config.kind} cut of {rho:.1%}, "
+          f"{n:,.0f} parameters left")
     if config.budget_tokens is not None:
         tokens = config.budget_tokens
         refuse_outside("--budget-tokens", tokens, points.tokens, config.extrapolate)
@@ -346,7 +362,8 @@ def main_plan(config):
         if tokens == math.inf:
             print(f"the law says that no recovery reaches {target} {LABEL}, however long it is")
             return
-        refuse_outside(f"for {target} {LABEL} the tokens needed,", tokens, points.tokens, config.extrapolate)
+        refuse_outside(f"for {target} {LABEL} the tokens needed,", tokens, points.tokens,
+                       config.extrapolate)
         needed = []
         for loss, theta in zip(befores, samples):
             needed.append(scaling_laws.tokens_needed(fit, target, config.n0, rho, loss, theta=theta))
@@ -369,11 +386,13 @@ def fit_scratch(config, wholes):
 
 
 def loss_before(config, scratch):
-    """The loss before the cut, as many samples of it as the bootstrap has, and where it comes from."""
+    """The loss before the cut, as many samples of it as the bootstrap has, and where it comes
+    from."""
     if config.before is not None:
         return config.before, np.full(config.samples, config.before), "as given"
     if not scratch:
-        raise UserError(f"{config.records} has too few whole trainings to say the loss before the cut; give --before")
+        raise UserError(f"{config.records} has too few whole trainings to say the loss before the "
+                        "cut; give --before")
     longest = Points.of([dict(n=config.n0, tokens=scratch.tokens)])
     law = scratch.fit.law
     source = f"trained on {scratch.tokens:,.0f} tokens, by the law of whole trainings"
@@ -381,7 +400,8 @@ def loss_before(config, scratch):
 
 
 def from_scratch(config, scratch, n, target, flops):
-    """What the same loss costs without a larger model, as a sentence. `flops` are those of the recovery."""
+    """What the same loss costs without a larger model, as a sentence. `flops` are those of the
+    recovery."""
     what = f"{n:,.0f} parameters from scratch"
     tokens = float(scaling_laws.tokens_needed(scratch.fit, target, n=n))
     if tokens == math.inf:
@@ -390,23 +410,26 @@ def from_scratch(config, scratch, n, target, flops):
     measured = ends.n.min() <= n <= ends.n.max() and tokens <= scratch.tokens
     if not config.extrapolate and not measured:
         return f"{what} to {target:.4f}: outside of what was measured; see --extrapolate"
-    low, high = scaling_laws.interval(scaling_laws.tokens_needed(scratch.fit, target, n=n, theta=scratch.samples))
+    samples = scaling_laws.tokens_needed(scratch.fit, target, n=n, theta=scratch.samples)
+    low, high = scaling_laws.interval(samples)
     scratch_flops = 6 * n * tokens
-    sentence = (f"{what} to {target:.4f}: {tokens:,.0f} tokens (90 %: {low:,.0f} to {high:,.0f}), {scratch_flops:.3g} "
-                f"FLOPs; the recovery's are {flops / scratch_flops:.1%} of those")
+    sentence = (f"{what} to {target:.4f}: {tokens:,.0f} tokens (90 %: {low:,.0f} to {high:,.0f}), "
+                f"{scratch_flops:.3g} FLOPs; the recovery's are {flops / scratch_flops:.1%} of "
+                "those")
     if config.before is None:
         both = 6 * config.n0 * scratch.tokens + flops
         sentence += f", with the training before the cut {both / scratch_flops:.2f} times those"
     return sentence
 
 
-COMMANDS = {"run": (scaling_runs.Grid, scaling_runs.run_grid), "fit": (FitGrid, main_fit), "plan": (Plan, main_plan)}
+COMMANDS = {"run": (scaling_runs.Grid, scaling_runs.run_grid), "fit": (FitGrid, main_fit),
+            "plan": (Plan, main_plan)}
 
 
 def main(argv):
     if not argv or argv[0] not in COMMANDS:
-        raise UserError(f"say what to do: python -m experiments.scaling {' | '.join(COMMANDS)} (--help behind it lists "
-                        "the flags)")
+        raise UserError(f"say what to do: python -m experiments.scaling {' | '.join(COMMANDS)} "
+                        "(--help behind it lists the flags)")
     settings, command = COMMANDS[argv[0]]
     command(parse(settings, argv[1:]))
 

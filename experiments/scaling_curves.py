@@ -1,10 +1,11 @@
-"""What a grid's records say without any law: recovery curves, whole trainings, two trends, the noise of seeds.
+"""What a grid's records say without any law: recoveries, whole trainings, trends, noise of seeds.
 
-    python -c "from experiments.scaling_curves import *; print(wholes(read('results/scaling.jsonl')).keys())"
+    python -c "from experiments.scaling_curves import *; print(*wholes(read('results/scaling.jsonl')))"
 
-A run's records are train.py's metrics.jsonl. Those of a recovery hold the recipe of the cut before it. Its control is
-the recovery of the same model without a cut, with the same data in the same order. N is the number of parameters of
-attention and FFNs. Not here: making the records (experiments/scaling_runs.py), fitting (experiments/scaling_laws.py).
+A run's records are train.py's metrics.jsonl. Those of a recovery hold the recipe of the cut before
+it. Its control is the recovery of the same model without a cut, with the same data in the same
+order. N is the number of parameters of attention and FFNs. Not here: making the records
+(experiments/scaling_runs.py), fitting (experiments/scaling_laws.py).
 """
 import itertools
 import math
@@ -24,7 +25,8 @@ def read(path):
     """The finished runs in a file: {name: {tag: [records]}}. Raises UserError if there are none."""
     runs = report.finished(path)
     if not runs:
-        raise UserError(f"no finished runs in {path}; python -m experiments.scaling run --out {path} makes them")
+        raise UserError(f"no finished runs in {path}; python -m experiments.scaling run --out "
+                        f"{path} makes them")
     return runs
 
 
@@ -36,10 +38,12 @@ def removable(config):
 # -- the points
 
 def recoveries(runs, first):
-    """Every evaluation of every recovery from `first`, a share of its tokens, on: {kind: [records]}.
+    """Every evaluation of every recovery from `first`, a share of its tokens, on: {kind:
+    [records]}.
 
-    A record has the fields of scaling_laws.Points and `model`, the path and seed of what was cut. A recovery whose
-    control has no records yet is left out. Raises UserError for another model's control."""
+    A record has the fields of scaling_laws.Points and `model`, the path and seed of what was cut. A
+    recovery whose control has no records yet is left out. Raises UserError for another model's
+    control."""
     recovered = {name: run for name, run in runs.items() if run["config"][0].get("init")}
     controls = controls_of(runs, recovered)
     points = {}
@@ -58,15 +62,18 @@ def recoveries(runs, first):
         for evaluation in run["eval"]:
             tokens = evaluation["tokens"]
             if tokens >= first_tokens:
-                points.setdefault(kind, []).append(dict(
-                    curve=curve, loss=evaluation["val_loss"], tokens=tokens, n0=n0, n=n, rho=1 - n / n0, before=before,
-                    control=losses.get(tokens, math.nan), model=model))
+                points.setdefault(kind, []).append(dict(curve=curve, loss=evaluation["val_loss"],
+                                                        tokens=tokens, n0=n0, n=n, rho=1 - n / n0,
+                                                        before=before,
+                                                        control=losses.get(tokens, math.nan),
+                                                        model=model))
     return points
 
 
 def controls_of(runs, recovered):
-    """{(path of the model, seed): (its N, its loss before, {tokens: loss as it trains on})} of the runs that are named
-    control-…. Raises UserError if one does not begin with the loss at which the training of its model ended."""
+    """{(path of the model, seed): (its N, its loss before, {tokens: loss as it trains on})} of the
+    runs that are named control-…. Raises UserError if one does not begin with the loss at which the
+    training of its model ended."""
     controls = {}
     for name, run in recovered.items():
         if not name.startswith("control"):
@@ -76,16 +83,17 @@ def controls_of(runs, recovered):
         begin = run["eval"][0]["val_loss"]
         trained = runs.get(Path(config["init"]).name)
         if trained and abs(trained["summary"][0]["val_loss"] - begin) > 1e-3:
-            raise UserError(f"{name} begins at {begin:.6f} nats, and the training of its model ended at "
-                            f"{trained['summary'][0]['val_loss']:.6f}: it is another model's; delete {name} and all "
-                            "recoveries of it, records and run folders")
+            raise UserError(f"{name} begins at {begin:.6f} nats, and the training of its model "
+                            f"ended at {trained['summary'][0]['val_loss']:.6f}: it is another "
+                            f"model's; delete {name} and all recoveries of it, records and run "
+                            "folders")
         controls[config["init"], config["seed"]] = removable(config["start"]), losses[0], losses
     return controls
 
 
 def wholes(runs):
-    """The ends of whole trainings, which begin without an --init: {plan: [records]}. A record has `n` at the end,
-    `average` n over the steps, `tokens`, `loss`, `epochs` and `seed`."""
+    """The ends of whole trainings, which begin without an --init: {plan: [records]}. A record has
+    `n` at the end, `average` n over the steps, `tokens`, `loss`, `epochs` and `seed`."""
     ends = {}
     for run in runs.values():
         config = run["config"][0]
@@ -99,17 +107,20 @@ def wholes(runs):
             sizes.append((cut["step"], n - (total - cut["params"])))
         until = [step for step, _ in sizes[1:]] + [summary["step"]]
         average = sum(size * (end - step) for (step, size), end in zip(sizes, until)) / summary["step"]
-        ends.setdefault(config["plan"], []).append(dict(
-            n=removable(config["target"]), average=average, tokens=summary["tokens"], loss=summary["val_loss"],
-            epochs=summary["epochs"], seed=config["seed"]))
+        ends.setdefault(config["plan"], []).append(dict(n=removable(config["target"]),
+                                                        average=average, tokens=summary["tokens"],
+                                                        loss=summary["val_loss"],
+                                                        epochs=summary["epochs"],
+                                                        seed=config["seed"]))
     return ends
 
 
 # -- what they say
 
 def reach(curve, height):
-    """The tokens at which a curve [(tokens, excess)] first comes down to `height`, by straight lines over the logarithm
-    of the tokens; its first tokens if it begins below; inf if it never comes down."""
+    """The tokens at which a curve [(tokens, excess)] first comes down to `height`, by straight
+    lines over the logarithm of the tokens; its first tokens if it begins below; inf if it never
+    comes down."""
     before = curve[0]
     for after in curve:
         if after[1] <= height:
@@ -124,9 +135,9 @@ def reach(curve, height):
 def trends(records):
     """The paper's two trends on the measured curves, without a law, as lines of Markdown.
 
-    Curves are compared that differ only in the rate, or only in the model. Each is followed until its loss is as near
-    to the control's as the worst of them ends; a curve that begins nearer counts with its first tokens. Rates within
-    scaling_laws.NEAR count as one."""
+    Curves are compared that differ only in the rate, or only in the model. Each is followed until
+    its loss is as near to the control's as the worst of them ends; a curve that begins nearer
+    counts with its first tokens. Rates within scaling_laws.NEAR count as one."""
     points = pd.DataFrame(records)
     points["excess"] = points.loss - points.control
     curves = []
@@ -144,14 +155,14 @@ def trends(records):
     fall = sum(is_falling(tokens) for tokens, _, _ in sizes)
     fall_relative = sum(is_falling(relative) for _, relative, _ in sizes)
     return [f"- *A higher ρ needs more tokens*: in {rise} of {len(rates)} models",
-            *[line for _, _, line in rates],
-            f"- *A larger model needs fewer tokens*: in {fall} of {len(sizes)} rates and seeds; *fewer per parameter "
-            f"left* (in brackets): in {fall_relative}",
-            *[line for _, _, line in sizes]]
+            *[line for _, _, line in rates], f"- *A larger model needs fewer tokens*: in {fall} of "
+            f"{len(sizes)} rates and seeds; *fewer per parameter left* (in brackets): in "
+            f"{fall_relative}", *[line for _, _, line in sizes]]
 
 
 def near_rate(curve, by_rate):
-    """The rate under which a curve is grouped: one that is near its own, with the same seed, or its own."""
+    """The rate under which a curve is grouped: one that is near its own, with the same seed, or its
+    own."""
     for rho, seed in by_rate:
         if seed == curve["model"][1] and max(rho / curve["rho"], curve["rho"] / rho) < NEAR:
             return rho
@@ -159,15 +170,18 @@ def near_rate(curve, by_rate):
 
 
 def compared(group, same, differs):
-    """Curves that differ in one thing: their tokens to one height, the tokens per parameter left, and a line."""
+    """Curves that differ in one thing: their tokens to one height, the tokens per parameter left,
+    and a line."""
     labels = {"n0": "N₀ {:,}", "rho": "ρ {:.3f}"}
     height = max(curve["points"][-1][1] for curve in group)
     tokens = [reach(curve["points"], height) for curve in group]
     relative = [needed / curve["n"] for needed, curve in zip(tokens, group)]
     parts = []
     for curve, needed, per_parameter in zip(group, tokens, relative):
-        parts.append(f"{labels[differs].format(curve[differs])}: {needed / 1e6:.2f}M ({per_parameter:.1f})")
-    return tokens, relative, f"  - {labels[same].format(group[0][same])}, to {height:+.3f} nats: {', '.join(parts)}"
+        parts.append(f"{labels[differs].format(curve[differs])}: {needed / 1e6:.2f}M "
+                     f"({per_parameter:.1f})")
+    title = labels[same].format(group[0][same])
+    return tokens, relative, f"  - {title}, to {height:+.3f} nats: {', '.join(parts)}"
 
 
 def is_falling(numbers):
@@ -175,8 +189,8 @@ def is_falling(numbers):
 
 
 def noise(records):
-    """The mean |difference between two seeds| of what a cut costs (loss less L0) at the same size, rate and tokens; nan
-    if there is one seed."""
+    """The mean |difference between two seeds| of what a cut costs (loss less L0) at the same size,
+    rate and tokens; nan if there is one seed."""
     points = pd.DataFrame(records)
     points["cost"] = points.loss - points.before
     differences = []

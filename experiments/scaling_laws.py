@@ -3,11 +3,12 @@
     python -c "from experiments.scaling_laws import *; print(*LAWS)"
 
 Every law is a function below that reads as its formula, and a row of `LAWS`.
-- The P² law is from arXiv 2411.10272 and fitted as there, by Levenberg–Marquardt. The loss rises with rho, so gamma < 0
-  is expected; it is left free (our choice). We do not know that paper's rival forms: "outside" and "rate only" are of
-  the same kind and our choice. So is "control", where the cut is compared with going on training without a cut.
-- Chinchilla is from arXiv 2203.15556. With n the average size over the training it is the law of The Journey Matters
-  (arXiv 2501.12486).
+- The P² law is from arXiv 2411.10272 and fitted as there, by Levenberg–Marquardt. The loss rises
+  with rho, so gamma < 0 is expected; it is left free (our choice). We do not know that paper's
+  rival forms: "outside" and "rate only" are of the same kind and our choice. So is "control", where
+  the cut is compared with going on training without a cut.
+- Chinchilla is from arXiv 2203.15556. With n the average size over the training it is the law of
+  The Journey Matters (arXiv 2501.12486).
 Losses are in nats per token. Not here: reading runs (experiments/scaling_curves.py), tables
 (experiments/scaling.py).
 """
@@ -21,8 +22,10 @@ from scipy.optimize import least_squares, nnls
 
 from common import UserError
 
-HUBER = .01      # nats: beyond this an error counts linearly. Our choice: about twice the noise of an evaluation
-NEAR = 1.08      # rates (or sizes) within 8 % of each other count as one: depth is cut in whole layers. Our choice
+# Beyond so many nats an error counts linearly; about twice the noise of an evaluation (our choice).
+HUBER = .01
+# Rates (or sizes) within 8 % of each other count as one, as depth is cut in whole layers (our choice).
+NEAR = 1.08
 # The exponents of the starts of a fit are drawn from these ranges (our choice).
 STARTS = {"alpha": (.05, 2.), "beta": (.05, 2.), "gamma": (-4., 1.), "delta": (-1., 1.)}
 
@@ -59,7 +62,8 @@ class Points:
 
 def p2(c, p):
     """L = L0 + (1/rho)^gamma (1/N0)^delta (N_C / N0^alpha + D_C / D^beta + E), arXiv 2411.10272"""
-    return p.before + p.rho**-c.gamma * p.n0**-c.delta * (c.N_C * p.n0**-c.alpha + c.D_C * p.tokens**-c.beta + c.E)
+    cost = c.N_C * p.n0**-c.alpha + c.D_C * p.tokens**-c.beta + c.E
+    return p.before + p.rho**-c.gamma * p.n0**-c.delta * cost
 
 
 def p2_of_one_rate(c, p):
@@ -74,7 +78,8 @@ def p2_of_one_size(c, p):
 
 def p2_outside(c, p):
     """Like the P² law, but the cut leaves what endless tokens leave, E, as it is."""
-    return p.before + p.rho**-c.gamma * p.n0**-c.delta * (c.N_C * p.n0**-c.alpha + c.D_C * p.tokens**-c.beta) + c.E
+    cost = c.N_C * p.n0**-c.alpha + c.D_C * p.tokens**-c.beta
+    return p.before + p.rho**-c.gamma * p.n0**-c.delta * cost + c.E
 
 
 def p2_rate_only(c, p):
@@ -162,7 +167,8 @@ class Law:
 
     def terms(self, theta, points):
         """What each coefficient is multiplied with, (points, coefficients)."""
-        nothing = dataclasses.replace(points, before=np.zeros_like(points.loss), control=np.zeros_like(points.loss))
+        nothing = dataclasses.replace(points, before=np.zeros_like(points.loss),
+                                      control=np.zeros_like(points.loss))
         columns = []
         for name in self.coefficients:
             constants = SimpleNamespace(**dict(zip(self.names, self.values(theta)[0])))
@@ -192,18 +198,19 @@ class Law:
 
 
 P2 = {"gamma": "rho", "delta": "n0", "alpha": "n0", "beta": "tokens"}
+ONE_RATE = {"delta": "n0", "alpha": "n0", "beta": "tokens"}
+ONE_SIZE = {"gamma": "rho", "beta": "tokens"}
+RATE_ONLY = {"gamma": "rho", "alpha": "n0", "beta": "tokens"}
 P2_COEFFICIENTS = ("N_C", "D_C", "E")
 AFTER_CUT = (
     Law("p2", p2, P2_COEFFICIENTS, P2, "before"),
-    Law("p2, one rate", p2_of_one_rate, P2_COEFFICIENTS, {name: P2[name] for name in ("delta", "alpha", "beta")},
-        "before"),
-    Law("p2, one size", p2_of_one_size, ("D_C", "E"), {name: P2[name] for name in ("gamma", "beta")}, "before"))
+    Law("p2, one rate", p2_of_one_rate, P2_COEFFICIENTS, ONE_RATE, "before"),
+    Law("p2, one size", p2_of_one_size, ("D_C", "E"), ONE_SIZE, "before"))
 EVERY_LAW = (
     *AFTER_CUT,
     *[dataclasses.replace(law, name=f"{law.name}, control", base="control") for law in AFTER_CUT],
     Law("p2, outside", p2_outside, P2_COEFFICIENTS, P2, "before"),
-    Law("p2, rate only", p2_rate_only, P2_COEFFICIENTS, {name: P2[name] for name in ("gamma", "alpha", "beta")},
-        "before"),
+    Law("p2, rate only", p2_rate_only, P2_COEFFICIENTS, RATE_ONLY, "before"),
     # E > 0 is what endless parameters and tokens leave: no loss is below 0 (our choice; for
     # "power", too).
     Law("chinchilla", chinchilla, ("A", "B", "E"), {"alpha": "n", "beta": "tokens"}, None, signed=()),
@@ -242,15 +249,16 @@ def check(law, points):
     for group in groups:
         if len(group.loss) < len(law.names):
             points = "points of a curve" if law.per_curve else "points"
-            raise UserError(f"{len(group.loss)} {points} are too few for the {len(law.names)} constants of law "
-                            f"{law.name!r}; evaluate more often or add runs")
+            raise UserError(f"{len(group.loss)} {points} are too few for the {len(law.names)} "
+                            f"constants of law {law.name!r}; evaluate more often or add runs")
         check_variables(law, group)
 
 
 def check_numbers(law, points):
     """Raise UserError if a number that the law needs is not finite, or one that it divides by is
     not positive."""
-    remedies = {"rho": "runs that cut nothing are the control: ", "tokens": "right after the cut there are 0: "}
+    remedies = {"rho": "runs that cut nothing are the control: ",
+                "tokens": "right after the cut there are 0: "}
     needed = {"loss": "needs"}
     if law.base:
         needed[law.base] = "needs"
@@ -262,8 +270,9 @@ def check_numbers(law, points):
         if verb == "divides by":
             wrong |= values <= 0
         if wrong.any():
-            raise UserError(f"{wrong.sum()} of {len(values)} points have {values[wrong][0]:g} as {column}, which law "
-                            f"{law.name!r} {verb}; {remedies.get(column, '')}leave them out")
+            raise UserError(f"{wrong.sum()} of {len(values)} points have {values[wrong][0]:g} as "
+                            f"{column}, which law {law.name!r} {verb}; "
+                            f"{remedies.get(column, '')}leave them out")
 
 
 def check_variables(law, points):
@@ -284,8 +293,8 @@ def check_variables(law, points):
         if alike and not set(simpler.exponents.values()) & set(same):
             other = f", or fit law {simpler.name!r}"
             break
-    raise UserError(f"all points have {numbers}, which leaves {', '.join(idle)} of law {law.name!r} open; add runs "
-                    f"that differ by over {NEAR - 1:.0%}{other}")
+    raise UserError(f"all points have {numbers}, which leaves {', '.join(idle)} of law "
+                    f"{law.name!r} open; add runs that differ by over {NEAR - 1:.0%}{other}")
 
 
 def fit(law, points, loss="linear", starts=32, seed=0):
@@ -371,8 +380,9 @@ def judge(fit, points):
 
     r2       of all losses, so that differences between curves count
     huber    mean Huber loss, nats²
-    asd      average slope difference: the mean over neighbouring points of a curve of |predicted - measured slope|,
-             nats per million tokens; nan without neighbours (the name is from arXiv 2411.10272, the formula is ours)
+    asd      average slope difference: the mean over neighbouring points of a curve of |predicted -
+             measured slope|, nats per million tokens; nan without neighbours (the name is from
+             arXiv 2411.10272, the formula is ours)
     nats     mean |error|
     percent  mean |error| in per cent of the loss
     worst    largest |error|, nats"""
@@ -386,8 +396,9 @@ def judge(fit, points):
     if neighbours.any():
         asd = np.abs(np.diff(errors[order])[neighbours] / millions[neighbours]).mean()
     huber = np.where(size < HUBER, size ** 2 / 2, HUBER * (size - HUBER / 2))
-    judged = {"r2": 1 - (errors ** 2).sum() / variation if variation else np.nan, "huber": huber.mean(), "asd": asd,
-              "nats": size.mean(), "percent": 100 * (size / points.loss).mean(), "worst": size.max()}
+    judged = {"r2": 1 - (errors ** 2).sum() / variation if variation else np.nan,
+              "huber": huber.mean(), "asd": asd, "nats": size.mean(),
+              "percent": 100 * (size / points.loss).mean(), "worst": size.max()}
     return {name: float(value) for name, value in judged.items()}
 
 
@@ -406,7 +417,8 @@ def bootstrap(fit, points, n=200, seed=0, perturbed=2):
     UserError for a law with constants for every curve."""
     law = fit.law
     if law.per_curve:
-        raise UserError(f"law {law.name!r} is not bootstrapped: a single curve does not tell how much curves differ")
+        raise UserError(f"law {law.name!r} is not bootstrapped: a single curve does not tell how "
+                        "much curves differ")
     rng = np.random.default_rng(seed)
     curves, group = np.unique(points.curve, return_inverse=True)
     if len(curves) < 3:
@@ -460,21 +472,23 @@ def unpinned(fit, points, samples, level=.9):
     names = np.array(law.names)
     sentences = []
     for direction in unmoving(law, fit.theta, points):
-        sentences.append(f"{', '.join(names[np.abs(direction) > 1e-6])} can change with no loss changing")
+        sentences.append(f"{', '.join(names[np.abs(direction) > 1e-6])} can change with no loss "
+                         "changing")
     lows, highs = interval(law.values(samples)[:, 0], level)
     for name, value, low, high in zip(names, law.values(fit.theta)[0], lows, highs):
         if name in law.signed and low <= 0 <= high:
             sentences.append(f"{name} lies between {low:.3g} and {high:.3g}: its sign is open")
         elif not high - low <= abs(value):
-            sentences.append(f"{name} lies between {low:.3g} and {high:.3g}, a range wider than its value, {value:.3g}")
+            sentences.append(f"{name} lies between {low:.3g} and {high:.3g}, a range wider than "
+                             f"its value, {value:.3g}")
     with np.errstate(all="ignore"):
         correlation = np.corrcoef(samples, rowvar=False)
     labels = [name if name in law.signed else f"log {name}" for name in names]
     for i, label in enumerate(labels):
         for j in range(i):
             if abs(correlation[i, j]) > .95:
-                sentences.append(f"{labels[j]} and {label} move together (correlation {correlation[i, j]:.3f}), only "
-                                 "jointly pinned")
+                sentences.append(f"{labels[j]} and {label} move together (correlation "
+                                 f"{correlation[i, j]:.3f}), only jointly pinned")
     return sentences
 
 
@@ -538,7 +552,8 @@ def pins(law, points, seen):
 
 # -- invert
 
-def tokens_needed(fit, target, n0=np.nan, rho=np.nan, before=np.nan, *, n=np.nan, control=np.nan, curve=0, theta=None):
+def tokens_needed(fit, target, n0=np.nan, rho=np.nan, before=np.nan, *, n=np.nan, control=np.nan,
+                  curve=0, theta=None):
     """The tokens D at which the law reaches the loss `target`, in closed form.
 
     target … curve are numbers or arrays that broadcast to a shape S. theta is fit.theta, or samples

@@ -1,8 +1,7 @@
-"""The runs that a scaling law of recovery is fitted to: trainings, cuts and recoveries. They go on
-where they stopped.
+"""The runs that a scaling law of recovery is fitted to: trainings, cuts and recoveries.
 
-    python -m experiments.scaling run             # 4 hours on 2 cores; experiments/scaling.py is the command
-    python -c "from experiments.scaling_runs import *; print(*[job.name for wave in waves(Grid()) for job in wave])"
+    python -m experiments.scaling run         # 4 hours on 2 cores; the same command goes on
+    python -c "from experiments.scaling_runs import *; print(len(waves(Grid())[1]))"
 
 Models of several sizes N0 (parameters of attention and FFNs) are trained on more than 20 tokens per
 parameter. They are cut by width (FFN neurons, equal shares), by depth (whole layers, ShortGPT's
@@ -72,11 +71,15 @@ PRESETS = {
 }
 CUTS = {  # the settings of prune.py; the depth cuts take 1, 2 and 3 layers of 8
     "control": None,
-    **{f"width-{rho:g}": dict(structure="ffn", allocate="uniform", keep=1 - rho) for rho in (.15, .25, .35)},
-    **{f"depth-{rho:g}": dict(structure="layer", score="influence", keep=1 - rho) for rho in (.125, .25, .375)},
+    "width-0.15": dict(structure="ffn", allocate="uniform", keep=1 - .15),
+    "width-0.25": dict(structure="ffn", allocate="uniform", keep=1 - .25),
+    "width-0.35": dict(structure="ffn", allocate="uniform", keep=1 - .35),
+    "depth-0.125": dict(structure="layer", score="influence", keep=1 - .125),
+    "depth-0.25": dict(structure="layer", score="influence", keep=1 - .25),
+    "depth-0.375": dict(structure="layer", score="influence", keep=1 - .375),
     "2-4": dict(structure="2:4", score="wanda"),
 }
-RECOVERY_SEED = 100                   # and above, so that the data come in another order than before the cut
+RECOVERY_SEED = 100                   # and above, for another order of the data than before the cut
 MAX_EPOCHS = 4
 
 
@@ -90,9 +93,11 @@ def filled(config):
     """The settings with all defaults filled in. Raises UserError for settings that mean nothing."""
     check_choices(config)
     if config.init and config.tokens is not None:
-        raise UserError(f"--tokens {config.tokens} has no effect with --init, whose models are trained; leave it out")
+        raise UserError(f"--tokens {config.tokens} has no effect with --init, whose models are "
+                        "trained; leave it out")
     if len({Path(path).name for path in config.init}) < len(config.init):
-        raise UserError(f"--init {' '.join(config.init)}: their folders have the same name; rename one")
+        raise UserError(f"--init {' '.join(config.init)}: their folders have the same name; rename "
+                        "one")
     chosen = {}
     for name in ("tokens", "recover_tokens", "batch_tokens", "micro_batch", "eval_windows"):
         if getattr(config, name) is None:
@@ -107,8 +112,9 @@ def filled(config):
     recover_steps = round(config.recover_tokens / config.batch_tokens)
     # The shortest whole training has a fourth of the steps, in which plan idea makes 20 cuts.
     if recover_steps < 8 or (not config.init and steps < 400):
-        raise UserError(f"{config.tokens:,} tokens before the cut and {config.recover_tokens:,} after it are {steps} "
-                        f"and {recover_steps} steps of {config.batch_tokens:,}; give at least 400 and 8, or a smaller "
+        raise UserError(f"{config.tokens:,} tokens before the cut and {config.recover_tokens:,} "
+                        f"after it are {steps} and {recover_steps} steps of "
+                        f"{config.batch_tokens:,}; give at least 400 and 8, or a smaller "
                         "--batch-tokens")
     return config
 
@@ -118,7 +124,8 @@ def waves(config):
     them."""
     config = filled(config)
     common = dict(data=config.data, tokenizer=config.tokenizer, batch_tokens=config.batch_tokens,
-                  micro_batch=config.micro_batch, block_size=config.block_size, eval_windows=config.eval_windows)
+                  micro_batch=config.micro_batch, block_size=config.block_size,
+                  eval_windows=config.eval_windows)
 
     def whole(name, share=1, **settings):
         steps = round(config.tokens * share / config.batch_tokens)
@@ -131,7 +138,8 @@ def waves(config):
         recovered += recoveries(config, path, path, common)
     if config.init:
         return trained, recovered
-    for size in reversed(PRESETS[config.preset].sizes):     # the largest first, so that the last runs are short
+    # The largest size comes first, so that the last runs are short.
+    for size in reversed(PRESETS[config.preset].sizes):
         for seed in range(config.seeds):
             trained.append(whole(f"{size}-{seed}", plan="scratch", preset=size, seed=seed))
         recovered += recoveries(config, size, f"{config.runs}/{size}", common)
@@ -157,8 +165,9 @@ def recoveries(config, size, start, common):
     jobs = []
     for seed in range(config.seeds):
         init = start if config.init else f"{start}-{seed}"
-        settings = dict(common, plan="scratch", init=init, seed=RECOVERY_SEED + seed, steps=steps, lr=lr, min_lr=lr,
-                        warmup_share=.01, eval_every=max(1, steps // 128), eval_growth=1.2)
+        settings = dict(common, plan="scratch", init=init, seed=RECOVERY_SEED + seed, steps=steps,
+                        lr=lr, min_lr=lr, warmup_share=.01, eval_every=max(1, steps // 128),
+                        eval_growth=1.2)
         for kind, cut in CUTS.items():
             if seed > 0 and not kind.startswith(("control", "width")):
                 continue
@@ -188,14 +197,15 @@ def refuse_another_grid(config, jobs):
     if file.exists():
         differ = sweep.differences("", json.loads(file.read_text()), identity)
         if differ:
-            raise UserError(f"{config.runs} holds another grid ({'; '.join(differ)}); give another --runs, and another "
-                            "--out")
+            raise UserError(f"{config.runs} holds another grid ({'; '.join(differ)}); give another "
+                            "--runs, and another --out")
     if not config.init:
         tokens = max(job.settings["steps"] * job.settings["batch_tokens"] for job in jobs)
         corpus = data.load(config.data, open_tokenizer(config.tokenizer or "bytes"))
         if tokens > MAX_EPOCHS * len(corpus.train):
-            raise UserError(f"{tokens:,} tokens are {tokens / len(corpus.train):.0f} epochs of {config.data}, more "
-                            f"than {MAX_EPOCHS}; give more text by --data, or fewer --tokens")
+            raise UserError(f"{tokens:,} tokens are {tokens / len(corpus.train):.0f} epochs of "
+                            f"{config.data}, more than {MAX_EPOCHS}; give more text by --data, or "
+                            "fewer --tokens")
     write_atomic(file, lambda out: out.write(json.dumps(identity, indent=1).encode()))
 
 
@@ -204,8 +214,8 @@ def run_grid(config):
     minutes_given = config.minutes is not None
     jobs_given = config.jobs is not None
     if config.seeds < 1 or (jobs_given and config.jobs < 1) or (minutes_given and config.minutes <= 0):
-        raise UserError(f"--seeds {config.seeds} and --jobs {config.jobs} must be at least 1, --minutes "
-                        f"{config.minutes} above 0")
+        raise UserError(f"--seeds {config.seeds} and --jobs {config.jobs} must be at least 1, "
+                        f"--minutes {config.minutes} above 0")
     until = None
     if minutes_given:
         until = time.time() + 60 * config.minutes
@@ -231,7 +241,7 @@ def missing_jobs(config, wave):
             continue
         model = job.cut["init"] if job.cut else job.settings.get("init")
         if model and not config.init and not checkpoint.checkpoints(model):
-            raise UserError(f"{model} is gone, with which {job.name} begins; delete the records of that training in "
-                            f"{config.out} to have it again")
+            raise UserError(f"{model} is gone, with which {job.name} begins; delete the records of "
+                            f"that training in {config.out} to have it again")
         missing.append(job)
     return missing

@@ -1,10 +1,10 @@
-"""Run train.py many times, several runs side by side, and keep the records of the finished ones in one file.
+"""Run train.py many times, several runs side by side, and keep all records in one file.
 
     python -m experiments.claims --quick --jobs 2
 
-Every run has a process of its own with one thread, so that its sums do not depend on the number of cores. A run that
-was killed goes on, and a finished one is not run again. experiments/claims.py and experiments/scaling_runs.py say what
-to run. Not here: what a run is (train.py), several GPUs.
+Every run has a process of its own with one thread, so that its sums do not depend on the number of
+cores. A run that was killed goes on, and a finished one is not run again. experiments/claims.py and
+experiments/scaling_runs.py say what to run. Not here: what a run is (train.py), several GPUs.
 """
 import contextlib
 import io
@@ -28,26 +28,31 @@ import prune
 import train
 from common import UserError, read_records, run, write_atomic
 
-STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)      # exit codes of a run that saved and ended on a signal
+# The exit codes of a run that saved and ended on a signal.
+STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 
 
 # -- one run
 
 @contextlib.contextmanager
 def locked(folder):
-    """Make the folder and hold it. Raises UserError if another process holds it, which would write the same files."""
+    """Make the folder and hold it. Raises UserError if another process holds it, which would write
+    the same files."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(f"{folder}.lock", timeout=0):
             yield
     except Timeout:
-        raise UserError(f"another process is at work in {folder}; wait for it, or give another --runs") from None
+        raise UserError(f"another process is at work in {folder}; wait for it, or give another "
+                        "--runs") from None
 
 
 def run_plan(folder, settings, device="cpu", cut=None):
-    """Run one plan to its end, quietly, with these settings of train.py. Returns its setup and state.
+    """Run one plan to its end, quietly, with these settings of train.py. Returns its setup and
+    state.
 
-    `cut` holds the settings of prune.py that make the model which the run begins with; it is made first."""
+    `cut` holds the settings of prune.py that make the model which the run begins with; it is made
+    first."""
     with locked(folder):
         if cut:
             make_cut(settings["init"], cut, device, folder)
@@ -55,8 +60,8 @@ def run_plan(folder, settings, device="cpu", cut=None):
 
 
 def make_cut(path, cut, device, folder):
-    """Make the cut model at `path`, unless it exists. A model of another cut is deleted, and so is the run in `folder`,
-    which began with it."""
+    """Make the cut model at `path`, unless it exists. A model of another cut is deleted, and so is
+    the run in `folder`, which began with it."""
     if checkpoint.checkpoints(path):
         _, about = checkpoint.load(path, "meta")
         recipe = about["run"]["recipe"]
@@ -79,15 +84,15 @@ def exit_on_signal(number, _):
 
 
 def child(function, arguments, until, parent):
-    """Do one job in this process. At the time `until`, or when its parent is gone, the job gets the signal on which
-    train.py saves and ends."""
+    """Do one job in this process. At the time `until`, or when its parent is gone, the job gets the
+    signal on which train.py saves and ends."""
     def watch():
         while os.getppid() == parent and not is_late(until):
             time.sleep(.2)
         os.kill(os.getpid(), signal.SIGTERM)
 
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, exit_on_signal)      # for the time in which train.py's loop does not run
+    signal.signal(signal.SIGTERM, exit_on_signal)      # while train.py's own handler is not set
     threading.Thread(target=watch, daemon=True).start()
     run(function, *arguments)
 
@@ -98,12 +103,13 @@ def is_late(until):
 
 
 def side_by_side(function, arguments, jobs, until=None, describe=None):
-    """Call function(*each of `arguments`), `jobs` calls at a time, each in its own process with its own peak memory.
-    Returns how many calls came to their end.
+    """Call function(*each of `arguments`), `jobs` calls at a time, each in its own process with its
+    own peak memory. Returns how many calls came to their end.
 
-    From the time `until` (seconds since the epoch) on no call begins, and those that run are stopped. The text
-    describe(arguments) of a call that ended stands in the progress bar. Raises UserError if a call failed or was
-    killed; the call has printed its own message, and the others are stopped and saved."""
+    From the time `until` (seconds since the epoch) on no call begins, and those that run are
+    stopped. The text describe(arguments) of a call that ended stands in the progress bar. Raises
+    UserError if a call failed or was killed; the call has printed its own message, and the others
+    are stopped and saved."""
     context = get_context("spawn")
     waiting = list(arguments)
     running = {}
@@ -137,25 +143,27 @@ def side_by_side(function, arguments, jobs, until=None, describe=None):
 
 
 def refuse_failure(code):
-    """Raise UserError for the exit code of a process that neither came to its end nor was stopped."""
+    """Raise UserError for the exit code of a process that neither came to its end nor was
+    stopped."""
     if code not in (0, *STOPPED):
-        raise UserError(f"a run ended with exit code {code}, see above (-9: the system killed it, perhaps for memory: "
-                        "fewer --jobs); the same command goes on")
+        raise UserError(f"a run ended with exit code {code}, see above (-9: the system killed it, "
+                        "perhaps for memory: fewer --jobs); the same command goes on")
 
 
 # -- records of finished runs
 
 def is_finished(name, run, settings, flag, cut=None):
-    """Whether the records of a run, {tag: [records]} or None, exist. Raises UserError if they were made with other
-    settings of train.py, or of prune.py's `cut` before it; the message names the run and the flag of its file. A
-    setting of None is not compared."""
+    """Whether the records of a run, {tag: [records]} or None, exist. Raises UserError if they were
+    made with other settings of train.py, or of prune.py's `cut` before it; the message names the
+    run and the flag of its file. A setting of None is not compared."""
     if run is None:
         return False
     config = run["config"][0]
     recipe = (config.get("cut") or {}).get("recipe", {})
     differ = differences("", config, settings) + differences("the cut's ", recipe, cut or {})
     if differ:
-        raise UserError(f"{name} holds another run ({'; '.join(differ)}); give another {flag}, and another --runs")
+        raise UserError(f"{name} holds another run ({'; '.join(differ)}); give another {flag}, and "
+                        "another --runs")
     return True
 
 
@@ -169,7 +177,8 @@ def differences(whose, recorded, settings):
 
 
 def without_steps(folder):
-    """The records of a finished run, but for its training steps. Raises UserError if the run is not finished."""
+    """The records of a finished run, but for its training steps. Raises UserError if the run is not
+    finished."""
     records = read_records(Path(folder) / "metrics.jsonl")
     if not any(record["tag"] == "summary" for record in records):
         raise UserError(f"{folder} is not finished; run the same command again to go on")
@@ -177,11 +186,12 @@ def without_steps(folder):
 
 
 def put_runs(path, runs):
-    """Put the records of runs, {name: records}, into the experiment's file in place of older ones of the same runs. A run
-    without records is deleted. Every record gets the name of its run as `run`.
+    """Put the records of runs, {name: records}, into the experiment's file in place of older ones
+    of the same runs. A run without records is deleted. Every record gets the name of its run as
+    `run`.
 
-    The file is written anew and renamed under a lock, so that runs which end at the same time do not lose each other's
-    records."""
+    The file is written anew and renamed under a lock, so that runs which end at the same time do
+    not lose each other's records."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         kept = [record for record in read_records(path) if record["run"] not in runs]

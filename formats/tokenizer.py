@@ -144,6 +144,7 @@ class Tiktoken(Tokenizer):
     def ids(self, text, special):
         if special:
             return self.encoding.encode(text, allowed_special="all")
+        # (tiktoken finds special tokens here before version 0.11.)
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
     def token_bytes(self, token):
@@ -207,7 +208,7 @@ class HuggingFace(Tokenizer):
         return backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts):
-        # The library encodes the texts of a batch in parallel.
+        # The library encodes the texts of a batch in parallel, on all cores.
         texts = [replace_surrogates(text) for text in texts]
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids).astype(self.dtype) for encoding in encodings]
@@ -246,9 +247,9 @@ class SentencePiece(Tokenizer):
         if eot < 0:                              # the library's way to say none
             raise UserError(f"{where} does not say which token ends a document; put \"eos_token\" into "
                             "tokenizer_config.json")
-        if eot < size and eot in self.model.encode(self.model.id_to_piece(eot)):
+        if eot < size and not self.model.is_control(eot):
             raise UserError(f"{where}: a document may spell the token that ends it, "
-                            f"{self.model.id_to_piece(eot)!r}, as it is a user-defined symbol of "
+                            f"{self.model.id_to_piece(eot)!r}, as it is no control symbol of "
                             "tokenizer.model; name another \"eos_token\" in tokenizer_config.json")
         self.texts = {i: text for text, i in specials.items()}
         vocab_size = max(size, 1 + max(self.texts, default=0))

@@ -64,13 +64,27 @@ def refuse_unknown_spelling(content, where):
                         f"how its tokens spell blanks; {remedy}")
 
 
-# -- names
+# -- a name
 
-# A name is a hash over what makes ids. Caches and run folders go by names, so names must not change.
-# For four families of byte-level BPE the ids follow from the tokens and from the way in which text is
-# cut into words; in a name, that way is one regular expression that cuts the same words. (In SmolLM2's
-# the digits are cut first, so that all blanks before a digit are one word. Its library knows 13 digits
-# of Unicode 17 that are not yet in \\p{N}.)
+def name_of(content, specials, eot, bos):
+    """The name of a tokenizer.json: "json-" and 16 hex digits of a sha256 over what makes ids. Caches and
+    run folders go by it. Neither the layout of the file nor the spelling of its merges matters."""
+    model = {**content["model"], "merges": pairs_of(content["model"])}
+    steps = [content.get("normalizer"), content.get("pre_tokenizer"), content.get("added_tokens")]
+    parts = json.dumps([model, steps, sorted(specials.items()), eot, bos], sort_keys=True)
+    return f"json-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
+
+
+def pairs_of(model):
+    """The merges of a BPE model as pairs. Files spell them as pairs or as "left right"."""
+    merges = model.get("merges") or []
+    return [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in merges]
+
+
+# -- four ways to cut text into words, each as one regular expression and as the steps of a file
+
+# (In SmolLM2's the digits are cut first, so that all blanks before a digit are one word. Its library
+# knows 13 digits of Unicode 17 that are not yet in \\p{N}.)
 GPT2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|[\s]+(?![^\s])|[\s]+")
 DIGIT = "\\p{N}\U00011DE0-\U00011DE9\U00016FF4-\U00016FF6"
 SMOLLM2 = (rf"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{{L}}]+|[{DIGIT}]| ?[^\s\p{{L}}{DIGIT}]+"
@@ -92,74 +106,6 @@ PRE_TOKENIZERS = {GPT2: [byte_level(True)],
                   SMOLLM2: [{"type": "Digits", "individual_digits": True}, byte_level(True)],
                   LLAMA3: [split(LLAMA3), byte_level(False)],
                   QWEN2: [split(QWEN2), byte_level(False)]}
-ABSENT = 2**31                       # in a name, byte b without a token has the id ABSENT + b
-
-
-def name_of(content, specials, eot, bos):
-    """The name of a tokenizer.json: "json-" and 16 hex digits of a sha256. Neither the layout of the
-    file nor the spelling of its merges matters."""
-    ends = {"eos_token": eot, "bos_token": bos}
-    added = content.get("added_tokens") or []
-    pattern = family(content, specials)
-    if pattern:
-        has_nfc = bool(content.get("normalizer"))
-        normalized = [token["content"] for token in added if token["content"] and token.get("normalized")]
-        tokens = sorted_tokens(content["model"]["vocab"], specials)
-        parts = json.dumps([pattern, has_nfc, tokens, sorted(specials.items()), normalized, ends])
-    else:
-        model = {**content["model"], "merges": pairs_of(content["model"])}
-        steps = [content.get("normalizer"), content.get("pre_tokenizer")]
-        parts = json.dumps([model, steps, added, ends], sort_keys=True)
-    return f"json-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
-
-
-def pairs_of(model):
-    """The merges of a BPE model as pairs. Files spell them as pairs or as "left right"."""
-    merges = model.get("merges") or []
-    return [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in merges]
-
-
-def sorted_tokens(vocab, specials):
-    """The tokens of byte-level BPE as sorted pairs (id, hex digits of the bytes)."""
-    absent = {letter: ABSENT + byte for letter, byte in BYTES.items() if letter not in vocab}
-    tokens = []
-    for text, i in {**vocab, **absent}.items():
-        if text not in specials:
-            tokens.append((i, bytes(BYTES[letter] for letter in text).hex()))
-    return sorted(tokens)
-
-
-def family(content, specials):
-    """The key of PRE_TOKENIZERS for a tokenizer.json whose ids follow from its tokens, or None.
-
-    They do if merges stand in the order of the tokens that they make, and if each longer token has a
-    merge (or is one only as a whole word: `ignore_merges`)."""
-    model = content["model"]
-    added = [token["content"] for token in content.get("added_tokens") or []]
-    pattern = word_pattern(content)
-    if pattern is None or model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
-        return None
-    if content.get("normalizer") not in (None, {"type": "NFC"}) or not set(added) <= {"", *specials}:
-        return None
-    texts = [text for text in model["vocab"] if text not in specials]
-    if not all(text and BYTES.keys() >= set(text) for text in texts):
-        return None
-    if model.get("unk_token") and not model["vocab"].keys() >= BYTES.keys():
-        return None
-    made = [left + right for left, right in pairs_of(model)]
-    ids = [model["vocab"][text] for text in made]
-    longer = {text for text in texts if len(text) > 1}
-    has_merges = model.get("ignore_merges") or longer <= set(made)
-    return pattern if has_merges and ids == sorted(ids) else None
-
-
-def word_pattern(content):
-    """The key of PRE_TOKENIZERS whose steps a tokenizer.json has, or None."""
-    steps = []
-    for step in steps_of(content.get("pre_tokenizer"), "pretokenizers"):
-        step = {key: value for key, value in step.items() if key != "trim_offsets"}    # not about ids
-        steps.append({"use_regex": True, **step} if step.get("type") == "ByteLevel" else step)
-    return next((pattern for pattern, known in PRE_TOKENIZERS.items() if known == steps), None)
 
 
 # -- a tokenizer.json for bytes and for tiktoken's vocabularies

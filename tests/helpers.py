@@ -91,8 +91,8 @@ def gradients(model, x, y):
     return dict(zip(names, torch.autograd.grad(loss_of(model, x, y), parameters)))
 
 
-def close(found, expected, rtol=1e-6):
-    torch.testing.assert_close(found.double(), expected.double(), rtol=rtol, atol=1e-9)
+def close(found, expected, rtol=1e-6, atol=1e-9):
+    torch.testing.assert_close(found.double(), expected.double(), rtol=rtol, atol=atol)
 
 
 def fingerprint(model):

@@ -116,7 +116,7 @@ def test_chunked_loss_is_the_plain_one_in_value_and_gradients(monkeypatch, tile,
 
 
 @pytest.mark.parametrize("tile", [1, 8])
-@pytest.mark.parametrize("autocast, tolerance", [(False, 3e-6), (True, 0.03)])
+@pytest.mark.parametrize("autocast, tolerance", [(False, 1e-5), (True, 0.03)])
 def test_chunked_loss_in_float32_and_under_bfloat16_autocast(monkeypatch, autocast, tolerance, tile):
     monkeypatch.setattr(distill, "CHUNK_VALUES", {"cpu": V * 8})
     monkeypatch.setattr(distill, "TILE", {"cpu": tile})
@@ -151,7 +151,7 @@ def test_loss_is_a_mean_over_tokens():
         even, sure = torch.zeros(n, C), torch.cat((torch.full((1, C), 100.0), torch.zeros(n - 1, C)))
         hidden = torch.ones(2, 4, C)
         _, stats = chunked_loss(hidden, even, torch.zeros(2, 4, dtype=torch.long), hidden, sure)
-        near(stats, torch.tensor([n, n, 1.0]).log(), 2e-6)
+        near(stats, torch.tensor([n, n, 1.0]).log(), 1e-5)
 
 
 def test_the_teacher_takes_no_gradient():

@@ -61,16 +61,17 @@ def gemma():
 
 
 def unigram(byte_fallback=False):
-    """As in T5's: a Unigram model, which has its special tokens among its own with the best scores."""
-    tokenizer = tokenizers.Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    tokenizer.train_from_iterator(TEXTS, trainers.UnigramTrainer(
-        vocab_size=220, unk_token="<unk>", special_tokens=ENDS, show_progress=False))
+    """As in T5's: a Unigram model, which has its special tokens among its own with the best scores. (Not trained: the
+    trainer makes another one each time. Without "aa" there are no two equally good ways to cut "aaa".)"""
+    tokens = trained_tokens(300)["vocab"]
+    tokens = [token for token in sorted(tokens, key=tokens.get) if all(a != b for a, b in zip(token, token[1:]))]
+    vocab = [(text, 0.0) for text in ENDS] + [(token, -2 - 0.73 * i**0.5) for i, token in enumerate(reversed(tokens))]
     if byte_fallback:
-        vocab = json.loads(tokenizer.to_str())["model"]["vocab"]
-        vocab = [tuple(piece) for piece in vocab] + [(piece, -30.0) for piece in BYTE_PIECES]
-        tokenizer.model = models.Unigram(vocab, 0, True)
+        vocab += [(piece, -30.0) for piece in BYTE_PIECES]
+    tokenizer = tokenizers.Tokenizer(models.Unigram(vocab, 0, byte_fallback))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in ENDS])
     return tokenizer
 
 

@@ -37,10 +37,10 @@ FAMILIES = {  # transformers' class, and what differs from the shape below
 def oracle(family, **changes):
     """A tiny random transformers model of the family, gains and biases random too."""
     torch.manual_seed(0)
-    kind, theirs = FAMILIES[family]
+    kind, differences = FAMILIES[family]
     shape = dict(vocab_size=61, hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6,
                  num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-3, rope_theta=500.0,
-                 tie_word_embeddings=True, bos_token_id=1, eos_token_id=2) | theirs | changes
+                 tie_word_embeddings=True, bos_token_id=1, eos_token_id=2) | differences | changes
     model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**shape)).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -76,18 +76,18 @@ def config_of(folder, **changes):
 # -- in
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_gradients_equal_those_of_transformers(family, tmp_path):
-    theirs = oracle(family)
-    theirs.save_pretrained(tmp_path)
+def test_logits_and_gradients_are_transformers(family, tmp_path):
+    peer = oracle(family)
+    peer.save_pretrained(tmp_path)
     model, about = checkpoint.load(tmp_path)
     assert about["huggingface"]["model_type"] == FAMILIES[family][0].lower()
     idx, upstream = torch.randint(61, (2, 40)), torch.randn(2, 40, 61)
-    expected, logits = theirs(idx).logits, model(idx)
+    expected, logits = peer(idx).logits, model(idx)
     assert expected.std() > 0.5
     close(logits, expected)
     for logits in (expected, logits):
         (logits * upstream).sum().backward()
-    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    gradients = {name: p.grad for name, p in peer.named_parameters()}
     assert gradients.keys() == {huggingface.their_name(name) for name, _ in model.named_parameters()}
     for name, p in model.named_parameters():
         g = gradients[huggingface.their_name(name)]
@@ -95,9 +95,9 @@ def test_logits_and_gradients_equal_those_of_transformers(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_in_out_in_is_bitwise_and_transformers_loads_the_stock_class(family, tmp_path):
-    theirs = oracle(family).bfloat16()
-    theirs.save_pretrained(tmp_path / "in")
+def test_in_and_out_again_is_bitwise(family, tmp_path):
+    peer = oracle(family).bfloat16()
+    peer.save_pretrained(tmp_path / "in")
     model, _ = checkpoint.load(tmp_path / "in")
     assert model.embed.weight.dtype == torch.bfloat16
     export.main(export.Export(str(tmp_path / "in"), str(tmp_path / "out")))
@@ -106,13 +106,13 @@ def test_in_out_in_is_bitwise_and_transformers_loads_the_stock_class(family, tmp
     for (name, a), b in zip(model.named_parameters(), again.parameters()):
         assert torch.equal(a, b), name
     stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").float()
-    assert type(stock).__name__ == {"mistral": "LlamaForCausalLM"}.get(family, type(theirs).__name__)
+    assert type(stock).__name__ == {"mistral": "LlamaForCausalLM"}.get(family, type(peer).__name__)
     idx = torch.randint(61, (2, 40))
     before = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in").float()
     close(stock(idx).logits, before(idx).logits)
 
 
-def test_configs_of_transformers_4_and_5_are_the_same_to_us(tmp_path):
+def test_both_spellings_of_configs_are_read(tmp_path):
     oracle("llama-3").save_pretrained(tmp_path)
     c = json.loads((tmp_path / "config.json").read_text())
     new = {**c, "rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, **LLAMA3}}
@@ -124,33 +124,33 @@ def test_configs_of_transformers_4_and_5_are_the_same_to_us(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_keys_that_a_config_leaves_out_have_transformers_defaults(family):
+def test_absent_keys_have_transformers_defaults(family):
     kind = FAMILIES[family][0]
     bare = dict(vocab_size=61, hidden_size=256, num_attention_heads=8, num_hidden_layers=2, intermediate_size=40,
                 num_key_value_heads=2)
-    theirs = getattr(transformers, f"{kind}Config")(**bare)
-    ours = huggingface.read_config({"model_type": theirs.model_type, **bare}, "x", block_size=64)
-    assert ours.norm_eps == theirs.rms_norm_eps and ours.tie_embeddings == theirs.tie_word_embeddings
-    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 256 // 8)
-    in_version_5 = getattr(theirs, "rope_parameters", None)
-    assert ours.rope_theta == (in_version_5["rope_theta"] if in_version_5 else theirs.rope_theta)
+    peer = getattr(transformers, f"{kind}Config")(**bare)
+    ours = huggingface.read_config({"model_type": peer.model_type, **bare}, "x", block_size=64)
+    assert ours.norm_eps == peer.rms_norm_eps and ours.tie_embeddings == peer.tie_word_embeddings
+    assert ours.head_dim == (getattr(peer, "head_dim", None) or 256 // 8)
+    in_version_5 = getattr(peer, "rope_parameters", None)
+    assert ours.rope_theta == (in_version_5["rope_theta"] if in_version_5 else peer.rope_theta)
 
 
 def test_mobilellm_is_llama_under_another_name(tmp_path):
-    theirs = oracle("smollm2")
-    theirs.save_pretrained(tmp_path)
+    peer = oracle("smollm2")
+    peer.save_pretrained(tmp_path)
     config_of(tmp_path, model_type="mobilellm", share_embedding=True, tie_word_embeddings=None, layer_sharing=False)
     idx = torch.randint(61, (1, 40))
-    close(checkpoint.load(tmp_path)[0](idx), theirs(idx).logits)
+    close(checkpoint.load(tmp_path)[0](idx), peer(idx).logits)
 
 
-def test_shards_are_read_through_their_index_and_into_the_asked_dtype(tmp_path):
-    theirs = oracle("qwen2")
-    theirs.save_pretrained(tmp_path, max_shard_size="10KB")
+def test_shards_are_read_through_their_index(tmp_path):
+    peer = oracle("qwen2")
+    peer.save_pretrained(tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2 and (tmp_path / "model.safetensors.index.json").exists()
     model, _ = checkpoint.load(tmp_path, dtype=torch.float64, block_size=16)
     assert model.config.block_size == 16 and all(p.dtype == torch.float64 for p in model.parameters())
-    assert torch.equal(model.blocks[1].ffn.down.weight, theirs.model.layers[1].mlp.down_proj.weight.double())
+    assert torch.equal(model.blocks[1].ffn.down.weight, peer.model.layers[1].mlp.down_proj.weight.double())
     assert all(p.is_meta for p in checkpoint.load(tmp_path, "meta")[0].parameters())
 
 
@@ -195,18 +195,18 @@ def folder(tmp_path):
     (dict(num_hidden_layers=1), r"holds model.layers.1.*no place"),
     (dict(model_type="llama"), "q_proj.bias.*no place|_proj.bias.*no place"),
 ])
-def test_models_that_are_not_ours_to_compute_are_refused_with_the_reason(folder, changes, sentence):
+def test_other_models_are_refused_with_the_reason(folder, changes, sentence):
     config_of(folder, **changes)
     with pytest.raises(UserError, match=sentence):
         checkpoint.load(folder)
 
 
-def test_a_sliding_window_as_long_as_the_context_asked_for_is_no_window(tmp_path):
-    theirs = oracle("mistral", sliding_window=32)
-    theirs.save_pretrained(tmp_path)
+def test_a_sliding_window_limits_the_context(tmp_path):
+    peer = oracle("mistral", sliding_window=32)
+    peer.save_pretrained(tmp_path)
     model, _ = checkpoint.load(tmp_path, block_size=32)
     idx = torch.randint(61, (1, 32))
-    close(model(idx), theirs(idx).logits)
+    close(model(idx), peer(idx).logits)
     assert checkpoint.load(tmp_path)[0].config.block_size == 32    # none asked for: all that is right
     with pytest.raises(UserError, match="32 tokens by a sliding window, fewer than the context of 33; ask"):
         checkpoint.load(tmp_path, block_size=33)
@@ -214,28 +214,30 @@ def test_a_sliding_window_as_long_as_the_context_asked_for_is_no_window(tmp_path
     assert checkpoint.load(tmp_path / "out")[0].config.block_size == 32
 
 
-def test_qwen_s_sliding_window_counts_only_where_it_is_used():
+def test_an_unused_sliding_window_is_ignored():
     bare = dict(model_type="qwen2", vocab_size=61, hidden_size=64, num_attention_heads=8, num_hidden_layers=2,
                 intermediate_size=40, num_key_value_heads=2, max_position_embeddings=8192)
-    context = lambda **more: huggingface.read_config({**bare, **more}, "x").block_size
+
+    def context(**more):
+        return huggingface.read_config({**bare, **more}, "x").block_size
     assert context(sliding_window=16) == context(use_sliding_window=False, sliding_window=16) == 8192
     assert context(use_sliding_window=True) == 4096 and context(use_sliding_window=True, sliding_window=16) == 16
 
 
-def test_one_file_goes_before_a_stale_index_as_in_transformers(tmp_path):
+def test_one_file_goes_before_a_stale_index(tmp_path):
     oracle("qwen2").save_pretrained(tmp_path, max_shard_size="10KB")
-    theirs = oracle("qwen2", rope_theta=1000.0)
+    peer = oracle("qwen2", rope_theta=1000.0)
     with torch.no_grad():
-        theirs.model.norm.weight.add_(1)
-    save_file({k: v.clone() for k, v in theirs.state_dict().items() if k != "lm_head.weight"}, tmp_path /
+        peer.model.norm.weight.add_(1)
+    save_file({k: v.clone() for k, v in peer.state_dict().items() if k != "lm_head.weight"}, tmp_path /
               "model.safetensors", metadata={"format": "pt"})
     stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     idx = torch.randint(61, (1, 40))
     close(checkpoint.load(tmp_path)[0](idx), stock(idx).logits)
-    assert torch.equal(checkpoint.load(tmp_path)[0].norm.weight, theirs.model.norm.weight)
+    assert torch.equal(checkpoint.load(tmp_path)[0].norm.weight, peer.model.norm.weight)
 
 
-def test_tied_models_that_hold_another_head_are_refused(tmp_path):
+def test_a_tied_model_with_another_head_is_refused(tmp_path):
     oracle("smollm2").save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
@@ -246,7 +248,7 @@ def test_tied_models_that_hold_another_head_are_refused(tmp_path):
         checkpoint.load(tmp_path)
 
 
-def test_a_context_longer_than_the_trained_one_is_refused(folder):
+def test_a_longer_context_is_refused(folder):
     with pytest.raises(UserError, match="trained with a context of 64 tokens, not 65"):
         checkpoint.load(folder, block_size=65)
 
@@ -279,9 +281,9 @@ def test_broken_files_are_named(folder):
         checkpoint.load(folder)
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/{}/secret.safetensors", "sub/x.safetensors", "..", "config.json",
-                                  "x\0.safetensors"])
-def test_an_index_names_no_file_outside_of_its_folder(name, tmp_path):
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/{}/secret.safetensors", "sub/x.safetensors", "..",
+                                  "config.json", "x\0.safetensors"])
+def test_an_index_leads_nowhere_else(name, tmp_path):
     folder = tmp_path / "sent"
     oracle("qwen2").save_pretrained(folder, max_shard_size="10KB")
     index = folder / "model.safetensors.index.json"
@@ -296,7 +298,7 @@ def test_an_index_names_no_file_outside_of_its_folder(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["../outside", "/{}/outside", "sub/tokenizer.json", "config.json", "own_code.py", "..",
                                   "model.safetensors", "modeling_nanoprune.py"])
-def test_a_checkpoint_names_no_file_that_export_writes(name, tmp_path):
+def test_a_checkpoint_leads_export_nowhere_else(name, tmp_path):
     """Outside of the folder, or in place of one of ours: config.json could name code, which our own check would run."""
     sent, out = tmp_path / "sent.pt", tmp_path / "deep" / "out"
     for about in (dict(huggingface={}), dict(run={"tokenizer": "x"})):
@@ -307,7 +309,7 @@ def test_a_checkpoint_names_no_file_that_export_writes(name, tmp_path):
         assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["sent.pt"]
 
 
-def test_a_folder_s_own_code_is_not_run_unless_we_wrote_it(tmp_path):
+def test_a_sent_folder_runs_no_code(tmp_path):
     model = wild(n_head=(6, 0), n_kv_head=(2, 0), d_ff=(40, 40))
     huggingface.save(tmp_path, model, "nanoprune")
     (tmp_path / "modeling_nanoprune.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
@@ -316,7 +318,7 @@ def test_a_folder_s_own_code_is_not_run_unless_we_wrote_it(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_mixed_dtypes_need_a_choice_and_quantized_tensors_are_refused(tmp_path):
+def test_mixed_and_quantized_dtypes_are_refused(tmp_path):
     model = wild(n_head=(6,), n_kv_head=(2,), d_ff=(40,))
     model.norm.bfloat16()
     huggingface.save(tmp_path, model, "llama")
@@ -330,7 +332,7 @@ def test_mixed_dtypes_need_a_choice_and_quantized_tensors_are_refused(tmp_path):
         checkpoint.load(tmp_path)
 
 
-def test_a_hub_id_is_fetched_and_an_absent_network_named(tmp_path, monkeypatch):
+def test_a_hub_id_is_fetched_or_the_network_blamed(tmp_path, monkeypatch):
     import huggingface_hub
     oracle("smollm2").save_pretrained(tmp_path / "copy")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(tmp_path / "copy"))
@@ -375,15 +377,24 @@ def exported(request, tmp_path_factory):
     with redirect_stdout(StringIO()) as output:
         export.main(export.Export(str(folder / "m.pt"), str(folder / "out"), to))
     assert kind in output.getvalue() and "the same in transformers: logits at most" in output.getvalue()
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "out", trust_remote_code=True).eval()
-    assert type(theirs).__name__ == kind
-    return model, theirs
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder / "out", trust_remote_code=True).eval()
+    assert type(peer).__name__ == kind
+    return model, peer
 
 
 def prompts():
     """Ids of a prompt of 20 tokens and of one of 15."""
     ids = torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(2))
     return ids[0], ids[1, :15]
+
+
+def greedy(model, prompt):
+    """Our continuation by 20 tokens. None of its choices hinges on rounding."""
+    ids = model.generate(prompt[None], 20, temperature=0)[0]
+    logits = model(ids[None, :-1])[0, len(prompt) - 1:]
+    best, second = logits.topk(2).values.unbind(-1)
+    assert (best - second).min() > 100 * torch.finfo(torch.float32).eps * logits.abs().max()
+    return ids
 
 
 def padded(side, width):
@@ -399,31 +410,31 @@ def padded(side, width):
 @pytest.mark.parametrize("cache", [{"use_cache": False}, {}, {"cache_implementation": "static"}], ids=str)
 def test_exported_models_generate_as_ours(exported, cache):
     """Greedily, a prompt by itself and a batch padded on the left."""
-    model, theirs = exported
-    own_code = type(theirs).__module__.startswith("transformers_modules")
+    model, peer = exported
+    own_code = type(peer).__module__.startswith("transformers_modules")
     if own_code and "cache_implementation" in cache and VERSION < (4, 56):
         pytest.skip("transformers before 4.56 allocates a static cache with one width for all layers")
-    expected = [model.generate(prompt[None], 20, temperature=0)[0] for prompt in prompts()]
-    greedy = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0, **cache)
+    expected = [greedy(model, prompt) for prompt in prompts()]
+    settings = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0, **cache)
     first = prompts()[0][None]
-    alone = theirs.generate(first, attention_mask=torch.ones_like(first), **greedy)
+    alone = peer.generate(first, attention_mask=torch.ones_like(first), **settings)
     assert torch.equal(alone[0], expected[0])
     ids, mask = padded("left", 24)
-    batch = theirs.generate(ids, attention_mask=mask, **greedy)
+    batch = peer.generate(ids, attention_mask=mask, **settings)
     assert torch.equal(batch[0, 4:], expected[0]) and torch.equal(batch[1, 9:], expected[1])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_exported_models_compute_padded_batches_as_ours(exported, side):
+def test_exported_models_compute_padded_batches(exported, side):
     """The logits of a padded batch, and those of one more token behind its cache."""
-    model, theirs = exported
+    model, peer = exported
     ids, mask = padded(side, 24)
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-    output = theirs(ids, attention_mask=mask, position_ids=position_ids, use_cache=True)
+    output = peer(ids, attention_mask=mask, position_ids=position_ids, use_cache=True)
     name = "cache" if "cache" in output else "past_key_values"                # from transformers 5.24 on
     new = torch.tensor([[3], [4]])
-    more = theirs(new, attention_mask=F.pad(mask, (0, 1), value=1), position_ids=position_ids.max(1, True).values + 1,
+    more = peer(new, attention_mask=F.pad(mask, (0, 1), value=1), position_ids=position_ids.max(1, True).values + 1,
                   **{name: output[name]})
     for row, prompt in enumerate(prompts()):
         expected = model(torch.cat((prompt, new[row]))[None])[0]
@@ -437,7 +448,7 @@ def test_exported_models_compute_padded_batches_as_ours(exported, side):
     (EVEN | dict(qk_norm=True), "no QK norm, which layer 0"),
     (dict(n_head=(5, 5), n_kv_head=(5, 1), d_ff=(8, 8)), "5 query heads, which do not divide d_model 48"),
 ])
-def test_decilm_refuses_with_the_layer_and_leaves_nothing(widths, sentence, tmp_path):
+def test_decilm_refuses_and_leaves_nothing(widths, sentence, tmp_path):
     checkpoint.save(tmp_path / "m.pt", wild(**widths), run={"tokenizer": "bytes"})
     with pytest.raises(UserError, match=sentence):
         export.main(export.Export(str(tmp_path / "m.pt"), str(tmp_path / "out"), "deci"))
@@ -456,7 +467,7 @@ def test_decilm_configs_read_as_vllm_reads_them(tmp_path):
     assert again.block_configs[0].ffn.ffn_mult == first.ffn.ffn_mult and json.loads(config.to_json_string())
 
 
-def test_export_refuses_before_it_writes_and_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_export_refuses_and_leaves_nothing(tmp_path, monkeypatch):
     checkpoint.save(tmp_path / "m.pt", wild(**EVEN), run={"tokenizer": "bytes"})
     source, out = str(tmp_path / "m.pt"), tmp_path / "out"
     for settings, sentence in ((dict(to="onnx"), "--to 'onnx' is not one of hf, gguf, deci"),
@@ -471,10 +482,10 @@ def test_export_refuses_before_it_writes_and_leaves_nothing_behind(tmp_path, mon
     load = transformers.AutoModelForCausalLM.from_pretrained
 
     def damaged(folder, **settings):
-        theirs = load(folder, **settings)
+        peer = load(folder, **settings)
         with torch.no_grad():
-            theirs.model.norm.weight[0] += 0.01
-        return theirs
+            peer.model.norm.weight[0] += 0.01
+        return peer
     with monkeypatch.context() as patch:
         patch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", damaged)
         with pytest.raises(UserError, match="transformers computes other logits"):

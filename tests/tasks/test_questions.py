@@ -56,20 +56,20 @@ def expected():
     return [plain(wild(UNEVEN), *request) for request in some_requests()]
 
 
-def near(found, wanted, tolerance=1e-9):
-    assert len(found) == len(wanted)
-    for (nats, greedy), (right, is_greedy) in zip(found, wanted):
+def near(scores, expected, tolerance=1e-9):
+    assert len(scores) == len(expected)
+    for (nats, greedy), (right, is_greedy) in zip(scores, expected):
         assert nats == pytest.approx(right, abs=tolerance) and greedy is is_greedy
 
 
 @pytest.mark.parametrize("batch_tokens, row", [(None, 256), (1, 256), (37, 20), (10**6, 256), (500, 0)])
-def test_loglikelihoods_are_the_plain_formula_in_order_whatever_the_batches(expected, monkeypatch, batch_tokens, row):
+def test_loglikelihoods_are_the_plain_formula(expected, monkeypatch, batch_tokens, row):
     monkeypatch.setattr(questions, "ROW", row)
     near(loglikelihoods(wild(UNEVEN), some_requests(), batch_tokens), expected)
     assert {greedy for _, greedy in expected} == {True, False}
 
 
-def test_logits_are_formed_in_chunks_and_for_predicted_tokens_only(expected, monkeypatch):
+def test_logits_are_formed_for_predicted_tokens_only(expected, monkeypatch):
     rows, model = [], wild(UNEVEN)
     monkeypatch.setattr(questions, "chunk_tokens", lambda _: 10)
     linear = F.linear
@@ -83,10 +83,10 @@ def test_bfloat16_weights_get_a_float32_softmax():
     config = GPTConfig(**{**UNEVEN.__dict__, "vocab_size": 4000})
     model, rng = wild(config, torch.bfloat16), np.random.default_rng(0)
     requests = [(rng.integers(0, 4000, 5), rng.integers(0, 4000, 4)) for _ in range(20)]
-    found = [loglikelihoods(model, [request])[0] for request in requests]  # each alone: the same rounding inside
-    near(found, [plain(model, *request) for request in requests], 1e-4)
+    scores = [loglikelihoods(model, [request])[0] for request in requests]  # each alone: the same rounding inside
+    near(scores, [plain(model, *request) for request in requests], 1e-4)
     coarse = model(torch.tensor([[*requests[0][0], *requests[0][1]]]))[0, 4:-1].log_softmax(-1)
-    assert abs(coarse.gather(1, torch.tensor(requests[0][1])[:, None]).float().sum().item() - found[0][0]) > 1e-3
+    assert abs(coarse.gather(1, torch.tensor(requests[0][1])[:, None]).float().sum().item() - scores[0][0]) > 1e-3
 
 
 def nodes(requests, block_size=4096):
@@ -168,23 +168,23 @@ def test_bad_files_are_refused(tmp_path):
             bigbench(tmp_path, example)
 
 
-def test_multiple_choice_counts_and_its_three_rules():
+def test_multiple_choice_has_three_metrics():
     model = wild(GPTConfig(**{**UNEVEN.__dict__, "vocab_size": 256, "block_size": 64}))
     tokenizer = Bytes()
     questions = [Question(f"Q{n}: ", ("a", " bb", " éé", " dddd ee"), n % 4) for n in range(40)]
-    found = multiple_choice(model, tokenizer, questions)
+    result = multiple_choice(model, tokenizer, questions)
     picks = {"acc": [], "acc_norm": [], "acc_bytes": []}
-    for q, row in zip(questions, found["loglikelihoods"]):
+    for q, row in zip(questions, result["loglikelihoods"]):
         nats = [plain(model, list(q.query.rstrip().encode()), list((" " + choice).encode()))[0] for choice in q.choices]
         assert row == pytest.approx(nats)
         for name, lengths in (("acc", (1, 1, 1, 1)), ("acc_norm", (1, 2, 2, 7)), ("acc_bytes", (1, 2, 4, 7))):
             picks[name].append(max(range(4), key=lambda i: nats[i] / lengths[i]))
-    assert found["questions"] == 40 and len(set(map(tuple, picks.values()))) == 3    # the rules decide differently here
+    assert result["questions"] == 40 and len(set(map(tuple, picks.values()))) == 3    # the rules decide differently here
     for name, row in picks.items():
         p = sum(pick == q.gold for pick, q in zip(row, questions)) / 40
-        assert found[name] == p and found[name + "_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 39))
-    assert found["tokens"] == sum(len(f"Q{n}:") * 4 + 1 + 3 + 5 + 8 for n in range(40))
-    assert found["tokens_run"] < found["tokens"] / 2 and found["seconds"] > 0
+        assert result[name] == p and result[name + "_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 39))
+    assert result["tokens"] == sum(len(f"Q{n}:") * 4 + 1 + 3 + 5 + 8 for n in range(40))
+    assert result["tokens_run"] < result["tokens"] / 2 and result["seconds"] > 0
     assert math.isnan(multiple_choice(model, tokenizer, questions[:1])["acc_stderr"])
 
 
@@ -267,27 +267,29 @@ QUESTIONS = [Question(query, choices, n % 2) for n, query in enumerate(
     for choices in [(" a", " blue sky"), (" read", " é", " they read it", " a")]]
 
 
-def test_questions_and_tasks_agree_with_lm_eval_on_transformers(twin, tmp_path):
+def test_questions_and_tasks_agree_with_lm_eval(twin, tmp_path):
     model, tokenizer, oracle, _ = twin
     write_tasks(tmp_path, QUESTIONS)
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     names = ["own_choice", "own_rolling", "own_generate"]
-    theirs = simple_evaluate(oracle, tasks=names, task_manager=manager, bootstrap_iters=1)
-    found = multiple_choice(model, tokenizer, QUESTIONS)                                # our reading of the questions
-    assert [x for row in found["loglikelihoods"] for x in row] == \
-        pytest.approx([nats for nats, _ in answers(theirs, "own_choice")], abs=1e-4)
+    peer = simple_evaluate(oracle, tasks=names, task_manager=manager, bootstrap_iters=1)
+    result = multiple_choice(model, tokenizer, QUESTIONS)                                # our reading of the questions
+    assert [x for row in result["loglikelihoods"] for x in row] == \
+        pytest.approx([nats for nats, _ in answers(peer, "own_choice")], abs=1e-4)
     for name in ("acc", "acc_norm", "acc_bytes"):
-        assert found[name] == theirs["results"]["own_choice"][name + ",none"]
-        assert found[name + "_stderr"] == pytest.approx(theirs["results"]["own_choice"][name + "_stderr,none"])
-    ours, table = questions.run_tasks(model, tokenizer, names, include_path=str(tmp_path), bootstrap_iters=1)  # lm_eval's
-    near(answers(ours, "own_choice"), answers(theirs, "own_choice"), 1e-4)
-    assert answers(ours, "own_rolling") == pytest.approx(answers(theirs, "own_rolling"), abs=1e-3)
-    texts = answers(ours, "own_generate")
-    assert texts == answers(theirs, "own_generate")
+        assert result[name] == peer["results"]["own_choice"][name + ",none"]
+        assert result[name + "_stderr"] == pytest.approx(peer["results"]["own_choice"][name + "_stderr,none"])
+    tasks, table = questions.run_tasks(model, tokenizer, names, include_path=str(tmp_path), bootstrap_iters=1)
+    near(answers(tasks, "own_choice"), answers(peer, "own_choice"), 1e-4)
+    # Sums over up to some thousand tokens: float32 may round a hundred times.
+    rounding = 100 * torch.finfo(torch.float32).eps
+    assert answers(tasks, "own_rolling") == pytest.approx(answers(peer, "own_rolling"), rel=rounding)
+    texts = answers(tasks, "own_generate")
+    assert texts == answers(peer, "own_generate")
     assert len({len(tokenizer.encode(text)) for text in texts}) > 1                       # some of them were stopped
-    assert "own_generate" in table and f"{found['acc_norm']:.4f}" in table
+    assert "own_generate" in table and f"{result['acc_norm']:.4f}" in table
 
 
 def test_ids_are_those_of_lm_evals_transformers(twin, tmp_path):
@@ -318,7 +320,7 @@ def greedy(model, text, n):
     return bytes(model.generate(idx, n, temperature=0)[0, idx.size(1):].tolist())
 
 
-def test_generation_stops_at_texts_and_eot_and_cuts_the_prompt():
+def test_generation_stops_and_cuts_the_prompt():
     model = wild(GPTConfig(**{**UNEVEN.__dict__, "vocab_size": 128, "block_size": 64}))
     text = greedy(model, "Q: ", 12)
     tokenizer = Bytes()
@@ -338,7 +340,7 @@ def test_generation_stops_at_texts_and_eot_and_cuts_the_prompt():
         questions.complete(model, tokenizer, ids, [], 64)
 
 
-def test_sampled_generation_repeats_by_seed_and_refuses_options_it_lacks():
+def test_sampled_generation_repeats_by_seed():
     model = wild(GPTConfig(**{**UNEVEN.__dict__, "vocab_size": 128, "block_size": 64}))
     adapter = lambda seed: questions.lm_eval_adapter(model, Bytes(), seed=seed)
     from lm_eval.api.instance import Instance
