@@ -2,7 +2,7 @@
 the walkthrough prints what it says.
 
     python -m pytest tests/test_docs.py
-    PYTHONPATH=. python tests/test_docs.py      # write the generated tables and the output of the walkthrough anew
+    PYTHONPATH=. python tests/test_docs.py      # write tables, the walkthrough's output and README's line counts anew
 """
 import contextlib
 import io
@@ -531,6 +531,20 @@ def write():
         return f"```python\n{match[1]}```\n{shown}"
 
     write_page("walkthrough.md", BLOCK.sub(filled, text))
+
+
+    write_line_counts()
+
+
+def write_line_counts():
+    """Write the lengths of the lesson's files into the README."""
+    text = (ROOT / "README.md").read_text()
+    total = 0
+    for name, spaces, lines in re.findall(r"^(\w+\.py)( +)(\d+)   ", text, re.M):
+        counted = len((ROOT / name).read_text().splitlines())
+        text = text.replace(f"{name}{spaces}{lines}   ", f"{name}{spaces}{counted}   ")
+        total += counted
+    write_page("../README.md", re.sub(r"[\d,]+ lines,", f"{round(total, -2):,} lines,", text))
 
 
 def write_page(name, text):
