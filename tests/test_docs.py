@@ -2,7 +2,7 @@
 the walkthrough prints what it says.
 
     python -m pytest tests/test_docs.py
-    PYTHONPATH=. python tests/test_docs.py      # write the generated tables and the output of the walkthrough anew
+    PYTHONPATH=. python tests/test_docs.py      # write tables, the walkthrough's output and README's line counts anew
 """
 import contextlib
 import io
@@ -24,7 +24,6 @@ from experiments import claims, claims_report, compare, compare_report, scaling_
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESULTS = ROOT / "results"
-PLACE = ("4x16", 100)
 HOLM = "tests/test_docs.py holm"
 PAPERS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)       # the claims that are not our own
 
@@ -61,8 +60,8 @@ GENERATED = {        # (page, name of the part): function that returns its text
 def with_part(text, name, content):
     """The page with `content` between its markers of this name."""
     begin = f"<!-- {name} -->\n"
-    before, found, rest = text.partition(begin)
-    assert found, f"no marker {name}"
+    before, marker, rest = text.partition(begin)
+    assert marker, f"no marker {name}"
     _, end, after = rest.partition("<!-- end -->")
     return f"{before}{begin}{content}\n{end}{after}"
 
@@ -172,10 +171,11 @@ def test_what_claims_md_says_about_pairing(recorded):
     text = prose("claims.md")
     correlations = {}
     for first, second in (("oneshot", "naive"), ("idea", "scratch")):
-        a, b = losses(runs, first), losses(runs, second)
-        seeds = sorted(set(a) & set(b))
-        assert len(seeds) == 15
-        correlations[first] = statistics.correlation([a[s] for s in seeds], [b[s] for s in seeds])
+        of_first = losses(runs, first)
+        of_second = losses(runs, second)
+        assert set(of_first) == set(of_second) == set(range(15))
+        correlations[first] = statistics.correlation([of_first[seed] for seed in range(15)],
+                                                     [of_second[seed] for seed in range(15)])
     assert f"correlate by {correlations['oneshot']:.2f} over seeds" in text
     assert f"(−{-correlations['idea']:.2f} at 100 tokens per parameter)" in text
 
@@ -237,7 +237,9 @@ def test_what_claims_md_says_about_lengths(recorded):
     config = runs["cut-adaptive-4x16-100-s0"]["config"][0]
     a, b, c, d = config["target"]["d_ff"]
     assert f"They leave {a}, {b}, {c} and {d} neurons (seed 0)" in text
-    nearest = [abs(statistics.mean(differences(runs, "idea", f"idea-{name}"))) for name in ("activation", "taylor", "flap")]
+    nearest = []
+    for name in ("activation", "taylor", "flap"):
+        nearest.append(abs(statistics.mean(differences(runs, "idea", f"idea-{name}"))))
     assert f"end within {max(nearest):.4f} of IDEA Prune's" in text
 
 
@@ -305,8 +307,9 @@ def test_what_pruning_md_says_about_methods():
                        (0.6, "at −40 % {:.1f} and {:.1f} %")):
         gains = []
         for kind in (", FFN", ""):
-            adapt, other = by_seed[f"Adapt-Pruner{kind}", keep], by_seed[f"LLM-Pruner{kind}", keep]
-            gains.append(100 - 100 * adapt[0] / other[0])
+            adapt_pruner = by_seed[f"Adapt-Pruner{kind}", keep][0]
+            llm_pruner = by_seed[f"LLM-Pruner{kind}", keep][0]
+            gains.append(100 - 100 * adapt_pruner / llm_pruner)
         assert line.format(*gains) in text
     runs = report.read_runs(RESULTS / "smollm2.jsonl")
     for name in ("adapt-0", "adapt-cuts1-0"):
@@ -367,7 +370,8 @@ def test_what_scaling_md_says_about_guesses():
     text = prose("scaling.md")
     recoveries = scaling_curves.recoveries(scaling_curves.read(RESULTS / "scaling.jsonl"), 0.05)
     table = scaling_table("| cut | law")
-    models, fifths = [], []
+    models = []
+    fifths = []
     for kind, law in (("width", "p2"), ("depth", "p2"), ("2:4", "p2, one rate")):
         model, fifth = guesses(scaling_laws.Points.of(recoveries[kind]))
         row = re.search(rf"\| {kind} \| {law} \| .*", table)[0].split("|")
@@ -411,9 +415,9 @@ def test_what_speed_md_says_is_what_the_records_say():
         rows += [(record["suite"], row) for row in record["rows"]]
 
     def values(suite, key, digits=2, **where):
-        found = [row[key] for name, row in rows if name == suite and key in row and where.items() <= row.items()]
-        assert found, (suite, key, where)
-        return [f"{value:.{digits}f}" for value in found]
+        fitting = [row[key] for name, row in rows if name == suite and key in row and where.items() <= row.items()]
+        assert fitting, (suite, key, where)
+        return [f"{value:.{digits}f}" for value in fitting]
 
     peers = (training.GPT2, training.PLAIN, training.LLAMA)
     for line, where in (("V = 256", dict(V=256, compiled=False)), ("V = 256, compiled", dict(V=256, compiled=True)),
@@ -450,11 +454,11 @@ def test_what_speed_md_says_is_what_the_records_say():
 
 def anchors(text):
     """The anchors of a page's headings, as GitHub makes them."""
-    found = set()
+    headings = set()
     for heading in re.findall(r"^#+ (.*)$", text, re.M):
         kept = re.sub(r"[^\w\- ]", "", heading.lower())
-        found.add(kept.replace(" ", "-"))
-    return found
+        headings.add(kept.replace(" ", "-"))
+    return headings
 
 
 @pytest.mark.parametrize("file", PAGES, ids=lambda file: file.name)
@@ -527,6 +531,20 @@ def write():
         return f"```python\n{match[1]}```\n{shown}"
 
     write_page("walkthrough.md", BLOCK.sub(filled, text))
+
+
+    write_line_counts()
+
+
+def write_line_counts():
+    """Write the lengths of the lesson's files into the README."""
+    text = (ROOT / "README.md").read_text()
+    total = 0
+    for name, spaces, lines in re.findall(r"^(\w+\.py)( +)(\d+)   ", text, re.M):
+        counted = len((ROOT / name).read_text().splitlines())
+        text = text.replace(f"{name}{spaces}{lines}   ", f"{name}{spaces}{counted}   ")
+        total += counted
+    write_page("../README.md", re.sub(r"[\d,]+ lines,", f"{round(total, -2):,} lines,", text))
 
 
 def write_page(name, text):
