@@ -155,7 +155,7 @@ def test_several_cuts_end_where_one_does(how, cuts):
     for i in range(1, cuts + 1):
         most = math.floor(EQUAL.removable_params() * (1 - .4 * i / cuts))
         widths = allocate.widths_for(config, most, how, random_scores(config, i), importance=IMPORTANCE, amplitude=.4,
-                               whole=EQUAL.widths())
+                               original=EQUAL.widths())
         config = config.resized(widths)
     one = shared(how, .6, importance=IMPORTANCE, amplitude=.4)
     for kind in ("ffn", "kv"):
@@ -186,7 +186,7 @@ def test_global_may_drop_sub_blocks_and_go_on():
     less = EQUAL.resized(widths)
     for budget in allocate.RESOURCES:
         most = price(EQUAL, budget) // 2
-        again = allocate.widths_for(less, most, "global", random_scores(less, 1), resource=budget, whole=EQUAL.widths())
+        again = allocate.widths_for(less, most, "global", random_scores(less, 1), resource=budget, original=EQUAL.widths())
         assert again[3, "kv"] == again[5, "ffn"] == 0 < most - price(less.resized(again), budget) + 1
 
 
