@@ -476,8 +476,8 @@ def shrunk(config, enlarge_ff=2.6, enlarge_kv=1.0):
 
 
 def with_context(config, block_size, path):
-    """The config with `block_size` tokens of context, or as it is for None. Raises UserError for more than it was trained
-    with."""
+    """The config with `block_size` tokens of context, or as it is for None. Raises UserError for
+    more than it was trained with."""
     if block_size is None:
         return config
     if block_size > config.block_size:

@@ -106,14 +106,14 @@ class Train:
     score_every: int = 5                     # steps between gradient scores
     score_window: int = 100                  # score only so many steps before a cut
     uncertainty: bool = False                # multiply the score by its variation (PLATON)
-    calibration_windows: int = 64            # windows of training text to measure on at each cut (plan adapt, or --score)
+    calibration_windows: int = 64            # windows of text to measure on at each cut (plan adapt, or --score)
     forget_moments: bool = False             # a new optimizer at every cut of adapt, as in Adapt-Pruner's scripts
     teacher: str | None = None               # a checkpoint; default: the enlarged model at the first cut
     kd_weight: float = 0.5                   # share of the teacher's KL in the loss
     kd_temperature: float = 1.0              # of the softmax in the teacher's share
     drop_teacher: bool = True                # drop the teacher for good once the student has overtaken it
     eval_every: int = 100                    # steps
-    eval_growth: float = 1.0                 # above 1: after the first --eval-every steps, each time they grew by this factor
+    eval_growth: float = 1.0                 # above 1: after the first --eval-every steps, whenever they grew so much
     eval_windows: int = 256                  # windows of the hold-out (eval.py)
     save_every: int = 500                    # steps
     device: str = "auto"                     # auto, cpu, cuda, mps
@@ -742,8 +742,8 @@ def check_batch(config, block_size, world):
     if config.batch_tokens % micro_tokens:
         nearest = max(1, round(config.batch_tokens / micro_tokens)) * micro_tokens
         raise UserError(f"--batch-tokens {config.batch_tokens} is not a multiple of {config.micro_batch} sequences x "
-                        f"{block_size} tokens x {world} processes = {micro_tokens}; try {nearest}, or a smaller --micro-batch "
-                        "or --block-size")
+                        f"{block_size} tokens x {world} processes = {micro_tokens}; try {nearest}, or a smaller "
+                        "--micro-batch or --block-size")
 
 
 def load_corpus(config, tokenizer, block_size, rank, waiting):
