@@ -27,7 +27,7 @@ import report
 import train
 from common import UserError, check_choices, commit, parse, read_records, write_atomic
 from eval import evaluate
-from experiments import claims_report, claims_runs, sweep
+from experiments import claims_report, claims_runs, claims_statistics, sweep
 from experiments.claims_runs import SCALES
 
 # The part of the page that `report` writes stands between these lines.
@@ -275,7 +275,7 @@ def forget_another_code(config, everything):
     """--again: delete the records and folders of the runs that another code made or began, and of
     all runs that require one of them. `everything`: the runs in an order in which what is required
     comes first."""
-    runs = claims_report.read(config.results)
+    runs = claims_statistics.read(config.results)
     forgotten = set()
     existing = 0
     deleted = {}
@@ -306,7 +306,7 @@ def run_all(config):
     fingerprint = claims_runs.fingerprint_of(everything, scale)
     if config.again:
         forget_another_code(config, everything)
-    runs = claims_report.read(config.results)
+    runs = claims_statistics.read(config.results)
     refuse_another_text(config, scale, runs, fingerprint)
 
     missing = {}
@@ -319,7 +319,7 @@ def run_all(config):
         while jobs := ready(config, scale, group, runs):
             print(f"claim {number}: {len(jobs)} runs", flush=True)
             done = sweep.side_by_side(job, jobs, config.jobs, until, progress.after)
-            runs = claims_report.read(config.results)
+            runs = claims_statistics.read(config.results)
             if done < len(jobs):
                 left = sum(run.name not in runs for run in everything)
                 print(f"{left} runs are left; the same command goes on")
@@ -374,7 +374,7 @@ def replaced(page, text):
 def refuse_strangers(config, scale, runs):
     """Raise UserError if a recorded run does not belong to the plan, or has another learning rate
     than the plan. A table would show it beside the others as if it did."""
-    seeds = 1 + max((claims_report.seed_of(name) for name in runs), default=0)
+    seeds = 1 + max((claims_statistics.seed_of(name) for name in runs), default=0)
     planned = {run.name: run for run in claims_runs.all_runs(scale, seeds)}
     for name, recorded in runs.items():
         if name not in planned:
@@ -391,7 +391,7 @@ def main_report(config):
     """Print the report and write the details beside the records. The report of preset cpu with all
     of its tokens also goes into PAGE, between its markers."""
     config, scale = select(config)
-    runs = claims_report.read(config.results)
+    runs = claims_statistics.read(config.results)
     refuse_strangers(config, scale, runs)
     figure = print_report(config, scale, runs)
     if runs and config.tokens == 1:
@@ -410,7 +410,7 @@ def main_report(config):
 
 def main_power(config):
     config, scale = select(config)
-    table = claims_report.power(claims_report.read(config.results), scale)
+    table = claims_report.power(claims_statistics.read(config.results), scale)
     if not table:
         raise UserError("no pair has two seeds yet; python -m experiments.claims --claims 1 "
                         "--seeds 3 makes some")

@@ -19,7 +19,15 @@ from scipy import stats
 
 import report
 from common import read_records, write_atomic
-from experiments import claims, claims_report, compare, compare_report, scaling_curves, scaling_laws
+from experiments import (
+    claims,
+    claims_report,
+    claims_statistics,
+    compare,
+    compare_report,
+    scaling_curves,
+    scaling_laws,
+)
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -83,7 +91,7 @@ def test_comparison_report_is_what_the_records_say():
 def recorded():
     """The finished runs of the claims, and their Scale."""
     config, scale = claims.select(claims.Report())
-    return claims_report.read(ROOT / config.results), scale
+    return claims_statistics.read(ROOT / config.results), scale
 
 
 def test_claims_are_what_the_records_say(recorded):
@@ -100,17 +108,17 @@ def with_claims(text, runs, scale):
 
 def losses(runs, kind, ratio=100):
     """{seed: final loss} of a kind."""
-    summaries = claims_report.of_kind(runs, kind, "4x16", ratio)
+    summaries = claims_statistics.of_kind(runs, kind, "4x16", ratio)
     return {seed: summary["final_loss"] for seed, summary in summaries.items()}
 
 
 def differences(runs, first, second, ratio=100):
-    return list(claims_report.differences(runs, first, second, "4x16", ratio).values())
+    return list(claims_statistics.differences(runs, first, second, "4x16", ratio).values())
 
 
 def brief(values):
     """"0.021 ± 0.005": the size of the mean difference, and half of Student's interval."""
-    effect = claims_report.effect(values)
+    effect = claims_statistics.effect(values)
     return f"{abs(effect.mean):.3f} ± {(effect.high - effect.low) / 2:.3f}"
 
 
@@ -120,7 +128,7 @@ def test_effects_in_the_prose_are_those_of_the_records(recorded):
     known = {brief(differences(runs, "kd-flops", "scratch-flops"))}
     for ratio in scale.ratios:
         known.add(brief(differences(runs, "idea-kd-annealed", "idea", ratio)))
-    for row in claims_report.comparisons(runs, scale):
+    for row in claims_statistics.comparisons(runs, scale):
         values = differences(runs, row.first, row.second, row.ratio)
         if len(values) > 1:
             known.add(brief(values))
@@ -134,7 +142,7 @@ def holm(runs, scale):
     """The pairs of the papers' claims at the table's length, the smallest p-value first: [(comparison, p, p by Holm)].
     Holm multiplies the smallest of n by n, the next one by n - 1, and so on; a p-value is at least the one before."""
     pairs = []
-    for row in claims_report.comparisons(runs, scale):
+    for row in claims_statistics.comparisons(runs, scale):
         main_length = scale.long if row.claim.number == 9 else scale.ratio
         if row.claim.number in PAPERS and row.ratio == main_length:
             values = differences(runs, row.first, row.second, row.ratio)
@@ -230,7 +238,7 @@ def test_what_claims_md_says_about_lengths(recorded):
             sign = "−" if statistics.mean(values) < 0 else ""
             cells.append(sign + brief(values))
         assert f"| {ratio} | {cells[0]} | {cells[1]} |" in text
-    effect = claims_report.effect(differences(runs, "idea", "scratch-flops", 400))
+    effect = claims_statistics.effect(differences(runs, "idea", "scratch-flops", 400))
     assert f"from −{-effect.low:.3f} to +{effect.high:.3f}" in text
     ends = [-statistics.mean(differences(runs, "idea", f"idea-{name}")) for name in ("1.3x", "5.3x", "25%", "75%")]
     assert f"end between {min(ends):.3f} and {max(ends):.3f} higher" in text
@@ -519,7 +527,7 @@ def write():
         text = with_part(page(name), part, content())
         write_page(name, text)
     config, scale = claims.select(claims.Report())
-    runs = claims_report.read(ROOT / config.results)
+    runs = claims_statistics.read(ROOT / config.results)
     write_page("claims.md", with_part(with_claims(page("claims.md"), runs, scale), HOLM, holm_table(runs, scale)))
     text = page("walkthrough.md")
     blocks = [code for code, _ in BLOCK.findall(text)]
