@@ -23,6 +23,7 @@ from common import read_records, write_atomic
 from experiments import (
     claims,
     claims_report,
+    claims_runs,
     claims_statistics,
     compare,
     compare_report,
@@ -270,7 +271,7 @@ def test_what_claims_md_says_about_learning_rates(recorded):
     runs, _ = recorded
     text = prose("claims.md")
     best = 0
-    for kind in claims_report.claims_runs.RATED:
+    for kind in claims_runs.RATED:
         worse = [statistics.mean(differences(runs, kind, f"{kind}-lr-{times}x")) < 0 for times in ("0.5", "2")]
         best += all(worse)
     assert best == 7 and "on average for seven of them" in text
