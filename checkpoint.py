@@ -35,7 +35,7 @@ from common import UserError, append_record, commit, read_records, write_atomic
 from distill import freeze
 from formats import huggingface
 from formats.tokenizer import open_tokenizer
-from model import GPT, GPTConfig, with_context
+from model import GPT, check_values, config_from, with_context, without_padding
 
 FORMAT = "nanoprune checkpoint 1"
 
@@ -146,7 +146,7 @@ def load(path, device="cpu", dtype=None, block_size=None):
     folder = find(path)
     if folder.is_dir() and (folder / "config.json").exists():
         return huggingface.load(folder, device, dtype, block_size)
-    model, about = load_ours(folder, device, block_size)
+    model, about = load_ours(folder, device, dtype, block_size)
     return model if dtype is None else model.to(dtype), about
 
 
@@ -167,16 +167,18 @@ def find(path):
                         "folder that was downloaded before") from None
 
 
-def tokenizer_of(about, path):
+def tokenizer_of(model, about, path):
     """The Tokenizer of the model that `load(path)` returned with `about`. Raises UserError if it
-    has none that we can read."""
+    has none that we can read, or one with more tokens than the model."""
     if "huggingface" in about and not about["tokenizer_files"]:
         raise UserError(f"{path} has no tokenizer.json; add the file (train.py takes --tokenizer, too)")
     name = about["run"]["tokenizer"] if "run" in about else str(path)
-    return open_tokenizer(name, about.get("tokenizer_files"))
+    tokenizer = open_tokenizer(name, about.get("tokenizer_files"))
+    tokenizer.refuse_fewer_rows(model.config.vocab_size, path)
+    return tokenizer
 
 
-def load_ours(path, device, block_size=None):
+def load_ours(path, device, dtype=None, block_size=None):
     """Open our own checkpoint, or the newest of a run's folder: -> (GPT on the device, everything
     else that `save` was given). What is not the model stays in main memory: a script that needs
     only the model has no optimizer on a GPU. If the newest checkpoint of a folder is damaged, the
@@ -188,7 +190,7 @@ def load_ours(path, device, block_size=None):
     damages = []
     for file in candidates:
         try:
-            model, state = open_file(file, device, block_size)
+            model, state = open_file(file, device, dtype, block_size)
         except Damaged as damage:
             damages.append(str(damage))
             continue
@@ -202,10 +204,10 @@ class Damaged(UserError):
     """A checkpoint that is not what was written."""
 
 
-def open_file(file, device, block_size):
+def open_file(file, device, dtype, block_size):
     """Open one checkpoint file: -> (GPT on the device, the rest). Raises Damaged for one that is
     truncated or changed, and UserError for one of another format or with weights that are not
-    finite."""
+    finite, now or in `dtype`."""
     on_meta = device == "meta"
     state = read_pickled_tensors(file, "meta" if on_meta else "cpu")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -216,7 +218,7 @@ def open_file(file, device, block_size):
     if not on_meta and state.get("digest", "") not in ("", digest_of(state)):
         raise Damaged(f"{file} is damaged: its content is not what was written")
     try:
-        config = with_context(GPTConfig(**state.pop("config")), block_size, file)
+        config = with_context(config_from(file, state.pop("config")), block_size, file)
         with torch.device("meta"):
             model = GPT(config)
         model.load_state_dict(state.pop("model"), assign=True)
@@ -224,17 +226,9 @@ def open_file(file, device, block_size):
         raise UserError(f"{file}: config and weights disagree or are missing: "
                         f"{' '.join(str(problem).split())[:200]}") from None
     if not on_meta:
-        refuse_non_finite(model, file)
+        for name, p in model.named_parameters():
+            check_values(p, dtype or p.dtype, name, file)
     return model.to(device), state
-
-
-def refuse_non_finite(model, path):
-    """Raise UserError for a weight that is infinite or not a number: everything that is computed
-    with it would be."""
-    for name, p in model.named_parameters():
-        if not torch.isfinite(p).all():
-            raise UserError(f"{path}: {(~torch.isfinite(p)).sum().item():,} of {p.numel():,} values of {name} are "
-                            "infinite or not a number; use an earlier checkpoint or another copy")
 
 
 def read_pickled_tensors(file, map_location):
@@ -448,11 +442,10 @@ class RunFolder:
         student = state.model
         weight = student.embed.weight
         teacher, about = load(path, weight.device, weight.dtype)
-        tokenizer = tokenizer_of(about, path).name
-        if teacher.config.vocab_size != student.config.vocab_size or tokenizer != self.identity["tokenizer"]:
-            raise UserError(f"the teacher {path} has {teacher.config.vocab_size} tokens of {tokenizer!r}, the student "
-                            f"{student.config.vocab_size} of {self.identity['tokenizer']!r}; give a teacher with the "
-                            "same tokenizer")
+        tokenizer = tokenizer_of(teacher, about, path)
+        if tokenizer.name != self.identity["tokenizer"]:
+            raise UserError(f"the teacher {path} has {tokenizer.vocab_size} tokens of {tokenizer.name!r}, the student "
+                            f"those of {self.identity['tokenizer']!r}; give a teacher with the same tokenizer")
         if teacher.config.block_size < student.config.block_size:
             raise UserError(f"the teacher {path} was trained with a context of {teacher.config.block_size} tokens, the "
                             f"student has {student.config.block_size}; give a teacher with at least that")
@@ -464,6 +457,9 @@ class RunFolder:
                             f"{opened['sha256'][:12]}, then {before['sha256'][:12]}); restore it or begin anew with "
                             "another --out")
         state.teacher_file = opened
+        if teacher.config.vocab_size != student.config.vocab_size:
+            # Models of one family differ in rows that no token has. The loss is over the others.
+            teacher = without_padding(teacher, tokenizer.vocab_size)
         state.teacher = freeze(teacher)
 
 

@@ -173,12 +173,15 @@ def chunked_loss(hidden, weight, targets, teacher_hidden=None, teacher_weight=No
     one.
 
     hidden (B, T, C), weight (V, C), targets (B, T), teacher_hidden (B, T, C'), teacher_weight (V,
-    C'). Returns the loss (differentiable in hidden and weight, once) and a detached (3,):
+    C'). If the teacher has fewer rows, the student's last ones are padding, and both distributions
+    are over the teacher's. Returns the loss (differentiable in hidden and weight, once) and a detached (3,):
     cross-entropy, temperature² · KL, and the teacher's cross-entropy, all mean nats per token. The
     last two are 0 without a teacher."""
     if teacher_hidden is not None:
         teacher_hidden = teacher_hidden.detach().flatten(0, 1)
         teacher_weight = teacher_weight.detach()
+        if len(teacher_weight) < len(weight):
+            weight = weight[:len(teacher_weight)]
     needs_dw = torch.is_grad_enabled() and weight.requires_grad
     needs_grad = needs_dw or (torch.is_grad_enabled() and hidden.requires_grad)
     return ChunkedLoss.apply(hidden.flatten(0, 1), weight, targets.flatten(), teacher_hidden,

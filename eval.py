@@ -220,7 +220,7 @@ def main(config):
         from tasks import questions
         questions.check(config)
     model, about = open_model(config)
-    tokenizer = tokenizer_of(about, config.checkpoint)
+    tokenizer = tokenizer_of(model, about, config.checkpoint)
     if has_questions:
         questions.main(config, model, tokenizer)
     if config.data is not None or not has_questions:

@@ -28,6 +28,7 @@ import torch
 import checkpoint
 from common import UserError, check_choices, parse, run
 from formats import gguf_export, huggingface, llamacpp
+from formats.tokenizer import from_files
 
 RUNTIME = {"hf": "transformers", "deci": "transformers", "gguf": "xllamacpp"}
 GGUF_DTYPE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -55,14 +56,14 @@ def write(config, model, about, path):
     checkpoint.refuse_evaluation_only(model)
     if config.to == "gguf":
         dtype = GGUF_DTYPE[model.embed.weight.dtype]
-        gguf_export.write_gguf(model, checkpoint.tokenizer_of(about, config.checkpoint), path, dtype)
+        gguf_export.write_gguf(model, checkpoint.tokenizer_of(model, about, config.checkpoint), path, dtype)
         return f"GGUF, architecture {gguf_export.architecture(model.config)}, {dtype}"
 
     if config.to == "deci":
         family = "nemotron-nas"
     else:
         family = huggingface.stock_family(model.config) or "nanoprune"
-    files, special = tokenizer_files(about, config.checkpoint)
+    files, special = tokenizer_files(model, about, config.checkpoint)
     path.mkdir(parents=True)
     huggingface.save(path, model, family, files, special)
 
@@ -75,15 +76,26 @@ def write(config, model, about, path):
     return layout
 
 
-def tokenizer_files(about, source):
+def tokenizer_files(model, about, source):
     """The tokenizer of a model that `checkpoint.load` opened: ({file name: content}, ids of its
     special tokens). Files of a Hugging Face folder are handed on as they came, even if we could not
     read the tokenizer."""
     if "huggingface" in about:
+        refuse_larger_tokenizer(model, about["tokenizer_files"], source)
         names = ("bos_token_id", "eos_token_id")
         return about["tokenizer_files"], {name: about["huggingface"].get(name) for name in names}
-    tokenizer = checkpoint.tokenizer_of(about, source)
+    tokenizer = checkpoint.tokenizer_of(model, about, source)
     return tokenizer.as_files(), {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot}
+
+
+def refuse_larger_tokenizer(model, files, source):
+    """Raise UserError if the tokenizer in these files has more tokens than the model. One that we
+    cannot read passes."""
+    try:
+        tokenizer = from_files(source, files)
+    except UserError:
+        return
+    tokenizer.refuse_fewer_rows(model.config.vocab_size, source)
 
 
 # -- checking
@@ -97,7 +109,7 @@ def check(config, model, about, path, installed):
         return f"not checked, as {RUNTIME[config.to]} is not installed"
     exact = copy.deepcopy(model).float()
     if config.to == "gguf":
-        tokenizer = checkpoint.tokenizer_of(about, config.checkpoint)
+        tokenizer = checkpoint.tokenizer_of(model, about, config.checkpoint)
         dtype = GGUF_DTYPE[model.embed.weight.dtype]
         difference = llamacpp.check_gguf(path, exact, dtype=dtype, tokenizer=tokenizer)
         return f"the same in xllamacpp: log-probabilities at most {difference:.1e} apart"
@@ -161,7 +173,8 @@ def main(config):
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     model, about = checkpoint.load(config.checkpoint, "cpu", dtype)
     if model.embed.weight.dtype == torch.float64:
-        model.float()
+        # Read again, which refuses what float32 does not hold.
+        model, about = checkpoint.load(config.checkpoint, "cpu", torch.float32)
 
     beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:

@@ -23,10 +23,22 @@ import torch.nn.functional as F
 
 from common import UserError
 
+# What the numbers of a config must lie between. The upper limits are far above every model of
+# today. They let a damaged or hostile file end in a sentence before it takes all memory.
+RANGES = {
+    "vocab_size": (1, 2**24), "block_size": (1, 2**31), "d_model": (1, 2**20), "head_dim": (1, 2**16),
+    # These have a number for each layer.
+    "n_head": (0, 2**16), "n_kv_head": (0, 2**16), "d_ff": (0, 2**24),
+    # Dead units stay dead only if eps is above 0 in float32, too.
+    "norm_eps": (1e-20, 1.0), "rope_theta": (1.0, 1e20),
+}
+MOST_LAYERS = 2**14
+
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The whole shape of a model. Raises UserError if the numbers do not fit each other."""
+    """The whole shape of a model. Raises UserError for a number of another type or outside of
+    RANGES, and if the numbers do not fit each other."""
     vocab_size: int
     block_size: int                        # tokens of context that the model is trained with
     d_model: int
@@ -51,25 +63,51 @@ class GPTConfig:
         if not len(self.n_head) == len(self.n_kv_head) == len(self.d_ff) > 0:
             raise UserError("n_head, n_kv_head and d_ff need one number per layer, got "
                             f"{len(self.n_head)}, {len(self.n_kv_head)} and {len(self.d_ff)}")
+        if self.n_layer > MOST_LAYERS:
+            raise UserError(f"{self.n_layer:,} layers are more than {MOST_LAYERS:,}")
+        self.check_ranges()
         for layer in range(self.n_layer):
             self.check_layer(layer)
-        smallest = min(self.vocab_size, self.block_size, self.d_model, self.head_dim)
-        if self.head_dim % 2 or smallest < 1:
-            raise UserError(f"head_dim {self.head_dim} must be even (rotary positions turn pairs), "
-                            f"and vocab_size {self.vocab_size}, block_size {self.block_size}, "
-                            f"d_model {self.d_model} positive")
+        if self.head_dim % 2:
+            raise UserError(f"head_dim {self.head_dim} must be even, as rotary positions turn pairs")
+        if self.rope_scaling:
+            self.check_rope_scaling()
+
+    def check_ranges(self):
+        """Raise UserError for a number of another type, or outside of RANGES."""
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            numbers = value if type(value) is tuple else (value,)
+            is_size = type(least) is int
+            for number in numbers:
+                # By type, because True is an int for Python.
+                is_number = type(number) is int or (type(number) is float and not is_size)
+                if not is_number or not least <= number <= most:
+                    kind = "whole number" if is_size else "number"
+                    raise UserError(f"{name} is {number!r}, and must be a {kind} between {least} and {most}")
+        for name in ("tie_embeddings", "qkv_bias", "qk_norm"):
+            if type(getattr(self, name)) is not bool:
+                raise UserError(f"{name} is {getattr(self, name)!r}, and must be true or false")
+
+    def check_rope_scaling(self):
+        """Raise UserError if Llama 3's scaling would divide by zero or make no sense."""
+        numbers = all(type(value) in (int, float) and math.isfinite(value) for value in self.rope_scaling)
+        if numbers and len(self.rope_scaling) == 4:
+            factor, low, high, original = self.rope_scaling
+            if factor >= 1 and 0 < low < high and original >= 1:
+                return
+        raise UserError(f"rope_scaling is {self.rope_scaling}, and must be a factor of at least 1, a low and a higher "
+                        "frequency factor above 0, and the original context in tokens")
 
     def check_layer(self, layer):
         """Raise UserError if the widths of a layer do not fit each other."""
         heads = self.n_head[layer]
         kv_heads = self.n_kv_head[layer]
-        neurons = self.d_ff[layer]
         one_without_the_other = (heads == 0) != (kv_heads == 0)
         uneven = kv_heads > 0 and heads % kv_heads != 0
-        if min(heads, kv_heads, neurons) < 0 or one_without_the_other or uneven:
-            raise UserError(f"layer {layer}: {heads} query heads over {kv_heads} KV heads and "
-                            f"{neurons} neurons; query heads must be a multiple of KV heads, both zero "
-                            "or neither, and nothing negative")
+        if one_without_the_other or uneven:
+            raise UserError(f"layer {layer}: {heads} query heads over {kv_heads} KV heads; query heads must be a "
+                            "multiple of KV heads, both zero or neither")
 
     @property
     def n_layer(self):
@@ -473,6 +511,46 @@ def shrunk(config, enlarge_ff=2.6, enlarge_kv=1.0):
             fewer = 8 * round(n / enlarge_ff / 8)
         widths[layer, kind] = min(n, max(1, fewer))
     return config.resized(widths)
+
+
+def config_from(path, fields):
+    """The GPTConfig of what the file `path` says. Raises UserError, with the path, if that means
+    nothing."""
+    try:
+        return GPTConfig(**fields)
+    except UserError as problem:
+        raise UserError(f"{path}: {problem}; use another copy, or the code that wrote it") from None
+
+
+def check_values(tensor, dtype, name, path):
+    """Raise UserError for a weight of the file `path` that is infinite or not a number, as all that
+    is computed with it would be, and for one that is too large for `dtype`."""
+    if tensor.numel() == 0:
+        return
+    # Not a number goes before every number: one pass, and no second array.
+    lowest, highest = (bound.item() for bound in tensor.aminmax())
+    if not (math.isfinite(lowest) and math.isfinite(highest)):
+        bad = (~torch.isfinite(tensor)).sum().item()
+        raise UserError(f"{path}: {bad:,} of {tensor.numel():,} values of {name} are infinite or not a number; use an "
+                        "earlier checkpoint or another copy")
+    largest = max(-lowest, highest)
+    if largest > torch.finfo(dtype).max:
+        kind = str(dtype).removeprefix("torch.")
+        raise UserError(f"{path}: {name} has a value of size {largest:g}, and {kind} ends at {torch.finfo(dtype).max:g}; "
+                        "give --dtype bfloat16 or float32")
+
+
+def without_padding(model, rows):
+    """The same model with the first `rows` rows of its embedding and head. The others are padding:
+    no text has their tokens."""
+    with torch.device("meta"):
+        small = GPT(dataclasses.replace(model.config, vocab_size=rows))
+    weights = model.state_dict()
+    for name in ("embed.weight", "head.weight"):
+        if name in weights:
+            weights[name] = weights[name][:rows].clone()
+    small.load_state_dict(weights, assign=True)
+    return small
 
 
 def with_context(config, block_size, path):

@@ -450,7 +450,7 @@ def main(recipe):
     if out.exists():
         raise UserError(f"{out} is there already; give another --out or delete it")
     model, about = open_model(recipe, pick_device(recipe.device))
-    tokenizer = checkpoint.tokenizer_of(about, recipe.init)
+    tokenizer = checkpoint.tokenizer_of(model, about, recipe.init)
     T = window_of(recipe, model)
     corpus = data.load(recipe.data, tokenizer, block_size=T)
     batches = score.batches(corpus.train, T, recipe.windows, recipe.micro_batch, recipe.seed)

@@ -655,11 +655,9 @@ def open_init(config):
                         f"{config.plan!r} prunes; give --plan scratch")
     if config.tokenizer:
         tokenizer = open_tokenizer(config.tokenizer)
+        tokenizer.refuse_fewer_rows(model.config.vocab_size, config.init)
     else:
-        tokenizer = checkpoint.tokenizer_of(about, config.init)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, {config.init} only "
-                        f"{model.config.vocab_size}; leave --tokenizer out to take the model's own")
+        tokenizer = checkpoint.tokenizer_of(model, about, config.init)
     cut = {key: value for key, value in about.get("run", {}).items() if key in ("cut_from", "recipe")}
     return tokenizer, model.config, cut or None
 

@@ -190,7 +190,7 @@ class Subject:
 def open_subject(config):
     """Load the model and the texts. Raises UserError if a text is too short."""
     model, about = checkpoint.load(config.init, "cpu", torch.float32, config.block_size)
-    tokenizer = checkpoint.tokenizer_of(about, config.init)
+    tokenizer = checkpoint.tokenizer_of(model, about, config.init)
     subject = Subject(config, model, tokenizer, texts(tokenizer, config.block_size))
     for text, parts in subject.texts.items():
         for part in ("validation", "test"):

@@ -118,7 +118,7 @@ def check_whole(folder):
     TEXT, (1, T)."""
     from transformers import AutoTokenizer
     model, about = checkpoint.load(folder, dtype=torch.float32)
-    tokenizer = checkpoint.tokenizer_of(about, folder)
+    tokenizer = checkpoint.tokenizer_of(model, about, folder)
     peer = export.in_transformers(folder)
     prompt = torch.from_numpy(tokenizer.encode(TEXT).astype("int64"))[None]
     same_ids = AutoTokenizer.from_pretrained(folder)(TEXT).input_ids == prompt[0].tolist()
@@ -185,7 +185,7 @@ def compare_questions(folder, file, limit):
         raise UserError("questions needs --file: JSON lines of query, choices, gold, or a "
                         "BIG-bench task.json")
     model, about = checkpoint.load(folder, dtype=torch.float32)
-    tokenizer = checkpoint.tokenizer_of(about, folder)
+    tokenizer = checkpoint.tokenizer_of(model, about, folder)
     some = questions.read_questions(file)[:limit]
     result = questions.multiple_choice(model, tokenizer, some)
     peer = export.in_transformers(folder)

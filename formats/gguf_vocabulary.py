@@ -56,10 +56,7 @@ def add_vocabulary(writer, tokenizer, size):
     """Add the key-values of a tokenizer to a gguf.GGUFWriter, for an embedding of `size` rows. Rows that
     no token has are called [PAD<id>]. Raises UserError if there are too few rows, or if llama.cpp does
     not tokenize as `tokenizer`."""
-    if tokenizer.vocab_size > size:
-        raise UserError(f"the vocabulary {tokenizer.name!r} has ids up to {tokenizer.vocab_size - 1}, the "
-                        f"model's embedding {size} rows; take the tokenizer that the model was trained "
-                        "with")
+    tokenizer.refuse_fewer_rows(size, "the model")
     kinds = import_gguf().TokenType
     vocabulary = vocabulary_of(tokenizer)
     types = {**dict.fromkeys(vocabulary.texts, kinds.NORMAL), **vocabulary.types}

@@ -28,7 +28,7 @@ import torch
 
 from common import UserError
 from formats.tokenizer import FILES, read_files, read_json
-from model import GPT, GPTConfig, with_context
+from model import GPT, MOST_LAYERS, check_values, config_from, with_context
 
 FAMILIES = ("llama", "mobilellm", "mistral", "qwen2", "qwen3", "nanoprune", "nemotron-nas")
 
@@ -138,6 +138,8 @@ def read_widths(hf):
     """Query heads, KV heads and neurons of each layer: three sequences."""
     layers = hf["num_hidden_layers"]
     heads = hf["num_attention_heads"]
+    if layers > MOST_LAYERS:                 # before anything is as long as that
+        raise ValueError(f"num_hidden_layers, {layers:,}")
     if hf["model_type"] == "nanoprune":
         return hf["n_head"], hf["n_kv_head"], hf["d_ff"]
     if hf["model_type"] == "nemotron-nas":
@@ -186,7 +188,7 @@ def read_config(hf, where, block_size=None):
             head_dim = int(hf["head_dim"])
         else:
             head_dim = 128 if family == "qwen3" else hf["hidden_size"] // hf["num_attention_heads"]
-        return GPTConfig(
+        fields = dict(
             vocab_size=int(hf["vocab_size"]),
             block_size=read_context(hf, where, block_size),
             d_model=int(hf["hidden_size"]),
@@ -200,8 +202,9 @@ def read_config(hf, where, block_size=None):
             tie_embeddings=bool(hf.get("tie_word_embeddings") or hf.get("share_embedding")),
             qkv_bias=hf.get("qkv_bias", family == "qwen2"),
             qk_norm=hf.get("qk_norm", family == "qwen3"))
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as problem:
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, OverflowError) as problem:
         raise refusal(where, f"config.json lacks or garbles {problem}; download it again") from None
+    return config_from(where, fields)
 
 
 # -- in: weights
@@ -268,7 +271,10 @@ def read_tensor(file, name, shape, device, dtype):
         if stored.get_dtype() not in DTYPES:
             raise UserError(f"{file}: tensor {name} is {stored.get_dtype()}; only "
                             f"{', '.join(DTYPES)} are read")
-        return shard.get_tensor(name).to(device, dtype or DTYPES[stored.get_dtype()], copy=True)
+        dtype = dtype or DTYPES[stored.get_dtype()]
+        tensor = shard.get_tensor(name)
+        check_values(tensor, dtype, name, file)
+        return tensor.to(device, dtype, copy=True)
 
 
 def check_names(folder, family, model, files):

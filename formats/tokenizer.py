@@ -104,6 +104,13 @@ class Tokenizer:
         lengths[[self.eot, *self.specials.values()]] = 0
         return lengths
 
+    def refuse_fewer_rows(self, rows, path):
+        """Raise UserError if the model at `path`, whose embedding has so many rows, lacks one for some
+        token."""
+        if self.vocab_size > rows:
+            raise UserError(f"the tokenizer {self.name!r} has ids up to {self.vocab_size - 1}, the embedding of {path} "
+                            f"{rows} rows; take the tokenizer that the model was trained with")
+
     def as_files(self):
         """-> {file name: content} that Hugging Face's libraries load; {} if they would make other
         ids of it, as they may of a tiktoken vocabulary."""

@@ -144,7 +144,7 @@ def main(settings):
         raise UserError(f"{out} is there already; give another --out or delete it")
     model, seconds, ratio = cut(settings.folder, settings.keep)
     _, about = checkpoint.load(settings.folder, "meta")
-    tokenizer = checkpoint.tokenizer_of(about, settings.folder)
+    tokenizer = checkpoint.tokenizer_of(model, about, settings.folder)
     # eval.py measures the hold-out of this text.
     corpus = data.load("stdlib", tokenizer)
     checkpoint.save(out / "ckpt_00000000.pt", model, step=0, tokenizer_files=tokenizer.files, run={

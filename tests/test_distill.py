@@ -192,6 +192,22 @@ def test_a_gpu_s_chunks_are_whole_tiles_of_64_tokens():
     assert tokens == [320, 32, 1] and distill.chunk_tokens(torch.empty(49152, 1)) == 42
 
 
+@pytest.mark.parametrize("student_rows, teacher_rows", [(13, 11), (11, 11)])
+def test_both_distributions_are_over_the_rows_of_a_teacher_with_fewer(student_rows, teacher_rows):
+    torch.manual_seed(0)
+    h = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(student_rows, 5, dtype=torch.float64, requires_grad=True)
+    teacher_h = torch.randn(2, 3, 7, dtype=torch.float64)
+    teacher_w = torch.randn(teacher_rows, 7, dtype=torch.float64)
+    targets = torch.randint(teacher_rows, (2, 3))
+    loss, _ = distill.chunked_loss(h, w, targets, teacher_h, teacher_w, .3, 2.)
+    logits = (h @ w.T).flatten(0, 1)[:, :teacher_rows]
+    expected = distill.kd_loss(logits, (teacher_h @ teacher_w.T).flatten(0, 1), targets.flatten(), .3, 2.)
+    assert abs(loss - expected) < 1e-12
+    for ours, plain in zip(torch.autograd.grad(loss, (h, w)), torch.autograd.grad(expected, (h, w))):
+        assert (ours - plain).abs().max() < 1e-12
+
+
 def test_a_teacher_that_is_overtaken_is_dropped():
     average = None
     for value, expected in ((4.0, 4.0), (2.0, 3.0), (7.0, 5.0), (5.0, 5.0)):

@@ -1,5 +1,8 @@
 """Nothing lost, nothing silent: damaged checkpoints and records, full disks, two processes in one folder, signals."""
+import dataclasses
 import errno
+import json
+import math
 import os
 import random
 import signal
@@ -9,12 +12,20 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_train import ENVIRONMENT, ROOT, TORCHRUN, result, same, start, toy, train_toy
 
 import checkpoint
 import common
+import eval as evaluation
+import export
+import model as models
+import prune
 from common import UserError, read_records, write_atomic
+from formats import huggingface
+from formats.tokenizer import open_tokenizer
 from model import GPT, GPTConfig
+from tasks import questions
 
 MODEL = GPTConfig(64, 16, 16, 8, (2, 2), (1, 1), (24, 24))
 
@@ -180,6 +191,127 @@ def test_what_is_no_record_is_named(tmp_path):
     (tmp_path / "records.jsonl").write_text('{"a": ' + "[" * 100_000 + "\n")
     with pytest.raises(UserError, match="line 1 of .*records.jsonl is damaged"):
         read_records(tmp_path / "records.jsonl")
+
+
+# -- numbers, tokenizers and teachers that do not fit
+
+def saved(path, vocab_size=256, dtype=torch.float32, change=None, **about):
+    """A checkpoint of a toy model whose tokenizer is the bytes; -> its path."""
+    torch.manual_seed(0)
+    model = GPT(dataclasses.replace(models.preset("toy", 256)[0], vocab_size=vocab_size)).to(dtype)
+    if change is not None:
+        model.blocks[1].ffn.up.weight.data[3, 5] = change
+    checkpoint.save(path, model, run={"tokenizer": "bytes", **about})
+    return str(path)
+
+
+def as_folder(path, out):
+    """The same model as a Hugging Face folder."""
+    model, _ = checkpoint.load(path)
+    out.mkdir()
+    huggingface.save(out, model, "llama", open_tokenizer("bytes").as_files())
+    return str(out)
+
+
+def refused(sentence, function, *args):
+    with pytest.raises(UserError, match=sentence) as refusal:
+        function(*args)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_teacher_that_is_not_finite_says_so_with_the_tensor_s_name(tmp_path):
+    good = as_folder(saved(tmp_path / "m.pt"), tmp_path / "hf")
+    weights = load_file(f"{good}/model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, f"{good}/model.safetensors", metadata={"format": "pt"})
+    for teacher, name in ((good, r"model\.layers\.1\.mlp\.up_proj\.weight"),
+                          (saved(tmp_path / "nan.pt", change=float("nan")), r"blocks\.1\.ffn\.up\.weight")):
+        refused(f"1 of 2,048 values of {name} are infinite or not a number", lambda path=teacher: train_toy(
+            tmp_path / "run", plan="kd", teacher=path))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+@pytest.mark.parametrize("stored, value, dtype", [(torch.bfloat16, 70_000., "float16"), (torch.float64, 1e39, "auto")])
+def test_a_value_beyond_the_dtype_of_an_export_says_so(tmp_path, to, stored, value, dtype):
+    ours = saved(tmp_path / "m.pt", dtype=stored, change=value)
+    sources = [ours, as_folder(ours, tmp_path / "folder")]
+    for source in sources:
+        config = export.Export(source, str(tmp_path / "out"), to, dtype)
+        refused("up.*weight has a value of size (7|1e).*, and float(16|32) ends at .*; give", export.main, config)
+    assert not (tmp_path / "out").exists()
+    for value in (65504., -65504.):
+        fits = saved(tmp_path / "fits.pt", change=value)
+        assert checkpoint.load(fits, dtype=torch.float16)[0].blocks[1].ffn.up.weight[3, 5] == value
+
+
+def test_a_config_of_endless_layers_is_refused_before_memory_goes(tmp_path):
+    folder = as_folder(saved(tmp_path / "m.pt"), tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    for change, sentence in ((dict(num_hidden_layers=10**9), "garbles num_hidden_layers, 1,000,000,000"),
+                             (dict(vocab_size=10**12), "vocab_size is 1000000000000, and must be a whole number"),
+                             (dict(max_position_embeddings=math.inf), "garbles cannot convert float infinity"),
+                             (dict(rope_theta=-1.), "rope_theta is -1.0"), (dict(rms_norm_eps=0), "norm_eps is 0.0")):
+        (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, **change}))
+        refused(f"hf.*{sentence}", checkpoint.load, folder)
+    content = torch.load(tmp_path / "m.pt", weights_only=True)
+    del content["digest"]
+    content["config"]["d_ff"] = (2**40, 64)
+    torch.save(content, tmp_path / "m.pt")
+    refused("m.pt: d_ff is 1099511627776, and must be", checkpoint.load, tmp_path / "m.pt")
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused_by_every_command(tmp_path):
+    ours = saved(tmp_path / "m.pt", vocab_size=200, data="stdlib")
+    (tmp_path / "q.jsonl").write_text(questions.LINE)
+    out = str(tmp_path / "out")
+    for source in (ours, as_folder(ours, tmp_path / "hf")):
+        commands = {
+            "train": lambda path=source: train_toy(out, plan="scratch", init=path, preset="laptop"),
+            "prune": lambda path=source: prune.main(prune.Prune(path, out=out, device="cpu")),
+            "eval": lambda path=source: evaluation.main(
+                evaluation.Eval(path, multiple_choice=(str(tmp_path / "q.jsonl"),), device="cpu")),
+            "hf": lambda path=source: export.main(export.Export(path, out)),
+            "gguf": lambda path=source: export.main(export.Export(path, out, "gguf"))}
+        for command in commands.values():
+            refused("the tokenizer .* has ids up to 255, the embedding of .* 200 rows; take the tokenizer", command)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_may_have_other_padding_rows(tmp_path):
+    """The run with a padded teacher is, bit for bit, that with the teacher whose padding was cut off."""
+    padded = saved(tmp_path / "padded.pt", vocab_size=300)
+    model, about = checkpoint.load(padded)
+    checkpoint.save(tmp_path / "cut.pt", models.without_padding(model, 256), run=about["run"])
+    runs = []
+    for teacher in ("padded", "cut"):
+        settings = dict(plan="kd", teacher=str(tmp_path / f"{teacher}.pt"), drop_teacher=False, steps=10)
+        setup, state = train_toy(tmp_path / teacher, **settings)
+        assert state.teacher.config.vocab_size == 256
+        runs.append([p for p in state.model.parameters()])
+        assert all(record["kl"] > 0 for record in read_records(tmp_path / teacher / "metrics.jsonl")
+                   if record["tag"] == "step")
+    assert same(*runs)
+    # A student with padding of its own, and the other way round.
+    for student, teacher in ((260, "padded"), (300, "cut")):
+        init = saved(tmp_path / f"student-{student}.pt", vocab_size=student)
+        setup, state = train_toy(tmp_path / f"run-{student}", plan="kd", teacher=str(tmp_path / f"{teacher}.pt"),
+                                 drop_teacher=False, steps=10, init=init, preset="laptop", weight_decay=0.)
+        start, _ = checkpoint.load(init)
+        assert torch.equal(state.model.embed.weight[256:], start.embed.weight[256:])
+        assert not torch.equal(state.model.embed.weight[:256], start.embed.weight[:256])
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(tmp_path):
+    files = dict(open_tokenizer("bytes").as_files())
+    content = json.loads(files["tokenizer.json"])
+    content["model"]["vocab"] = {text: 255 - token for text, token in content["model"]["vocab"].items()}
+    files["tokenizer.json"] = json.dumps(content)
+    model = GPT(dataclasses.replace(models.preset("toy", 256)[0], vocab_size=300))
+    (tmp_path / "hf").mkdir()
+    huggingface.save(tmp_path / "hf", model, "llama", files)
+    refused("the teacher .* tokens of .*, the student those of 'bytes'; give a teacher with the same tokenizer",
+            lambda: train_toy(tmp_path / "run", plan="kd", teacher=str(tmp_path / "hf")))
 
 
 # -- processes and signals

@@ -339,7 +339,7 @@ def test_init_starts_with_these_weights_and_ends_at_its_widths_divided(tmp_path,
     last, about = checkpoint.load(tmp_path / "run")
     assert (last.config.n_head, last.config.n_kv_head, last.config.d_ff) == ((2, 0, 2), (1, 0, 1), (16, 16, 0))
     assert setup.target == last.config
-    assert checkpoint.tokenizer_of(about, "run").encode("añ").tolist() == [*"añ".encode()]
+    assert checkpoint.tokenizer_of(model, about, "run").encode("añ").tolist() == [*"añ".encode()]
     losses = [e["val_loss"] for e in report.records(tmp_path / "run")["eval"]]
     assert losses[-1] < losses[0] - 1
     config = json.loads((folder / "config.json").read_text())                  # the folder comes to hold another model

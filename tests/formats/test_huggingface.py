@@ -51,7 +51,7 @@ def oracle(family, **changes):
 def wild(**shape):
     """A model of ours with large random weights."""
     torch.manual_seed(1)
-    model = GPT(GPTConfig(**dict(vocab_size=61, block_size=64, d_model=48, head_dim=8) | shape))
+    model = GPT(GPTConfig(**dict(vocab_size=256, block_size=64, d_model=48, head_dim=8) | shape))
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(mean="norm" in name, std=0.2)

@@ -256,7 +256,7 @@ def test_special_tokens_templates_and_opening_tokens_are_those_of_the_files(tmp_
     (EVEN | dict(qk_norm=True, qkv_bias=True), "no architecture with QK norm and a QKV bias; export with --to hf"),
     (dict(qk_norm=True, tie_embeddings=False), "layer 1 has .2, 1, 32. query heads, KV heads and neurons, layer 0 "
      ".4, 2, 96.: .* openelm, whose head is the embedding, and this model's is not; prune all layers to one width, or"),
-    (dict(vocab_size=255), "vocabulary 'bytes' has ids up to 255, the model's embedding 255 rows; take the tokenizer")])
+    (dict(vocab_size=255), "tokenizer 'bytes' has ids up to 255, the embedding of the model 255 rows; take the tok")])
 def test_what_llama_cpp_cannot_hold_is_refused_with_layer_reason_and_remedy(changes, says, tmp_path):
     with pytest.raises(UserError, match=says):
         write_gguf(GPT(shape(**changes)), BYTES, tmp_path / "model.gguf")

@@ -50,13 +50,13 @@ def test_a_run_keeps_the_tokenizer_of_the_folder(run):
     folder, files = run
     downloaded = open_tokenizer(str(folder / "llama"))
     model, about = checkpoint.load(folder / "run")
-    kept = checkpoint.tokenizer_of(about, folder / "run")
+    kept = checkpoint.tokenizer_of(model, about, folder / "run")
     assert kept.name == downloaded.name and kept.files == files and about["step"] == 4
     for text in TEXTS:
         assert kept.encode(text).tolist() == downloaded.encode(text).tolist()
         assert kept.decode(kept.encode(text)) == text
     downloaded_model, start = checkpoint.load(folder / "llama")
-    assert checkpoint.tokenizer_of(start, "llama").name == kept.name
+    assert checkpoint.tokenizer_of(model, start, "llama").name == kept.name
     assert not torch.equal(model.embed.weight, downloaded_model.embed.weight)
 
 

@@ -62,7 +62,7 @@ def test_the_command_writes_a_checkpoint_that_loads_with_its_tokenizer(tmp_path,
     ids = torch.arange(60)[None]
     assert torch.equal(model(ids), peer.cut(str(source), .8)[0](ids))                 # and the cut repeats
     assert about["run"].items() >= {"data": "stdlib", "fingerprint": "f", "cut_from": str(source)}.items()
-    tokenizer = checkpoint.tokenizer_of(about, out)
+    tokenizer = checkpoint.tokenizer_of(model, about, out)
     assert tokenizer.decode(tokenizer.encode("def f():")) == "def f():"
     with pytest.raises(UserError, match="out is there already"):
         peer.main(peer.Peer(str(source), .8, str(out)))

@@ -222,7 +222,7 @@ def twin(request, tmp_path_factory):
     oracle.save_pretrained(folder)
     model, about = load(folder)
     from lm_eval.models.huggingface import HFLM
-    return model, tokenizer_of(about, folder), HFLM(oracle, tokenizer=fast), folder
+    return model, tokenizer_of(model, about, folder), HFLM(oracle, tokenizer=fast), folder
 
 
 def write_tasks(folder, questions):
