@@ -8,7 +8,7 @@ knows its files:
 
     ckpt_<step>.pt   the newest two; each is the state *before* that step's events, all that a step changes (`State`)
     teacher.pt       the enlarged model before the first cut, where it became the teacher; it is never rotated away
-    metrics.jsonl    the records that train.py lists, rewound on resume to the moment of the checkpoint
+    metrics.jsonl    the records that docs/records.md lists, rewound on resume to the moment of the checkpoint
 
 No state of a random-number generator is kept. After the initial weights nothing draws from one, and
 batches are a function of the step. Not here: the loop (train.py), the files of Hugging Face

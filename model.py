@@ -554,8 +554,8 @@ def without_padding(model, rows):
 
 
 def with_context(config, block_size, path):
-    """The config with `block_size` tokens of context, or as it is for None. Raises UserError for more than it was trained
-    with."""
+    """The config with `block_size` tokens of context, or as it is for None. Raises UserError for
+    more than it was trained with."""
     if block_size is None:
         return config
     if block_size > config.block_size:

@@ -298,11 +298,11 @@ def measure(model, stats, batches, recipe):
 
 
 @torch.no_grad()
-def decide(model, stats, batches, recipe, budget, whole=None, damage=None):
+def decide(model, stats, batches, recipe, budget, original=None, damage=None):
     """The units that stay under the budget: {(layer, kind): indices}.
 
     `batches`: what the recipe may measure on. `damage`: what `measure` returned, if it ran already.
-    `whole`: the widths before earlier cuts. Raises UserError if the budget cannot be met."""
+    `original`: the widths before earlier cuts. Raises UserError if the budget cannot be met."""
     config = priced(recipe, model)
     if runs_again(recipe) and damage is None:
         damage = measure(model, stats, batches, recipe)
@@ -324,7 +324,7 @@ def decide(model, stats, batches, recipe, budget, whole=None, damage=None):
         if recipe.allocate == "adaptive":
             importance = score.importance(stats, config.n_layer)
         widths = allocate.widths_for(config, budget, recipe.allocate, scores, **options,
-                                     importance=importance, amplitude=recipe.amplitude, whole=whole)
+                                     importance=importance, amplitude=recipe.amplitude, original=original)
     return choose(scores, widths)
 
 
@@ -341,7 +341,7 @@ def cut(model, alive, how="none", stats=None):
     return small
 
 
-def one_shot(model, stats, batches, recipe, budget, whole=None, damage=None):
+def one_shot(model, stats, batches, recipe, budget, original=None, damage=None):
     """The smaller model of the recipe. With 2:4 it is the given model, with zeros."""
     if recipe.structure == "2:4":
         norms = None
@@ -351,7 +351,7 @@ def one_shot(model, stats, batches, recipe, budget, whole=None, damage=None):
         return model
     if recipe.structure == "channel":
         return channels.narrowed(model, stats, recipe.score, budget, recipe.multiple_of)
-    alive = decide(model, stats, batches, recipe, budget, whole, damage)
+    alive = decide(model, stats, batches, recipe, budget, original, damage)
     return cut(model, alive, recipe.mend, stats)
 
 
@@ -469,7 +469,7 @@ def main(recipe):
         keep = 1 - (1 - recipe.keep) * i / recipe.iterations
         budget = math.floor(total * keep + 1e-6)
         stats = collect(model, batches, recipe)
-        model = one_shot(model, stats, batches, recipe, budget, whole=start.widths())
+        model = one_shot(model, stats, batches, recipe, budget, original=start.widths())
     print(f"calibrated and cut in {time.perf_counter() - begin:.1f} seconds")
     print(table(start, model.config, stats))
     report(recipe, model, corpus, "after")

@@ -201,8 +201,8 @@ def overview(records, keep):
     title = "Test perplexity by kept fraction"
     if files:
         heads.append(f"questions at {keep:g}")
-        asked = ", ".join(f"{limit} of {file}" for file, limit in files)
-        title += f", and mean accuracy (acc_norm) on {asked}"
+        counts = ", ".join(f"{limit} of {file}" for file, limit in files)
+        title += f", and mean accuracy (acc_norm) on {counts}"
     title += " (ours in bold; ± is half of the range of calibration seeds):"
     return f"{title}\n\n{markdown(heads, rows)}"
 

@@ -408,4 +408,4 @@ if __name__ == "__main__":
         kill_often(f"{folder}/run", times=int(sys.argv[1]), seed=1)
         train_toy(f"{folder}/whole", plan="idea", save_every=1)
         assert same(result(f"{folder}/run"), result(f"{folder}/whole"))
-        print(f"killed {sys.argv[1]} times, and bit for bit the run that was not; {sorted(os.listdir(f'{folder}/run'))}")
+        print(f"killed {sys.argv[1]} times, and bit for bit the run that was not", sorted(os.listdir(f"{folder}/run")))

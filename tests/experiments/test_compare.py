@@ -34,7 +34,7 @@ def few(monkeypatch):
     monkeypatch.delitem(compare.PUBLISHED, "torch-pruning")                     # half a minute a cut; has its own test
 
 
-def test_the_three_parts_of_a_text_share_no_document():
+def test_parts_share_no_document():
     tokenizer = open_tokenizer("bytes")
     texts = compare.texts(tokenizer, 64)
     for name, parts in texts.items():
@@ -54,7 +54,7 @@ def test_the_three_parts_of_a_text_share_no_document():
     assert .3 < len(texts["python"]["validation"]) / len(texts["python"]["test"]) < 3
 
 
-def test_a_comparison_meets_its_budgets_and_goes_on_where_it_stopped(folder, tmp_path, few, capsys, monkeypatch):
+def test_budgets_and_going_on(folder, tmp_path, few, capsys, monkeypatch):
     questions = tmp_path / "q.jsonl"
     questions.write_text("".join(json.dumps({"query": f"{i} is", "choices": [" odd", " even"], "gold": i % 2}) + "\n"
                                  for i in range(8)))
@@ -105,7 +105,7 @@ def test_another_comparison_is_refused_and_its_records_stay(folder, tmp_path, fe
     assert file.read_bytes() == before
 
 
-def test_documents_with_a_long_run_of_words_in_common_are_one_family():
+def test_families_of_documents():
     shared = " ".join(map(str, range(20)))
     documents = ["a " + shared, "b", "c " + shared + " d", "e " + " ".join(map(str, range(19))), shared + " b" * 90]
     assert compare.families(documents) == [[0, 2, 4], [3], [1]]
@@ -134,7 +134,7 @@ def test_claims_are_the_written_numbers():
     assert "worse" not in text and "Refused: SliceGPT at 0.8" in text
 
 
-def test_overview_has_every_method_once_the_dense_model_first_and_then_the_best():
+def test_overview_ranks_the_methods():
     records = [cell("test", *about) for about in (
         ("FLAP", .8, 0, 20.), ("FLAP", .8, 1, 22.), ("FLAP", .6, 0, 50.), ("dense", 1.0, 0, 10.),
         ("taylor / global", .8, 0, 15.), ("2:4, Wanda", .5, 0, 60.))]

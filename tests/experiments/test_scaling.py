@@ -112,7 +112,7 @@ def test_the_gpu_preset_runs_on_one_unless_told():
     assert [(c.device, c.jobs) for c in map(grid_.filled, told)] == [("cuda", 3), ("cpu", 1), ("cpu", os.cpu_count())]
 
 
-def test_a_job_cuts_trains_and_keeps_records_that_say_what_was_cut(tmp_path):
+def test_a_job_cuts_trains_and_keeps_records(tmp_path):
     """With a run that is finished, and refused where the records are of another one."""
     c = Grid(preset="toy", device="cpu", out=f"{tmp_path}/out.jsonl", runs=f"{tmp_path}/runs", tokens=400 * 256,
              recover_tokens=8 * 256, batch_tokens=256, micro_batch=2, eval_windows=2)
@@ -161,7 +161,7 @@ def test_run_says_what_is_left_and_refuses_nonsense(tmp_path, capsys, monkeypatc
         scaling.main([])
 
 
-def test_curves_have_their_control_and_begin_behind_the_first_share(grid):
+def test_curves_have_their_control(grid):
     records = scaling_curves.recoveries(scaling_curves.read(grid), first=.1)["width"]
     assert len(records) == 4 * 2 * 3 * sum(TOKENS >= .1 * TOKENS[-1])
     for r in records:
@@ -170,7 +170,7 @@ def test_curves_have_their_control_and_begin_behind_the_first_share(grid):
     assert len({r["curve"] for r in records}) == 24 and {round(r["rho"], 2) for r in records} == {.15, .26, .38}
 
 
-def test_a_curve_waits_for_its_control_and_others_controls_and_mixed_texts_are_refused(grid, tmp_path):
+def test_a_curve_needs_its_own_control(grid, tmp_path):
     file = some(grid, tmp_path / "some.jsonl", "width-0.2-8x16-100", "8x16-0")
     assert scaling_curves.recoveries(scaling_curves.read(file), .05) == {}
     some(grid, file, "control-8x16-100")
@@ -208,7 +208,7 @@ def test_planted_constants_come_back(grid):
     assert found["gamma"] == pytest.approx(GAMMA, abs=.05) and found["beta"] == pytest.approx(BETA, abs=.1)
 
 
-def test_report_has_every_law_and_the_trends_that_were_planted(grid):
+def test_report_has_every_law_and_trend(grid):
     text = scaling.fit_report(FitGrid(str(grid), **QUICK), scaling_curves.read(grid))
     for law in ("p2", "p2, outside", "p2, rate only", "p2, control", "chinchilla", "power"):
         assert re.search(rf"\| width \| {law} \| 0\.\d+", text), law
@@ -218,7 +218,7 @@ def test_report_has_every_law_and_the_trends_that_were_planted(grid):
     assert f"| {preset('8x64', 256, 1.0)[0].removable_params():,} | 0 | 16,777,216 |" in text
 
 
-def test_a_grid_that_is_not_finished_says_what_it_has(grid, tmp_path, capsys):
+def test_report_of_an_unfinished_grid(grid, tmp_path, capsys):
     file = some(grid, tmp_path / "some.jsonl", "8x*")
     scaling.main_fit(FitGrid(str(file), **QUICK))
     assert "no recoveries yet" in capsys.readouterr().out and (tmp_path / "some" / "report.md").exists()
@@ -229,15 +229,17 @@ def test_a_grid_that_is_not_finished_says_what_it_has(grid, tmp_path, capsys):
     assert lines[2].startswith("- *A larger model needs fewer tokens*: in 0 of 1 rates") and len(lines) == 4
 
 
-def test_tokens_until_a_height_are_read_off_between_points():
+def test_reach_interpolates():
     curve = [(100, .4), (1000, .2), (10000, .1)]
     assert scaling_curves.reach(curve, .3) == pytest.approx(10 ** 2.5)
-    assert scaling_curves.reach(curve, .1) == 10000 and scaling_curves.reach(curve, .5) == 100 and scaling_curves.reach(curve, .05) == np.inf
+    assert scaling_curves.reach(curve, .1) == 10000 and scaling_curves.reach(curve, .5) == 100
+    assert scaling_curves.reach(curve, .05) == np.inf
 
 
-def test_noise_is_the_difference_between_seeds_of_what_a_cut_costs(grid):
+def test_noise_of_seeds(grid):
     records = scaling_curves.recoveries(scaling_curves.read(grid), .05)["width"]
-    assert scaling_curves.noise(records) == pytest.approx(.0005 * 2 / np.sqrt(np.pi), rel=.3)       # of two normal numbers
+    of_two_normal_numbers = 2 / np.sqrt(np.pi)
+    assert scaling_curves.noise(records) == pytest.approx(.0005 * of_two_normal_numbers, rel=.3)
     assert np.isnan(scaling_curves.noise([r for r in records if r["model"][1] == 100]))
 
 
@@ -249,7 +251,7 @@ def test_rates_are_compared_with_those_that_are_near(grid):
     assert len(lines) == 1 and lines[0].startswith("  - ρ 0.375, to")
 
 
-def test_a_grid_of_other_settings_or_too_little_text_is_refused(tmp_path, monkeypatch):
+def test_another_grid_is_refused(tmp_path, monkeypatch):
     c = Grid(preset="toy", out=f"{tmp_path}/out.jsonl", runs=f"{tmp_path}/runs")
     monkeypatch.setattr(sweep, "side_by_side", lambda job, todo, *_: 0)
     grid_.run_grid(c)
@@ -265,7 +267,7 @@ def test_a_grid_of_other_settings_or_too_little_text_is_refused(tmp_path, monkey
 
 
 @pytest.mark.parametrize("preset_name", grid_.PRESETS)
-def test_every_preset_trains_more_than_20_tokens_per_parameter(preset_name):
+def test_tokens_per_parameter_of_every_preset(preset_name):
     wholes, _ = grid_.waves(Grid(preset=preset_name))
     for _, settings, _ in wholes:
         n = preset(settings["preset"], 256, 1.0)[0].removable_params()
@@ -313,14 +315,14 @@ def test_a_plan_does_not_extrapolate_unless_told(grid, capsys):
     assert "token" in plan(grid, capsys, rho=.147, budget_tokens=1e6)          # measured .148 to .152, asked for as .15
 
 
-def test_a_plan_says_so_where_a_loss_is_out_of_reach(grid, capsys):
+def test_plan_for_a_loss_out_of_reach(grid, capsys):
     out = plan(grid, capsys, target_loss=1.)
     assert "no recovery reaches 1.0 nats per token, however long" in out and "inf" not in out and "nan" not in out
     out = plan(grid, capsys, target_loss=1.745, before=1.642, n0=524_288., rho=.15, extrapolate=True)
     assert "parameters from scratch" in out and "inf" not in out
 
 
-def test_a_plan_without_whole_trainings_needs_the_loss_before_and_one_model_is_enough(grid, tmp_path, capsys):
+def test_plan_without_whole_trainings(grid, tmp_path, capsys):
     file = some(grid, tmp_path / "some.jsonl", "*-8x32-10?")
     with pytest.raises(UserError, match="give --before"):
         plan(file, capsys, n0=131_072., budget_tokens=1e6)

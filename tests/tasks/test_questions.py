@@ -180,7 +180,7 @@ def test_multiple_choice_has_three_metrics():
         assert row == pytest.approx(nats)
         for name, lengths in (("acc", (1, 1, 1, 1)), ("acc_norm", (1, 2, 2, 7)), ("acc_bytes", (1, 2, 4, 7))):
             picks[name].append(max(range(4), key=lambda i: nats[i] / lengths[i]))
-    assert result["questions"] == 40 and len(set(map(tuple, picks.values()))) == 3    # the rules decide differently here
+    assert result["questions"] == 40 and len(set(map(tuple, picks.values()))) == 3
     for name, row in picks.items():
         p = sum(pick == q.gold for pick, q in zip(row, questions)) / 40
         assert result[name] == p and result[name + "_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 39))
