@@ -127,7 +127,9 @@ def test_an_index_is_read_or_refused(drawn, sent, monkeypatch):
     if single.exists():
         single.rename(sent / "whole")
     with only_inside(sent, monkeypatch):
-        index.write_text(json.dumps(replaced(json.loads(content), drawn.draw, drawn.draw(anything(sent)))))
+        elsewhere = strategies.sampled_from(["../outside/part.safetensors", str(sent / "outside" / "part.safetensors")])
+        value = drawn.draw(strategies.one_of(anything(sent), elsewhere))
+        index.write_text(json.dumps(replaced(json.loads(content), drawn.draw, value)))
         try:
             checkpoint.load(sent / "sent")
         finally:

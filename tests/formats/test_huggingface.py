@@ -509,6 +509,13 @@ def test_a_gguf_has_name_license_file_type_ends_and_padding(tmp_path):
         assert {name: values[name] for name in expected} == expected
 
 
+def test_a_template_with_an_odd_name_is_refused_by_it(tmp_path):
+    sent = chat_model(tmp_path, None)
+    (sent / "additional_chat_templates" / "odd name.jinja").write_text("x")
+    with pytest.raises(UserError, match="'additional_chat_templates/odd name.jinja' is no file of a tokenizer"):
+        checkpoint.load(sent)
+
+
 @pytest.mark.parametrize("template", [[{"name": "a"}], [{"name": "a", "template": "x"}, {"name": "a", "template": "y"}],
                                       ["x"], [{"name": 3, "template": "x"}]])
 def test_a_template_that_a_gguf_cannot_hold_is_refused(template):
