@@ -158,6 +158,8 @@ class Claim:
     by_factor: bool = False            # the verdict is about tokens to equal loss, not about pairs
     margin: float = 0                  # nats per token: "near-optimal" is at most so far above (ours)
     place: Literal["ratio", "long", "ratios"] = "ratio"                # which of Scale's
+    # Pairs that have records at Scale's other lengths are judged there too; no run is made for that.
+    elsewhere: bool = False
     ours: bool = False                 # not from a paper, and not in the short table
 
 
@@ -170,7 +172,8 @@ ALL_CLAIMS = (
     Claim(4, "pruning with distillation beats pruning alone, and distillation from scratch with the "
              "same teacher",
           (("idea-kd", "idea"), ("idea-kd-annealed", "idea"), ("idea-kd", "kd-captured"),
-           ("idea-kd-annealed", "kd"), ("idea-kd-annealed", "kd-flops"))),
+           ("idea-kd-annealed", "kd"), ("idea-kd-annealed", "kd-flops"),
+           ("kd-annealed-longer", "idea")), elsewhere=True),
     Claim(5, "IDEA with distillation beats training from scratch, at equal own tokens and at equal "
              "FLOPs",
           (("idea", "scratch"), ("idea-kd", "scratch"), ("idea-kd-annealed", "scratch"),

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 import report
 from common import read_records, write_atomic
@@ -32,8 +31,6 @@ from experiments import (
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESULTS = ROOT / "results"
-HOLM = "tests/test_docs.py holm"
-PAPERS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)       # the claims that are not our own
 
 
 def page(name):
@@ -136,42 +133,6 @@ def test_effects_in_the_prose_are_those_of_the_records(recorded):
     written = re.findall(r"\d\.\d{3} ± \d\.\d{3}", prose("claims.md") + readme)
     assert len(written) >= 20
     assert not set(written) - known
-
-
-def holm(runs, scale):
-    """The pairs of the papers' claims at the table's length, the smallest p-value first: [(comparison, p, p by Holm)].
-    Holm multiplies the smallest of n by n, the next one by n - 1, and so on; a p-value is at least the one before."""
-    pairs = []
-    for row in claims_statistics.comparisons(runs, scale):
-        main_length = scale.long if row.claim.number == 9 else scale.ratio
-        if row.claim.number in PAPERS and row.ratio == main_length:
-            values = differences(runs, row.first, row.second, row.ratio)
-            pairs.append((row, stats.ttest_1samp(values, 0).pvalue))
-    pairs.sort(key=lambda pair: pair[1])
-    corrected = []
-    largest = 0
-    for i, (row, p) in enumerate(pairs):
-        largest = max(largest, min(1, p * (len(pairs) - i)))
-        corrected.append((row, p, largest))
-    return corrected
-
-
-def holm_table(runs, scale):
-    rows = []
-    for row, p, by_holm in holm(runs, scale):
-        if p < 0.05:
-            rows.append((row.claim.number, f"`{row.first}` minus `{row.second}`", f"{row.effect.mean:+.4f}",
-                         row.effect.seeds, f"{p:.2g}", f"{by_holm:.2g}"))
-    return report.markdown(("claim", "pair", "difference", "seeds", "p", "p by Holm"), rows)
-
-
-def test_holm_leaves_six_of_the_36_pairs(recorded):
-    corrected = holm(*recorded)
-    below = sum(p < 0.05 for _, p, _ in corrected)
-    assert sorted(row.claim.number for row, _, p in corrected if p < 0.05) == [1, 1, 5, 5, 9, 9]
-    assert f"Of the {len(corrected)} pairs in the table of claims, {below} differ from 0" in prose("claims.md")
-    text = page("claims.md")
-    assert with_part(text, HOLM, holm_table(*recorded)) == text
 
 
 def test_what_claims_md_says_about_pairing(recorded):
@@ -528,7 +489,7 @@ def write():
         write_page(name, text)
     config, scale = claims.select(claims.Report())
     runs = claims_statistics.read(ROOT / config.results)
-    write_page("claims.md", with_part(with_claims(page("claims.md"), runs, scale), HOLM, holm_table(runs, scale)))
+    write_page("claims.md", with_claims(page("claims.md"), runs, scale))
     text = page("walkthrough.md")
     blocks = [code for code, _ in BLOCK.findall(text)]
     outputs = iter(printed_by(blocks))
