@@ -263,9 +263,10 @@ def teaching(kind):
 
 
 def taught_share(run):
-    """The share of a run's steps that had a teacher; 0 for a plan without one."""
+    """The share of a run's steps that had a teacher; 0 for a plan without one, and for a run that
+    ended before its plan teaches."""
     config, _, _, timeline = claims_runs.plan_of(run["config"][0])
-    end_of_teaching = config.steps
+    end_of_teaching = run["summary"][0]["step"]
     for record in run.get("teacher", ()):
         if record.get("dropped"):
             end_of_teaching = record["step"]

@@ -254,13 +254,14 @@ def test_totals_count_what_a_run_needs(file):
 
 def test_share_of_steps_with_a_teacher():
     """Plan idea-kd teaches from the first cut, half way, on; 400 steps."""
-    def taught(plan, *records):
+    def taught(plan, *records, end=400):
         config = dict(plan=plan, preset="4x16", steps=400, lr=.01)
-        return claims_statistics.taught_share({"config": [config], "teacher": [*records]})
+        return claims_statistics.taught_share({"config": [config], "teacher": [*records], "summary": [{"step": end}]})
 
     captured = dict(step=200, sha256="x")
     assert taught("idea-kd", captured, dict(step=250, dropped=True)) == pytest.approx(50 / 400)
     assert taught("idea-kd", captured) == pytest.approx(.5) and taught("idea") == 0
+    assert taught("idea-kd", end=200) == 0                              # --stage enlarge
 
 
 def test_first_warmups_of_a_place_are_equally_long():
