@@ -12,7 +12,6 @@ import statistics
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -316,41 +315,31 @@ def test_scaling_report_is_what_the_records_say():
     assert nats == pytest.approx(float(re.search(r"\| width \| p2 \| ([\d.]+)", written)[1]), rel=0.05)
 
 
-def guesses(points):
-    """Mean errors of two guesses without a law: the largest model pays what the next smaller one paid; a curve stays at
-    its last loss before its last fifth."""
-    cost = points.loss - points.before
-    next_smaller = sorted(set(points.n0))[-2]
-    errors = []
-    for i in np.flatnonzero(points.n0 == points.n0.max()):
-        same_cut = (points.n0 == next_smaller) & np.isclose(points.rho, points.rho[i], atol=0.02)
-        same_tokens = np.isclose(points.tokens, points.tokens[i], rtol=0.02)
-        errors.append(abs(cost[same_cut & same_tokens].mean() - cost[i]))
-    late = scaling_laws.last_fifth(points)
-    stays = []
-    for curve in set(points.curve):
-        seen = (points.curve == curve) & ~late
-        last = points.loss[seen][points.tokens[seen].argmax()]
-        stays += list(abs(points.loss[(points.curve == curve) & late] - last))
-    return np.mean(errors), np.mean(stays)
-
-
 def test_what_scaling_md_says_about_guesses():
+    """The guesses are made anew; the laws' errors are those of the table."""
     text = prose("scaling.md")
     recoveries = scaling_curves.recoveries(scaling_curves.read(RESULTS / "scaling.jsonl"), 0.05)
     table = scaling_table("| cut | law")
-    models = []
-    fifths = []
-    for kind, law in (("width", "p2"), ("depth", "p2"), ("2:4", "p2, one rate")):
-        model, fifth = guesses(scaling_laws.Points.of(recoveries[kind]))
+    laws = {"width": "p2", "depth": "p2", "2:4": "p2, one rate"}
+    parts = {"largest model": [], "largest rate": [], "last 20 %": []}
+    losses = 0
+    for kind, law in laws.items():
+        points = scaling_laws.Points.of(recoveries[kind])
         row = re.search(rf"\| {kind} \| {law} \| .*", table)[0].split("|")
-        models.append((f"{model:.4f}", row[5].split()[0]))
-        fifths.append((f"{fifth:.4f}", row[4].split()[0]))
-    (a, pa), (b, pb), (c, pc) = models
-    assert f"off by {a} nats for width (P² {pa}), {b} for depth (P² {pb}) and {c} for 2:4 (P² {pc})" in text
-    (a, pa), (b, pb), (c, pc) = fifths
-    assert f"off by {a}, {b} and {c} nats (P² {pa}, {pb} and {pc})" in text
-    assert f"a guess without a law is off by {models[0][0]}" in (ROOT / "README.md").read_text()
+        of_law = dict(zip(scaling_laws.HELD_OUT, [cell.split()[0] for cell in row[4:7]]))
+        for name, guess in scaling_curves.GUESSES.items():
+            for part, judged in scaling_curves.judged_guesses(guess, points).items():
+                if judged:
+                    nats = f"{judged['nats']:.4f}"
+                    assert re.search(rf"\| {kind} \| {name} \| - .*{nats} \(", table)
+                    parts[part].append(f"{nats} for {kind} (P² {of_law[part]})")
+                    losses += nats < of_law[part]
+    (a, b, c), (d, e), (f, g, h) = parts.values()
+    assert f"off by {a.replace(' for', ' nats for')}, {b} and {c}." in text
+    assert f"off by {d} and {e}." in text
+    assert f"off by {f.replace(' for', ' nats for')}, {g} and {h}." in text
+    assert losses == 3 and "at three of eight places" in text
+    assert f"a guess without a law is off by {a.split()[0]}" in (ROOT / "README.md").read_text()
 
 
 def test_worked_example_of_scaling_md_is_what_the_laws_say():
