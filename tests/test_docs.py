@@ -16,10 +16,12 @@ import pytest
 import torch
 
 import report
+import score
 from common import read_records, write_atomic
 from experiments import (
     claims,
     claims_report,
+    claims_runs,
     claims_statistics,
     compare,
     compare_report,
@@ -54,8 +56,22 @@ def scaling_table(head):
     return next(part for part in parts if part.startswith(head))
 
 
+def adaptive_table():
+    """The change of validation perplexity by adaptive shares, for each score."""
+    grid = perplexities("validation")
+    rows = []
+    for name in score.SCORES:
+        row = [f"`{name}`"]
+        for structure in ("", ", FFN"):
+            adaptive, uniform = (grid[f"{name} / {how}{structure}", 0.8][0] for how in ("adaptive", "uniform"))
+            row.append(f"{100 * adaptive / uniform - 100:+.1f} %")
+        rows.append(row)
+    return report.markdown(("score", "FFN neurons and KV groups", "FFN neurons only"), rows)
+
+
 GENERATED = {        # (page, name of the part): function that returns its text
     ("pruning.md", "experiments/compare.py overview"): overview,
+    ("pruning.md", "tests/test_docs.py adaptive"): adaptive_table,
     ("scaling.md", "results/scaling/report.md errors"): lambda: scaling_table("| cut | law"),
     ("scaling.md", "results/scaling/report.md constants"): lambda: scaling_table("| cut | points"),
 }
@@ -215,7 +231,7 @@ def test_what_claims_md_says_about_learning_rates(recorded):
     runs, _ = recorded
     text = prose("claims.md")
     best = 0
-    for kind in claims_report.claims_runs.RATED:
+    for kind in claims_runs.RATED:
         worse = [statistics.mean(differences(runs, kind, f"{kind}-lr-{times}x")) < 0 for times in ("0.5", "2")]
         best += all(worse)
     assert best == 7 and "on average for seven of them" in text
@@ -271,14 +287,13 @@ def test_what_pruning_md_says_about_methods():
     assert f"({mean['taylor2 / global', 0.6]:.2f} against {mean['Adapt-Pruner, FFN', 0.6]:.2f})" in text
     assert f"({mean['Adapt-Pruner, FFN', 0.8]:.2f} against {mean['FLAP', 0.8]:.2f})" in text
     assert f"ShortGPT, with a perplexity of {mean['ShortGPT', 0.8]:.2f}" in text
-    for keep, line in ((0.8, "{:.1f} % lower in perplexity on FFNs at −20 % and {:.1f} %"),
-                       (0.6, "at −40 % {:.1f} and {:.1f} %")):
-        gains = []
-        for kind in (", FFN", ""):
+    gains = []
+    for kind in (", FFN", ""):
+        for keep in (0.8, 0.6):
             adapt_pruner = by_seed[f"Adapt-Pruner{kind}", keep][0]
             llm_pruner = by_seed[f"LLM-Pruner{kind}", keep][0]
-            gains.append(100 - 100 * adapt_pruner / llm_pruner)
-        assert line.format(*gains) in text
+            gains.append(f"{100 - 100 * adapt_pruner / llm_pruner:.1f}")
+    assert "is {} % at −20 % and {} % at −40 % on FFNs, and {} and {} % on both kinds".format(*gains) in text
     runs = report.read_runs(RESULTS / "smollm2.jsonl")
     for name in ("adapt-0", "adapt-cuts1-0"):
         assert f"at {runs[name]['summary'][0]['val_loss']:.4f}" in text
@@ -430,6 +445,13 @@ def test_links_lead_somewhere(file):
         other = file if not path else file.parent / path
         assert other.exists(), link
         assert not anchor or anchor in anchors(other.read_text()), link
+
+
+def test_the_tests_that_promises_md_names_exist():
+    sources = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    names = re.findall(r"`(test_\w+)`", page("promises.md"))
+    assert len(names) >= 8
+    assert [name for name in names if f"def {name}(" not in sources] == []
 
 
 # -- the walkthrough
