@@ -126,11 +126,13 @@ def test_claims_are_the_written_numbers():
         records += [cell("test", "taylor / adaptive", .8, seed, mine)]          # on test ours is not chosen again
     records.append({"tag": "cell", "part": "test", "name": "SliceGPT", "keep": .8, "seed": 0, "refused": "why"})
     text = compare_report.claims(records, .8)
-    assert ("*Adaptive beats uniform* where FFN neurons and KV groups are cut together (keep 0.8, validation, one "
-            "calibration; a layer has 3 KV groups, and an equal share of them is 2.4): mixed, `taylor` +10.0%, "
-            "`wanda` -10.0%. Nothing was measured on FFNs alone\n") in text
-    alone = [cell("test", "Adapt-Pruner, FFN", .6, 0, 19.), cell("test", "LLM-Pruner, FFN", .6, 0, 20.)]
-    assert "cuts once (test): keep 0.6 -5.0%\n" in compare_report.claims(records + alone, .8)
+    assert ("*Adaptive beats uniform* on FFN neurons and KV groups (a layer has 3 groups, and an equal share of them "
+            "is 2.4), keep 0.8, validation, one calibration: mixed, `taylor` +10.0%, `wanda` -10.0%\n") in text
+    assert "FFN neurons alone" not in text
+    alone = [cell("validation", "taylor / adaptive, FFN", .8, 0, 9.5),
+             cell("validation", "taylor / uniform, FFN", .8, 0, 10.)]
+    assert ("*Adaptive beats uniform* on FFN neurons alone, keep 0.8, validation, one calibration: holds, `taylor` "
+            "-5.0%\n") in compare_report.claims(records + alone, .8)
     assert "*Adapt-Pruner beats FLAP*: mixed, keep 0.8 -20.0%, +10.0%" in text
     assert "keep 0.8: holds, best width Adapt-Pruner 21.00, best depth ShortGPT 42.00" in text
     assert "taylor / adaptive), keep 0.8: 14.50; the best published method, Adapt-Pruner, has 21.00: -10.0%, -50.0%" \
