@@ -9,7 +9,7 @@ claim is a list of pairs: it says that the first kind ends with a lower loss tha
 most `margin` above it. Claims 1 to 6 and 11 are from IDEA Prune (arXiv 2503.05920), 7 and 9 from
 Adapt-Pruner (2502.03460), 8 from The Journey Matters (2501.12486), 10 from the sources that
 score.py names; 12 and 13 are ours. Not here: running (experiments/claims.py), statistics
-(experiments/claims_report.py).
+(experiments/claims_statistics.py).
 """
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal

@@ -34,7 +34,9 @@ UNDECIDED = "not at this scale"
 NO_VERDICT = "no verdict"
 # A run that was taught for a smaller share of its steps is no test of its teacher (our choice).
 MIN_TAUGHT = .2
-UNPAIRED = .2                          # the correlation below which pairing hardly helps (our choice)
+# Pairs narrow an interval by 1 - √(1 - correlation). Below this correlation, 11 %, that hardly helps
+# (our choice).
+UNPAIRED = .2
 FAR = 2                                # times fewer tokens are "far fewer" (claim 9; our number)
 
 
@@ -80,10 +82,10 @@ def effect(differences):
         # One of the runs diverged.
         return Effect(len(values), mean, math.nan, mean, mean)
     sd = statistics.stdev(values)
-    return student(len(values), mean, sd, sd / math.sqrt(len(values)), len(values) - 1)
+    return with_interval(len(values), mean, sd, sd / math.sqrt(len(values)), len(values) - 1)
 
 
-def student(seeds, mean, sd, error, freedom):
+def with_interval(seeds, mean, sd, error, freedom):
     """The Effect with Student's interval of this standard error and degrees of freedom."""
     half = stats.t.ppf((1 + LEVEL) / 2, freedom) * error
     return Effect(seeds, mean, sd, mean - half, mean + half, error, freedom)
@@ -95,8 +97,8 @@ def unpaired_effect(first, second):
     count = len(first)
     variances = statistics.variance(first), statistics.variance(second)
     freedom = (count - 1) * sum(variances)**2 / sum(variance**2 for variance in variances)
-    return student(count, statistics.mean(first) - statistics.mean(second), math.nan,
-                   math.sqrt(sum(variances) / count), freedom)
+    return with_interval(count, statistics.mean(first) - statistics.mean(second), math.nan,
+                         math.sqrt(sum(variances) / count), freedom)
 
 
 def correlation(first, second):
