@@ -99,10 +99,11 @@ def taught(row):
     "" if no teacher is under test."""
     if math.isnan(row.taught):
         return ""
-    percent = 100 * row.taught
-    text = f"taught for {percent:.{1 if percent < 1 else 0}f} % of the steps"
+    digits = 1 if row.taught < .01 else 0
+    text = f"taught for {100 * row.taught:.{digits}f} % of the steps"
     if row.taught >= MIN_TAUGHT and not math.isnan(row.lead):
-        text += f"; its teacher ends {abs(row.lead):.3f} nats {'ahead' if row.lead > 0 else 'behind'}"
+        place = "ahead" if row.lead > 0 else "behind"
+        text += f"; its teacher ends {abs(row.lead):.3f} nats {place}"
     return text
 
 
