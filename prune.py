@@ -430,14 +430,14 @@ def bars(axis, name, before, after):
     axis.set_ylabel(name)
 
 
-def save(recipe, model, out, tokenizer, fingerprint):
+def save(recipe, model, out, tokenizer, fingerprint, license=None):
     """Write the smaller model as a checkpoint that says what made it. A 2:4 model has its masks
     beside it."""
     masks = two_four.pack(two_four.masks(model)) if recipe.structure == "2:4" else None
     about = {"tokenizer": tokenizer.name, "data": recipe.data, "fingerprint": fingerprint,
              "cut_from": recipe.init, "recipe": dataclasses.asdict(recipe)}
     checkpoint.save(out / "ckpt_00000000.pt", model, step=0, tokenizer_files=tokenizer.files,
-                    masks=masks, run=about)
+                    masks=masks, license=license, run=about)
 
 
 def main(recipe):
@@ -485,7 +485,7 @@ def main(recipe):
     if type(model) is not GPT:
         print(f"not saved, as {model.evaluation_only}, which no GPTConfig and no runtime has")
         return
-    save(recipe, model, out, tokenizer, corpus.fingerprint)
+    save(recipe, model, out, tokenizer, corpus.fingerprint, about.get("license"))
     picture(out / "widths.png", start, model.config)
     print(f"saved in {out}")
 
