@@ -311,6 +311,7 @@ def decide(model, stats, batches, recipe, budget, original=None, damage=None):
         scores = depth.part_scores(model, stats, damage, recipe.structure, recipe.score)
         widths = depth.widths_for(config, budget, recipe.allocate, scores, recipe.structure,
                                   recipe.budget)
+        refuse_nothing_left(widths, budget, recipe)
         return {key: torch.arange(n) for key, n in widths.items()}
 
     # Units: first how many of each layer, then which.
@@ -325,7 +326,15 @@ def decide(model, stats, batches, recipe, budget, original=None, damage=None):
             importance = score.importance(stats, config.n_layer)
         widths = allocate.widths_for(config, budget, recipe.allocate, scores, **options,
                                      importance=importance, amplitude=recipe.amplitude, original=original)
+    refuse_nothing_left(widths, budget, recipe)
     return choose(scores, widths)
+
+
+def refuse_nothing_left(widths, budget, recipe):
+    """Raise UserError if not a single unit stays."""
+    if not any(widths.values()):
+        raise UserError(f"a budget of {budget:,} {recipe.budget} keeps no unit of any layer; keep more than "
+                        f"{recipe.keep:g}")
 
 
 @torch.no_grad()
@@ -366,6 +375,10 @@ def open_model(recipe, device):
     if T > model.config.block_size:
         raise UserError(f"{recipe.init} was trained with a context of {model.config.block_size} "
                         f"tokens, not {T}; ask for at most that")
+    widest = max(model.config.d_ff)
+    if recipe.structure != "channel" and recipe.multiple_of > max(1, widest):
+        raise UserError(f"--multiple-of {recipe.multiple_of} is more than the {widest} neurons of the "
+                        "widest layer; give at most that")
     if recipe.mend == "least-squares":
         check_least_squares(recipe, model.config, T, device)
     return model, about
@@ -447,8 +460,14 @@ def main(recipe):
     check(recipe)
     name = "2-4" if recipe.structure == "2:4" else f"{recipe.keep:g}"
     out = Path(recipe.out or f"runs/pruned-{Path(recipe.init).name}-{name}")
-    if out.exists():
-        raise UserError(f"{out} is there already; give another --out or delete it")
+    checkpoint.refuse_existing(out)
+    with checkpoint.locked(out):
+        checkpoint.refuse_existing(out)      # another process may have come first
+        cut_and_save(recipe, out)
+
+
+def cut_and_save(recipe, out):
+    """`main`, with the folder `out` held."""
     model, about = open_model(recipe, pick_device(recipe.device))
     tokenizer = checkpoint.tokenizer_of(model, about, recipe.init)
     T = window_of(recipe, model)

@@ -45,6 +45,7 @@ from common import (
     append_record,
     check_choices,
     parse,
+    printable,
     read_records,
     refuse_idle,
     run,
@@ -392,6 +393,10 @@ def check(config):
                         f"{config.micro_batch}: of two texts, and of halves of them")
     if config.part == "questions" and not config.questions:
         raise UserError("--part questions needs --questions FILE ...")
+    if config.best < 0:
+        raise UserError(f"--best {config.best} must be 0 or more")
+    for file in config.questions:            # before the hours that come first
+        questions.read_questions(file)
 
 
 def main(config):
@@ -442,7 +447,7 @@ def print_report(config):
     text = compare_report.report(read(config.out), config.grid_keep)
     page = Path(config.out).with_suffix("") / "report.md"
     write_atomic(page, lambda file: file.write(f"{text}\n".encode()))
-    print(text)
+    print(printable(text))
 
 
 def cost(subject, windows=16, rounds=3):

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from common import UserError, check_choices, parse, run, write_atomic
+from common import UserError, check_choices, parse, printable, run, write_atomic
 from experiments import scaling_curves, scaling_laws, scaling_runs
 from experiments.scaling_laws import HELD_OUT, NEAR, Points
 from report import markdown
@@ -197,7 +197,7 @@ def main_fit(config):
     runs = scaling_curves.read(config.records)
     text = fit_report(config, runs)
     write_atomic(page_of(config, "report.md"), lambda file: file.write(f"{text}\n".encode()))
-    print(text)
+    print(printable(text))
     kinds = scaling_curves.recoveries(runs, config.first)
     if kinds:
         draw_curves(config, kinds)
