@@ -46,6 +46,9 @@ from model import GPT, check_values, config_from, with_context, without_padding
 
 FORMAT = "nanoprune checkpoint 1"
 
+# What write_atomic calls a file until it is whole.
+TEMPORARY = ".*." + "[0-9a-f]" * 16 + ".tmp"
+
 # Two calls of the same run may differ in these settings.
 NOT_IDENTITY = ("stage", "device", "out", "compile")
 
@@ -252,6 +255,15 @@ def fingerprint(model):
     return digest.hexdigest()
 
 
+def refuse_existing(path):
+    """Raise UserError if there is something at `path`. A folder with nothing but what a killed process
+    left, its lock and temporary files, counts as nothing."""
+    contents = path.iterdir() if path.is_dir() else []
+    others = [file for file in contents if file.name != ".lock" and not file.match(TEMPORARY)]
+    if others or (path.exists() and not path.is_dir()):
+        raise UserError(f"{path} is there already; give another --out or delete it")
+
+
 @contextlib.contextmanager
 def locked(path):
     """Hold the folder of a run for this process. Raises UserError if another process holds it.
@@ -267,7 +279,7 @@ def locked(path):
         raise UserError(f"another process works in {path} and holds {file}; wait until it has ended, or give another "
                         "--out") from None
     try:
-        for leftover in path.glob(".*.tmp"):
+        for leftover in path.glob(TEMPORARY):
             leftover.unlink()
         yield
     finally:

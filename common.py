@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -17,6 +18,7 @@ import secrets
 import subprocess
 import sys
 import zipfile
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -29,25 +31,57 @@ class UserError(Exception):
 
 # -- the command line
 
-def parse(settings, argv=None):
+def parse(settings, argv=None, verbatim=()):
     """Read the command line into an instance of the frozen dataclass `settings`.
 
     A field without a default is positional, a bool field `x` becomes --x and --no-x, `T | None`
     takes a T, a tuple takes any number of values and a `Literal` one of its own. The help of a flag
     is the comment behind its field; the help begins with the docstring of the file. A command line
     that does not fit ends the program with one sentence and code 2.
+
+    An empty value is refused, as it comes of --out "$UNSET" and would be taken for none. A path may
+    begin with "~/" behind an equals sign, too, where no shell expands it. Both are left to fields in
+    `verbatim`, which hold text.
     """
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            return tyro.cli(settings, args=argv, description=inspect.getmodule(settings).__doc__,
-                            config=(tyro.conf.PositionalRequiredArgs,))
+            config = tyro.cli(settings, args=argv, description=inspect.getmodule(settings).__doc__,
+                              config=(tyro.conf.PositionalRequiredArgs,))
     except SystemExit as end:
         if end.code:
             # tyro draws a box with a title around its message; our other refusals are sentences.
             _, *box = messages.getvalue().splitlines()
             print("error:", " ".join(re.sub("[╰╯│─]", " ", " ".join(box)).split()), file=sys.stderr)
         raise
+    return tidied(config, verbatim)
+
+
+def tidied(config, verbatim):
+    """The settings without empty values, and with the home folder in place of "~/"."""
+    expanded = {}
+    for setting in fields(config):
+        value = getattr(config, setting.name)
+        if setting.name in verbatim:
+            continue
+        if value == "" or (isinstance(value, tuple) and "" in value):
+            dashes = "" if setting.default is MISSING else "--"
+            stop(f"{dashes}{setting.name.replace('_', '-')} is empty; give a value or leave it out")
+        expanded[setting.name] = tuple(map(at_home, value)) if isinstance(value, tuple) else at_home(value)
+    return replace(config, **expanded)
+
+
+def at_home(value):
+    """The value with the home folder in place of "~/" at its beginning."""
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+
+
+def check_positive(config, names):
+    """Raise UserError for a number in `names` that is neither None nor positive and finite."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be positive and finite")
 
 
 def check_choices(config):
@@ -79,6 +113,12 @@ def run(main, *args):
         # Ctrl-C where nothing needs saving; train.py's loop catches the signal itself.
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except (MemoryError, RuntimeError) as problem:
+        # For main memory torch has no exception of its own.
+        text = str(problem) or "out of memory"
+        if not re.search("out of memory|allocate memory", text):
+            raise
+        stop(f"{text.splitlines()[0][:150]}: take a smaller model, smaller batches or a larger machine")
     except BrokenPipeError:
         # The reader of our output went away, as in `… | head`: there is nobody to tell.
         sys.stderr.close()
@@ -91,8 +131,15 @@ def run(main, *args):
 
 def stop(sentence):
     """End the program with this sentence and exit code 2."""
-    print(f"error: {sentence}", file=sys.stderr)
+    print(f"error: {printable(sentence)}", file=sys.stderr)
     sys.exit(2)
+
+
+def printable(text):
+    """The text as a terminal may get it: characters that would move its cursor, change its colours,
+    or turn the direction of writing are spelled out, as \\x1b. Files that others sent hold such."""
+    obeyed = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+    return re.sub(obeyed, lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
 # -- files

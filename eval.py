@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 import data
 from checkpoint import load, tokenizer_of
-from common import UserError, check_choices, parse, pick_device, refuse_idle, run
+from common import UserError, check_choices, parse, pick_device, printable, refuse_idle, run
 from distill import chunked_loss
 
 
@@ -146,7 +146,7 @@ def print_loss(config, model, tokenizer, about):
     windows = config.windows if config.data is None else 0
     result = evaluate(model, tokens, tokenizer.byte_lengths(), windows, config.stride, config.batch)
     step = f" at step {about['step']}" if "step" in about else ""
-    print(f"{config.checkpoint}{step}: {model.config.num_params()['total']:,} parameters, {name}, "
+    print(f"{config.checkpoint}{step}: {model.config.num_params()['total']:,} parameters, {printable(name)}, "
           f"{result['tokens']:,} tokens in windows of {model.config.block_size}\n"
           f"  {result['loss']:.4f} nats per token   perplexity {result['perplexity']:.3f}   "
           f"{result['bits_per_byte']:.4f} bits per byte")
@@ -174,7 +174,7 @@ def print_sample(config, model, tokenizer):
     if not 0 <= config.seed < 2**63:
         raise UserError(f"--seed {config.seed} must be between 0 and {2**63 - 1}")
     text = sample(model, tokenizer, ids, config.tokens, config.temperature, config.top_k, config.seed)
-    print(f"\n{config.sample}{text}")
+    print(printable(f"\n{config.sample}{text}"))
 
 
 # -- the command
@@ -225,4 +225,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(lambda: main(parse(Eval)))
+    run(lambda: main(parse(Eval, verbatim=("sample",))))

@@ -484,10 +484,14 @@ def preset(name, vocab_size, enlarge_ff=2.6, enlarge_kv=1.0):
 
 def times(units, factor, multiple, flag):
     """`factor` times so many units, rounded to a multiple. Raises UserError if rounding undoes the
-    factor."""
+    factor, or if they are too many."""
     if factor == 1:
         return units
     wide = multiple * round(units * factor / multiple)
+    most = RANGES["d_ff"][1]
+    if wide > most:
+        raise UserError(f"{flag} {factor:g} of {units} units are {wide:,}, and at most {most:,} are possible; give a "
+                        "smaller factor")
     if wide == units:
         raise UserError(f"{flag} {factor} of {units} units rounds to {wide}; give a larger factor, "
                         "or 1")
@@ -536,8 +540,8 @@ def check_values(tensor, dtype, name, path):
     largest = max(-lowest, highest)
     if largest > torch.finfo(dtype).max:
         kind = str(dtype).removeprefix("torch.")
-        raise UserError(f"{path}: {name} has a value of size {largest:g}, and {kind} ends at {torch.finfo(dtype).max:g}; "
-                        "give --dtype bfloat16 or float32")
+        raise UserError(f"{path}: {name} has a value of size {largest:g}, and {kind} ends at "
+                        f"{torch.finfo(dtype).max:g}; give --dtype bfloat16 or float32")
 
 
 def without_padding(model, rows):

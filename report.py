@@ -12,7 +12,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import UserError, parse, read_records, refuse_idle, run
+from common import UserError, parse, printable, read_records, refuse_idle, run
 
 # Runs compare only if they agree in these settings. `table` compares plans at one size and length,
 # `finished` serves experiments, whose runs differ in size and length.
@@ -144,8 +144,8 @@ def picture(path):
     figure, (loss, rate, size) = plt.subplots(3, 1, figsize=(8, 8), sharex=True, height_ratios=(3, 1, 1),
                                               layout="constrained")
     draw_losses(loss, run)
-    loss.set_title(f"{config['plan']}, {config.get('init') or config['preset']}, seed "
-                   f"{config['seed']}: grey lines are cuts")
+    loss.set_title(printable(f"{config['plan']}, {config.get('init') or config['preset']}, seed "
+                             f"{config['seed']}: grey lines are cuts"))
     tokens = column(run, "step", "tokens", 1e6)
     rate.plot(tokens, column(run, "step", "lr"), color="C1")
     rate.set_ylabel("learning rate")
@@ -278,9 +278,9 @@ def main(config):
         raise UserError("give the folder of a run, for example runs/idea-laptop-0, or several")
     if len(config.runs) == 1 and len(read_runs(config.runs[0])) == 1:
         refuse_idle(config, ["against"], "on one run")
-        print(summary(config.runs[0]))
+        print(printable(summary(config.runs[0])))
     else:
-        print(table(config.runs, config.against))
+        print(printable(table(config.runs, config.against)))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,17 @@ import report
 import schedule
 import score
 from checkpoint import State
-from common import UserError, check_choices, parse, peak_memory, pick_device, refuse_idle, run
+from common import (
+    UserError,
+    check_choices,
+    check_positive,
+    parse,
+    peak_memory,
+    pick_device,
+    printable,
+    refuse_idle,
+    run,
+)
 from eval import evaluate, sample
 from formats.tokenizer import open_tokenizer
 from methods import two_four
@@ -573,9 +583,6 @@ def resolve(config, device):
     """Fill the defaults that depend on the machine or on other settings. Raises UserError for
     values that no later check would name."""
     check_choices(config)
-    for name in ("init", "teacher", "tokenizer", "out"):
-        if getattr(config, name) == "":      # as by --init "$UNSET"
-            raise UserError(f"--{name} is empty; give a value or leave it out")
     on_gpu = device.startswith("cuda")
     interleaved = schedule.interleaved(config.plan)
     filled = {}
@@ -600,10 +607,7 @@ def check_ranges(config):
     """Raise UserError for numbers that mean nothing."""
     positive = ("steps", "batch_tokens", "micro_batch", "lr", "clip", "cuts", "score_every", "score_window",
                 "calibration_windows", "kd_temperature", "eval_every", "eval_windows", "save_every")
-    for name in positive:
-        value = getattr(config, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be positive and finite")
+    check_positive(config, positive)
     # AdamW multiplies by 1 - lr · weight_decay, which must not be negative.
     largest = {"seed": 2**63 - 1, "kd_weight": 1, "warmup_share": 1, "min_lr": config.lr, "weight_decay": 1 / config.lr}
     for name, most in largest.items():
@@ -857,7 +861,7 @@ def run_locked(config, quiet):
     if state.step == config.steps and setup.rank == 0 and not interrupted:
         text = finish(setup, state)
         if not quiet:
-            print(text)
+            print(printable(text))
     if setup.world > 1:
         # Without the barrier the last process would find its peers gone.
         dist.barrier()

@@ -25,7 +25,17 @@ import checkpoint
 import common
 import report
 import train
-from common import UserError, check_choices, commit, parse, read_records, write_atomic
+from common import (
+    UserError,
+    check_choices,
+    check_positive,
+    commit,
+    parse,
+    pick_device,
+    printable,
+    read_records,
+    write_atomic,
+)
 from eval import evaluate
 from experiments import claims_report, claims_runs, claims_statistics, sweep
 from experiments.claims_runs import SCALES
@@ -63,7 +73,7 @@ def select(config):
     check_choices(config)
     if config.quick and config.preset != "cpu":
         raise UserError(f"--preset {config.preset} has no effect with --quick; leave one of them out")
-    refuse_unless_positive("tokens", config.tokens)
+    check_positive(config, ["tokens"])
     scale = SCALES["quick" if config.quick else config.preset]
     scale = dataclasses.replace(scale, ratio=scale.ratio * config.tokens,
                                 long=scale.long * config.tokens,
@@ -77,8 +87,7 @@ def select(config):
 def resolve(config):
     """`select` for RunAll, with all of its defaults filled in."""
     config, scale = select(config)
-    for name in ("jobs", "seeds", "minutes"):
-        refuse_unless_positive(name, getattr(config, name))
+    check_positive(config, ("jobs", "seeds", "minutes"))
     chosen = {}
     if config.claims is not None:
         chosen["claims"] = numbers_of(config.claims, scale)
@@ -99,16 +108,12 @@ def resolve(config):
         filled["device"] = "cuda" if on_gpu else "cpu"
     if config.runs is None:
         filled["runs"] = "runs/quick" if config.quick else f"runs/{name_of(config)}"
+    pick_device(filled.get("device", config.device))     # not first inside a run
     return dataclasses.replace(config, **filled), scale
 
 
 def name_of(config):
     return "claims-gpu" if config.preset == "gpu" else "claims"
-
-
-def refuse_unless_positive(name, value):
-    if value is not None and not 0 < value < math.inf:
-        raise UserError(f"--{name} {value} must be positive")
 
 
 def numbers_of(text, scale):
@@ -354,10 +359,12 @@ def page_of(config, name):
 def print_report(config, scale, runs):
     """Draw the figure and print the tables. Returns the figure's path, or None if there is nothing
     to draw."""
+    if not runs:
+        raise UserError(f"no finished runs in {config.results}; python -m experiments.claims makes them")
     figure = page_of(config, "figure.png")
     if not claims_report.picture(runs, scale, figure):
         figure = None
-    print(claims_report.text(runs, scale, figure))
+    print(printable(claims_report.text(runs, scale, figure)))
     return figure
 
 
@@ -394,7 +401,7 @@ def main_report(config):
     runs = claims_statistics.read(config.results)
     refuse_strangers(config, scale, runs)
     figure = print_report(config, scale, runs)
-    if runs and config.tokens == 1:
+    if config.tokens == 1:
         details = claims_report.details(runs, scale)
         write_atomic(page_of(config, "report.md"), lambda file: file.write(f"{details}\n".encode()))
     if config.quick or config.preset != "cpu" or config.tokens != 1 or not PAGE.exists():
@@ -414,7 +421,7 @@ def main_power(config):
     if not table:
         raise UserError("no pair has two seeds yet; python -m experiments.claims --claims 1 "
                         "--seeds 3 makes some")
-    print(table)
+    print(printable(table))
 
 
 COMMANDS = {"run": (RunAll, run_all), "report": (Report, main_report), "power": (Report, main_power)}

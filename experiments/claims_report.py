@@ -18,16 +18,22 @@ from experiments import claims_runs
 from experiments.claims_runs import CLAIMS, Run
 from experiments.claims_statistics import (
     FAR,
+    LEVEL,
+    MIN_TAUGHT,
+    NO_VERDICT,
     UNDECIDED,
+    UNPAIRED,
+    compare,
     comparisons,
     cost,
     differences,
-    effect,
     equal_loss,
     headline,
+    holm,
     least_seen,
     of_kind,
     seeds_for,
+    taught_share,
     verdict_of_factor,
 )
 
@@ -73,11 +79,41 @@ def factor(value, low, high, below="less than the shortest run"):
     return f"{show(value)} ({show(low)} to {show(high)})"
 
 
+def beside_unpaired(row):
+    """`brief` of a Comparison, and half of the interval without pairs where that is given and
+    differs."""
+    text = brief(row.effect)
+    if row.unpaired:
+        half = f"{(row.unpaired.high - row.unpaired.low) / 2:.3f}"
+        if not text.endswith(half):
+            text += f"; unpaired ± {half}"
+    return text
+
+
+def number(x, form="+.2f"):
+    return "-" if math.isnan(x) else f"{x:{form}}"
+
+
+def taught(row):
+    """How long the first kind of a Comparison had its teacher, and the teacher's lead at the end;
+    "" if no teacher is under test."""
+    if math.isnan(row.taught):
+        return ""
+    digits = 1 if row.taught < .01 else 0
+    text = f"taught for {100 * row.taught:.{digits}f} % of the steps"
+    if row.taught >= MIN_TAUGHT and not math.isnan(row.lead):
+        place = "ahead" if row.lead > 0 else "behind"
+        text += f"; its teacher ends {abs(row.lead):.3f} nats {place}"
+    return text
+
+
 def verdict(row):
     """The verdict on a Comparison."""
     if row.claim.by_factor and row.effect.seeds:
         return "by tokens, see below"
-    return row.effect.verdict(row.claim.margin)
+    if row.verdict == NO_VERDICT:
+        return f"{taught(row)}: {NO_VERDICT}"
+    return f"{row.verdict} ({taught(row)})" if taught(row) else row.verdict
 
 
 def pair(row):
@@ -123,30 +159,60 @@ def claims_table(runs, scale):
     cells = []
     for row, title in zip(rows, titles(rows)):
         decision = verdict(row)
-        if decision == UNDECIDED:
+        if row.verdict == UNDECIDED and not row.claim.by_factor:
             smallest = least_seen(row.effect.sd, row.effect.seeds)
             decision += f" ({row.effect.seeds} seeds see {smallest:.4f})"
-        cells.append((title, pair(row), f"{row.size}, {row.ratio:g}", row.effect.seeds,
-                      interval(row.effect), decision, multiples(runs, row)))
+        difference = interval(row.effect)
+        if row.unpaired:
+            difference += f"; unpaired {row.unpaired.low:+.4f} to {row.unpaired.high:+.4f}"
+        cells.append((title, pair(row), f"{row.size}, {row.ratio:g}", row.effect.seeds, difference,
+                      number(row.correlation), decision, multiples(runs, row)))
     heads = ("claim", "compared", "size, tokens per parameter", "seeds", "difference (95 %)",
-             "verdict", "tokens, FLOPs as multiples: own; with what is needed")
+             "correlation", "verdict", "tokens, FLOPs as multiples: own; with what is needed")
     return report.markdown(heads, cells)
 
 
-def short_table(runs, scale):
-    """A row for every pair of the papers' claims. Claim 5 is shown at one place; `lengths_table`
-    shows the others."""
+def short_rows(runs, scale):
+    """The Comparisons of the table of claims: all pairs of the papers' claims. Claim 5 is shown at
+    one place; `lengths_table` shows the others."""
     rows = []
     for row in comparisons(runs, scale):
-        elsewhere = row.claim.place == "ratios" and row.ratio != scale.ratio
-        if not row.claim.ours and not elsewhere:
+        in_another_table = row.claim.place == "ratios" and row.ratio != scale.ratio
+        if not row.claim.ours and not in_another_table:
             rows.append(row)
+    return rows
+
+
+def short_table(rows, scale):
+    """The table of claims, from `short_rows`."""
+    corrected = holm([row.p_value for row in rows])
     cells = []
-    for row, title in zip(rows, titles(rows)):
-        if title and row.ratio != scale.ratio:
-            title += f" ({row.ratio:g} tokens per parameter)"
-        cells.append((title, pair(row), row.effect.seeds, brief(row.effect), verdict(row)))
-    return report.markdown(("claim", "compared", "seeds", "nats per token (95 %)", "verdict"), cells)
+    for row, title, p in zip(rows, titles(rows), corrected):
+        kinds = pair(row)
+        if row.ratio != scale.ratio:
+            kinds += f", {row.ratio:g} tokens per parameter"
+        cells.append((title, kinds, row.effect.seeds, number(row.correlation), beside_unpaired(row),
+                      number(p, ".2g"), verdict(row)))
+    return report.markdown(("claim", "compared", "seeds", "correlation", "nats per token (95 %)",
+                            "p by Holm", "verdict"), cells)
+
+
+def many_comparisons(rows):
+    """What Holm's correction leaves of the table of claims, in sentences; "" if nothing was
+    tested."""
+    p_values = [row.p_value for row in rows]
+    tested = sum(not math.isnan(p) for p in p_values)
+    if not tested:
+        return ""
+    alone = sum(p < 1 - LEVEL for p in p_values)
+    left = [row for row, p in zip(rows, holm(p_values)) if p < 1 - LEVEL]
+    silent = sum(row.verdict == NO_VERDICT for row in left)
+    counts = Counter(row.claim.number for row in left)
+    claims = ", ".join(f"{count} of claim {number}" for number, count in counts.items())
+    return (f"Of these {tested} pairs, {alone} differ from 0 (in claims of \"within 0.01\": from "
+            f"0.01) at the 5 % level. Holm's correction for {tested} comparisons leaves "
+            f"{len(left)} ({claims or 'none'}), {silent} of which give no verdict. Read the verdicts "
+            "on all other pairs as hints.")
 
 
 def lengths_table(runs, scale):
@@ -160,16 +226,16 @@ def lengths_table(runs, scale):
             equal = equal_loss(runs, kind, scale.size, ratio, scale)
             if not equal:
                 continue
-            effect_at_tokens = effect(differences(runs, kind, "scratch", scale.size, ratio))
+            at_tokens = compare(runs, kind, "scratch", scale.size, ratio)
             at_flops = ""
             if kind in equal_flops:
                 at_flops = beside_equal_flops(runs, kind, equal_flops[kind], scale.size, ratio,
-                                              effect_at_tokens.seeds)
+                                              at_tokens.effect.seeds)
             flops = f"{equal.flops:.2f}"
             if equal.tokens > 1:
                 flops += f" ({equal.total_flops:.2f} on {equal.tokens:.2g} times the tokens)"
-            cells.append((f"`{kind}`", f"{ratio:g}", effect_at_tokens.seeds,
-                          brief(effect_at_tokens), at_flops, factor(*equal.worth), flops))
+            cells.append((f"`{kind}`", f"{ratio:g}", at_tokens.effect.seeds,
+                          beside_unpaired(at_tokens), at_flops, factor(*equal.worth), flops))
     if not cells:
         return ""
     heads = ("kind", "tokens per parameter", "seeds", "minus `scratch` at equal own tokens",
@@ -182,21 +248,24 @@ def lengths_table(runs, scale):
 
 def beside_equal_flops(runs, kind, other, size, ratio, usual_seeds):
     """A cell: the effect against the kind that spends as many FLOPs."""
-    difference = effect(differences(runs, kind, other, size, ratio))
-    if not difference.seeds:
+    row = compare(runs, kind, other, size, ratio)
+    seeds = row.effect.seeds
+    if not seeds:
         return ""
-    if difference.seeds == usual_seeds:
-        return f"{brief(difference)} (`{other}`)"
-    return f"{brief(difference)} (`{other}`, {difference.seeds} seeds)"
+    fewer = "" if seeds == usual_seeds else f", {seeds} seeds"
+    return f"{beside_unpaired(row)} (`{other}`{fewer})"
 
 
 def ingredients_table(runs, scale):
     """What each ingredient is worth: a kind with it minus one without it."""
     cells = []
     for what, first, second in INGREDIENTS:
-        difference = effect(differences(runs, first, second, scale.size, scale.ratio))
-        if difference.seeds:
-            cells.append((what, f"`{first}` minus `{second}`", difference.seeds, brief(difference)))
+        row = compare(runs, first, second, scale.size, scale.ratio)
+        if row.effect.seeds:
+            kinds = f"`{first}` minus `{second}`"
+            if taught(row):
+                kinds += f" ({taught(row)})"
+            cells.append((what, kinds, row.effect.seeds, beside_unpaired(row)))
     if not cells:
         return ""
     return report.markdown(("ingredient", "measured as", "seeds", "nats per token (95 %)"), cells)
@@ -239,20 +308,6 @@ def kind_cells(runs, kind, size, ratio, summaries):
     params = summaries[min(summaries)]["params"]
     return (f"`{kind}`", f"{size}, {ratio:g}", f"{own_runs[0]['config'][0]['lr']:g}",
             len(summaries), f"{params:,}", tokens, flops, steps, loss)
-
-
-def taught_share(run):
-    """The share of a run's steps that had a teacher; 0 for a plan without one."""
-    config, _, _, timeline = claims_runs.plan_of(run["config"][0])
-    end_of_teaching = config.steps
-    for record in run.get("teacher", ()):
-        if record.get("dropped"):
-            end_of_teaching = record["step"]
-    steps = 0
-    for stage, begin, end in timeline.stages:
-        if stage.kd:
-            steps += max(0, min(end, end_of_teaching) - begin)
-    return steps / config.steps
 
 
 def power(runs, scale):
@@ -315,28 +370,41 @@ def basis(runs, scale):
             f"hash of the sources in older records, the git commit in newer ones): {code}.")
 
 
+def how_to_read(scale):
+    """What the columns of the table of claims mean."""
+    lines = [f"Each row compares two kinds of run at {scale.size} and {scale.ratio:g} tokens per "
+             "parameter, unless it names another length. The numbers are differences in the final "
+             f"loss: below 0 the first kind is better. A verdict of \"{UNDECIDED}\" means that the "
+             "interval contains both answers.",
+             f"A pair that tests a teacher gets {NO_VERDICT} if its first kind was taught for less "
+             f"than {100 * MIN_TAUGHT:.0f} % of its steps (the bound is our choice): such a pair says "
+             "nothing about distillation.",
+             "The correlation is that of the two kinds' losses over seeds. Where it is below "
+             f"{UNPAIRED:g} (our choice), pairing hardly helps: Welch's interval without pairs "
+             "stands beside the paired one if it differs, a verdict needs both, and p is the larger "
+             "one."]
+    own_claims = [str(number) for number in sorted(scale.claims) if CLAIMS[number].ours]
+    if own_claims:
+        lines.append(f"Claims {' and '.join(own_claims)} are our own; report.md shows them.")
+    return " ".join(lines)
+
+
 def text(runs, scale, figure=None):
     """The part of docs/claims.md that follows from the records. `figure` is the link to the
     picture."""
     if not runs:
         return ("Nothing has been measured yet: `python -m experiments.claims` runs what is missing, "
                 "and `python -m experiments.claims report` writes this part.\n\n"
-                + short_table(runs, scale))
+                + short_table(short_rows(runs, scale), scale))
     picture = ""
     if figure:
         picture = (f"![loss, learning rate and size against FLOPs]({figure})\n\n"
                    f"*Losses while training, at {scale.size} and {scale.ratio:g} tokens per "
                    "parameter: mean and range over seeds.*")
-    about = (f"Each row compares two kinds of run at {scale.size} and {scale.ratio:g} tokens per "
-             "parameter, unless it names another length. The numbers are differences in the final "
-             f"loss: below 0 the first kind is better. A verdict of \"{UNDECIDED}\" means that the "
-             "interval contains both answers.")
-    own_claims = [str(number) for number in sorted(scale.claims) if CLAIMS[number].ours]
-    if own_claims:
-        about += f" Claims {' and '.join(own_claims)} are our own; report.md shows them."
-    blocks = [basis(runs, scale), picture, about, short_table(runs, scale),
-              "\n".join(sentences(runs, scale)), lengths_table(runs, scale),
-              ingredients_table(runs, scale)]
+    rows = short_rows(runs, scale)
+    blocks = [basis(runs, scale), picture, how_to_read(scale), short_table(rows, scale),
+              many_comparisons(rows), "\n".join(sentences(runs, scale)),
+              lengths_table(runs, scale), ingredients_table(runs, scale)]
     return "\n\n".join(block for block in blocks if block)
 
 

@@ -9,7 +9,7 @@ claim is a list of pairs: it says that the first kind ends with a lower loss tha
 most `margin` above it. Claims 1 to 6 and 11 are from IDEA Prune (arXiv 2503.05920), 7 and 9 from
 Adapt-Pruner (2502.03460), 8 from The Journey Matters (2501.12486), 10 from the sources that
 score.py names; 12 and 13 are ours. Not here: running (experiments/claims.py), statistics
-(experiments/claims_report.py).
+(experiments/claims_statistics.py).
 """
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
@@ -158,6 +158,8 @@ class Claim:
     by_factor: bool = False            # the verdict is about tokens to equal loss, not about pairs
     margin: float = 0                  # nats per token: "near-optimal" is at most so far above (ours)
     place: Literal["ratio", "long", "ratios"] = "ratio"                # which of Scale's
+    # Pairs that have records at Scale's other lengths are judged there too; no run is made for that.
+    elsewhere: bool = False
     ours: bool = False                 # not from a paper, and not in the short table
 
 
@@ -170,7 +172,8 @@ ALL_CLAIMS = (
     Claim(4, "pruning with distillation beats pruning alone, and distillation from scratch with the "
              "same teacher",
           (("idea-kd", "idea"), ("idea-kd-annealed", "idea"), ("idea-kd", "kd-captured"),
-           ("idea-kd-annealed", "kd"), ("idea-kd-annealed", "kd-flops"))),
+           ("idea-kd-annealed", "kd"), ("idea-kd-annealed", "kd-flops"),
+           ("kd-annealed-longer", "idea")), elsewhere=True),
     Claim(5, "IDEA with distillation beats training from scratch, at equal own tokens and at equal "
              "FLOPs",
           (("idea", "scratch"), ("idea-kd", "scratch"), ("idea-kd-annealed", "scratch"),

@@ -5,13 +5,15 @@
 All comparisons are paired by seed: the two runs read the same data in the same order (unless only
 one of them begins with a cut) and are judged on the same hold-out, by their losses at the end. An
 interval is Student's 95 % interval of the mean difference over seeds; one seed has no interval and
-proves nothing. For tokens to equal loss the interval is a percentile bootstrap over seeds, which is
-too narrow for few seeds. No interval accounts for the learning rates, which were chosen with these
-seeds, or for the number of comparisons: of 20 rows without any effect one is expected to look like
-an effect. Not here: what is compared (experiments/claims_runs.py), tables
-(experiments/claims_report.py).
+proves nothing. Where the losses of the two kinds hardly correlate over seeds, Welch's interval, for
+samples without pairs, is given too, and a verdict needs both. For tokens to equal loss the interval
+is a percentile bootstrap over seeds, which is too narrow for few seeds. No interval accounts for
+the learning rates, which were chosen with these seeds, or for the number of comparisons: of 20 rows
+without any effect one is expected to look like an effect. `holm` corrects for that number. Not
+here: what is compared (experiments/claims_runs.py), tables (experiments/claims_report.py).
 """
 import bisect
+import dataclasses
 import math
 import random
 import statistics
@@ -21,6 +23,7 @@ import numpy as np
 from scipy import stats
 
 import report
+import schedule
 from experiments import claims_runs
 from experiments.claims_runs import CLAIMS, Claim, Run
 from experiments.scaling_curves import reach
@@ -28,6 +31,12 @@ from experiments.scaling_curves import reach
 LEVEL = .95                            # of the intervals
 POWER = .8
 UNDECIDED = "not at this scale"
+NO_VERDICT = "no verdict"
+# A run that was taught for a smaller share of its steps is no test of its teacher (our choice).
+MIN_TAUGHT = .2
+# Pairs narrow an interval by 1 - √(1 - correlation). Below this correlation, 11 %, that hardly helps
+# (our choice).
+UNPAIRED = .2
 FAR = 2                                # times fewer tokens are "far fewer" (claim 9; our number)
 
 
@@ -42,6 +51,15 @@ class Effect:
     sd: float = math.nan               # of the differences, between seeds
     low: float = math.nan
     high: float = math.nan
+    error: float = math.nan            # standard error of the mean
+    freedom: float = math.nan          # degrees of freedom of Student's t
+
+    def p_value(self, margin=0):
+        """Two-sided, of the hypothesis that the difference is the margin. Below 5 % the 95 %
+        interval does not hold the margin, and `verdict` decides."""
+        if self.error == 0:
+            return float(self.mean == margin)
+        return 2 * float(stats.t.sf(abs(self.mean - margin) / self.error, self.freedom))
 
     def verdict(self, margin=0):
         """On the claim that the difference is below the margin."""
@@ -64,8 +82,46 @@ def effect(differences):
         # One of the runs diverged.
         return Effect(len(values), mean, math.nan, mean, mean)
     sd = statistics.stdev(values)
-    half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * sd / math.sqrt(len(values))
-    return Effect(len(values), mean, sd, mean - half, mean + half)
+    return with_interval(len(values), mean, sd, sd / math.sqrt(len(values)), len(values) - 1)
+
+
+def with_interval(seeds, mean, sd, error, freedom):
+    """The Effect with Student's interval of this standard error and degrees of freedom."""
+    half = stats.t.ppf((1 + LEVEL) / 2, freedom) * error
+    return Effect(seeds, mean, sd, mean - half, mean + half, error, freedom)
+
+
+def unpaired_effect(first, second):
+    """The Effect of the losses of two kinds, without pairs: Welch's interval. Both are lists of one
+    length, and one of them varies."""
+    count = len(first)
+    variances = statistics.variance(first), statistics.variance(second)
+    freedom = (count - 1) * sum(variances)**2 / sum(variance**2 for variance in variances)
+    return with_interval(count, statistics.mean(first) - statistics.mean(second), math.nan,
+                         math.sqrt(sum(variances) / count), freedom)
+
+
+def correlation(first, second):
+    """Of the losses of two kinds over seeds. It is nan for fewer than 3 seeds, and for losses that
+    do not vary or are infinite."""
+    if len(first) < 3 or not all(map(math.isfinite, (*first, *second))):
+        return math.nan
+    if min(first) == max(first) or min(second) == max(second):
+        return math.nan
+    return statistics.correlation(first, second)
+
+
+def holm(p_values):
+    """p-values corrected for their number, by Holm: the smallest of n times n, the next one times n
+    - 1, and so on, each at least the one before. A nan is no comparison, and stays nan."""
+    order = [i for i, p in enumerate(p_values) if not math.isnan(p)]
+    order.sort(key=lambda i: p_values[i])
+    corrected = [math.nan] * len(p_values)
+    largest = 0.
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1., p_values[i] * (len(order) - rank)))
+        corrected[i] = largest
+    return corrected
 
 
 def least_seen(sd, seeds):
@@ -135,21 +191,113 @@ def differences(runs, first, second, size, ratio):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two kinds at a place."""
-    claim: Claim
+    """Two kinds at a place. `claim` is None for a pair that no claim is about."""
+    claim: Claim | None
     first: str
     second: str
     size: str
     ratio: float
     effect: Effect
+    correlation: float                 # of the two kinds' losses over seeds
+    unpaired: Effect | None            # Welch's, if the correlation is below UNPAIRED
+    # Of the first kind, if its teacher is under test: the share of the steps that had the teacher,
+    # and how far below the run's own loss the teacher's is at the end (nats); otherwise nan.
+    taught: float
+    lead: float
+
+    @property
+    def margin(self):
+        return self.claim.margin if self.claim else 0
+
+    @property
+    def p_value(self):
+        """The larger one, where there are two intervals."""
+        p = self.effect.p_value(self.margin)
+        return max(p, self.unpaired.p_value(self.margin)) if self.unpaired else p
+
+    @property
+    def verdict(self):
+        """On the claim. A run that was hardly taught gives none on its teacher, and two intervals
+        that disagree decide nothing."""
+        decision = self.effect.verdict(self.margin)
+        if self.taught < MIN_TAUGHT:
+            return NO_VERDICT
+        if self.unpaired and self.unpaired.verdict(self.margin) != decision:
+            return UNDECIDED
+        return decision
+
+
+def compare(runs, first, second, size, ratio, claim=None):
+    """The Comparison of two kinds, over the seeds that both have."""
+    by_seed = differences(runs, first, second, size, ratio)
+    losses = []
+    for kind in (first, second):
+        summaries = of_kind(runs, kind, size, ratio)
+        losses.append([summaries[seed]["final_loss"] for seed in by_seed])
+    correlated = correlation(*losses)
+    unpaired = unpaired_effect(*losses) if correlated < UNPAIRED else None
+    taught = math.nan
+    lead = math.nan
+    if by_seed and tests_a_teacher(first, second):
+        own_runs = [Run(first, size, ratio, seed) for seed in by_seed]
+        taught = statistics.mean(taught_share(runs[run.name]) for run in own_runs)
+        teacher = claims_runs.KINDS[first].teacher
+        if teacher:
+            lead = effect(differences(runs, first, teacher, size, ratio)).mean
+    return Comparison(claim, first, second, size, ratio, effect(by_seed), correlated, unpaired, taught,
+                      lead)
+
+
+def tests_a_teacher(first, second):
+    """Whether a pair is about the teacher of its first kind: the second kind is not taught in the
+    same way by the same plan."""
+    return teaching(first) is not None and teaching(first) != teaching(second)
+
+
+def teaching(kind):
+    """How a kind is taught: its plan, its teacher and the settings of distillation; None without a
+    teacher."""
+    kind = claims_runs.KINDS[kind]
+    if not any(stage.kd for stage in schedule.PLANS[kind.plan]):
+        return None
+    names = ("kd_weight", "kd_temperature", "drop_teacher")
+    return kind.plan, kind.teacher, [kind.settings.get(name) for name in names]
+
+
+def taught_share(run):
+    """The share of a run's steps that had a teacher; 0 for a plan without one, and for a run that
+    ended before its plan teaches."""
+    config, _, _, timeline = claims_runs.plan_of(run["config"][0])
+    end_of_teaching = run["summary"][0]["step"]
+    for record in run.get("teacher", ()):
+        if record.get("dropped"):
+            end_of_teaching = record["step"]
+    steps = 0
+    for stage, begin, end in timeline.stages:
+        if stage.kd:
+            steps += max(0, min(end, end_of_teaching) - begin)
+    return steps / config.steps
 
 
 def comparisons(runs, scale):
     """The Comparisons of all claims of the scale, in the order of the claims' numbers."""
     rows = []
     for number in sorted(scale.claims):
-        for pair in claims_runs.pairs(CLAIMS[number], scale):
-            rows.append(Comparison(CLAIMS[number], *pair, effect(differences(runs, *pair))))
+        claim = CLAIMS[number]
+        for pair in claims_runs.pairs(claim, scale):
+            rows.append(compare(runs, *pair, claim))
+        if claim.elsewhere:
+            rows += elsewhere(runs, claim, scale)
+    return rows
+
+
+def elsewhere(runs, claim, scale):
+    """The Comparisons of a claim at the lengths for which no run is made for its sake. Only pairs
+    that have records there are compared."""
+    rows = []
+    for pair in claims_runs.pairs(dataclasses.replace(claim, place="ratios"), scale):
+        if pair[-1] != scale.ratio and differences(runs, *pair):
+            rows.append(compare(runs, *pair, claim))
     return rows
 
 

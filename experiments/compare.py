@@ -45,6 +45,7 @@ from common import (
     append_record,
     check_choices,
     parse,
+    printable,
     read_records,
     refuse_idle,
     run,
@@ -248,9 +249,9 @@ class Cuts:
             # Its scores need other statistics, and it zeroes in place.
             with torch.autocast("cpu", torch.bfloat16):
                 stats = prune.collect(model, batches, recipe)
-            return prune.one_shot(copy.deepcopy(model), stats, batches, recipe, budget)
+            return prune.cut_once(copy.deepcopy(model), stats, batches, recipe, budget)
         damage = self.damage(recipe, seed, batches, stats) if prune.runs_again(recipe) else None
-        return prune.one_shot(model, stats, batches, recipe, budget, damage=damage)
+        return prune.cut_once(model, stats, batches, recipe, budget, damage=damage)
 
     def little_by_little(self, name, recipe, keep, seed, batches):
         """Adapt-Pruner cuts ADAPT_STEP of the model at a time and measures anew each time, on one
@@ -266,7 +267,7 @@ class Cuts:
             with torch.autocast("cpu", torch.bfloat16):
                 stats = score.collect(model, half, prune.needs(recipe))
             budget = math.floor(at * self.subject.total + 1e-6)
-            model = prune.one_shot(model, stats, half, recipe, budget, whole.config.widths())
+            model = prune.cut_once(model, stats, half, recipe, budget, whole.config.widths())
         models.append((keep, model))
         return model
 
@@ -392,6 +393,10 @@ def check(config):
                         f"{config.micro_batch}: of two texts, and of halves of them")
     if config.part == "questions" and not config.questions:
         raise UserError("--part questions needs --questions FILE ...")
+    if config.best < 0:
+        raise UserError(f"--best {config.best} must be 0 or more")
+    for file in config.questions:            # before the hours that come first
+        questions.read_questions(file)
 
 
 def main(config):
@@ -442,7 +447,7 @@ def print_report(config):
     text = compare_report.report(read(config.out), config.grid_keep)
     page = Path(config.out).with_suffix("") / "report.md"
     write_atomic(page, lambda file: file.write(f"{text}\n".encode()))
-    print(text)
+    print(printable(text))
 
 
 def cost(subject, windows=16, rounds=3):
@@ -465,7 +470,7 @@ def cost(subject, windows=16, rounds=3):
 
     def whole_cut(recipe):
         stats = prune.collect(model, batches, recipe)
-        prune.one_shot(model, stats, batches, recipe, budget)
+        prune.cut_once(model, stats, batches, recipe, budget)
 
     rows = []
     for name in ("flap", "taylor", "sensitivity", "taylor2"):

@@ -21,8 +21,10 @@ from typing import Literal, NamedTuple
 
 import checkpoint
 import data
+import prune
 import report
-from common import UserError, check_choices, write_atomic
+import train
+from common import UserError, check_choices, check_positive, pick_device, write_atomic
 from experiments import sweep
 from formats.tokenizer import open_tokenizer
 from train import INIT_LR, LEARNING_RATES
@@ -92,6 +94,8 @@ class Job(NamedTuple):
 def filled(config):
     """The settings with all defaults filled in. Raises UserError for settings that mean nothing."""
     check_choices(config)
+    check_positive(config, ("tokens", "recover_tokens", "batch_tokens", "micro_batch", "block_size",
+                            "eval_windows", "lr", "seeds", "minutes", "jobs"))
     if config.init and config.tokens is not None:
         raise UserError(f"--tokens {config.tokens} has no effect with --init, whose models are "
                         "trained; leave it out")
@@ -209,17 +213,30 @@ def refuse_another_grid(config, jobs):
     write_atomic(file, lambda out: out.write(json.dumps(identity, indent=1).encode()))
 
 
+def check_jobs(config, jobs):
+    """Raise UserError for a setting that train.py or prune.py would refuse inside a run."""
+    device = pick_device(config.device)
+    vocab_size = open_tokenizer(config.tokenizer or "bytes").vocab_size
+    for job in jobs:
+        try:
+            settings = train.resolve(train.Train(**job.settings), device)
+            train.refuse_idle_flags(settings)
+            if job.cut:
+                prune.check(prune.Prune(**job.cut))
+            if not settings.init:
+                _, target, _ = train.plan_run(settings, vocab_size)
+                train.check_batch(settings, target.block_size, world=1)
+        except UserError as problem:
+            raise UserError(f"{job.name}: {problem}") from None
+
+
 def run_grid(config):
     """Make what is missing, wave by wave."""
-    minutes_given = config.minutes is not None
-    jobs_given = config.jobs is not None
-    if config.seeds < 1 or (jobs_given and config.jobs < 1) or (minutes_given and config.minutes <= 0):
-        raise UserError(f"--seeds {config.seeds} and --jobs {config.jobs} must be at least 1, "
-                        f"--minutes {config.minutes} above 0")
     until = None
-    if minutes_given:
+    if config.minutes is not None:
         until = time.time() + 60 * config.minutes
     trained, recovered = waves(config)
+    check_jobs(filled(config), [*trained, *recovered])
     refuse_another_grid(config, [*trained, *recovered])
     config = filled(config)
     for wave in (trained, recovered):

@@ -27,7 +27,7 @@ import torch
 import checkpoint
 import export
 import prune
-from common import UserError, parse, refuse_idle, run
+from common import UserError, check_positive, parse, refuse_idle, run
 from formats import llamacpp
 from tasks import questions
 
@@ -228,6 +228,9 @@ def main(config):
     for name, task in {"file": "questions", "limit": "questions", "keep": "check"}.items():
         if config.task != task:
             refuse_idle(config, [name], f"in {config.task}, only in {task}")
+    check_positive(config, ["limit"])
+    if not 0 < config.keep < 1:
+        raise UserError(f"--keep {config.keep} must be between 0 and 1")
     if config.task != "fetch" and not (folder / "config.json").exists():
         raise UserError(f"{folder} is no Hugging Face folder, which {config.task} needs for transformers; give what "
                         "fetch wrote, or write one by python export.py CHECKPOINT FOLDER")

@@ -12,10 +12,8 @@ import statistics
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 import report
 import score
@@ -34,8 +32,6 @@ from experiments import (
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESULTS = ROOT / "results"
-HOLM = "tests/test_docs.py holm"
-PAPERS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)       # the claims that are not our own
 
 
 def page(name):
@@ -152,42 +148,6 @@ def test_effects_in_the_prose_are_those_of_the_records(recorded):
     written = re.findall(r"\d\.\d{3} ± \d\.\d{3}", prose("claims.md") + readme)
     assert len(written) >= 20
     assert not set(written) - known
-
-
-def holm(runs, scale):
-    """The pairs of the papers' claims at the table's length, the smallest p-value first: [(comparison, p, p by Holm)].
-    Holm multiplies the smallest of n by n, the next one by n - 1, and so on; a p-value is at least the one before."""
-    pairs = []
-    for row in claims_statistics.comparisons(runs, scale):
-        main_length = scale.long if row.claim.number == 9 else scale.ratio
-        if row.claim.number in PAPERS and row.ratio == main_length:
-            values = differences(runs, row.first, row.second, row.ratio)
-            pairs.append((row, stats.ttest_1samp(values, 0).pvalue))
-    pairs.sort(key=lambda pair: pair[1])
-    corrected = []
-    largest = 0
-    for i, (row, p) in enumerate(pairs):
-        largest = max(largest, min(1, p * (len(pairs) - i)))
-        corrected.append((row, p, largest))
-    return corrected
-
-
-def holm_table(runs, scale):
-    rows = []
-    for row, p, by_holm in holm(runs, scale):
-        if p < 0.05:
-            rows.append((row.claim.number, f"`{row.first}` minus `{row.second}`", f"{row.effect.mean:+.4f}",
-                         row.effect.seeds, f"{p:.2g}", f"{by_holm:.2g}"))
-    return report.markdown(("claim", "pair", "difference", "seeds", "p", "p by Holm"), rows)
-
-
-def test_holm_leaves_six_of_the_36_pairs(recorded):
-    corrected = holm(*recorded)
-    below = sum(p < 0.05 for _, p, _ in corrected)
-    assert sorted(row.claim.number for row, _, p in corrected if p < 0.05) == [1, 1, 5, 5, 9, 9]
-    assert f"Of the {len(corrected)} pairs in the table of claims, {below} differ from 0" in prose("claims.md")
-    text = page("claims.md")
-    assert with_part(text, HOLM, holm_table(*recorded)) == text
 
 
 def test_what_claims_md_says_about_pairing(recorded):
@@ -370,41 +330,31 @@ def test_scaling_report_is_what_the_records_say():
     assert nats == pytest.approx(float(re.search(r"\| width \| p2 \| ([\d.]+)", written)[1]), rel=0.05)
 
 
-def guesses(points):
-    """Mean errors of two guesses without a law: the largest model pays what the next smaller one paid; a curve stays at
-    its last loss before its last fifth."""
-    cost = points.loss - points.before
-    next_smaller = sorted(set(points.n0))[-2]
-    errors = []
-    for i in np.flatnonzero(points.n0 == points.n0.max()):
-        same_cut = (points.n0 == next_smaller) & np.isclose(points.rho, points.rho[i], atol=0.02)
-        same_tokens = np.isclose(points.tokens, points.tokens[i], rtol=0.02)
-        errors.append(abs(cost[same_cut & same_tokens].mean() - cost[i]))
-    late = scaling_laws.last_fifth(points)
-    stays = []
-    for curve in set(points.curve):
-        seen = (points.curve == curve) & ~late
-        last = points.loss[seen][points.tokens[seen].argmax()]
-        stays += list(abs(points.loss[(points.curve == curve) & late] - last))
-    return np.mean(errors), np.mean(stays)
-
-
 def test_what_scaling_md_says_about_guesses():
+    """The guesses are made anew; the laws' errors are those of the table."""
     text = prose("scaling.md")
     recoveries = scaling_curves.recoveries(scaling_curves.read(RESULTS / "scaling.jsonl"), 0.05)
     table = scaling_table("| cut | law")
-    models = []
-    fifths = []
-    for kind, law in (("width", "p2"), ("depth", "p2"), ("2:4", "p2, one rate")):
-        model, fifth = guesses(scaling_laws.Points.of(recoveries[kind]))
+    laws = {"width": "p2", "depth": "p2", "2:4": "p2, one rate"}
+    parts = {"largest model": [], "largest rate": [], "last 20 %": []}
+    losses = 0
+    for kind, law in laws.items():
+        points = scaling_laws.Points.of(recoveries[kind])
         row = re.search(rf"\| {kind} \| {law} \| .*", table)[0].split("|")
-        models.append((f"{model:.4f}", row[5].split()[0]))
-        fifths.append((f"{fifth:.4f}", row[4].split()[0]))
-    (a, pa), (b, pb), (c, pc) = models
-    assert f"off by {a} nats for width (P² {pa}), {b} for depth (P² {pb}) and {c} for 2:4 (P² {pc})" in text
-    (a, pa), (b, pb), (c, pc) = fifths
-    assert f"off by {a}, {b} and {c} nats (P² {pa}, {pb} and {pc})" in text
-    assert f"a guess without a law is off by {models[0][0]}" in (ROOT / "README.md").read_text()
+        of_law = dict(zip(scaling_laws.HELD_OUT, [cell.split()[0] for cell in row[4:7]]))
+        for name, guess in scaling_curves.GUESSES.items():
+            for part, judged in scaling_curves.judged_guesses(guess, points).items():
+                if judged:
+                    nats = f"{judged['nats']:.4f}"
+                    assert re.search(rf"\| {kind} \| {name} \| - .*{nats} \(", table)
+                    parts[part].append(f"{nats} for {kind} (P² {of_law[part]})")
+                    losses += nats < of_law[part]
+    (a, b, c), (d, e), (f, g, h) = parts.values()
+    assert f"off by {a.replace(' for', ' nats for')}, {b} and {c}." in text
+    assert f"off by {d} and {e}." in text
+    assert f"off by {f.replace(' for', ' nats for')}, {g} and {h}." in text
+    assert losses == 3 and "at three of eight places" in text
+    assert f"a guess without a law is off by {a.split()[0]}" in (ROOT / "README.md").read_text()
 
 
 def test_worked_example_of_scaling_md_is_what_the_laws_say():
@@ -550,7 +500,7 @@ def write():
         write_page(name, text)
     config, scale = claims.select(claims.Report())
     runs = claims_statistics.read(ROOT / config.results)
-    write_page("claims.md", with_part(with_claims(page("claims.md"), runs, scale), HOLM, holm_table(runs, scale)))
+    write_page("claims.md", with_claims(page("claims.md"), runs, scale))
     text = page("walkthrough.md")
     blocks = [code for code, _ in BLOCK.findall(text)]
     outputs = iter(printed_by(blocks))

@@ -21,6 +21,7 @@ import eval as evaluation
 import export
 import model as models
 import prune
+import report
 from common import UserError, read_records, write_atomic
 from formats import huggingface
 from formats.tokenizer import open_tokenizer
@@ -314,7 +315,144 @@ def test_a_teacher_of_another_tokenizer_is_refused(tmp_path):
             lambda: train_toy(tmp_path / "run", plan="kd", teacher=str(tmp_path / "hf")))
 
 
+# -- flags and what is printed
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    name: str
+    out: str | None = None
+    files: tuple[str, ...] = ()
+    text: str | None = None
+    number: float = 1.
+
+
+def test_an_empty_value_is_a_sentence_and_text_may_be_empty(capsys):
+    for words, sentence in (([""], "error: name is empty"),
+                            (["x", "--out", ""], "error: --out is empty; give a value or"),
+                            (["x", "--files", "a", ""], "error: --files is empty")):
+        with pytest.raises(SystemExit) as end:
+            common.parse(Flags, words, verbatim=["text"])
+        errors = capsys.readouterr().err
+        assert end.value.code == 2 and errors.startswith(sentence) and len(errors.splitlines()) == 1
+    assert common.parse(Flags, ["x", "--text", ""], verbatim=["text"]).text == ""
+
+
+def test_the_home_folder_is_expanded_in_paths_and_not_in_text(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/somebody")
+    config = common.parse(Flags, ["~/a", "--out=~/b", "--files", "~/c", "d~/e", "--text=~/f"], verbatim=["text"])
+    assert config == Flags("/home/of/somebody/a", "/home/of/somebody/b", ("/home/of/somebody/c", "d~/e"), "~/f")
+
+
+@pytest.mark.parametrize("number", [0, -1., float("nan"), float("inf")])
+def test_what_must_be_positive_is(number):
+    refused(f"--number {number} must be positive and finite", common.check_positive, Flags("x", number=number),
+            ["number"])
+    common.check_positive(Flags("x"), ["number", "out"])
+
+
+@pytest.mark.parametrize("problem", [MemoryError(),
+                                     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+                                     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")])
+def test_too_little_memory_is_a_sentence(capsys, problem):
+    def work():
+        raise problem
+
+    with pytest.raises(SystemExit) as end:
+        common.run(work)
+    assert end.value.code == 2 and "memory" in capsys.readouterr().err
+    problem = RuntimeError("a mistake of ours")
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        common.run(work)
+
+
+HOSTILE = "a\x1b[2Jb\r\x9b31m\u202ec\ud800"
+SPELLED = r"a\x1b[2Jb\r\x9b31m\u202ec\ud800"
+
+
+def test_control_characters_are_spelled_out_in_all_that_is_printed(tmp_path, monkeypatch, capsys):
+    assert common.printable(HOSTILE) == SPELLED
+    assert common.printable("tab\tline\nénaïve 日本\u3000🙂\u200d") == "tab\tline\nénaïve 日本\u3000🙂\u200d"
+    with pytest.raises(SystemExit):
+        common.stop(f"no file {HOSTILE}")
+    assert SPELLED in capsys.readouterr().err
+
+    train_toy(tmp_path / "run", plan="scratch", steps=10)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    records = read_records(metrics)
+    for record in records:
+        record |= {key: HOSTILE for key in ("text", "plan", "when") if key in record}
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    report.main(report.Report((str(tmp_path / "run"),)))
+    printed = capsys.readouterr().out
+    assert printed.count(SPELLED) == 3 and "\x1b" not in printed
+    path = saved(tmp_path / "m.pt")
+    monkeypatch.setattr(evaluation, "sample", lambda *_: HOSTILE)
+    monkeypatch.setattr(evaluation, "print_loss", lambda *_: None)
+    evaluation.main(evaluation.Eval(path, sample="def ", device="cpu"))
+    assert f"def {SPELLED}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, sentence", [
+    ("eval.py MODEL --tasks=", "--tasks is empty"), ("prune.py --init MODEL --out=", "--out is empty"),
+    ("train.py --size-curve=", "'' for argument '--size-curve'"),
+    ("prune.py --init MODEL --structure ffn,ffn", "--structure 'ffn,ffn' must be"),
+    ("-m experiments.claims --quick --minutes nan", "--minutes nan must be positive"),
+    ("-m experiments.claims --quick --device cuda:99", "'cuda:99' is not available here"),
+    ("-m experiments.claims report --results nope", "no finished runs in nope"),
+    ("-m experiments.scaling run --preset toy --minutes nan", "--minutes nan must be positive"),
+    ("-m experiments.scaling run --preset toy --batch-tokens 0", "--batch-tokens 0 must be positive"),
+    ("-m experiments.scaling run --preset toy --micro-batch 3", "8x32-0: --batch-tokens 512 is not a multiple of 3"),
+    ("-m experiments.scaling run --preset toy --device cuda:99", "'cuda:99' is not available here"),
+    ("-m experiments.compare MODEL --part questions", "--part questions needs --questions"),
+    ("-m experiments.compare MODEL --questions gone", "No such file or directory (gone)"),
+    ("-m experiments.smollm2 check MODEL --keep 2", "--keep 2.0 must be between 0 and 1")])
+def test_a_long_command_refuses_its_flags_before_it_works(tmp_path, words, sentence):
+    program, *flags = words.replace("MODEL", "model.pt").split()
+    program = [program] if program == "-m" else [str(ROOT / program)]
+    done = subprocess.run([sys.executable, *program, *flags], cwd=tmp_path, env=ENVIRONMENT, capture_output=True,
+                          text=True)
+    assert done.returncode == 2 and sentence in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
 # -- processes and signals
+
+SMALL_CUT = dict(windows=4, eval_windows=4, block_size=32, device="cpu")
+
+
+def test_prune_holds_its_folder_and_finds_what_a_killed_process_left(tmp_path):
+    out = tmp_path / "cut"
+    recipe = prune.Prune(saved(tmp_path / "m.pt"), out=str(out), **SMALL_CUT)
+    with checkpoint.locked(out):
+        refused("another process works in .*cut and holds", prune.main, recipe)
+    assert not out.exists()
+    out.mkdir()
+    for name in (".lock", ".ckpt_00000000.pt.0123456789abcdef.tmp"):
+        (out / name).write_text("")
+    prune.main(recipe)
+    assert sorted(file.name for file in out.iterdir()) == [".lock", "ckpt_00000000.pt", "widths.png"]
+    refused("is there already; give another --out or delete it", prune.main, recipe)
+
+
+def test_prune_touches_no_folder_of_somebody_else(tmp_path):
+    for name in ("notes.txt", ".notes.tmp"):
+        out = tmp_path / name.strip(".")
+        out.mkdir()
+        (out / name).write_text("precious")
+        refused("is there already", prune.main, prune.Prune("m.pt", out=str(out), **SMALL_CUT))
+        with checkpoint.locked(out):
+            pass
+        assert (out / name).read_text() == "precious"
+    refused("is there already", prune.main, prune.Prune("m.pt", out=str(tmp_path / "notes.txt" / "notes.txt")))
+
+
+@pytest.mark.parametrize("structure", [{}, dict(structure="layer", score="influence"), dict(allocate="measured")])
+def test_a_cut_that_leaves_nothing_is_refused(tmp_path, structure):
+    recipe = prune.Prune(saved(tmp_path / "m.pt"), keep=1e-9, out=str(tmp_path / "cut"), **SMALL_CUT, **structure)
+    refused("a budget of 0 params keeps no unit of any layer; keep more than 1e-09", prune.main, recipe)
+    recipe = prune.Prune(recipe.init, multiple_of=65, out=recipe.out, **SMALL_CUT)
+    refused("--multiple-of 65 is more than the 64 neurons of the widest layer", prune.main, recipe)
+    assert not (tmp_path / "cut").exists()
 
 def test_two_processes_cannot_work_in_one_folder(tmp_path, whole):
     first = start(plan="idea", out=tmp_path / "run")

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 import checkpoint
 import data
@@ -213,8 +214,9 @@ def file(tmp_path):
     return tmp_path / "records.jsonl"
 
 
-def plant(results, losses, scale=SCALES["cpu"], **config):
-    """Records of runs, put into the file: {kind: (tokens, FLOPs, {seed: loss})} or {(kind, size, ratio): ...}."""
+def plant(results, losses, dropped=None, **config):
+    """Records of runs, put into the file: {kind: (tokens, FLOPs, {seed: loss})} or {(kind, size, ratio): ...}. Their
+    teachers are dropped at step `dropped` of 400."""
     planted = {}
     for kind, (tokens, flops, by_seed) in losses.items():
         kind, size, ratio = kind if isinstance(kind, tuple) else (kind, *PLACE)
@@ -227,7 +229,8 @@ def plant(results, losses, scale=SCALES["cpu"], **config):
                           flops_executed=flops * x) for x in (0, .25, .5, .75, 1)]
             summary = dict(evals[-1], tag="summary", epochs=.5, flops_credited=flops, seconds={"train": 2.0},
                            val_loss=9. - loss, final_loss=loss, final_windows=8)
-            planted[run.name] = [{"run": run.name, **record} for record in (about, *evals, summary)]
+            teacher = [dict(tag="teacher", step=dropped, dropped=True)] if dropped else []
+            planted[run.name] = [{"run": run.name, **record} for record in (about, *evals, *teacher, summary)]
     others = [record for record in read_records(results) if record["run"] not in planted]
     sweep.write_records(results, others + [record for run in planted.values() for record in run])
 
@@ -251,13 +254,14 @@ def test_totals_count_what_a_run_needs(file):
 
 def test_share_of_steps_with_a_teacher():
     """Plan idea-kd teaches from the first cut, half way, on; 400 steps."""
-    def taught(plan, *records):
+    def taught(plan, *records, end=400):
         config = dict(plan=plan, preset="4x16", steps=400, lr=.01)
-        return claims_report.taught_share({"config": [config], "teacher": [*records]})
+        return claims_statistics.taught_share({"config": [config], "teacher": [*records], "summary": [{"step": end}]})
 
     captured = dict(step=200, sha256="x")
     assert taught("idea-kd", captured, dict(step=250, dropped=True)) == pytest.approx(50 / 400)
     assert taught("idea-kd", captured) == pytest.approx(.5) and taught("idea") == 0
+    assert taught("idea-kd", end=200) == 0                              # --stage enlarge
 
 
 def test_first_warmups_of_a_place_are_equally_long():
@@ -286,22 +290,133 @@ def test_tables_say_what_was_planted(file):
     text, table = claims_report.text(runs, scale), claims_report.details(runs, scale)
     rows = {row.split("|")[2].strip(): [cell.strip() for cell in row.split("|")[4:]] for row in table.splitlines()
             if row.startswith("|")}
-    assert rows["`idea` below `naive`"][:4] == ["3", "-0.0500 (-0.0500 to -0.0500)", "reproduced", "1.00, 1.12"]
-    assert rows["`idea` below `oneshot`"][:3] == ["1", "+0.0990", "not measured"]
+    assert rows["`idea` below `naive`"][:5] == [
+        "3", "-0.0500 (-0.0500 to -0.0500)", "+1.00", "reproduced", "1.00, 1.12"]
+    assert rows["`idea` below `oneshot`"][:4] == ["1", "+0.0990", "-", "not measured"]
     assert "0.5 times. Losses at the end are over 8 windows of the hold-out, those while training over 4." in text
     assert "not measured" in re.search(r"\| 10\. .*", text)[0] and "abc (8)" in text
     assert "| one cosine instead of two cycles | `oneshot` minus `naive` | 1 | -0.149" in text
-    assert re.search(r"\| 1\. .* \| `oneshot` below `naive` \| 1 \| -0.149 \| not measured \|\n"
-                     r"\|  \| `idea` below `naive` \| 3 \| -0.050 ± 0.000 \| reproduced \|", text)
+    assert re.search(r"\| 1\. .* \| `oneshot` below `naive` \| 1 \| - \| -0.149 \| - \| not measured \|\n"
+                     r"\|  \| `idea` below `naive` \| 3 \| \+1.00 \| -0.050 ± 0.000 \| \S+ \| reproduced \|", text)
     assert "| tokens that" not in text and "times fewer" not in text
     assert "Claims 12 and 13 are our own" in text and "| 12. " not in text and "| 12. " in table
     plant(file, {"journey": (100, 9., spread(1.)), "journey-5-25%": (100, 9., spread(1.002)),
                      "journey-5-75%": (100, 9., spread(.992)), "journey-50-75%": (100, 9., spread(.9))})
     runs = claims_statistics.read(file)
     text, table = claims_report.text(runs, scale), claims_report.details(runs, scale)
-    assert [re.search(rf"`journey` within 0.01 of `journey-{other}%` \|.*", table)[0].split("|")[4].strip()
+    assert [re.search(rf"`journey` within 0.01 of `journey-{other}%` \|.*", table)[0].split("|")[5].strip()
             for other in ("5-25", "5-75", "50-75")] == ["reproduced", "reproduced", "contradicted"]
-    assert "| `journey` within 0.01 of `journey-50-75%` | 3 | +0.100 ± 0.000 | contradicted |" in text
+    assert re.search(r"\| `journey` within 0.01 of `journey-50-75%` \| 3 \| \+1.00 \| \+0.100 ± 0.000 \| \S+ "
+                     r"\| contradicted \|", text)
+
+
+def test_holm_corrects_as_on_paper():
+    """.005 × 4, .01 × 3, .03 × 2, and .04 × 1, which is raised to the one before it; a nan is no comparison."""
+    corrected = claims_statistics.holm([.01, .04, math.nan, .03, .005])
+    assert corrected == pytest.approx([.03, .06, math.nan, .06, .02], nan_ok=True)
+    assert claims_statistics.holm([.6, .9]) == [1, 1] and claims_statistics.holm([]) == []
+
+
+def test_table_corrects_for_its_pairs(file):
+    """Of four pairs with records claim 1's two survive; that of claim 3 does not, though its own p is below 5 %."""
+    oneshot = [1., 1.01, 1.03, 1.02, 1.]
+    better = [.0004, .0012, .002, .002, .0044]
+    noise = [.01, -.01, .005, -.004, 0.]
+    losses = {"oneshot": oneshot, "idea": [x - y for x, y in zip(oneshot, better)],
+              "naive": [x + y + .1 for x, y in zip(oneshot, better)], "adapt": oneshot,
+              "adapt-1cut": [x + y for x, y in zip(oneshot, noise)]}
+    plant(file, {kind: (9, 9., dict(enumerate(values))) for kind, values in losses.items()})
+    rows = claims_report.short_rows(claims_statistics.read(file), SCALES["cpu"])
+    text = claims_report.short_table(rows, SCALES["cpu"])
+    pairs = (("oneshot", "naive"), ("idea", "naive"), ("idea", "oneshot"), ("adapt", "adapt-1cut"))
+    p = {pair: stats.ttest_rel(losses[pair[0]], losses[pair[1]]).pvalue for pair in pairs}
+    order = sorted(p, key=p.get)
+    assert {*order[:2]} == {*pairs[:2]} and .025 < p[order[2]] < .05 < p[order[3]] and order[2] == pairs[2]
+    for times, pair in zip((4, 3, 2, 1), order):
+        assert re.search(rf"`{pair[0]}` below `{pair[1]}` \|.* \| {times * p[pair]:.2g} \|", text), pair
+    assert claims_report.many_comparisons(rows).startswith(
+        "Of these 4 pairs, 3 differ from 0 (in claims of \"within 0.01\": from 0.01) at the 5 % level. Holm's "
+        "correction for 4 comparisons leaves 2 (2 of claim 1), 0 of which give no verdict.")
+    assert claims_report.many_comparisons(claims_report.short_rows({}, SCALES["cpu"])) == ""
+
+
+def test_p_values_and_intervals_agree(file):
+    dice = random.Random(3)
+    for margin in (0, .01):
+        for shift in (0, .01, .02, .03):
+            effect = claims_statistics.effect([dice.gauss(shift, .01) for _ in range(5)])
+            assert (effect.p_value(margin) < .05) == (effect.verdict(margin) != "not at this scale")
+    assert math.isnan(claims_statistics.effect([.1]).p_value())
+    assert math.isnan(claims_statistics.effect([math.inf, .1]).p_value())
+    assert claims_statistics.effect([0., 0.]).p_value() == 1 and claims_statistics.effect([1., 1.]).p_value() == 0
+
+
+def test_losses_that_do_not_correlate_are_compared_without_pairs_too(file):
+    """Paired and Welch's interval; where one says yes and the other does not, there is no decision."""
+    first, second = [1., 1.01, 1.02, 1.03, 1.04], [1.08, 1.07, 1.03, 1.05, 1.04]
+    plant(file, {"idea": (9, 9., dict(enumerate(first))), "scratch": (9, 9., dict(enumerate(second))),
+                 "naive": (9, 9., {s: x + .1 for s, x in enumerate(first)})})
+    runs, scale = claims_statistics.read(file), SCALES["cpu"]
+    paired = claims_statistics.compare(runs, "idea", "naive", *PLACE)
+    assert paired.correlation == pytest.approx(1) and paired.unpaired is None
+    row = claims_statistics.compare(runs, "idea", "scratch", *PLACE)
+    assert row.correlation == statistics.correlation(first, second) < claims_statistics.UNPAIRED
+    welch = stats.ttest_ind(first, second, equal_var=False)
+    low, high = welch.confidence_interval()
+    assert (row.unpaired.low, row.unpaired.high) == pytest.approx((low, high))
+    assert row.unpaired.p_value() == pytest.approx(welch.pvalue)
+    assert row.p_value == pytest.approx(stats.ttest_rel(first, second).pvalue) and row.p_value > welch.pvalue
+    assert (row.effect.verdict(), row.unpaired.verdict(), row.verdict) == (
+        "not at this scale", "reproduced", "not at this scale")
+    half = (high - low) / 2
+    text, details = claims_report.text(runs, scale), claims_report.claims_table(runs, scale)
+    assert f"| `idea` below `scratch` | 5 | -0.76 | -0.034 ± 0.043; unpaired ± {half:.3f} |" in text
+    assert f"; unpaired {low:+.4f} to {high:+.4f} | -0.76 | not at this scale" in details
+    for short in ([1., 2.], [1., 1., 1.], [1., 2., math.inf]):
+        assert math.isnan(claims_statistics.correlation(short, short))
+
+
+def test_hardly_taught_runs_give_no_verdict(file):
+    """Plan idea-kd teaches from step 200 of 400 on: up to step 279 is too short, up to step 281 is enough."""
+    plant(file, {"idea": (9, 9., spread(1.)), "annealed": (9, 9., spread(1.05))})
+    for dropped, words in ((279, "taught for 20 % of the steps: no verdict"),
+                           (281, "reproduced (taught for 20 % of the steps; its teacher ends 0.250 nats behind)")):
+        plant(file, {"idea-kd-annealed": (9, 9., spread(.8))}, dropped=dropped)
+        runs = claims_statistics.read(file)
+        text = claims_report.text(runs, SCALES["cpu"])
+        assert re.search(rf"\| `idea-kd-annealed` below `idea` \|.*\| {re.escape(words)} \|", text)
+        assert "gets no verdict if its first kind was taught for less than 20 % of its steps" in text
+    assert "`idea-kd-annealed` minus `idea` (taught for 20 % of the steps; its teacher ends" in text
+    plant(file, {"idea-kd": (9, 9., spread(.7)), "scratch": (9, 9., spread(1.))}, dropped=203)
+    text = claims_report.text(claims_statistics.read(file), SCALES["cpu"])
+    assert text.count("| taught for 0.8 % of the steps: no verdict |") == 2                # claims 4 and 5
+
+
+@pytest.mark.parametrize("first, second, tests", [
+    ("idea-kd", "idea", True), ("idea-kd-annealed", "kd", True), ("kd-temperature-2", "idea-kd-annealed", True),
+    ("kd-floor-1%", "idea-kd-annealed", False), ("kd-linear-40%", "idea-kd-annealed", False),
+    ("idea", "scratch", False), ("kd", "kd-lr-2x", False), ("kd-floor-1%", "scratch-floor-1%", True)])
+def test_which_pairs_test_a_teacher(first, second, tests):
+    assert claims_statistics.tests_a_teacher(first, second) == tests
+
+
+def test_claim_4_is_judged_where_records_are(file):
+    """At every length that has them, with the teacher's lead; no runs are made for it at other lengths."""
+    scale = SCALES["cpu"]
+    planned = {run.name for run in claims_runs.all_runs(scale, 1)}
+    assert "kd-4x16-100-s0" in planned and "kd-4x16-25-s0" not in planned
+    for ratio in (25, 100):
+        place = ("4x16", ratio)
+        plant(file, {("idea", *place): (9, 9., spread(1.)), ("idea-kd-annealed", *place): (9, 9., spread(1.1)),
+                     ("annealed", *place): (9, 9., spread(1.02))})
+    plant(file, {"kd-annealed-longer": (9, 9., spread(.9)), "annealed-longer": (9, 9., spread(.77))})
+    text = claims_report.text(claims_statistics.read(file), scale)
+    half = "(taught for 50 % of the steps; its teacher ends"
+    for line in (r"`idea-kd-annealed` below `idea` \| 3 .* contradicted {} 0.080 nats ahead\)",
+                 r"`idea-kd-annealed` below `idea`, 25 tokens per parameter \| 3 .* contradicted {} 0.080 nats ahead\)",
+                 r"`kd-annealed-longer` below `idea` \| 3 .* reproduced {} 0.130 nats ahead\)"):
+        assert len(re.findall(line.format(re.escape(half)), text)) == 1, line
+    assert "400 tokens per parameter" not in re.search(r"\| 4\. .*?\| 5\. ", text, re.S)[0]
 
 
 def test_equal_loss_and_headline(file):

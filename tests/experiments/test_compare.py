@@ -113,20 +113,26 @@ def test_families_of_documents():
 
 def cell(part, name, keep, seed, perplexity):
     return {"tag": "cell", "part": part, "name": name, "keep": keep, "seed": seed, "perplexity": perplexity,
-            "losses": {"python": math.log(perplexity), "prose": math.log(perplexity)}}
+            "n_kv_head": (3, 3), "losses": {"python": math.log(perplexity), "prose": math.log(perplexity)}}
 
 
 def test_claims_are_the_written_numbers():
     records = [cell("validation", name, .8, 0, perplexity) for name, perplexity in (
-        ("taylor / adaptive", 8.8), ("taylor / uniform", 8.), ("wanda / adaptive", 9.), ("wanda / uniform", 10.))]
+        ("taylor / adaptive", 8.8), ("taylor / uniform", 8.), ("wanda / adaptive", 9.), ("wanda / uniform", 10.),
+        ("dense", 7.))]
     for seed, (adapt, flap, short, mine) in enumerate(((20., 25., 40., 18.), (22., 20., 44., 11.))):
         records += [cell("test", "Adapt-Pruner", .8, seed, adapt), cell("test", "FLAP", .8, seed, flap),
                     cell("test", "ShortGPT", .8, seed, short), cell("test", "wanda / adaptive", .8, seed, 99.)]
         records += [cell("test", "taylor / adaptive", .8, seed, mine)]          # on test ours is not chosen again
     records.append({"tag": "cell", "part": "test", "name": "SliceGPT", "keep": .8, "seed": 0, "refused": "why"})
     text = compare_report.claims(records, .8)
-    assert "*Adaptive beats uniform* (keep 0.8, validation, one calibration): mixed, `taylor` +10.0%, `wanda` -10.0%" \
-        in text
+    assert ("*Adaptive beats uniform* on FFN neurons and KV groups (a layer has 3 groups, and an equal share of them "
+            "is 2.4), keep 0.8, validation, one calibration: mixed, `taylor` +10.0%, `wanda` -10.0%\n") in text
+    assert "FFN neurons alone" not in text
+    alone = [cell("validation", "taylor / adaptive, FFN", .8, 0, 9.5),
+             cell("validation", "taylor / uniform, FFN", .8, 0, 10.)]
+    assert ("*Adaptive beats uniform* on FFN neurons alone, keep 0.8, validation, one calibration: holds, `taylor` "
+            "-5.0%\n") in compare_report.claims(records + alone, .8)
     assert "*Adapt-Pruner beats FLAP*: mixed, keep 0.8 -20.0%, +10.0%" in text
     assert "keep 0.8: holds, best width Adapt-Pruner 21.00, best depth ShortGPT 42.00" in text
     assert "taylor / adaptive), keep 0.8: 14.50; the best published method, Adapt-Pruner, has 21.00: -10.0%, -50.0%" \

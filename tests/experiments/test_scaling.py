@@ -1,6 +1,7 @@
 """The grid is what it says; records of planted laws come back as those laws; a plan inverts the law it fits."""
 import dataclasses
 import fnmatch
+import itertools
 import os
 import re
 
@@ -212,6 +213,8 @@ def test_report_has_every_law_and_trend(grid):
     text = scaling.fit_report(FitGrid(str(grid), **QUICK), scaling_curves.read(grid))
     for law in ("p2", "p2, outside", "p2, rate only", "p2, control", "chinchilla", "power"):
         assert re.search(rf"\| width \| {law} \| 0\.\d+", text), law
+    assert re.search(r"\| width \| no law: straight line \| - \| 0\.\d+ \(.* %\) \| - \| - \|", text)
+    assert re.search(r"\| width \| no law: neighbour \| - \| - \| 0\.\d+ \(.* %\) \| 0\.\d+ \(.* %\) \|", text)
     row = next(line for line in text.splitlines() if line.startswith("| width | p2 |"))
     assert all(float(x) < .2 for x in re.findall(r"\(([\d.]+) %\)", row))               # it is the law that was planted
     assert "*A higher ρ needs more tokens*: in 8 of 8 models" in text
@@ -241,6 +244,56 @@ def test_noise_of_seeds(grid):
     of_two_normal_numbers = 2 / np.sqrt(np.pi)
     assert scaling_curves.noise(records) == pytest.approx(.0005 * of_two_normal_numbers, rel=.3)
     assert np.isnan(scaling_curves.noise([r for r in records if r["model"][1] == 100]))
+
+
+def planted(loss, sizes=(1e5, 2e5, 8e5), rates=(.1, .2, .4), seeds=2):
+    """Points of curves with the losses loss(size, rate, tokens); L0 is 1 and 2 for the seeds."""
+    records = []
+    for curve, (n0, rho, seed) in enumerate(itertools.product(sizes, rates, range(seeds))):
+        for tokens in TOKENS:
+            records.append(dict(curve=curve, tokens=tokens, n0=n0, rho=rho, before=1. + seed,
+                                loss=1. + seed + loss(n0, rho, tokens)))
+    return scaling_laws.Points.of(records)
+
+
+def test_a_straight_line_is_exact_on_straight_curves():
+    """Over log(tokens), through the last five seen points: what was before them does not count."""
+    bend = np.log(TOKENS[4])
+    points = planted(lambda n0, rho, tokens: 3 - rho * np.log(tokens) + .1 * max(0, bend - np.log(tokens)))
+    judged = scaling_curves.judged_guesses(scaling_curves.straight_line, points)
+    assert judged["last 20 %"]["worst"] < 1e-9 and judged["largest model"] is judged["largest rate"] is None
+    late = scaling_laws.last_fifth(points)
+    assert late.sum() == 18 * 2 and np.isfinite(scaling_curves.straight_line(points, ~late)).all()
+    few = points.where(points.tokens >= TOKENS[6])                      # 6 points, of which 5 were seen
+    few_late = scaling_laws.last_fifth(few)
+    assert np.isfinite(scaling_curves.straight_line(few, ~few_late)).all()
+    fewer = points.where(points.tokens >= TOKENS[7])
+    assert np.isnan(scaling_curves.straight_line(fewer, ~scaling_laws.last_fifth(fewer))).all()
+    steep = planted(lambda n0, rho, tokens: 1e6 / tokens)               # falls faster than a line, then more slowly
+    assert scaling_curves.judged_guesses(scaling_curves.straight_line, steep)["last 20 %"]["nats"] > .01
+
+
+def test_a_neighbour_is_exact_where_cuts_cost_the_same():
+    points = planted(lambda n0, rho, tokens: rho * 1e3 / tokens ** .5)  # of no size
+    judged = scaling_curves.judged_guesses(scaling_curves.neighbour, points)
+    assert judged["largest model"]["worst"] < 1e-9 and judged["last 20 %"] is None
+    half = np.mean([.2 * 1e3 / tokens ** .5 for tokens in TOKENS])      # the rate .4 is held out, and .2 costs half
+    assert judged["largest rate"]["nats"] == pytest.approx(half)
+    sizes = planted(lambda n0, rho, tokens: 1e5 / n0)                   # 1/8 for the largest, 1/2 for the next smaller
+    judged = scaling_curves.judged_guesses(scaling_curves.neighbour, sizes)
+    assert judged["largest model"]["nats"] == pytest.approx(3 / 8)
+    one_rate = planted(lambda n0, rho, tokens: .1, rates=(.5,))
+    assert scaling_curves.judged_guesses(scaling_curves.neighbour, one_rate)["largest rate"] is None
+
+
+def test_a_neighbour_averages_seeds_over_the_same_tokens():
+    """The costs .1 and .3 of two seeds; between their points straight over log(tokens), beyond them as at the end."""
+    seen = [dict(curve=seed, tokens=tokens, n0=1e5, rho=.2, before=2., loss=2. + cost * (1 + np.log2(tokens / 1e5)))
+            for seed, cost in enumerate((.1, .3)) for tokens in (1e5, 4e5)]
+    hidden = [dict(curve=2, tokens=tokens, n0=2e5, rho=.2, before=1., loss=9.) for tokens in (1e5, 2e5, 9e5)]
+    points = scaling_laws.Points.of(seen + hidden)
+    guessed = scaling_curves.neighbour(points, points.n0 == 1e5)
+    assert guessed[4:] == pytest.approx([1.2, 1.4, 1.6]) and np.isnan(guessed[:4]).all()
 
 
 def test_rates_are_compared_with_those_that_are_near(grid):
