@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -42,7 +42,7 @@ from common import (
 from distill import freeze
 from formats import huggingface
 from formats.tokenizer import FILES, has_tokenizer, open_tokenizer
-from model import GPT, check_values, config_from, with_context, without_padding
+from model import GPT, check_values, config_from, with_context
 
 FORMAT = "nanoprune checkpoint 1"
 
@@ -468,6 +468,19 @@ class RunFolder:
             # Models of one family differ in rows that no token has. The loss is over the others.
             teacher = without_padding(teacher, tokenizer.vocab_size)
         state.teacher = freeze(teacher)
+
+
+def without_padding(model, rows):
+    """The same model with the first `rows` rows of its embedding and head. The others are padding:
+    no text has their tokens."""
+    with torch.device("meta"):
+        small = GPT(replace(model.config, vocab_size=rows))
+    weights = model.state_dict()
+    for name in ("embed.weight", "head.weight"):
+        if name in weights:
+            weights[name] = weights[name][:rows].clone()
+    small.load_state_dict(weights, assign=True)
+    return small
 
 
 def identity_of(config, corpus_fingerprint):

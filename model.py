@@ -544,19 +544,6 @@ def check_values(tensor, dtype, name, path):
                         f"{torch.finfo(dtype).max:g}; give --dtype bfloat16 or float32")
 
 
-def without_padding(model, rows):
-    """The same model with the first `rows` rows of its embedding and head. The others are padding:
-    no text has their tokens."""
-    with torch.device("meta"):
-        small = GPT(dataclasses.replace(model.config, vocab_size=rows))
-    weights = model.state_dict()
-    for name in ("embed.weight", "head.weight"):
-        if name in weights:
-            weights[name] = weights[name][:rows].clone()
-    small.load_state_dict(weights, assign=True)
-    return small
-
-
 def with_context(config, block_size, path):
     """The config with `block_size` tokens of context, or as it is for None. Raises UserError for
     more than it was trained with."""

@@ -359,8 +359,6 @@ def page_of(config, name):
 def print_report(config, scale, runs):
     """Draw the figure and print the tables. Returns the figure's path, or None if there is nothing
     to draw."""
-    if not runs:
-        raise UserError(f"no finished runs in {config.results}; python -m experiments.claims makes them")
     figure = page_of(config, "figure.png")
     if not claims_report.picture(runs, scale, figure):
         figure = None
@@ -394,14 +392,22 @@ def refuse_strangers(config, scale, runs):
                             f"one of {peak:g}; remove its records")
 
 
+def select_existing(config):
+    """`select` for a command that only reads the records. Raises UserError if --results names no
+    file."""
+    if config.results is not None and not Path(config.results).exists():
+        raise UserError(f"there is no file {config.results}; correct --results, or leave it out")
+    return select(config)
+
+
 def main_report(config):
     """Print the report and write the details beside the records. The report of preset cpu with all
     of its tokens also goes into PAGE, between its markers."""
-    config, scale = select(config)
+    config, scale = select_existing(config)
     runs = claims_statistics.read(config.results)
     refuse_strangers(config, scale, runs)
     figure = print_report(config, scale, runs)
-    if config.tokens == 1:
+    if runs and config.tokens == 1:
         details = claims_report.details(runs, scale)
         write_atomic(page_of(config, "report.md"), lambda file: file.write(f"{details}\n".encode()))
     if config.quick or config.preset != "cpu" or config.tokens != 1 or not PAGE.exists():
@@ -416,7 +422,7 @@ def main_report(config):
 
 
 def main_power(config):
-    config, scale = select(config)
+    config, scale = select_existing(config)
     table = claims_report.power(claims_statistics.read(config.results), scale)
     if not table:
         raise UserError("no pair has two seeds yet; python -m experiments.claims --claims 1 "

@@ -283,7 +283,7 @@ def test_a_teacher_may_have_other_padding_rows(tmp_path):
     """The run with a padded teacher is, bit for bit, that with the teacher whose padding was cut off."""
     padded = saved(tmp_path / "padded.pt", vocab_size=300)
     model, about = checkpoint.load(padded)
-    checkpoint.save(tmp_path / "cut.pt", models.without_padding(model, 256), run=about["run"])
+    checkpoint.save(tmp_path / "cut.pt", checkpoint.without_padding(model, 256), run=about["run"])
     runs = []
     for teacher in ("padded", "cut"):
         settings = dict(plan="kd", teacher=str(tmp_path / f"{teacher}.pt"), drop_teacher=False, steps=10)
@@ -398,7 +398,7 @@ def test_control_characters_are_spelled_out_in_all_that_is_printed(tmp_path, mon
     ("prune.py --init MODEL --structure ffn,ffn", "--structure 'ffn,ffn' must be"),
     ("-m experiments.claims --quick --minutes nan", "--minutes nan must be positive"),
     ("-m experiments.claims --quick --device cuda:99", "'cuda:99' is not available here"),
-    ("-m experiments.claims report --results nope", "no finished runs in nope"),
+    ("-m experiments.claims report --results nope", "there is no file nope; correct --results"),
     ("-m experiments.scaling run --preset toy --minutes nan", "--minutes nan must be positive"),
     ("-m experiments.scaling run --preset toy --batch-tokens 0", "--batch-tokens 0 must be positive"),
     ("-m experiments.scaling run --preset toy --micro-batch 3", "8x32-0: --batch-tokens 512 is not a multiple of 3"),

@@ -474,13 +474,16 @@ def test_far_fewer_is_more_than_twice(low, high, verdict):
     assert claims_statistics.verdict_of_factor(5, low, high) == verdict
 
 
-def test_report_writes_between_the_markers_only(file, tmp_path, capsys, monkeypatch):
+def test_report_writes_its_page_between_the_markers_and_nothing_else(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "results" / "claims.jsonl"                               # the default; there is none yet
     scale = SCALES["cpu"]
     page = tmp_path / "docs" / "claims.md"
     page.parent.mkdir()
     page.write_text(f"before\n{claims.BEGIN}\nold\n{claims.END}\nafter\n")
-    c = Report(results=str(file))
+    c = Report()
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="there is no file nope; correct --results"):
+        claims.main_report(Report(results="nope"))
     claims.main_report(c)
     empty = page.read_text()
     assert empty.startswith(f"before\n{claims.BEGIN}\nNothing has been measured yet")
@@ -494,21 +497,24 @@ def test_report_writes_between_the_markers_only(file, tmp_path, capsys, monkeypa
         with pytest.raises(UserError, match=f"{strange} in .*{words}"):
             claims.main_report(c)
         sweep.put_runs(file, {strange: ()})
-    assert page.read_text() == empty and not (tmp_path / "records" / "report.md").exists()
+    assert page.read_text() == empty and not (tmp_path / "results" / "claims" / "report.md").exists()
     claims.main_report(c)
-    text = claims_report.text(claims_statistics.read(c.results), scale, "../records/figure.png")
+    text = claims_report.text(claims_statistics.read(file), scale, "../results/claims/figure.png")
     assert page.read_text() == f"before\n{claims.BEGIN}\n{text}\n{claims.END}\nafter\n"
-    assert (tmp_path / "records" / "figure.png").stat().st_size > 10_000 and "![" in text
-    told = (tmp_path / "records" / "report.md").read_text()
+    assert (tmp_path / "results" / "claims" / "figure.png").stat().st_size > 10_000 and "![" in text
+    told = (tmp_path / "results" / "claims" / "report.md").read_text()
     with pytest.raises(UserError, match="is no run of this plan"):
         claims.main_report(dataclasses.replace(c, tokens=.5))                      # not what the README is about
-    assert text in page.read_text() and (tmp_path / "records" / "report.md").read_text() == told
+    assert text in page.read_text() and (tmp_path / "results" / "claims" / "report.md").read_text() == told
     page.write_text("no markers\n")
     claims.main_report(c)
     assert page.read_text() == "no markers\n" and "it has no <!-- experiments" in capsys.readouterr().err
 
 
-def test_power_table(file, tmp_path, capsys):
+def test_power_says_what_is_needed_from_the_spread_that_is_there(file, tmp_path, capsys):
+    with pytest.raises(UserError, match="there is no file .*records.jsonl; correct --results"):
+        claims.main_power(Report(results=str(file)))
+    plant(file, {"idea": (1, 1., {0: 1.})})
     with pytest.raises(UserError, match="no pair has two seeds yet"):
         claims.main_power(Report(results=str(file)))
     for key in ("fingerprint", "tokenizer", "block_size", "batch_tokens", "micro_batch", "eval_windows", "dtype"):

@@ -154,7 +154,7 @@ def test_run_says_what_is_left_and_refuses_nonsense(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(checkpoint, "checkpoints", lambda folder: [folder])
     grid_.run_grid(c)
     assert "all runs are finished" in capsys.readouterr().out
-    for wrong, match in ((dict(seeds=0), "--seeds 0"), (dict(minutes=0.), "--minutes 0.0 above 0"),
+    for wrong, match in ((dict(seeds=0), "--seeds 0"), (dict(minutes=0.), "--minutes 0.0 must be positive"),
                          (dict(preset="x"), "not one of toy, cpu, gpu"), (dict(tokens=1000), "1 and 64 steps of 512")):
         with pytest.raises(UserError, match=match):
             grid_.run_grid(dataclasses.replace(c, **wrong))
