@@ -3,12 +3,13 @@ import dataclasses
 import errno
 import json
 import math
-import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -512,7 +513,7 @@ def test_processes_with_folders_of_their_own_are_refused(tmp_path):
 
 
 def test_kills_during_saves_and_rotation_lose_nothing(tmp_path):
-    """A checkpoint every step, killed at random moments. `python tests/test_faults.py 200` does it 200 times."""
+    """A checkpoint every step, killed at random moments. `python tests/test_faults.py 200 0` does it 200 times."""
     kill_often(tmp_path / "run", times=4, seed=0)
     train_toy(tmp_path / "whole", plan="idea", save_every=1)
     assert same(result(tmp_path / "run"), result(tmp_path / "whole"))
@@ -539,11 +540,53 @@ def kill_often(out, times, seed):
     assert process.returncode == 0, errors
 
 
+def test_a_damaged_run_folder_is_refused_in_a_sentence_or_ends_the_same(tmp_path, whole):
+    """`python tests/test_faults.py 0 100` damages a hundred."""
+    assert sum(damage_often(tmp_path, whole, times=5, seed=0).values()) == 5
+
+
+def damage_often(folder, whole, times, seed):
+    """Damage a file of a run that is half done, and go on: -> {what came of it: how often}."""
+    dice = random.Random(seed)
+    train_toy(Path(folder) / "half", plan="idea", stage="prune")
+    outcomes = {"refused": 0, "the same end": 0}
+    for number in range(times):
+        out = Path(folder) / f"damaged-{number}"
+        shutil.copytree(Path(folder) / "half", out)
+        file = dice.choice([path for path in sorted(out.iterdir()) if path.name != ".lock"])
+        size = file.stat().st_size
+        way = dice.choice(["flip", "truncate", "remove", "zeros"])
+        if way == "flip":
+            flip(file, dice.randrange(size))
+        elif way == "truncate":
+            file.write_bytes(file.read_bytes()[:dice.randrange(size)])
+        elif way == "remove":
+            file.unlink()
+        else:
+            start = dice.randrange(size)
+            content = bytearray(file.read_bytes())
+            content[start:start + 512] = bytes(len(content[start:start + 512]))
+            file.write_bytes(content)
+        try:
+            train_toy(out, plan="idea")
+        except UserError as refusal:
+            assert "\n" not in str(refusal)
+            outcomes["refused"] += 1
+        else:
+            assert same(result(out), whole), (file.name, way)
+            outcomes["the same end"] += 1
+        shutil.rmtree(out)
+    return outcomes
+
+
 if __name__ == "__main__":
     import tempfile
-    with tempfile.TemporaryDirectory() as folder:
-        torch.set_num_threads(1)
-        kill_often(f"{folder}/run", times=int(sys.argv[1]), seed=1)
-        train_toy(f"{folder}/whole", plan="idea", save_every=1)
-        assert same(result(f"{folder}/run"), result(f"{folder}/whole"))
-        print(f"killed {sys.argv[1]} times, and bit for bit the run that was not", sorted(os.listdir(f"{folder}/run")))
+    kills, damages = map(int, sys.argv[1:])
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as place:
+        train_toy(f"{place}/whole", plan="idea")
+        print(f"{damages} damaged run folders:", damage_often(place, result(f"{place}/whole"), damages, seed=1))
+        kill_often(f"{place}/run", kills, seed=1)
+        train_toy(f"{place}/saved", plan="idea", save_every=1)
+        assert same(result(f"{place}/run"), result(f"{place}/saved"))
+        print(f"killed {kills} times, and bit for bit the run that was not")
