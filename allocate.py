@@ -3,8 +3,8 @@
     python prune.py --init runs/scratch-laptop-0 --keep 0.5 --allocate adaptive
     python -m pytest tests/test_allocate.py
 
-Every way of sharing a budget is an *order* in which blocks of units may stay. Blocks are taken from
-the lowest order on until the budget is spent (`fill`). **A new way is one function and one row of
+Every way of sharing a budget gives each block of units a *sort key*. The blocks with the smallest
+keys stay, until the budget is spent (`fill`). **A new way is one function and one row of
 ALLOCATIONS.** Every allocation is deterministic and keeps at most the budget. It misses the budget
 by less than the cheapest block that had to go. While a model trains, all layers move on a straight
 line from the first widths to the target's (`widths_on_the_way`). Not here: which units stay
@@ -60,7 +60,7 @@ def split_budget(config, budget, structure, resource="params"):
     return costs, budget - fixed, widths
 
 
-# -- orders: the lowest stay
+# -- sort keys: the blocks with the lowest ones stay
 
 @dataclass(frozen=True)
 class Block:
@@ -69,22 +69,24 @@ class Block:
     layer: int
     kind: str
     units: int
-    # Position in the layer's ranking, from 0 (best unit) to 1. Large blocks, such as KV groups, are
-    # placed at a different point in each layer. Otherwise every layer would round the same way and
-    # the mean share would be off.
+    # Position in the layer's ranking, from 0 (best unit) to 1. A block of several units, or one KV
+    # group, covers a range of it. The position is one point of that range, another one in each
+    # layer. With the same point everywhere all layers would round alike, and the mean share of what
+    # they keep would be off.
     depth: float
     score: float          # mean over its units
-    z: float              # the same, standardised over all units of the layer and kind
-    best: bool            # the first block of its layer and kind
+    standardised: float   # that score, standardised over all units of the layer and kind
+    is_first: bool        # whether it holds the best units of its layer and kind
 
 
 @dataclass(frozen=True)
 class Context:
-    """What an order may look at besides the block."""
+    """What a sort key may depend on besides the block."""
     n_layer: int
-    # Share of the removable cost that will be gone, of what was there before the first cut.
+    # Share of the original cost of all units that is removed after this cut.
     gone: float
-    # For "adaptive": the importance of each layer, in [-1, 1] (score.importance), and its factor.
+    # For "adaptive": the importance of each layer, in [-1, 1] (score.importance), and how far the
+    # layers' shares differ by it.
     importance: list | None
     amplitude: float
 
@@ -106,14 +108,17 @@ def middle(block, context):
 
 
 def adaptive(block, context):
-    """The less a layer l turns the residual stream, the larger the share of it that goes:
-    Adapt-Pruner (arXiv 2502.03460). kept_l = base + amplitude · (share that goes) · I_l, with
-    amplitude 1 in their code (0.02 · I_l for each 0.02 that goes). A layer keeps at least 1 %
-    (theirs) and at least one block (ours: 1 % of few KV groups is none).
+    """The less a layer l changes the residual stream, the fewer of its units stay: Adapt-Pruner
+    (arXiv 2502.03460). It keeps the share base + amplitude · (share removed) · I_l, with amplitude
+    1 in their code (0.02 · I_l for each 0.02 removed). Here `fill` stops at some sort key t, and
+    what stays of layer l are the blocks with depth < t + amplitude · gone · I_l. So t is the
+    paper's base, and the budget sets it. A layer keeps at least 1 % (their choice) and at least one
+    block (our choice, as 1 % of few KV groups is none).
 
-    In several cuts the latest I_l draws the whole line anew. Their code adds up the steps instead.
-    If a layer has few units, the rounding of the steps would add up as well."""
-    if block.best or block.depth <= 0.01:
+    In several cuts, each one computes the shares from the original widths and the newest I_l. Their
+    code adds a small step per cut to the last widths. With few units in a layer, the rounding
+    errors of the steps would add up."""
+    if block.is_first or block.depth <= 0.01:
         return -math.inf
     importance = context.importance[block.layer]
     return uniform(block, context) - context.amplitude * context.gone * importance
@@ -127,7 +132,7 @@ def best_scores(block, context):
 def standardised_scores(block, context):
     """Blocks compete by score, and each layer's scores are standardised first: FLAP (arXiv
     2312.11983, eq. 6)."""
-    return -block.z
+    return -block.standardised
 
 
 ALLOCATIONS = {
@@ -141,13 +146,13 @@ ALLOCATIONS = {
 MAY_EMPTY_A_LAYER = ("global", "standardised")
 
 
-def blocks_of(config, scores, structure, multiple_of=1, whole=None, spread=True):
+def blocks_of(config, scores, structure, multiple_of=1, original=None, spread=True):
     """All units of the kinds in `structure` as a list of Blocks: FFN neurons in blocks of
-    `multiple_of` (the last block of a layer may be smaller), KV groups one by one. `whole`: the
+    `multiple_of` (the last block of a layer may be smaller), KV groups one by one. `original`: the
     widths that depths are fractions of; default: the widths as they are. Without `spread`, a block
     is placed at its end in every layer."""
     start = config.widths()
-    whole = whole or start
+    original = original or start
     blocks = []
     for (layer, kind), width in start.items():
         if kind not in structure or width == 0:
@@ -158,21 +163,21 @@ def blocks_of(config, scores, structure, multiple_of=1, whole=None, spread=True)
         place = ((layer + 1) * GOLDEN_RATIO) % 1 if spread else 1.0
         for a in range(0, width, step):
             b = min(a + step, width)
-            depth = (a + place * (b - a)) / whole[layer, kind]
+            depth = (a + place * (b - a)) / original[layer, kind]
             mean_score = ranked[a:b].mean().item()
             mean_z = z[a:b].mean().item()
-            blocks.append(Block(layer, kind, b - a, depth, mean_score, mean_z, best=a == 0))
+            blocks.append(Block(layer, kind, b - a, depth, mean_score, mean_z, is_first=a == 0))
     return blocks
 
 
-def fill(blocks, costs, budget, widths):
-    """Take blocks [(order, {(layer, kind): units})] from the lowest order on, on top of `widths`,
-    as long as their costs fit into the budget. Ties go to the block that comes first in the list.
-    If a block does not fit, no later block of its layer and kind is taken. Returns the new
+def fill(offers, costs, budget, widths):
+    """Take offers [(sort key, {(layer, kind): units})] from the lowest key on, on top of `widths`,
+    as long as their costs fit into the budget. Ties go to the offer that comes first in the list.
+    If an offer does not fit, no later one of its layer and kind is taken. Returns the new
     widths."""
     widths = dict(widths)
     closed = set()
-    for _, units in sorted(blocks, key=lambda block: block[0]):
+    for _, units in sorted(offers, key=lambda offer: offer[0]):
         price = sum(n * costs[key] for key, n in units.items())
         if price > budget or closed.intersection(units):
             closed.update(units)
@@ -184,14 +189,14 @@ def fill(blocks, costs, budget, widths):
 
 
 def widths_for(config, budget, how, scores, structure=("ffn", "kv"), *, multiple_of=1,
-               resource="params", importance=None, amplitude=1.0, whole=None):
+               resource="params", importance=None, amplitude=1.0, original=None):
     """How many units each layer of `config` keeps, so that all units cost at most `budget` of
     `resource` and only the kinds in `structure` go: {(layer, kind): units}.
 
     `how` is a name in ALLOCATIONS. `scores` are {(layer, kind): (units,)}. `importance` of the
-    layers and `amplitude` are for "adaptive". `whole`: the widths before earlier cuts, which shares
-    are of. Raises UserError if the budget cannot be met, or if a layer would keep less than one
-    unit."""
+    layers and `amplitude` are for "adaptive". `original`: the widths before earlier cuts, which
+    shares are of. Raises UserError if the budget cannot be met, or if a layer would keep less than
+    one unit."""
     costs, left, widths = split_budget(config, budget, structure, resource)
     start = config.widths()
     strict = how == "uniform-strict"
@@ -199,17 +204,18 @@ def widths_for(config, budget, how, scores, structure=("ffn", "kv"), *, multiple
         refuse_uneven_layers(start, structure)
     if how == "middle":
         refuse_small_budget_of_middle(config, structure, costs, left, resource)
-    before = sum(n * costs[key] for key, n in (whole or start).items())
+    before = sum(n * costs[key] for key, n in (original or start).items())
     context = Context(config.n_layer, 1 - budget / max(1, before), importance, amplitude)
 
-    blocks = []
-    for block in blocks_of(config, scores, structure, multiple_of, whole, spread=not strict):
-        order = ALLOCATIONS[how](block, context)
+    offers = []
+    for block in blocks_of(config, scores, structure, multiple_of, original, spread=not strict):
+        # With "uniform-strict" a block of layer 0 stands for the same block of all layers.
         if strict and block.layer > 0:
             continue
         layers = range(config.n_layer) if strict else [block.layer]
-        blocks.append((order, {(layer, block.kind): block.units for layer in layers}))
-    widths = fill(blocks, costs, left, widths)
+        sort_key = ALLOCATIONS[how](block, context)
+        offers.append((sort_key, {(layer, block.kind): block.units for layer in layers}))
+    widths = fill(offers, costs, left, widths)
     if how not in MAY_EMPTY_A_LAYER:
         refuse_empty_layers(start, widths, budget, resource)
     return widths
@@ -252,22 +258,24 @@ def widths_on_the_way(start, target, size, at_most):
     stay, on the straight line to config `target`: {(layer, kind): units}, none above at_most[layer,
     kind]. The sum is at most the budget and misses it by less than the cheapest unit that could
     still have stayed. At the target's own size the widths are exactly the target's."""
-    whole = start.removable_params()
-    end = target.removable_params()
-    # (end / whole) · whole may round down to less than `end`.
-    budget = math.floor(size * whole + 1e-6)
-    # How much of what goes is still there: 1 at the start, 0 at the target.
-    share = (budget - end) / (whole - end) if whole > end else 0.0
-    first = start.widths()
-    last = target.widths()
-    exact = {key: last[key] + share * (first[key] - last[key]) for key in first}
-    widths = {key: min(at_most[key], math.floor(exact[key] + 1e-9)) for key in first}
+    start_params = start.removable_params()
+    target_params = target.removable_params()
+    # (target_params / start_params) · start_params may round down to less than `target_params`.
+    budget = math.floor(size * start_params + 1e-6)
+    # The share of the units to remove that is still there: 1 at the start, 0 at the target.
+    share = 0.0
+    if start_params > target_params:
+        share = (budget - target_params) / (start_params - target_params)
+    start_widths = start.widths()
+    target_widths = target.widths()
+    exact = {key: end + share * (start_widths[key] - end) for key, end in target_widths.items()}
+    widths = {key: min(at_most[key], math.floor(exact[key] + 1e-9)) for key in start_widths}
     left = budget - start.resized(widths).removable_params()
 
     # Rounding down left some budget over: add units one by one where the width is furthest below
     # the line.
     while True:
-        allowed = [key for key in first if widths[key] < at_most[key]]
+        allowed = [key for key in start_widths if widths[key] < at_most[key]]
         allowed = [key for key in allowed if start.unit_params(*key) <= left]
         if not allowed:
             return widths

@@ -8,7 +8,7 @@ knows its files:
 
     ckpt_<step>.pt   the newest two; each is the state *before* that step's events, all that a step changes (`State`)
     teacher.pt       the enlarged model before the first cut, where it became the teacher; it is never rotated away
-    metrics.jsonl    the records that train.py lists, rewound on resume to the moment of the checkpoint
+    metrics.jsonl    the records that docs/records.md lists, rewound on resume to the moment of the checkpoint
 
 No state of a random-number generator is kept. After the initial weights nothing draws from one, and
 batches are a function of the step. Not here: the loop (train.py), the files of Hugging Face
@@ -19,11 +19,9 @@ import errno
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 import sys
-import zipfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -31,10 +29,19 @@ import torch
 import xxhash
 from filelock import FileLock, Timeout
 
-from common import UserError, append_record, commit, read_records, write_atomic
+from common import (
+    Damaged,
+    UserError,
+    append_record,
+    commit,
+    first_line,
+    read_pickled_tensors,
+    read_records,
+    write_atomic,
+)
 from distill import freeze
 from formats import huggingface
-from formats.tokenizer import open_tokenizer
+from formats.tokenizer import FILES, has_tokenizer, open_tokenizer
 from model import GPT, check_values, config_from, with_context
 
 FORMAT = "nanoprune checkpoint 1"
@@ -115,11 +122,6 @@ def tensors_in(value):
             yield from tensors_in(item)
 
 
-def first_line(problem):
-    """The first line of what an exception says."""
-    return (str(problem) or type(problem).__name__).splitlines()[0][:100]
-
-
 def refuse_evaluation_only(model):
     """Raise UserError for a baseline that is more than its GPTConfig: a subclass of GPT."""
     if type(model) is not GPT:
@@ -147,7 +149,7 @@ def load(path, device="cpu", dtype=None, block_size=None):
     its config.json, "tokenizer_files"}. Raises UserError for a file that is missing, truncated, of
     another version or of another shape than it says."""
     folder = find(path)
-    if folder.is_dir() and (folder / "config.json").exists():
+    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         return huggingface.load(folder, device, dtype, block_size)
     model, about = load_ours(folder, device, dtype, block_size)
     return model if dtype is None else model.to(dtype), about
@@ -161,9 +163,12 @@ def find(path):
     if local.exists() or not could_be_a_hub_id:
         return local
     import huggingface_hub
-    files = ["config.json", "model*.safetensors*", "*token*", "vocab.json", "merges.txt", "chat_template.jinja"]
+    files = ["*config.json", "model*.safetensors*", *FILES, "additional_chat_templates/*", "README.md"]
     try:
-        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=files))
+        folder = Path(huggingface_hub.snapshot_download(str(path), allow_patterns=files))
+        if not list(folder.glob("*.safetensors")):
+            huggingface_hub.snapshot_download(str(path), allow_patterns=["pytorch_model*.bin*"])
+        return folder
     except Exception as problem:             # whatever the hub and the network raise
         raise UserError(f"no checkpoint at {path}, and the hub does not give it ({type(problem).__name__}: "
                         f"{' '.join(str(problem).split())[:150]}); check the name and the network, or give a "
@@ -173,10 +178,16 @@ def find(path):
 def tokenizer_of(model, about, path):
     """The Tokenizer of the model that `load(path)` returned with `about`. Raises UserError if it
     has none that we can read, or one with more tokens than the model."""
-    if "huggingface" in about and not about["tokenizer_files"]:
-        raise UserError(f"{path} has no tokenizer.json; add the file (train.py takes --tokenizer, too)")
-    name = about["run"]["tokenizer"] if "run" in about else str(path)
-    tokenizer = open_tokenizer(name, about.get("tokenizer_files"))
+    if "huggingface" in about and not has_tokenizer(about["tokenizer_files"]):
+        raise UserError(f"{path} has no tokenizer.json or tokenizer.model; add the file (train.py takes --tokenizer, "
+                        "too)")
+    name = str(path)
+    files = about.get("tokenizer_files")
+    if "run" in about:
+        # A checkpoint that somebody sent does not choose a folder of this machine.
+        name = str(about["run"].get("tokenizer", "of an unknown name"))
+        files = {} if files is None else files
+    tokenizer = open_tokenizer(name, files)
     tokenizer.refuse_fewer_rows(model.config.vocab_size, path)
     return tokenizer
 
@@ -203,16 +214,12 @@ def load_ours(path, device, dtype=None, block_size=None):
     raise UserError(f"{'; '.join(damages)}; restore the file from a copy")
 
 
-class Damaged(UserError):
-    """A checkpoint that is not what was written."""
-
-
 def open_file(file, device, dtype, block_size):
     """Open one checkpoint file: -> (GPT on the device, the rest). Raises Damaged for one that is
     truncated or changed, and UserError for one of another format or with weights that are not
     finite, now or in `dtype`."""
     on_meta = device == "meta"
-    state = read_pickled_tensors(file, "meta" if on_meta else "cpu")
+    state = read_pickled_tensors(file, "use a file that train.py wrote", "meta" if on_meta else "cpu")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         form = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise UserError(f"{file} has format {form!r}, this code reads {FORMAT!r}; use the code that wrote it")
@@ -231,24 +238,12 @@ def open_file(file, device, dtype, block_size):
     if not on_meta:
         for name, p in model.named_parameters():
             check_values(p, dtype or p.dtype, name, file)
+    # Only `load` says that a model is Hugging Face's.
+    state.pop("huggingface", None)
+    if not isinstance(state.get("run", {}), dict):
+        raise UserError(f"{file} has {state['run']!r:.60} where the settings of its run should be; use a file that "
+                        "train.py or prune.py wrote")
     return model.to(device), state
-
-
-def read_pickled_tensors(file, map_location):
-    """What torch.save wrote, if it is plain tensors and numbers. Raises UserError for anything
-    else; no code that a file holds is run."""
-    # What the system refuses (no permission) passes through here as an OSError and is not called
-    # truncated below.
-    open(file, "rb").close()
-    try:
-        return torch.load(file, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as problem:
-        code = re.search(r"GLOBAL ([\w.]+)", str(problem))
-        reason = f": it would run {code[1]}, and pickled code is never run" if code else ""
-        raise UserError(f"{file} is not a checkpoint of plain tensors and numbers{reason}; use a file that train.py "
-                        "wrote") from None
-    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, LookupError, OSError) as problem:
-        raise Damaged(f"{file} is truncated or no checkpoint ({first_line(problem)})") from None
 
 
 def fingerprint(model):

@@ -12,10 +12,12 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import secrets
 import subprocess
 import sys
+import zipfile
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -194,6 +196,34 @@ def append_record(path, **record):
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
         file.write(json.dumps(record).encode() + b"\n")
+
+
+def first_line(problem):
+    """The first line of what an exception says."""
+    return (str(problem) or type(problem).__name__).splitlines()[0][:100]
+
+
+class Damaged(UserError):
+    """A file that is not what was written."""
+
+
+def read_pickled_tensors(file, remedy, map_location="cpu", mmap=False):
+    """What torch.save wrote, if it is plain tensors and numbers. No code that a file holds is run.
+    With `mmap` a tensor is read when it is used. Raises Damaged for a file that is cut short, and
+    UserError, which ends with `remedy`, for code."""
+    import torch
+    # What the system refuses (no permission) passes through here as an OSError and is not called
+    # truncated below.
+    open(file, "rb").close()
+    try:
+        return torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as problem:
+        code = re.search(r"GLOBAL ([\w.]+)", str(problem))
+        reason = f": it would run {code[1]}, and pickled code is never run" if code else ""
+        raise UserError(f"{file} is not a checkpoint of plain tensors and numbers{reason}; {remedy}") from None
+    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, LookupError, TypeError, AttributeError,
+            OSError) as problem:
+        raise Damaged(f"{file} is truncated or no checkpoint ({first_line(problem)})") from None
 
 
 # -- the machine and the code

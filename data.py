@@ -13,9 +13,12 @@
    stored, see `permute`. So there is nothing to save or resume, and any number of devices sees the
    same global batches.
 
-Not done here: cleaning, removing duplicates, mixing sources, keeping attention within a document,
-documents larger than memory (a text file is one document: cut it or use JSONL).
+A text file is one document and is read in pieces, if its tokenizer says that a line ends a word
+(`splits_at_lines`). With another tokenizer it is read whole, and takes several times its size.
+
+Not done here: cleaning, removing duplicates, mixing sources, keeping attention within a document.
 """
+import codecs
 import hashlib
 import itertools
 import json
@@ -28,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UserError, parse, run, write_atomic
+from common import UserError, first_line, parse, run, write_atomic
 from formats.tokenizer import Tokenizer, open_tokenizer
 
 HOLD_OUT = 20                        # one document in so many is held out (our choice)
@@ -38,6 +41,8 @@ FORMAT = {"magic": "nanoprune tokens", "version": 1}
 
 # Sources that are the .py files of a folder of sysconfig's, without these folders inside.
 PYTHON = {"stdlib": "stdlib", "packages": "purelib"}
+# Files of rows, each a document; any other file is one document.
+ROWS = (".jsonl", ".parquet")
 NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -52,32 +57,32 @@ class Source:
     field: str                       # the field of a row that holds the text
     split: str                       # of a Hugging Face dataset
     stream: bool                     # a Hugging Face dataset is not stored
+    in_pieces: bool                  # text files may be cut at line ends
 
     @property
     def is_dataset(self):
         return self.name.startswith("hf:")
 
     def documents(self):
-        """One pass over (name, text), without empty texts. A row has no name, another file its
-        path relative to `root`. Raises UserError if a row has no text in `field` or a file is not
-        UTF-8; of Python's own sources such a file is left out."""
+        """One pass over (name, pieces), without empty texts; the pieces joined are the text. A row has no
+        name, another file its path relative to `root`. Raises UserError if a row has no text in
+        `field` or a file is not UTF-8; of Python's own sources such a file is left out."""
         if self.is_dataset:
             rows = dataset_rows(self.name, self.field, self.split, self.stream)
             yield from self.texts_of_rows(self.name, rows)
             return
         for path in self.files:
-            if path.suffix in (".jsonl", ".parquet"):
+            if path.suffix in ROWS:
                 yield from self.texts_of_rows(path, file_rows(path, self.field))
                 continue
-            try:
-                text = path.read_bytes().decode("utf-8")
-            except UnicodeDecodeError as problem:
-                # The standard library has files in other encodings, on purpose.
-                if self.name in PYTHON:
+            text = TextFile(path, self.in_pieces)
+            # The standard library has files in other encodings, on purpose.
+            if self.name in PYTHON:
+                try:
+                    text = [read_text(path)]
+                except UserError:
                     continue
-                raise UserError(f"{path} is not UTF-8 text (byte {problem.start}): convert it, or "
-                                "choose files with a glob such as 'folder/**/*.txt'") from problem
-            if text:
+            if path.stat().st_size:
                 yield path.relative_to(self.root).as_posix(), text
 
     def texts_of_rows(self, where, rows):
@@ -88,15 +93,81 @@ class Source:
                 raise UserError(f"{where}:{number} has no text in field {self.field!r} (its fields: "
                                 f"{fields}): mend it or prepare it with python data.py --field NAME")
             if text:
-                yield None, text
+                yield None, [text]
 
 
-def open_source(name, field, split, stream):
-    """Raises UserError if there are no such files."""
+@dataclass(frozen=True)
+class TextFile:
+    """The text of a file as its pieces. Each iteration reads the file."""
+    path: Path
+    in_pieces: bool
+
+    def __iter__(self):
+        if not self.in_pieces:
+            yield read_text(self.path)
+            return
+        waiting = []
+        for part in decoded(self.path):
+            place = last_line_end(part)
+            waiting.append(part[:place])
+            if place:
+                yield "".join(waiting)
+                waiting = []
+            waiting.append(part[place:])
+        rest = "".join(waiting)
+        if rest:
+            yield rest
+
+
+def decoded(path):
+    """A file of UTF-8 -> its text, about BLOCK_CHARACTERS at a time. Raises UserError if it is not
+    UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with open(path, "rb") as file:
+        while content := file.read(BLOCK_CHARACTERS):
+            try:
+                yield decoder.decode(content)
+            except UnicodeDecodeError as problem:
+                # The decoder may have kept bytes of a character from before.
+                raise not_utf8(path, file.tell() - len(problem.object) + problem.start) from problem
+        unfinished, _ = decoder.getstate()
+        if unfinished:
+            raise not_utf8(path, file.tell() - len(unfinished))
+
+
+def last_line_end(text):
+    """The place behind the last line end that no word reaches across, or 0: the one between a character
+    that is no blank and a letter or digit."""
+    place = text.rfind("\n")
+    while place > 0:
+        if text[place + 1:place + 2].isalnum() and not text[place - 1].isspace():
+            return place + 1
+        place = text.rfind("\n", 0, place)
+    return 0
+
+
+def read_text(path):
+    """A file -> its text, byte for byte: line ends stay as they are. Raises UserError if it is not
+    UTF-8."""
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as problem:
+        raise not_utf8(path, problem.start) from problem
+
+
+def not_utf8(path, byte):
+    return UserError(f"{path} is not UTF-8 text (byte {byte}): convert it, or choose files with a glob such as "
+                     "'folder/**/*.txt'")
+
+
+def open_source(name, field, split, stream, in_pieces=False):
+    """Raises UserError if there are no such files, or if a setting has no effect on them."""
     is_dataset = name.startswith("hf:")
     if stream and not is_dataset:
         raise UserError(f"--stream is for hf: sources, {name!r} is always read piece by piece: leave "
                         "--stream out")
+    if split != "train" and not is_dataset:
+        raise UserError(f"--split is for hf: sources, {name!r} has no split {split!r}: leave --split out")
     if not is_dataset:
         root, files = list_files(name)
     elif Path(name[3:]).is_dir():
@@ -104,7 +175,10 @@ def open_source(name, field, split, stream):
     else:
         root = Path()
         files = []
-    return Source(name, root, files, field, split, stream)
+    if field != "text" and not is_dataset and not any(path.suffix in ROWS for path in files):
+        raise UserError(f"--field {field} is for rows ({', '.join(ROWS)} and hf: sources), {name!r} holds none: leave "
+                        "--field out")
+    return Source(name, root, files, field, split, stream, in_pieces)
 
 
 def list_files(source):
@@ -112,23 +186,41 @@ def list_files(source):
     are relative to, files). Raises UserError if there are none.
 
     Packages bring copies of one another, so that one text may be on both sides of the hold-out."""
+    if not source:
+        raise UserError("the source of a corpus has no name: give stdlib, packages, a file, folder or glob, or hf:NAME")
     is_python = source in PYTHON
     path = Path(sysconfig.get_paths()[PYTHON[source]] if is_python else source).expanduser()
-    if path.is_file():
-        return path.parent, [path]
     if path.is_dir():
         root = path
         files = walk(root, is_python)
+    elif os.path.lexists(path):
+        root = path.parent
+        files = [path]
     else:
         # The folder is what stands in front of the first wildcard.
         before_wildcard = itertools.takewhile(lambda part: not set("*?[") & set(part), path.parts)
         root = Path(*before_wildcard)
-        files = [Path(match) for match in glob(str(path), recursive=True) if Path(match).is_file()]
+        files = [Path(match) for match in glob(str(path), recursive=True) if not Path(match).is_dir()]
+    if is_python:
+        files = [path for path in files if path.is_file()]
+    for path in files:
+        refuse_no_file(path)
     if not files:
         raise UserError(f"no file matches {source!r} in {os.getcwd()}: give stdlib, packages, a "
                         "file, folder or glob, or hf:NAME")
     # The system lists files in any order; a corpus has one order.
     return root, sorted(files, key=lambda path: path.relative_to(root).as_posix())
+
+
+def refuse_no_file(path):
+    """Raise UserError for a link to nothing, and for what would wait for its writer: a pipe or a device."""
+    if path.is_file():
+        return
+    if path.is_symlink():
+        raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there: mend or remove the link, or "
+                        "choose files with a glob such as 'folder/**/*.txt'")
+    raise UserError(f"{path} is no file but a pipe, socket or device: remove it, or choose files with a glob such as "
+                    "'folder/**/*.txt'")
 
 
 def walk(root, is_python):
@@ -152,11 +244,13 @@ def file_rows(path, field):
             for number, line in enumerate(file, 1):
                 try:
                     yield number, json.loads(line)
-                except ValueError as problem:
+                except (ValueError, RecursionError) as problem:
                     raise UserError(f"{path}:{number} is not JSON ({problem}): mend or remove the "
                                     "line") from problem
         return
     import pyarrow.parquet
+    # What the system refuses (no permission) passes through here and is not called damaged below.
+    open(path, "rb").close()
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             # If the field is missing all columns are read, for the error to list them.
@@ -164,9 +258,8 @@ def file_rows(path, field):
             batches = table.iter_batches(batch_size=1024, columns=columns)
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
             yield from enumerate(rows, 1)
-    except pyarrow.ArrowException as problem:
-        reason = str(problem).splitlines()[0]
-        raise UserError(f"{path} is not a whole parquet file ({reason}): get it again") from problem
+    except (pyarrow.ArrowException, OSError, ValueError, LookupError, MemoryError) as problem:
+        raise UserError(f"{path} is not a whole parquet file ({first_line(problem)}): get it again") from problem
 
 
 def dataset_rows(source, field, split, stream):
@@ -193,42 +286,62 @@ def dataset_rows(source, field, split, stream):
 
 # -- the hold-out
 
+def encoded(text):
+    return text.encode("utf-8", "surrogatepass")
+
+
 def sha256(text):
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(encoded(text)).hexdigest()
 
 
-def number_of(name, text):
+def number_of(name, pieces):
     """A document's number: the sha256 of its name, or of its text if it has no name."""
-    return int(sha256(text if name is None else name), 16)
+    return int(sha256("".join(pieces) if name is None else name), 16)
+
+
+def crop(pieces, start, stop):
+    """The characters from `start` to `stop` of a text in pieces, in pieces."""
+    position = 0
+    for piece in pieces:
+        part = piece[max(0, start - position):max(0, stop - position)]
+        position += len(piece)
+        if part:
+            yield part
 
 
 def hold_out(source):
-    """-> a function (name, text) -> [(side, text), …] that puts a document on side "train" or "val".
+    """-> a function (name, pieces) -> [(side, pieces), …] that puts a document on side "train" or "val".
 
     To val go documents whose number is divisible by HOLD_OUT. If that would leave a side empty, the
     document with the smallest number goes to val; of a single document, its last tenth. Raises
-    UserError if there is no text."""
-    def by_number(name, text):
-        return [("train" if number_of(name, text) % HOLD_OUT else "val", text)]
+    UserError if there is no text, or if all documents are the same."""
+    def by_number(name, pieces):
+        return [("train" if number_of(name, pieces) % HOLD_OUT else "val", pieces)]
 
-    def smallest(name, text):
-        return [("val" if number_of(name, text) == min(numbers) else "train", text)]
+    def smallest(name, pieces):
+        return [("val" if number_of(name, pieces) == min(numbers) else "train", pieces)]
 
-    def last_tenth(name, text):
-        cut = len(text) - max(1, len(text) // 10)
-        return [("train", text[:cut]), ("val", text[cut:])]
+    def last_tenth(name, pieces):
+        length = sum(len(piece) for piece in pieces)
+        cut = length - max(1, length // 10)
+        return [("train", crop(pieces, 0, cut)), ("val", crop(pieces, cut, length))]
 
     numbers = []
     sides = set()
-    for name, text in source.documents():
-        numbers.append(number_of(name, text))
+    for name, pieces in source.documents():
+        numbers.append(number_of(name, pieces))
         sides.add(numbers[-1] % HOLD_OUT == 0)
         if len(sides) == 2:          # both sides have one: the rest need not be read
             return by_number
     if not numbers:
         raise UserError(f"{source.name!r} holds no text: give a source with at least one document "
                         "that is not empty")
-    return last_tenth if len(numbers) == 1 else smallest
+    if len(numbers) == 1:
+        return last_tenth
+    if len(set(numbers)) == 1:
+        raise UserError(f"the {len(numbers)} documents of {source.name!r} all have the same text, so that none can be "
+                        "held out from the others: give different documents, or one file with the text")
+    return smallest
 
 
 # -- tokens
@@ -261,35 +374,38 @@ def tokenize(source, tok, workers, flush):
 
 
 def blocks(source, counts, digest):
-    """The texts of a source in blocks: (side, texts), …. A block has at least BLOCK_CHARACTERS; only
-    the last one of a side may be shorter. Every document is added to `counts` and `digest`."""
+    """The texts of a source in blocks: (side, pieces of texts), …, with None behind each document. A
+    block has at least BLOCK_CHARACTERS; only the last one of a side may be shorter. Every document is
+    added to `counts` and `digest`."""
     sides_of = hold_out(source)
     texts = {"train": [], "val": []}
     characters = {"train": 0, "val": 0}
     for name, document in source.documents():
-        for side, text in sides_of(name, document):
+        for side, pieces in sides_of(name, document):
             counts[side] += 1
+            text_digest = hashlib.sha256()
+            for piece in itertools.chain(pieces, [None]):
+                texts[side].append(piece)
+                if piece is not None:
+                    text_digest.update(encoded(piece))
+                    characters[side] += len(piece)
+                if characters[side] >= BLOCK_CHARACTERS:
+                    yield side, texts[side]
+                    texts[side] = []
+                    characters[side] = 0
             # Texts make the fingerprint, not tokens: it is equal for all tokenizers.
-            digest.update(json.dumps([side, name, sha256(text)]).encode())
-            texts[side].append(text)
-            characters[side] += len(text)
-            if characters[side] >= BLOCK_CHARACTERS:
-                yield side, texts[side]
-                texts[side] = []
-                characters[side] = 0
+            digest.update(json.dumps([side, name, text_digest.hexdigest()]).encode())
     # What is left is shorter than a block.
     for side in texts:
         if texts[side]:
             yield side, texts[side]
 
 
-def encode_block(tok, texts):
-    """Texts -> (N,) their tokens, each text closed by the end-of-text token."""
+def encode_block(tok, pieces):
+    """Pieces of texts -> (N,) their tokens, with the end-of-text token where there is None."""
     end = np.array([tok.eot], tok.dtype)
-    parts = []
-    for tokens in tok.encode_batch(texts):
-        parts += [tokens, end]
-    return np.concatenate(parts)
+    encoded_pieces = iter(tok.encode_batch([piece for piece in pieces if piece is not None]))
+    return np.concatenate([end if piece is None else next(encoded_pieces) for piece in pieces])
 
 
 # -- shards
@@ -374,13 +490,17 @@ def load(source="stdlib", tokenizer_name="bytes", cache="data_cache", workers=0,
     else:
         tok = open_tokenizer(tokenizer_name)
     # A folder of finished shards is a source that needs no work.
-    if (Path(source) / "train_000.bin").exists():
-        return check(open_shards(Path(source), tok), block_size)
-    source = open_source(source, field, split, stream)
+    folder = Path(source).expanduser()
+    if (folder / "train_000.bin").exists():
+        if (field, split, stream) != ("text", "train", False):
+            raise UserError(f"{source} holds finished tokens, on which --field, --split and --stream have no effect: "
+                            "leave them out")
+        return check(open_shards(folder, tok), block_size)
+    source = open_source(source, field, split, stream, tok.splits_at_lines)
     # Reading the standard library as bytes takes no longer than reading its shards.
     folder = None
     if cache is not None and (source.name != "stdlib" or tok.name != "bytes"):
-        folder = Path(cache) / cache_key(source, tok)
+        folder = Path(cache).expanduser() / cache_key(source, tok)
         if (folder / "index.json").exists():
             return check(open_shards(folder, tok), block_size)
     shards = {"train": [], "val": []}

@@ -19,7 +19,6 @@ tokens stand for. Multiple-choice questions and lm_eval's tasks are scored by ta
 """
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -129,11 +128,7 @@ def read_text(config, tokenizer, about):
     """The text that the command measures: (token ids (N,), its name). Raises UserError if there is
     none, or if the model's hold-out is not the one of its training."""
     if config.data is not None:
-        try:
-            text = Path(config.data).read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise UserError(f"{config.data} is not UTF-8 text; convert it first") from None
-        return tokenizer.encode(text), config.data
+        return tokenizer.encode(data.read_text(config.data)), config.data
     trained = about.get("run", {})
     if "data" not in trained:
         raise UserError(f"{config.checkpoint} does not say what it was trained on; give a text by "

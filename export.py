@@ -26,9 +26,9 @@ from typing import Literal
 import torch
 
 import checkpoint
-from common import UserError, check_choices, parse, run
+from common import UserError, check_choices, first_line, parse, run
 from formats import gguf_export, huggingface, llamacpp
-from formats.tokenizer import from_files
+from formats.tokenizer import from_files, has_tokenizer, special_ids
 
 RUNTIME = {"hf": "transformers", "deci": "transformers", "gguf": "xllamacpp"}
 GGUF_DTYPE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -56,7 +56,10 @@ def write(config, model, about, path):
     checkpoint.refuse_evaluation_only(model)
     if config.to == "gguf":
         dtype = GGUF_DTYPE[model.embed.weight.dtype]
-        gguf_export.write_gguf(model, checkpoint.tokenizer_of(model, about, config.checkpoint), path, dtype)
+        tokenizer = checkpoint.tokenizer_of(model, about, config.checkpoint)
+        source = Path(config.checkpoint).resolve()
+        name = source.parent.name if source.is_file() else source.name
+        gguf_export.write_gguf(model, tokenizer, path, dtype, name, about.get("license"))
         return f"GGUF, architecture {gguf_export.architecture(model.config)}, {dtype}"
 
     if config.to == "deci":
@@ -71,7 +74,7 @@ def write(config, model, about, path):
     layout = written["architectures"][0]
     if "auto_map" in written:
         layout += ", with its code: load it with trust_remote_code=True"
-    if not files:
+    if not has_tokenizer(files):
         layout += ", WITHOUT a tokenizer: it came without one, or tiktoken's has no tokenizer.json"
     return layout
 
@@ -81,11 +84,15 @@ def tokenizer_files(model, about, source):
     special tokens). Files of a Hugging Face folder are handed on as they came, even if we could not
     read the tokenizer."""
     if "huggingface" in about:
-        refuse_larger_tokenizer(model, about["tokenizer_files"], source)
-        names = ("bos_token_id", "eos_token_id")
-        return about["tokenizer_files"], {name: about["huggingface"].get(name) for name in names}
-    tokenizer = checkpoint.tokenizer_of(model, about, source)
-    return tokenizer.as_files(), {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot}
+        files = about["tokenizer_files"]
+        refuse_larger_tokenizer(model, files, source)
+        special = {name: about["huggingface"].get(name) for name in ("bos_token_id", "eos_token_id")}
+    else:
+        tokenizer = checkpoint.tokenizer_of(model, about, source)
+        files = tokenizer.as_files()
+        special = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot}
+    # What generates text reads these first: there may be several ends of a text.
+    return files, {**special, **special_ids(files, model.config.vocab_size, source)}
 
 
 def refuse_larger_tokenizer(model, files, source):
@@ -132,7 +139,7 @@ def check_reader(folder, model):
 def check_transformers(folder, model):
     """Load `folder` in transformers and compare the logits of two random texts: -> the largest
     difference. Raises UserError if it is above TOLERANCE of the largest logit."""
-    peer = in_transformers(folder, own_code=True)
+    peer = in_transformers(folder)
     shape = 2, min(64, model.config.block_size)
     tokens = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -146,15 +153,23 @@ def check_transformers(folder, model):
     return difference
 
 
-def in_transformers(folder, own_code=False):
+def in_transformers(folder):
     """A Hugging Face folder as transformers' model, in float32, without progress bars and warnings.
-    `own_code` lets the folder's own code run: only for folders that we wrote."""
+    Raises UserError if the folder brings along other code than ours, or an adapter, which names
+    another folder."""
+    huggingface.refuse_adapter(Path(folder))
+    own_code = huggingface.has_own_code(Path(folder))
     import transformers
     transformers.utils.logging.disable_progress_bar()
     # It warns that "torch_dtype is deprecated", but version 4.51 has no other name for it.
     transformers.utils.logging.set_verbosity_error()
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, torch_dtype=torch.float32, trust_remote_code=own_code).eval()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, torch_dtype=torch.float32, trust_remote_code=own_code)
+    except Exception as problem:             # whatever transformers raises at odd files
+        raise UserError(f"transformers does not load {folder} ({type(problem).__name__}: {first_line(problem)}); "
+                        "correct config.json or generation_config.json of the model") from problem
+    return model.eval()
 
 
 # -- the command

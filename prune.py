@@ -10,8 +10,8 @@ loop simple:
      gradients are exactly 0. With its Adam moments set to 0 as well, AdamW (eps > 0, decay
      multiplies) leaves it at 0. So a cut only writes zeros: no masks, no new optimizer, nothing for
      torch.compile or DDP to notice.
-  2. So slicing is exact, whenever it comes: the smaller model has the same logits and takes the
-     same next step.
+  2. Slicing is exact. At any time after the cut the smaller model has the same logits, up to
+     rounding, and takes the same next step.
 `choose`, `zero_` and `slice` are all that training needs. The rest is the command: it cuts a given
 model once, or in several --iterations, and saves it. What a unit is worth: score.py. How a budget
 is shared: allocate.py. Whole layers, channels, 2:4, measured damage, mending: methods/. Not here:
@@ -146,7 +146,7 @@ class Prune:
     amplitude: float = 1.0        # of allocate adaptive: how far the layers' shares differ
     multiple_of: int = 1          # of neurons, or channels; runtimes like 32, quantizers 256
     iterations: int = 1           # cut in so many equal parts, each measured anew
-    mend: str = "none"            # the rest makes up for what went: least-squares; bias (FLAP's)
+    mend: str = "none"            # adjust the kept weights for the removed units: least-squares; bias (FLAP's)
     out: str | None = None        # folder; default runs/pruned-NAME-KEEP, or -2-4
     data: str = "stdlib"          # calibration text; its hold-out measures the loss (data.py)
     windows: int = 32             # of the calibration text
@@ -167,7 +167,7 @@ class Structure:
     mend: tuple[str, ...] = ("none",)
 
 
-# A new score or allocation is allowed for units, and a score for layers, as soon as it has its row.
+# Taken from the tables, so that a new row of SCORES or ALLOCATIONS is allowed here at once.
 UNITS = Structure(tuple(SCORES), (*ALLOCATIONS, "measured"), RESOURCES,
                   ("none", "bias", "least-squares"))
 # FLAP's scores sum to 0 in every layer, so they cannot rank layers.
@@ -286,7 +286,7 @@ def measure(model, stats, batches, recipe):
     if recipe.score == "perplexity":
         return depth.without(model, batches, depth.PARTS[recipe.structure])
 
-    # What is measured is mended as the cut will be.
+    # Measure with the same mending as the final cut.
     def reader(name, w, kept):
         if recipe.mend == "least-squares":
             return mend.mended(w, stats.gram[name], kept)
@@ -298,11 +298,11 @@ def measure(model, stats, batches, recipe):
 
 
 @torch.no_grad()
-def decide(model, stats, batches, recipe, budget, whole=None, damage=None):
+def decide(model, stats, batches, recipe, budget, original=None, damage=None):
     """The units that stay under the budget: {(layer, kind): indices}.
 
     `batches`: what the recipe may measure on. `damage`: what `measure` returned, if it ran already.
-    `whole`: the widths before earlier cuts. Raises UserError if the budget cannot be met."""
+    `original`: the widths before earlier cuts. Raises UserError if the budget cannot be met."""
     config = priced(recipe, model)
     if runs_again(recipe) and damage is None:
         damage = measure(model, stats, batches, recipe)
@@ -325,7 +325,7 @@ def decide(model, stats, batches, recipe, budget, whole=None, damage=None):
         if recipe.allocate == "adaptive":
             importance = score.importance(stats, config.n_layer)
         widths = allocate.widths_for(config, budget, recipe.allocate, scores, **options,
-                                     importance=importance, amplitude=recipe.amplitude, whole=whole)
+                                     importance=importance, amplitude=recipe.amplitude, original=original)
     refuse_nothing_left(widths, budget, recipe)
     return choose(scores, widths)
 
@@ -338,19 +338,19 @@ def refuse_nothing_left(widths, budget, recipe):
 
 
 @torch.no_grad()
-def cut(model, alive, how="none", stats=None):
-    """The smaller model that keeps the units in `alive`; the given model stays as it is. `how` it
-    is mended: "none"; "least-squares", which reads stats.gram; "bias", which reads stats.mean and
-    makes a mend.BiasedGPT."""
+def cut(model, alive, mend_by="none", stats=None):
+    """The smaller model that keeps the units in `alive`; the given model stays as it is. `mend_by` is
+    "none", "least-squares", which reads stats.gram, or "bias", which reads stats.mean and makes a
+    mend.BiasedGPT."""
     small, _ = slice(model, None, alive)
-    if how == "least-squares":
+    if mend_by == "least-squares":
         mend.mend_by_least_squares_(small, model, alive, stats.gram)
-    elif how == "bias":
+    elif mend_by == "bias":
         small = mend.with_biases(small, model, alive, stats.mean)
     return small
 
 
-def one_shot(model, stats, batches, recipe, budget, whole=None, damage=None):
+def cut_once(model, stats, batches, recipe, budget, original=None, damage=None):
     """The smaller model of the recipe. With 2:4 it is the given model, with zeros."""
     if recipe.structure == "2:4":
         norms = None
@@ -360,7 +360,7 @@ def one_shot(model, stats, batches, recipe, budget, whole=None, damage=None):
         return model
     if recipe.structure == "channel":
         return channels.narrowed(model, stats, recipe.score, budget, recipe.multiple_of)
-    alive = decide(model, stats, batches, recipe, budget, whole, damage)
+    alive = decide(model, stats, batches, recipe, budget, original, damage)
     return cut(model, alive, recipe.mend, stats)
 
 
@@ -399,7 +399,7 @@ def check_least_squares(recipe, config, T, device):
                         f"{enough} or, better, several times as many")
 
 
-def report(recipe, model, corpus, when):
+def print_loss(recipe, model, corpus, when):
     """Print the size and the hold-out's loss."""
     result = evaluate(model, corpus.val, corpus.tokenizer.byte_lengths(), recipe.eval_windows,
                       batch=recipe.micro_batch, block_size=window_of(recipe, model))
@@ -443,14 +443,14 @@ def bars(axis, name, before, after):
     axis.set_ylabel(name)
 
 
-def save(recipe, model, out, tokenizer, fingerprint):
+def save(recipe, model, out, tokenizer, fingerprint, license=None):
     """Write the smaller model as a checkpoint that says what made it. A 2:4 model has its masks
     beside it."""
     masks = two_four.pack(two_four.masks(model)) if recipe.structure == "2:4" else None
     about = {"tokenizer": tokenizer.name, "data": recipe.data, "fingerprint": fingerprint,
              "cut_from": recipe.init, "recipe": dataclasses.asdict(recipe)}
     checkpoint.save(out / "ckpt_00000000.pt", model, step=0, tokenizer_files=tokenizer.files,
-                    masks=masks, run=about)
+                    masks=masks, license=license, run=about)
 
 
 def main(recipe):
@@ -481,17 +481,17 @@ def cut_and_save(recipe, out):
         kinds = recipe.structure.split(",")
         allocate.split_budget(priced(recipe, model), budget, kinds, recipe.budget)
 
-    report(recipe, model, corpus, "before")
+    print_loss(recipe, model, corpus, "before")
     begin = time.perf_counter()
     for i in range(1, recipe.iterations + 1):
         # Each iteration takes an equal part of what goes, and measures anew before.
         keep = 1 - (1 - recipe.keep) * i / recipe.iterations
         budget = math.floor(total * keep + 1e-6)
         stats = collect(model, batches, recipe)
-        model = one_shot(model, stats, batches, recipe, budget, whole=start.widths())
+        model = cut_once(model, stats, batches, recipe, budget, original=start.widths())
     print(f"calibrated and cut in {time.perf_counter() - begin:.1f} seconds")
     print(table(start, model.config, stats))
-    report(recipe, model, corpus, "after")
+    print_loss(recipe, model, corpus, "after")
 
     if recipe.structure == "2:4":
         share = two_four.share(model)
@@ -504,7 +504,7 @@ def cut_and_save(recipe, out):
     if type(model) is not GPT:
         print(f"not saved, as {model.evaluation_only}, which no GPTConfig and no runtime has")
         return
-    save(recipe, model, out, tokenizer, corpus.fingerprint)
+    save(recipe, model, out, tokenizer, corpus.fingerprint, about.get("license"))
     picture(out / "widths.png", start, model.config)
     print(f"saved in {out}")
 

@@ -29,18 +29,17 @@ class Stage:
 PLANS = {
     # the target size from the start
     "scratch": (Stage("recover", 1.0),),
-    # two whole cycles: train the enlarged model to the minimum, cut once, warm up again (IDEA
-    # Prune's baseline)
+    # two whole cycles: train the enlarged model to the minimum, cut once, warm up again
+    # (IDEA Prune's baseline)
     "naive":   (Stage("enlarge", .5), Stage("prune", 0., "oneshot", restart=True), Stage("recover", .5)),
     # one cosine, one cut
     "oneshot": (Stage("enlarge", .5), Stage("prune", 0., "oneshot"), Stage("recover", .5)),
-    # one cosine, iterative cuts (IDEA Prune: half of the tokens enlarged, half prune + recover; 20
-    # : 30 is our choice)
+    # one cosine, iterative cuts (IDEA Prune: half of the tokens enlarged, the other half prune and
+    # recover; the split of that half, 20 % and 30 % of the run, is our choice)
     "idea":    (Stage("enlarge", .5), Stage("prune", .2, "cubic"), Stage("recover", .3)),
     "idea-kd": (Stage("enlarge", .5), Stage("prune", .2, "cubic", kd=True),
                 Stage("recover", .3, kd=True)),
-    # The Journey Matters (arXiv 2501.12486): prune between 25 % and 75 % of the compute, geometric
-    # sizes
+    # The Journey Matters (arXiv 2501.12486): prune between 25 % and 75 % of the compute
     "journey": (Stage("enlarge", .25, share_of="flops"),
                 Stage("prune", .5, "geometric", share_of="flops"),
                 Stage("recover", .25, share_of="flops")),
@@ -56,7 +55,7 @@ SIZE_CURVES = {  # the kept fraction after a share x in (0, 1] of the cuts; it e
     # LoSparse / PLATON, and our default
     "cubic":     lambda x, final: final + (1 - final) * (1 - x) ** 3,
     "linear":    lambda x, final: final + (1 - final) * (1 - x),
-    # The Journey Matters: keep(k) = (1 - S)^((k + 1) / n)
+    # The Journey Matters: the final size to the power of the share of cuts done
     "geometric": lambda x, final: final ** x,
     "oneshot":   lambda x, final: final,
 }
@@ -92,12 +91,13 @@ def lr_at(step, timeline, lr, min_lr, warmup_share=.05, shape="cosine", decay_sh
 
     A cycle begins with a linear warm-up over `warmup_share` of it; its first step has lr / warm-up
     steps, never 0. Without `rewarm` only the run's first cycle warms up and later ones begin at
-    `lr`. Shape "cosine" then falls to `min_lr`, which the cycle's last step has exactly. Shape
-    "wsd" stays at `lr` and falls on a line over the last `decay_share`. A warm-up as long as the
-    cycle ends at `lr`."""
+    `lr`. Shape "cosine" then falls to `min_lr`. Shape "wsd" stays at `lr` and falls on a line over
+    the last `decay_share`. The last step of a cycle has exactly `min_lr`, unless the warm-up fills
+    the whole cycle; then it has `lr`."""
     start, stop = next((a, b) for a, b in timeline.cycles if a <= step < b)
     length = stop - start
     warms_up = rewarm or start == 0
+    # Without warm-up the first step is at the peak at once.
     warmup = min(length, max(1, round(warmup_share * length))) if warms_up else 1
 
     # `done` counts this step too, so that the first step is above zero and the last one is exactly
@@ -247,11 +247,11 @@ def cut_events(first, last, cuts, size_curve, final_size, steps):
 
 
 def interleave(stages, steps, final_size, enlarge_share, cuts=None):
-    """The Timeline of plan "adapt". Behind `enlarge_share` of the run come cuts of the same size.
-    Behind cut i = 1 … n follows training for 2i / (n (n + 1)) of the remaining steps, so that each
-    piece of training is longer than the one before it. `cuts` defaults to as many as take 5 % each
-    at most. Adapt-Accel (arXiv 2502.03460, and its released code). What follows the last cut counts
-    as "recover"."""
+    """The Timeline of plan "adapt". After `enlarge_share` of the run come cuts of the same size.
+    After cut i = 1 … n follows training for 2i / (n (n + 1)) of the remaining steps, so that each
+    piece of training is longer than the one before it. `cuts` defaults to the fewest that remove at
+    most 5 % each. The rule is Adapt-Accel's (arXiv 2502.03460, and its released code). What follows
+    the last cut counts as "recover"."""
     if cuts is None:
         cuts = math.ceil((1 - final_size) / .05 - 1e-9)
     if not 0 <= enlarge_share < 1:
@@ -260,11 +260,11 @@ def interleave(stages, steps, final_size, enlarge_share, cuts=None):
     first = round(enlarge_share * steps)
     at = [first + round((steps - first) * i * (i + 1) / (cuts * (cuts + 1))) for i in range(cuts)]
 
-    # All cuts, the step behind the last one and the end must differ: else two cuts fall on one
+    # All cuts, the step after the last one and the end must differ: else two cuts fall on one
     # step, or nothing is left.
     if cuts <= 0 or len({*at, at[-1] + 1, steps}) < cuts + 2:
         raise ValueError(
-            f"{cuts} cuts, with a stage of training behind each that is longer than the one before, "
+            f"{cuts} cuts, each followed by a longer stretch of training than the one before, "
             f"do not fit into {steps - first} steps, {max(2, cuts * (cuts + 1) // 2)} are enough: "
             "give more --steps or fewer --cuts")
     curve = SIZE_CURVES[stages[1].size_curve]
@@ -277,8 +277,8 @@ def interleave(stages, steps, final_size, enlarge_share, cuts=None):
 def share_out_flops(events_in, cuts, steps, first_share, last_share, flops_at_size):
     """The steps (first, last) at which the shares `first_share` and `last_share` of the run's
     credited training FLOPs are spent, to the nearest step. The cost of a step depends on the sizes
-    and the sizes depend on (first, last), so `last` is bisected for every `first`, and `first`
-    around that. (arXiv 2501.12486; the solution is ours.)"""
+    and the sizes depend on (first, last), so the two are found by trial: guess `first`, bisect for
+    the `last` that fits it, and bisect the guesses. (arXiv 2501.12486; the solution is ours.)"""
     flops_at_size = functools.cache(flops_at_size)
 
     def excess(first, last, at, share):
@@ -297,8 +297,8 @@ def share_out_flops(events_in, cuts, steps, first_share, last_share, flops_at_si
         candidates = range(max(low, after - 1), min(high, after + 1))
         return min(candidates, key=lambda step: abs(excess_at(step)), default=low)
 
-    def last_for(first):
-        return root(first + cuts, steps, lambda last: excess(first, last, last, last_share))
+    def last_for(guess):
+        return root(guess + cuts, steps, lambda last: excess(guess, last, last, last_share))
 
-    first = root(1, steps - cuts, lambda first: excess(first, last_for(first), first, first_share))
+    first = root(1, steps - cuts, lambda guess: excess(guess, last_for(guess), guess, first_share))
     return first, last_for(first)

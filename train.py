@@ -67,12 +67,12 @@ INIT_LR = 2e-5               # peak learning rate for pretrained models (Adapt-P
 
 LEARNING_RATES = {           # the peak for each preset
     "toy": 1e-2,
-    "laptop": 1e-2,          # the best for plan scratch when it was tried
+    "laptop": 1e-2,
     "10m": 1e-3,
     "124m": 6e-4,            # this rate and the next are GPT-3's (arXiv 2005.14165)
     "1.3b": 2e-4,
     # the experiments' own sizes, layers x width
-    "4x16": 2e-2,            # claim 13 is about this rate
+    "4x16": 2e-2,            # half and twice of it: claim 13, results/claims/report.md
     "8x16": 1e-2, "8x32": 1e-2, "8x48": 1e-2, "8x64": 1e-2,
     "12x128": 1e-3, "12x192": 1e-3, "12x320": 1e-3, "12x512": 1e-3,
 }
@@ -87,12 +87,12 @@ ScoreName = Literal[tuple(score.SCORES)]
 @dataclass(frozen=True)
 class Train:
     plan: PlanName = "idea"                  # a row of schedule.PLANS
-    stage: Literal["all", "enlarge", "prune", "recover"] = "all"    # stop behind this stage; the next call goes on
+    stage: Literal["all", "enlarge", "prune", "recover"] = "all"    # stop after this stage; the next call goes on
     preset: PresetName = "laptop"            # size of the target
     init: str | None = None                  # instead of a preset: start with this checkpoint, run, HF folder or hub id
     block_size: int | None = None            # tokens of context; default: the preset's, or the trained one of --init
     enlarge_ff: float = 2.6                  # the enlarged model has so many times the target's FFN neurons
-    enlarge_kv: float = 1.0                  # and so many times its KV groups
+    enlarge_kv: float = 1.0                  # the enlarged model has so many times the target's KV groups
     data: str = "stdlib"                     # stdlib; packages; files as text, .jsonl, .parquet; hf:NAME[:CONFIG]
     tokenizer: str | None = None             # bytes, a tiktoken encoding, a folder; default: bytes, or that of --init
     out: str | None = None                   # run folder; default runs/PLAN-PRESET-SEED, or --init's name for PRESET
@@ -110,34 +110,34 @@ class Train:
     enlarge_share: float | None = None       # of the run; default: the plan's, 0 in adapt with --init
     prune_share: float | None = None         # of the run; default: the plan's
     size_curve: SizeCurveName | None = None  # how the size falls from cut to cut; default: the plan's
-    cuts: int | None = None                  # events of the prune stage; default: 20, in adapt one per 5 % that go
+    cuts: int | None = None                  # number of cuts; default: 20, in adapt one for each 5 % removed
     slice_at: int | None = None              # step at which dead units are physically cut off; default: the last cut
     score: ScoreName | None = None           # of units, measured at every cut; default: IDEA's moving average
     score_every: int = 5                     # steps between gradient scores
     score_window: int = 100                  # score only so many steps before a cut
     uncertainty: bool = False                # multiply the score by its variation (PLATON)
-    calibration_windows: int = 64            # of the training text, measured on at every cut of adapt and of --score
+    calibration_windows: int = 64            # windows of text to measure on at each cut (plan adapt, or --score)
     forget_moments: bool = False             # a new optimizer at every cut of adapt, as in Adapt-Pruner's scripts
     teacher: str | None = None               # a checkpoint; default: the enlarged model at the first cut
-    kd_weight: float = 0.5                   # of the teacher's share in the loss
+    kd_weight: float = 0.5                   # share of the teacher's KL in the loss
     kd_temperature: float = 1.0              # of the softmax in the teacher's share
-    drop_teacher: bool = True                # for good, once the student has overtaken it
+    drop_teacher: bool = True                # drop the teacher for good once the student has overtaken it
     eval_every: int = 100                    # steps
-    eval_growth: float = 1.0                 # above 1: from then on whenever the steps have grown by this factor
+    eval_growth: float = 1.0                 # above 1: after the first --eval-every steps, whenever they grew so much
     eval_windows: int = 256                  # windows of the hold-out (eval.py)
     save_every: int = 500                    # steps
     device: str = "auto"                     # auto, cpu, cuda, mps
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"    # bfloat16 is autocast; auto: that on a GPU
-    compile: bool | None = None              # torch.compile; default: on a GPU only
+    compile: bool | None = None              # torch.compile, True or False; default: on a GPU only
 
 
 # -- the method
 
 def train(setup, state, stop, progress=None, objective_of=distill.Objective):     # noqa: C901, PLR0912, PLR0915
     """Enlarge, prune, recover: one optimizer step after the other, up to the step `stop`. Returns
-    whether a signal interrupted it. `setup` never changes; every change of `state` is visible here.
-    `objective_of` makes the module whose forward pass gives the loss; benchmarks give other models
-    their own."""
+    True if a signal ended the loop early. `setup` never changes; every change of `state` is visible
+    here. `objective_of(model, kd_weight, temperature)` makes the loss module; benchmarks pass their
+    own."""
     config = setup.config
     timeline = setup.timeline
     stage_starts = [start for _, start, _ in timeline.stages]
@@ -147,7 +147,9 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
     interrupted = False
 
     while True:
-        # 1. Evaluate and save. A checkpoint is the state *before* the events of its step.
+        # 1. Evaluate and save. A checkpoint is the state *before* the events of its step. After the
+        # last step there is no stage, so the last one counts; at a boundary it is the one that
+        # begins.
         stage = schedule.stage_at(min(state.step, config.steps - 1), timeline)
         stage_begins = state.step in stage_starts
         at_boundary = stage_begins or state.step == stop
@@ -162,11 +164,12 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
 
         # 2. Events: a fresh optimizer, the teacher, a cut, the slice.
         size = schedule.size_at(state.step, timeline)
-        previous_size = schedule.size_at(state.step - 1, timeline)
-        shrinks = size < previous_size
+        shrinks = size < schedule.size_at(state.step - 1, timeline)
+        is_first_cut = shrinks and state.step == timeline.events[0][0]
+        is_last_cut = shrinks and state.step == timeline.events[-1][0]
         if (stage_begins and stage.restart) or (shrinks and config.forget_moments):
             state.optimizer = make_optimizer(state.model, config)      # Adam forgets
-        if shrinks and previous_size == 1:
+        if is_first_cut:
             log_sample(setup, state, "before the first cut")
             clock.lap("eval")
             if stage.kd and not config.teacher:
@@ -182,13 +185,13 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
             prune.zero_(state.model, state.optimizer, state.alive)     # in place; nothing else changes
             clock.lap("cut")
             log_eval(setup, state, "prune", size=size)
-            if state.step == timeline.events[-1][0]:
+            if is_last_cut:
                 log_sample(setup, state, "after the last cut")
             clock.lap("eval")
         if state.step == timeline.slice_at or (shrinks and timeline.interleaved):
             state.model, state.optimizer = prune.slice(state.model, state.optimizer, state.alive)
             state.alive = prune.everything(state.model.config)
-            state.averages = None
+            state.averages = None            # they are of units that are gone; no later cut reads them
             assert timeline.interleaved or state.model.config == setup.target
             if config.compile:
                 # The compiler gives up on a function after 8 graphs; plan adapt has as many sizes.
@@ -203,33 +206,32 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
         for group in state.optimizer.param_groups:
             group["lr"] = lr
 
-        # 4. Forward and backward over the micro-batches: cross-entropy | a mix of it and
-        # distillation. `sums` becomes the means of the loss, cross-entropy, KL and the teacher's
-        # cross-entropy.
+        # 4. Forward and backward over the micro-batches: cross-entropy, or a mix with distillation.
+        # `means` adds up the loss, cross-entropy, KL and the teacher's cross-entropy.
         teacher = state.teacher if stage.kd else None
-        sums = setup.zeros(4)
+        means = setup.zeros(4)
         for micro in range(setup.micro_steps):
             x, y = setup.batch(state.step, micro)        # (B, T) each, a pure function of its arguments
             if setup.world > 1:
                 # DDP exchanges gradients once a step, behind the last micro-batch.
                 objective.require_backward_grad_sync = micro == setup.micro_steps - 1
             with setup.autocast():
-                taught = ()
+                from_teacher = ()
                 if teacher:
-                    with torch.no_grad():
-                        taught = (read_teacher(x), teacher.head_weight)      # (B, T, C') and (V, C')
-                loss, parts = objective(x, y, *taught)
+                    with torch.no_grad():                              # (B, T, C') and (V, C')
+                        from_teacher = (read_teacher(x), teacher.head_weight)
+                loss, parts = objective(x, y, *from_teacher)
             (loss / setup.micro_steps).backward()
-            sums += torch.cat((loss.detach()[None], parts)) / setup.micro_steps
-        losses, interrupted = agree(setup, sums)
+            means += torch.cat((loss.detach()[None], parts)) / setup.micro_steps
+        losses, interrupted = agree(setup, means)
         norm = nn.utils.get_total_norm([p.grad for p in state.model.parameters()])
         refuse_non_finite(setup, state, losses, norm, lr)
         step_seconds = clock.lap("train")
 
         # 5. Score the units while their gradients are there; clip; update.
-        scores_now = schedule.score_at(state.step, timeline, config.score_every, config.score_window)
-        scores_now = scores_now and setup.averages_scores
-        if scores_now:
+        score_due = setup.scores_while_training and schedule.score_at(
+            state.step, timeline, config.score_every, config.score_window)
+        if score_due:
             state.averages = score.average(state.averages, score.sensitivity(state.model))
             clock.lap("score")
         nn.utils.clip_grads_with_norm_(state.model.parameters(), config.clip, norm)
@@ -238,13 +240,13 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
         state.optimizer.zero_grad(set_to_none=True)
         step_seconds += clock.lap("train")
 
-        # 6. Log. Drop the teacher for good once the student has overtaken it.
-        count_flops(setup, state, teacher, scores_now)
+        # 6. Count FLOPs; drop the teacher for good once the student has overtaken it; log.
+        count_flops(setup, state, teacher, score_due)
         if teacher:
             judge_teacher(setup, state, losses)
         state.step += 1
         log_step(setup, state, stage, losses, norm.item(), lr, step_seconds,
-                 taught=teacher is not None, progress=progress)
+                 had_teacher=teacher is not None, progress=progress)
 
 
 class NotFinite(UserError):
@@ -252,7 +254,7 @@ class NotFinite(UserError):
 
 
 def refuse_non_finite(setup, state, losses, norm, lr):
-    """Raise NotFinite before such a gradient reaches the weights."""
+    """Raise NotFinite, before the update, if the loss or the gradient's norm is not finite."""
     if all(map(math.isfinite, (*losses, norm))):
         return
     newest = setup.folder and checkpoint.newest(setup.folder.path)
@@ -288,9 +290,9 @@ class Setup:
         return self.config.batch_tokens // (self.config.micro_batch * self.block_size * self.world)
 
     @property
-    def averages_scores(self):
-        """Whether units are scored while the model trains (IDEA Prune), and not measured at every
-        cut."""
+    def scores_while_training(self):
+        """Whether units are scored from the training gradients (IDEA Prune), and not by a pass at
+        each cut."""
         return calibration_score(self.config) is None
 
     def batch(self, step, micro):
@@ -317,8 +319,8 @@ class Setup:
             self.folder.log(tag, step, **record)
 
     def calibration_batches(self, step):
-        """Windows of the training text for the cut at `step`. No training batch has a pair as its
-        seed."""
+        """Windows of the training text for the cut at `step`. The seed is the pair (seed, step), so
+        that they are drawn differently from the training batches."""
         return score.batches(self.corpus.train, self.block_size, self.config.calibration_windows,
                              self.config.micro_batch, (self.config.seed, step), "--calibration-windows")
 
@@ -384,7 +386,8 @@ def open_teacher(setup, state, path):
 
 
 def capture_teacher(setup, state):
-    """The model as it is becomes the frozen teacher, through a file."""
+    """Write the model to teacher.pt and load it as the frozen teacher, so that a resumed run and
+    every process have the same one."""
     path = setup.folder.save_teacher(state.model, state.step)
     if setup.world > 1:
         dist.barrier(setup.waiting)          # until the first process has written it
@@ -394,7 +397,7 @@ def capture_teacher(setup, state):
 
 def judge_teacher(setup, state, losses):
     """Drop the teacher for good once the student's smoothed loss on the same batches is as low as
-    the teacher's."""
+    the teacher's, after at least 50 steps with it (distill.overtaken)."""
     _, student_ce, _, teacher_ce = losses
     before = state.judged
     state.judged = {"student": distill.smooth(before["student"], student_ce),
@@ -406,14 +409,14 @@ def judge_teacher(setup, state, losses):
         state.dropped = True
 
 
-def agree(setup, sums):
+def agree(setup, means):
     """The losses of a step as numbers, means over all processes, and whether any of them has
     received a signal: then all stop after this step."""
-    sums = torch.cat((sums, sums.new_full((1,), bool(setup.signals))))
+    means = torch.cat((means, means.new_full((1,), bool(setup.signals))))
     if setup.world > 1:
-        dist.all_reduce(sums)
-        sums /= setup.world
-    *losses, signalled = sums.tolist()
+        dist.all_reduce(means)
+        means /= setup.world
+    *losses, signalled = means.tolist()
     return losses, signalled > 0
 
 
@@ -441,7 +444,7 @@ def calibration_needs(config):
 def score_units(setup, state):
     """What each unit is worth, {(layer, kind): (units,)}, and in plan adapt the importance of each
     layer, else None."""
-    if setup.averages_scores:
+    if setup.scores_while_training:
         return score.ranking(state.averages, setup.config.uncertainty), None
 
     # One process measures for all.
@@ -454,7 +457,7 @@ def score_units(setup, state):
 
 
 def from_first_process(setup, value):
-    """What the first process has, for all: processes must not differ by a rounding."""
+    """Send the first process's value to all, as theirs could differ by a rounding error."""
     if setup.world == 1:
         return value
     values = [value]
@@ -469,7 +472,8 @@ def calibrate(setup, state):
     stats = score.Stats()
     if needs:
         stats = score.collect(state.model, setup.calibration_batches(state.step), needs)
-    stats.seed = (config.seed * (config.steps + 1) + state.step) % 2**63      # of the score "random"
+    # The score "random" draws anew at each cut: another number for each pair (seed, step).
+    stats.seed = (config.seed * (config.steps + 1) + state.step) % 2**63
     scores = score.SCORES[calibration_score(config)].function(state.model, stats)
     importance = score.importance(stats, state.model.config.n_layer) if setup.timeline.interleaved else None
     return {key: worth.cpu() for key, worth in scores.items()}, importance
@@ -477,12 +481,12 @@ def calibrate(setup, state):
 
 def widths_at(setup, state, size, scores, importance):
     """How many units each layer keeps when at most `size` of the removable parameters stays. In
-    plan adapt the layers that turn the residual stream least lose most; otherwise every layer is on
-    the straight way to the target."""
-    whole = setup.start.widths()
+    plan adapt a layer loses the more units the less it changes the residual stream; otherwise every
+    layer is on the straight way to the target."""
     if setup.timeline.interleaved:
         budget = math.floor(size * setup.start.removable_params() + 1e-6)     # as in allocate.widths_on_the_way
-        return allocate.widths_for(state.model.config, budget, "adaptive", scores, importance=importance, whole=whole)
+        return allocate.widths_for(state.model.config, budget, "adaptive", scores, importance=importance,
+                                   original=setup.start.widths())
     live = {key: len(indices) for key, indices in state.alive.items()}
     return allocate.widths_on_the_way(setup.start, setup.target, size, live)
 
@@ -508,6 +512,7 @@ def count_flops(setup, state, teacher, scored):
         per_token += teacher.config.flops_per_token(setup.block_size, backward=False)
     state.flops["executed"] += tokens * per_token
     if scored:
+        # A multiplication, an absolute value and an addition for each weight.
         state.flops["executed"] += 3 * state.model.config.removable_params()
     state.flops["credited"] += tokens * live_config(state).flops_per_token(setup.block_size)
 
@@ -542,16 +547,17 @@ def log_sample(setup, state, when):
     setup.log("sample", state.step, when=when, prompt=tokenizer.decode(prompt), text=text)
 
 
-def log_step(setup, state, stage, losses, norm, lr, seconds, taught, progress):
+def log_step(setup, state, stage, losses, norm, lr, seconds, had_teacher, progress):
     """Add a step to the window; every LOG_EVERY steps record the window's means and begin
     another."""
     step = dict(zip(("loss", "ce", "kl", "teacher_ce"), losses))
-    step |= {"grad_norm": norm, "seconds": seconds, "steps": 1, "taught": taught}
+    step |= {"grad_norm": norm, "seconds": seconds, "steps": 1, "taught": had_teacher}
     state.window = {key: state.window.get(key, 0) + value for key, value in step.items()}
     if state.step % LOG_EVERY == 0:
         window = state.window
         state.window = {}
         record = {key: window[key] / window["steps"] for key in ("loss", "ce", "grad_norm")}
+        # Steps without a teacher have no KL: these two are means over the others.
         for key in ("kl", "teacher_ce"):
             record[key] = window[key] / window["taught"] if window["taught"] else None
         record |= {"lr": lr, "stage": stage.name, "params": live_config(state).num_params()["total"],
@@ -602,6 +608,7 @@ def check_ranges(config):
     positive = ("steps", "batch_tokens", "micro_batch", "lr", "clip", "cuts", "score_every", "score_window",
                 "calibration_windows", "kd_temperature", "eval_every", "eval_windows", "save_every")
     check_positive(config, positive)
+    # AdamW multiplies by 1 - lr · weight_decay, which must not be negative.
     largest = {"seed": 2**63 - 1, "kd_weight": 1, "warmup_share": 1, "min_lr": config.lr, "weight_decay": 1 / config.lr}
     for name, most in largest.items():
         if not 0 <= getattr(config, name) <= most:
@@ -615,11 +622,11 @@ def refuse_idle_flags(config):
     effect."""
     stages = schedule.PLANS[config.plan]
     prunes = schedule.prunes(config.plan)
-    taught = any(stage.kd for stage in stages)
+    has_teacher = any(stage.kd for stage in stages)
     where = f"in plan {config.plan!r}"
     if config.init and config.preset != Train.preset:
         raise UserError(f"--preset {config.preset} has no effect with --init {config.init}; leave one of them out")
-    if not taught:
+    if not has_teacher:
         refuse_idle(config, ("teacher", "kd_weight", "kd_temperature", "drop_teacher"), where)
     if not any(stage.restart for stage in stages):
         refuse_idle(config, ("rewarm",), where)
@@ -636,7 +643,7 @@ def refuse_idle_flags(config):
         refuse_idle(config, ("score_every", "score_window", "uncertainty"), scored)
     if not calibration_needs(config):
         refuse_idle(config, ("calibration_windows",), scored)
-    if taught and not prunes and not config.teacher:
+    if has_teacher and not prunes and not config.teacher:
         raise UserError(f"plan {config.plan!r} needs --teacher CHECKPOINT, a trained model with the same tokenizer")
 
 
@@ -733,12 +740,12 @@ def join_processes(device):
 
 def check_batch(config, block_size, world):
     """Raise UserError if the batch is not a whole number of micro-batches."""
-    unit = config.micro_batch * block_size * world
-    if config.batch_tokens % unit:
-        nearest = max(1, round(config.batch_tokens / unit)) * unit
+    micro_tokens = config.micro_batch * block_size * world
+    if config.batch_tokens % micro_tokens:
+        nearest = max(1, round(config.batch_tokens / micro_tokens)) * micro_tokens
         raise UserError(f"--batch-tokens {config.batch_tokens} is not a multiple of {config.micro_batch} sequences x "
-                        f"{block_size} tokens x {world} processes = {unit}; try {nearest}, or a smaller --micro-batch "
-                        "or --block-size")
+                        f"{block_size} tokens x {world} processes = {micro_tokens}; try {nearest}, or a smaller "
+                        "--micro-batch or --block-size")
 
 
 def load_corpus(config, tokenizer, block_size, rank, waiting):
@@ -793,7 +800,7 @@ def prepare(config):
     setup = Setup(config, timeline, start, target, corpus, corpus.tokenizer.byte_lengths(), device, rank, world, folder,
                   cut_before, waiting)
     if calibration_needs(config):
-        setup.calibration_batches(0)         # what it refuses it refuses now
+        setup.calibration_batches(0)         # too little text is an error now, not at the first cut
 
     state = folder.resume(device, lambda model: make_optimizer(model, config))
     if state is None:
@@ -856,12 +863,13 @@ def run_locked(config, quiet):
         if not quiet:
             print(printable(text))
     if setup.world > 1:
-        # Processes leave together, or the last one's peers are gone.
+        # Without the barrier the last process would find its peers gone.
         dist.barrier()
         dist.destroy_process_group()
     if interrupted:
         if setup.rank == 0:
             print(f"stopped at step {state.step} of {config.steps}, saved in {folder.path}; the same command goes on")
+        # Where another process got the signal, this one exits as for SIGTERM.
         received = setup.signals[0] if setup.signals else signal.SIGTERM
         sys.exit(128 + received)
     return setup, state
@@ -886,8 +894,8 @@ def finish(setup, state):
 
 @contextlib.contextmanager
 def stop_on_signals(received):
-    """Ctrl-C, SIGTERM and SIGHUP are noted in the list `received`, which lets the step finish, save
-    and end the run. A second one ends the run at once."""
+    """Ctrl-C, SIGTERM and SIGHUP are only noted in the list `received`; the loop then finishes its
+    step, saves and returns. A second signal ends the run at once."""
     handlers = {}
 
     def note(number, _):

@@ -37,7 +37,7 @@ from common import (
     write_atomic,
 )
 from eval import evaluate
-from experiments import claims_report, claims_runs, sweep
+from experiments import claims_report, claims_runs, claims_statistics, sweep
 from experiments.claims_runs import SCALES
 
 # The part of the page that `report` writes stands between these lines.
@@ -175,9 +175,9 @@ def keep_records(config, name, **about):
 def is_recorded(config, run, runs, settings, cut):
     """Whether the records of a run exist. Raises UserError if they are of another run with the same
     name."""
-    def as_recorded(own):
+    def as_recorded(settings):
         recorded = {}
-        for key, value in own.items():
+        for key, value in settings.items():
             if isinstance(value, str):
                 value = value.removeprefix(f"{config.runs}/")
             if key not in checkpoint.NOT_IDENTITY:
@@ -220,7 +220,7 @@ class Jobs:
             self.add(other)
         if self.without_records(measures):
             return
-        settings, cut = claims_runs.settings(run, self.scale, self.recorded, self.config.runs)
+        settings, cut = claims_runs.settings_of(run, self.scale, self.recorded, self.config.runs)
         if is_recorded(self.config, run, self.recorded, settings, cut):
             for other in self.without_records(run.needs()):
                 raise UserError(f"{self.config.results} holds {run.name}, but not {other.name}, "
@@ -280,7 +280,7 @@ def forget_another_code(config, everything):
     """--again: delete the records and folders of the runs that another code made or began, and of
     all runs that require one of them. `everything`: the runs in an order in which what is required
     comes first."""
-    runs = claims_report.read(config.results)
+    runs = claims_statistics.read(config.results)
     forgotten = set()
     existing = 0
     deleted = {}
@@ -311,7 +311,7 @@ def run_all(config):
     fingerprint = claims_runs.fingerprint_of(everything, scale)
     if config.again:
         forget_another_code(config, everything)
-    runs = claims_report.read(config.results)
+    runs = claims_statistics.read(config.results)
     refuse_another_text(config, scale, runs, fingerprint)
 
     missing = {}
@@ -324,7 +324,7 @@ def run_all(config):
         while jobs := ready(config, scale, group, runs):
             print(f"claim {number}: {len(jobs)} runs", flush=True)
             done = sweep.side_by_side(job, jobs, config.jobs, until, progress.after)
-            runs = claims_report.read(config.results)
+            runs = claims_statistics.read(config.results)
             if done < len(jobs):
                 left = sum(run.name not in runs for run in everything)
                 print(f"{left} runs are left; the same command goes on")
@@ -379,7 +379,7 @@ def replaced(page, text):
 def refuse_strangers(config, scale, runs):
     """Raise UserError if a recorded run does not belong to the plan, or has another learning rate
     than the plan. A table would show it beside the others as if it did."""
-    seeds = 1 + max((claims_report.seed_of(name) for name in runs), default=0)
+    seeds = 1 + max((claims_statistics.seed_of(name) for name in runs), default=0)
     planned = {run.name: run for run in claims_runs.all_runs(scale, seeds)}
     for name, recorded in runs.items():
         if name not in planned:
@@ -404,7 +404,7 @@ def main_report(config):
     """Print the report and write the details beside the records. The report of preset cpu with all
     of its tokens also goes into PAGE, between its markers."""
     config, scale = select_existing(config)
-    runs = claims_report.read(config.results)
+    runs = claims_statistics.read(config.results)
     refuse_strangers(config, scale, runs)
     figure = print_report(config, scale, runs)
     if runs and config.tokens == 1:
@@ -423,7 +423,7 @@ def main_report(config):
 
 def main_power(config):
     config, scale = select_existing(config)
-    table = claims_report.power(claims_report.read(config.results), scale)
+    table = claims_report.power(claims_statistics.read(config.results), scale)
     if not table:
         raise UserError("no pair has two seeds yet; python -m experiments.claims --claims 1 "
                         "--seeds 3 makes some")

@@ -1,38 +1,42 @@
-"""What the claims' runs say: paired differences, verdicts, tokens to equal loss, tables, a figure.
+"""The tables, the page and the figure of the claims, from the records.
 
     python -m experiments.claims report             # from the committed records
-    python -m experiments.claims power              # how many seeds would see how small an effect
 
-All comparisons are paired by seed: the two runs read the same data in the same order (unless only
-one of them begins with a cut) and are judged on the same hold-out, by their losses at the end. An
-interval is Student's 95 % interval of the mean difference over seeds; one seed has no interval and
-proves nothing. For tokens to equal loss the interval is a percentile bootstrap over seeds, which is
-too narrow for few seeds. No interval accounts for the learning rates, which were chosen with these
-seeds, or for the number of comparisons: of 20 rows without any effect one is expected to look like
-an effect. Not here: what is compared (experiments/claims_runs.py), the runs
-(experiments/claims.py).
+Not here: what is compared (experiments/claims_runs.py), the statistics
+(experiments/claims_statistics.py), the runs (experiments/claims.py).
 """
-import bisect
 import math
-import random
 import statistics
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 import report
 import schedule
 from experiments import claims_runs
-from experiments.claims_runs import CLAIMS, Claim, Run
-from experiments.scaling_curves import reach
+from experiments.claims_runs import CLAIMS, Run
+from experiments.claims_statistics import (
+    FAR,
+    LEVEL,
+    MIN_TAUGHT,
+    NO_VERDICT,
+    UNDECIDED,
+    UNPAIRED,
+    compare,
+    comparisons,
+    cost,
+    differences,
+    equal_loss,
+    headline,
+    holm,
+    least_seen,
+    of_kind,
+    seeds_for,
+    taught_share,
+    verdict_of_factor,
+)
 
-LEVEL = .95                            # of the intervals
-POWER = .8
-UNDECIDED = "not at this scale"
-FAR = 2                                # times fewer tokens are "far fewer" (claim 9; our number)
 FIGURE = ("scratch", "naive", "idea", "idea-kd")
 INGREDIENTS = (                        # (what it is, a kind with it, a kind without it)
     ("one cosine instead of two cycles", "oneshot", "naive"),
@@ -41,250 +45,6 @@ INGREDIENTS = (                        # (what it is, a kind with it, a kind wit
     ("enlarging first instead of training the target only", "idea", "scratch"),
     ("distillation from the enlarged model before its first cut", "idea-kd", "idea"),
     ("distillation from the enlarged model at the end of its own cosine", "idea-kd-annealed", "idea"))
-
-
-# -- statistics
-
-@dataclass(frozen=True)
-class Effect:
-    """The mean of paired differences in nats per token; below 0 the first kind is better. What
-    needs more seeds than there are is nan."""
-    seeds: int
-    mean: float = math.nan
-    sd: float = math.nan               # of the differences, between seeds
-    low: float = math.nan
-    high: float = math.nan
-
-    def verdict(self, margin=0):
-        """On the claim that the difference is below the margin."""
-        if self.seeds < 2:
-            return "not measured"
-        if self.high < margin:
-            return "reproduced"
-        if self.low > margin:
-            return "contradicted"
-        return UNDECIDED
-
-
-def effect(differences):
-    """The Effect of paired differences, {seed: difference} or a list, with Student's interval."""
-    values = list(differences.values()) if isinstance(differences, dict) else list(differences)
-    if len(values) < 2:
-        return Effect(len(values), *values)
-    mean = statistics.mean(values)
-    if not math.isfinite(mean):
-        # One of the runs diverged.
-        return Effect(len(values), mean, math.nan, mean, mean)
-    sd = statistics.stdev(values)
-    half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * sd / math.sqrt(len(values))
-    return Effect(len(values), mean, sd, mean - half, mean + half)
-
-
-def least_seen(sd, seeds):
-    """The smallest true difference that this many seeds show with probability POWER, tested
-    two-sided at 5 %, if paired differences have the standard deviation sd: (t_.975 + t_.8) · sd /
-    √n. Student's t approximates the noncentral t."""
-    quantiles = stats.t.ppf([(1 + LEVEL) / 2, POWER], seeds - 1)
-    return quantiles.sum() * sd / math.sqrt(seeds)
-
-
-def seeds_for(sd, difference, limit=1000):
-    """How many seeds show this difference (`least_seen`)."""
-    return 2 + bisect.bisect_left(range(2, limit), True,
-                                  key=lambda seeds: least_seen(sd, seeds) <= difference)
-
-
-def bootstrapped(statistic, seeds, samples=1000):
-    """(value, low, high): statistic(list of seeds) with its 95 % percentile interval over resampled
-    seeds. One seed has no interval (nan)."""
-    seeds = sorted(seeds)
-    value = statistic(seeds)
-    if len(seeds) < 2:
-        return value, math.nan, math.nan
-    dice = random.Random(0)
-    values = [statistic(dice.choices(seeds, k=len(seeds))) for _ in range(samples)]
-    # Values may be infinite. So the interval ends at samples: scipy.stats.bootstrap would
-    # interpolate, which gives nan.
-    low, high = np.quantile(values, ((1 - LEVEL) / 2, (1 + LEVEL) / 2), method="nearest")
-    return value, low, high
-
-
-# -- records
-
-def read(path):
-    """The finished runs in a file: {name of the run: {tag: [records]}}."""
-    runs = report.finished(path, "; give each its own --results and --runs")
-    for run in runs.values():
-        config = run["config"][0]
-        if "law" in config:
-            # This was the setting's name when the committed records were made.
-            config["size_curve"] = config.pop("law")
-    return runs
-
-
-def seed_of(name):
-    """The seed in the name of a run."""
-    return int(name.rpartition("-s")[2])
-
-
-def of_kind(runs, kind, size, ratio):
-    """The finished runs of a kind at a place, as {seed: summary}."""
-    summaries = {}
-    for seed in sorted({seed_of(name) for name in runs}):
-        name = Run(kind, size, ratio, seed).name
-        if name in runs:
-            summaries[seed] = runs[name]["summary"][0]
-    return summaries
-
-
-def differences(runs, first, second, size, ratio):
-    """{seed: final loss of the first kind minus that of the second}, nats per token."""
-    of_first = of_kind(runs, first, size, ratio)
-    of_second = of_kind(runs, second, size, ratio)
-    seeds = [seed for seed in of_first if seed in of_second]
-    return {seed: of_first[seed]["final_loss"] - of_second[seed]["final_loss"] for seed in seeds}
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two kinds at a place."""
-    claim: Claim
-    first: str
-    second: str
-    size: str
-    ratio: float
-    effect: Effect
-
-
-def comparisons(runs, scale):
-    """The Comparisons of all claims of the scale, in the order of the claims' numbers."""
-    rows = []
-    for number in sorted(scale.claims):
-        for pair in claims_runs.pairs(CLAIMS[number], scale):
-            rows.append(Comparison(CLAIMS[number], *pair, effect(differences(runs, *pair))))
-    return rows
-
-
-# -- costs
-
-@dataclass(frozen=True)
-class Cost:
-    """What runs take, on average over seeds (a teacher is dropped sooner in some than in
-    others)."""
-    tokens: float
-    flops: float                       # executed
-
-    def over(self, other):
-        """This cost as a multiple of another."""
-        return Cost(self.tokens / other.tokens, self.flops / other.flops)
-
-
-def cost(runs, kind, size, ratio, seeds, total=True):
-    """The Cost of a kind, if `total` with the runs that it needs; nan if one of them has no
-    records."""
-    costs = [cost_of_run(runs, Run(kind, size, ratio, seed), total) for seed in seeds]
-    return Cost(statistics.mean(own.tokens for own in costs),
-                statistics.mean(own.flops for own in costs))
-
-
-def cost_of_run(runs, run, total):
-    if run.name not in runs:
-        return Cost(math.nan, math.nan)
-    summary = runs[run.name]["summary"][0]
-    parts = [Cost(summary["tokens"], summary["flops_executed"])]
-    if total:
-        parts += [cost_of_run(runs, need, total) for need in run.needs()]
-    return Cost(sum(part.tokens for part in parts), sum(part.flops for part in parts))
-
-
-# -- equal loss
-
-def mean(summaries, key, seeds):
-    """The mean over these seeds of one number of {seed: summary}."""
-    return statistics.fmean(summaries[seed][key] for seed in seeds)
-
-
-def curve(lengths, seeds, spent="tokens"):
-    """The points (tokens or "flops_executed", final loss) of several lengths of run, each {seed:
-    summary}: means over these seeds, in ascending order."""
-    return sorted((mean(summaries, spent, seeds), mean(summaries, "final_loss", seeds))
-                  for summaries in lengths)
-
-
-@dataclass(frozen=True)
-class EqualLoss:
-    """What a kind at a place is worth beside training from scratch (claim 5)."""
-    # Scratch takes so many times the kind's tokens to its loss: the value, low, high.
-    worth: tuple[float, float, float]
-    # The kind's tokens with what it needs, as a multiple of its own.
-    tokens: float
-    # The kind's own FLOPs, and those with what it needs, as multiples of those of scratch at equal
-    # own tokens.
-    flops: float
-    total_flops: float
-
-
-def equal_loss(runs, kind, size, ratio, scale):
-    """The EqualLoss of a kind at a place, or None if runs are missing.
-
-    Scratch is measured at every length and interpolated by straight lines over the logarithm of the
-    tokens. Straight lines lie above a convex curve, so `worth` is rather too large. It is 0 below
-    the shortest length and inf beyond the longest."""
-    own = of_kind(runs, kind, size, ratio)
-    scratch = of_kind(runs, "scratch", size, ratio)
-    seeds = [seed for seed in own if seed in scratch]
-    if not seeds:
-        return None
-    lengths = []
-    for longer in ("scratch", "scratch-flops", "scratch-kd-flops"):
-        for other in {*scale.ratios, scale.ratio, scale.long}:
-            summaries = of_kind(runs, longer, size, other)
-            if set(seeds) <= set(summaries):
-                lengths.append(summaries)
-
-    def worth(seeds):
-        points = curve(lengths, seeds)
-        loss = mean(own, "final_loss", seeds)
-        if loss > points[0][1]:
-            return 0
-        return reach(points, loss) / own[seeds[0]]["tokens"]
-
-    alone = cost(runs, kind, size, ratio, seeds, total=False)
-    whole = cost(runs, kind, size, ratio, seeds)
-    base = cost(runs, "scratch", size, ratio, seeds)
-    return EqualLoss(bootstrapped(worth, seeds), whole.tokens / alone.tokens, alone.flops / base.flops,
-                     whole.flops / base.flops)
-
-
-def headline(runs, scale):
-    """Claim 9: how many times fewer tokens or FLOPs a cut model takes to the loss of training from
-    scratch.
-
-    Returns {what is counted: (times, low, high)} and whether the shortest recovery is enough
-    already, so that it is at least so many times; (None, False) if runs are missing. 0 times: the
-    longest recovery is not enough."""
-    kinds = [first for first, _ in CLAIMS[9].pairs]
-    scratch, large, *recoveries = [of_kind(runs, kind, scale.size, scale.long)
-                                   for kind in ("scratch", "large", *kinds)]
-    seeds = sorted(set(scratch).intersection(large, *recoveries))
-    if not seeds:
-        return None, False
-    first = seeds[0]
-
-    def times(spent, before):
-        def ratio(seeds):
-            needed = reach(curve(recoveries, seeds, spent), mean(scratch, "final_loss", seeds))
-            return scratch[seeds[0]][spent] / (before + needed)
-
-        return bootstrapped(ratio, seeds)
-
-    counted = {
-        "Tokens, counting the recovery only": times("tokens", 0),
-        "Tokens, counting the larger model's training": times("tokens", large[first]["tokens"]),
-        "FLOPs, counting the larger model's training":
-            times("flops_executed", large[first]["flops_executed"])}
-    _, shortest_loss = curve(recoveries, seeds)[0]
-    return counted, shortest_loss <= mean(scratch, "final_loss", seeds)
 
 
 # -- cells of tables
@@ -319,20 +79,41 @@ def factor(value, low, high, below="less than the shortest run"):
     return f"{show(value)} ({show(low)} to {show(high)})"
 
 
-def verdict_of_factor(value, low, high):
-    """On the claim that a factor is well above 1, at least FAR."""
-    if math.isnan(low):
-        return "not measured"
-    if low > FAR:
-        return "reproduced"
-    return "contradicted" if high < 1 else UNDECIDED
+def beside_unpaired(row):
+    """`brief` of a Comparison, and half of the interval without pairs where that is given and
+    differs."""
+    text = brief(row.effect)
+    if row.unpaired:
+        half = f"{(row.unpaired.high - row.unpaired.low) / 2:.3f}"
+        if not text.endswith(half):
+            text += f"; unpaired ± {half}"
+    return text
+
+
+def number(x, form="+.2f"):
+    return "-" if math.isnan(x) else f"{x:{form}}"
+
+
+def taught(row):
+    """How long the first kind of a Comparison had its teacher, and the teacher's lead at the end;
+    "" if no teacher is under test."""
+    if math.isnan(row.taught):
+        return ""
+    digits = 1 if row.taught < .01 else 0
+    text = f"taught for {100 * row.taught:.{digits}f} % of the steps"
+    if row.taught >= MIN_TAUGHT and not math.isnan(row.lead):
+        place = "ahead" if row.lead > 0 else "behind"
+        text += f"; its teacher ends {abs(row.lead):.3f} nats {place}"
+    return text
 
 
 def verdict(row):
     """The verdict on a Comparison."""
     if row.claim.by_factor and row.effect.seeds:
         return "by tokens, see below"
-    return row.effect.verdict(row.claim.margin)
+    if row.verdict == NO_VERDICT:
+        return f"{taught(row)}: {NO_VERDICT}"
+    return f"{row.verdict} ({taught(row)})" if taught(row) else row.verdict
 
 
 def pair(row):
@@ -378,30 +159,60 @@ def claims_table(runs, scale):
     cells = []
     for row, title in zip(rows, titles(rows)):
         decision = verdict(row)
-        if decision == UNDECIDED:
+        if row.verdict == UNDECIDED and not row.claim.by_factor:
             smallest = least_seen(row.effect.sd, row.effect.seeds)
             decision += f" ({row.effect.seeds} seeds see {smallest:.4f})"
-        cells.append((title, pair(row), f"{row.size}, {row.ratio:g}", row.effect.seeds,
-                      interval(row.effect), decision, multiples(runs, row)))
+        difference = interval(row.effect)
+        if row.unpaired:
+            difference += f"; unpaired {row.unpaired.low:+.4f} to {row.unpaired.high:+.4f}"
+        cells.append((title, pair(row), f"{row.size}, {row.ratio:g}", row.effect.seeds, difference,
+                      number(row.correlation), decision, multiples(runs, row)))
     heads = ("claim", "compared", "size, tokens per parameter", "seeds", "difference (95 %)",
-             "verdict", "tokens, FLOPs as multiples: own; with what is needed")
+             "correlation", "verdict", "tokens, FLOPs as multiples: own; with what is needed")
     return report.markdown(heads, cells)
 
 
-def short_table(runs, scale):
-    """A row for every pair of the papers' claims. Claim 5 is shown at one place; `lengths_table`
-    shows the others."""
+def short_rows(runs, scale):
+    """The Comparisons of the table of claims: all pairs of the papers' claims. Claim 5 is shown at
+    one place; `lengths_table` shows the others."""
     rows = []
     for row in comparisons(runs, scale):
-        elsewhere = row.claim.place == "ratios" and row.ratio != scale.ratio
-        if not row.claim.ours and not elsewhere:
+        in_another_table = row.claim.place == "ratios" and row.ratio != scale.ratio
+        if not row.claim.ours and not in_another_table:
             rows.append(row)
+    return rows
+
+
+def short_table(rows, scale):
+    """The table of claims, from `short_rows`."""
+    corrected = holm([row.p_value for row in rows])
     cells = []
-    for row, title in zip(rows, titles(rows)):
-        if title and row.ratio != scale.ratio:
-            title += f" ({row.ratio:g} tokens per parameter)"
-        cells.append((title, pair(row), row.effect.seeds, brief(row.effect), verdict(row)))
-    return report.markdown(("claim", "compared", "seeds", "nats per token (95 %)", "verdict"), cells)
+    for row, title, p in zip(rows, titles(rows), corrected):
+        kinds = pair(row)
+        if row.ratio != scale.ratio:
+            kinds += f", {row.ratio:g} tokens per parameter"
+        cells.append((title, kinds, row.effect.seeds, number(row.correlation), beside_unpaired(row),
+                      number(p, ".2g"), verdict(row)))
+    return report.markdown(("claim", "compared", "seeds", "correlation", "nats per token (95 %)",
+                            "p by Holm", "verdict"), cells)
+
+
+def many_comparisons(rows):
+    """What Holm's correction leaves of the table of claims, in sentences; "" if nothing was
+    tested."""
+    p_values = [row.p_value for row in rows]
+    tested = sum(not math.isnan(p) for p in p_values)
+    if not tested:
+        return ""
+    alone = sum(p < 1 - LEVEL for p in p_values)
+    left = [row for row, p in zip(rows, holm(p_values)) if p < 1 - LEVEL]
+    silent = sum(row.verdict == NO_VERDICT for row in left)
+    counts = Counter(row.claim.number for row in left)
+    claims = ", ".join(f"{count} of claim {number}" for number, count in counts.items())
+    return (f"Of these {tested} pairs, {alone} differ from 0 (in claims of \"within 0.01\": from "
+            f"0.01) at the 5 % level. Holm's correction for {tested} comparisons leaves "
+            f"{len(left)} ({claims or 'none'}), {silent} of which give no verdict. Read the verdicts "
+            "on all other pairs as hints.")
 
 
 def lengths_table(runs, scale):
@@ -415,16 +226,16 @@ def lengths_table(runs, scale):
             equal = equal_loss(runs, kind, scale.size, ratio, scale)
             if not equal:
                 continue
-            effect_at_tokens = effect(differences(runs, kind, "scratch", scale.size, ratio))
+            at_tokens = compare(runs, kind, "scratch", scale.size, ratio)
             at_flops = ""
             if kind in equal_flops:
                 at_flops = beside_equal_flops(runs, kind, equal_flops[kind], scale.size, ratio,
-                                              effect_at_tokens.seeds)
+                                              at_tokens.effect.seeds)
             flops = f"{equal.flops:.2f}"
             if equal.tokens > 1:
                 flops += f" ({equal.total_flops:.2f} on {equal.tokens:.2g} times the tokens)"
-            cells.append((f"`{kind}`", f"{ratio:g}", effect_at_tokens.seeds,
-                          brief(effect_at_tokens), at_flops, factor(*equal.worth), flops))
+            cells.append((f"`{kind}`", f"{ratio:g}", at_tokens.effect.seeds,
+                          beside_unpaired(at_tokens), at_flops, factor(*equal.worth), flops))
     if not cells:
         return ""
     heads = ("kind", "tokens per parameter", "seeds", "minus `scratch` at equal own tokens",
@@ -437,21 +248,24 @@ def lengths_table(runs, scale):
 
 def beside_equal_flops(runs, kind, other, size, ratio, usual_seeds):
     """A cell: the effect against the kind that spends as many FLOPs."""
-    difference = effect(differences(runs, kind, other, size, ratio))
-    if not difference.seeds:
+    row = compare(runs, kind, other, size, ratio)
+    seeds = row.effect.seeds
+    if not seeds:
         return ""
-    if difference.seeds == usual_seeds:
-        return f"{brief(difference)} (`{other}`)"
-    return f"{brief(difference)} (`{other}`, {difference.seeds} seeds)"
+    fewer = "" if seeds == usual_seeds else f", {seeds} seeds"
+    return f"{beside_unpaired(row)} (`{other}`{fewer})"
 
 
 def ingredients_table(runs, scale):
     """What each ingredient is worth: a kind with it minus one without it."""
     cells = []
     for what, first, second in INGREDIENTS:
-        difference = effect(differences(runs, first, second, scale.size, scale.ratio))
-        if difference.seeds:
-            cells.append((what, f"`{first}` minus `{second}`", difference.seeds, brief(difference)))
+        row = compare(runs, first, second, scale.size, scale.ratio)
+        if row.effect.seeds:
+            kinds = f"`{first}` minus `{second}`"
+            if taught(row):
+                kinds += f" ({taught(row)})"
+            cells.append((what, kinds, row.effect.seeds, beside_unpaired(row)))
     if not cells:
         return ""
     return report.markdown(("ingredient", "measured as", "seeds", "nats per token (95 %)"), cells)
@@ -494,20 +308,6 @@ def kind_cells(runs, kind, size, ratio, summaries):
     params = summaries[min(summaries)]["params"]
     return (f"`{kind}`", f"{size}, {ratio:g}", f"{own_runs[0]['config'][0]['lr']:g}",
             len(summaries), f"{params:,}", tokens, flops, steps, loss)
-
-
-def taught_share(run):
-    """The share of a run's steps that had a teacher; 0 for a plan without one."""
-    config, _, _, timeline = claims_runs.plan_of(run["config"][0])
-    end_of_teaching = config.steps
-    for record in run.get("teacher", ()):
-        if record.get("dropped"):
-            end_of_teaching = record["step"]
-    steps = 0
-    for stage, begin, end in timeline.stages:
-        if stage.kd:
-            steps += max(0, min(end, end_of_teaching) - begin)
-    return steps / config.steps
 
 
 def power(runs, scale):
@@ -570,28 +370,41 @@ def basis(runs, scale):
             f"hash of the sources in older records, the git commit in newer ones): {code}.")
 
 
+def how_to_read(scale):
+    """What the columns of the table of claims mean."""
+    lines = [f"Each row compares two kinds of run at {scale.size} and {scale.ratio:g} tokens per "
+             "parameter, unless it names another length. The numbers are differences in the final "
+             f"loss: below 0 the first kind is better. A verdict of \"{UNDECIDED}\" means that the "
+             "interval contains both answers.",
+             f"A pair that tests a teacher gets {NO_VERDICT} if its first kind was taught for less "
+             f"than {100 * MIN_TAUGHT:.0f} % of its steps (the bound is our choice): such a pair says "
+             "nothing about distillation.",
+             "The correlation is that of the two kinds' losses over seeds. Where it is below "
+             f"{UNPAIRED:g} (our choice), pairing hardly helps: Welch's interval without pairs "
+             "stands beside the paired one if it differs, a verdict needs both, and p is the larger "
+             "one."]
+    own_claims = [str(number) for number in sorted(scale.claims) if CLAIMS[number].ours]
+    if own_claims:
+        lines.append(f"Claims {' and '.join(own_claims)} are our own; report.md shows them.")
+    return " ".join(lines)
+
+
 def text(runs, scale, figure=None):
     """The part of docs/claims.md that follows from the records. `figure` is the link to the
     picture."""
     if not runs:
         return ("Nothing has been measured yet: `python -m experiments.claims` runs what is missing, "
                 "and `python -m experiments.claims report` writes this part.\n\n"
-                + short_table(runs, scale))
+                + short_table(short_rows(runs, scale), scale))
     picture = ""
     if figure:
         picture = (f"![loss, learning rate and size against FLOPs]({figure})\n\n"
                    f"*Losses while training, at {scale.size} and {scale.ratio:g} tokens per "
                    "parameter: mean and range over seeds.*")
-    about = (f"Each row compares two kinds of run at {scale.size} and {scale.ratio:g} tokens per "
-             "parameter, unless it names another length. The numbers are differences in the final "
-             f"loss: below 0 the first kind is better. A verdict of \"{UNDECIDED}\" means that the "
-             "interval contains both answers.")
-    ours = [str(number) for number in sorted(scale.claims) if CLAIMS[number].ours]
-    if ours:
-        about += f" Claims {' and '.join(ours)} are our own; report.md shows them."
-    blocks = [basis(runs, scale), picture, about, short_table(runs, scale),
-              "\n".join(sentences(runs, scale)), lengths_table(runs, scale),
-              ingredients_table(runs, scale)]
+    rows = short_rows(runs, scale)
+    blocks = [basis(runs, scale), picture, how_to_read(scale), short_table(rows, scale),
+              many_comparisons(rows), "\n".join(sentences(runs, scale)),
+              lengths_table(runs, scale), ingredients_table(runs, scale)]
     return "\n\n".join(block for block in blocks if block)
 
 

@@ -9,7 +9,7 @@ claim is a list of pairs: it says that the first kind ends with a lower loss tha
 most `margin` above it. Claims 1 to 6 and 11 are from IDEA Prune (arXiv 2503.05920), 7 and 9 from
 Adapt-Pruner (2502.03460), 8 from The Journey Matters (2501.12486), 10 from the sources that
 score.py names; 12 and 13 are ours. Not here: running (experiments/claims.py), statistics
-(experiments/claims_report.py).
+(experiments/claims_statistics.py).
 """
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
@@ -158,6 +158,8 @@ class Claim:
     by_factor: bool = False            # the verdict is about tokens to equal loss, not about pairs
     margin: float = 0                  # nats per token: "near-optimal" is at most so far above (ours)
     place: Literal["ratio", "long", "ratios"] = "ratio"                # which of Scale's
+    # Pairs that have records at Scale's other lengths are judged there too; no run is made for that.
+    elsewhere: bool = False
     ours: bool = False                 # not from a paper, and not in the short table
 
 
@@ -170,7 +172,8 @@ ALL_CLAIMS = (
     Claim(4, "pruning with distillation beats pruning alone, and distillation from scratch with the "
              "same teacher",
           (("idea-kd", "idea"), ("idea-kd-annealed", "idea"), ("idea-kd", "kd-captured"),
-           ("idea-kd-annealed", "kd"), ("idea-kd-annealed", "kd-flops"))),
+           ("idea-kd-annealed", "kd"), ("idea-kd-annealed", "kd-flops"),
+           ("kd-annealed-longer", "idea")), elsewhere=True),
     Claim(5, "IDEA with distillation beats training from scratch, at equal own tokens and at equal "
              "FLOPs",
           (("idea", "scratch"), ("idea-kd", "scratch"), ("idea-kd-annealed", "scratch"),
@@ -321,7 +324,7 @@ def peak_rate(run):
     return train.LEARNING_RATES[run.size] * KINDS[run.kind].rate
 
 
-def settings(run, scale, records, folder="runs/claims"):
+def settings_of(run, scale, records, folder="runs/claims"):
     """The settings of train.py for a run, and those of prune.py for the cut before it, or None.
 
     `records` holds {name: {tag: [records]}} of the runs that this one requires. `folder` is where
@@ -331,43 +334,42 @@ def settings(run, scale, records, folder="runs/claims"):
     target, _ = models.preset(run.size, vocabulary(), 1)
     place_steps = run.ratio * target.num_params()["total"] / scale.batch_tokens
     seed = run.seed + (RECOVERY_SEED if kind.init else 0)
-    own = dict(plan=kind.plan, preset=run.size, seed=seed,
+    settings = dict(plan=kind.plan, preset=run.size, seed=seed,
                steps=max(1, round(place_steps * kind.share)), lr=lr, min_lr=lr * kind.floor,
                data=scale.data, batch_tokens=scale.batch_tokens, micro_batch=scale.micro_batch,
                eval_windows=scale.eval_windows, compile=False, **kind.settings)
     if kind.equal:
-        own["steps"] = equal_steps(run, own, records)
-    warmup = first_warmup(kind, own["steps"], own["steps"] if kind.init else place_steps)
+        settings["steps"] = equal_steps(run, settings, records)
+    warmup = first_warmup(kind, settings["steps"], settings["steps"] if kind.init else place_steps)
     if warmup:
-        own["warmup_share"] = warmup
-    own["eval_every"] = max(1, own["steps"] // 10)
+        settings["warmup_share"] = warmup
+    settings["eval_every"] = max(1, settings["steps"] // 10)
     if kind.teacher:
-        own["teacher"] = f"{folder}/{run.of(kind.teacher).name}"
+        settings["teacher"] = f"{folder}/{run.of(kind.teacher).name}"
     if not kind.init:
-        return own, None
+        return settings, None
 
     # The run begins with the cut model instead of a preset.
-    del own["preset"]
-    own["init"] = f"{folder}/from-{run.name}"
+    del settings["preset"]
+    settings["init"] = f"{folder}/from-{run.name}"
     keep = target.removable_params() / uncut(run).removable_params()
     recipe = dict(kind.cut, init=f"{folder}/{run.of(kind.init).name}", data=scale.data, seed=seed,
                   windows=64, keep=keep, micro_batch=scale.micro_batch)
-    return own, recipe
+    return settings, recipe
 
 
-def equal_steps(run, own, records):
-    """In how many steps a run spends what the kind that it is compared with spent. `own` are its
-    settings."""
+def equal_steps(run, settings, records):
+    """In how many steps a run with these settings spends what the kind it is compared with spent."""
     kind = KINDS[run.kind]
     other, cost = kind.equal
     budget = records[run.of(other).name]["summary"][0][cost]
-    steps = own["steps"]
+    steps = settings["steps"]
     if kind.teacher:
         # When the teacher is dropped is not known in advance; the run of the plan itself shows it.
         spent = records[run.of(kind.plan).name]["summary"][0][cost]
         return max(1, round(steps * budget / spent))
     for _ in range(4):                 # steps and FLOPs are nearly proportional: this converges
-        spent = predicted(dict(own, steps=steps))[cost]
+        spent = predicted(dict(settings, steps=steps))[cost]
         steps = max(1, round(steps * budget / spent))
     return steps
 
@@ -414,14 +416,14 @@ def calibration_flops(run, recipe):
     return recipe["windows"] * tokens * large.flops_per_token(tokens, backward)
 
 
-def plan_of(own, preset=None):
+def plan_of(settings, preset=None):
     """Settings of train.py, or a record of them -> (the settings resolved, the model config at the
     start, the one at the end, schedule.Timeline). `preset` is the size of the target behind an
     --init."""
     known = {setting.name for setting in fields(train.Train)} - {"init", "teacher"}
-    if not own.get("cuts"):
+    if not settings.get("cuts"):
         known -= {"cuts"}              # the record of a plan without cuts
-    chosen = {name: value for name, value in own.items() if name in known}
+    chosen = {name: value for name, value in settings.items() if name in known}
     if preset:
         chosen["preset"] = preset
     config = train.resolve(train.Train(**chosen), "cpu")
@@ -435,12 +437,12 @@ def config_at(start, target, size):
     return start.resized(allocate.widths_on_the_way(start, target, size, start.widths()))
 
 
-def predicted(own, preset=None):
+def predicted(settings, preset=None):
     """FLOPs of a run with these settings of train.py: {"flops_executed", "flops_credited"}.
 
     Scoring is not counted. A teacher counts as if it were never dropped and as large as the
     enlarged model."""
-    config, start, target, timeline = plan_of(own, preset)
+    config, start, target, timeline = plan_of(settings, preset)
     length = target.block_size
     stop = config.steps
     for stage, _, end in timeline.stages:
@@ -468,8 +470,8 @@ def predicted(own, preset=None):
 def expected(run, scale):
     """(settings of train.py, FLOPs as `predicted`) of a run before any other has been made."""
     records = {other.name: {"summary": [expected(other, scale)[1]]} for other in measures(run)}
-    own, recipe = settings(run, scale, records)
-    return own, predicted(own, run.size if recipe else None)
+    settings, recipe = settings_of(run, scale, records)
+    return settings, predicted(settings, run.size if recipe else None)
 
 
 def fingerprint_of(runs, scale):
@@ -479,11 +481,11 @@ def fingerprint_of(runs, scale):
     corpus = data.load(scale.data, open_tokenizer("bytes"))
     for run in runs:
         try:
-            own, _ = expected(run, scale)
+            settings, _ = expected(run, scale)
         except UserError as problem:
             raise UserError(f"{run.name}: {problem}; more steps come by a larger --tokens") from None
-        stopped = .5 if own.get("stage") == "enlarge" else 1
-        tokens = own["steps"] * own["batch_tokens"] * stopped
+        stopped = .5 if settings.get("stage") == "enlarge" else 1
+        tokens = settings["steps"] * settings["batch_tokens"] * stopped
         if tokens > MAX_EPOCHS * len(corpus.train):
             raise UserError(f"{run.name} takes {tokens:,.0f} tokens, "
                             f"{tokens / len(corpus.train):.1f} epochs of {scale.data} and more "

@@ -67,7 +67,7 @@ from tasks import questions
 class Compare:
     init: str                     # the model: a Hugging Face folder or hub id, or a checkpoint
     out: str = "runs/compare.jsonl"    # file of records
-    # cost is about the seconds and the memory of a cut
+    # what to make; cost: the seconds and the memory of a cut
     part: Literal["all", "grid", "rows", "questions", "report", "cost"] = "all"
     keeps: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6)    # kept fractions of the reported rows
     grid_keep: float = 0.8        # of the grid, and of the questions
@@ -249,9 +249,9 @@ class Cuts:
             # Its scores need other statistics, and it zeroes in place.
             with torch.autocast("cpu", torch.bfloat16):
                 stats = prune.collect(model, batches, recipe)
-            return prune.one_shot(copy.deepcopy(model), stats, batches, recipe, budget)
+            return prune.cut_once(copy.deepcopy(model), stats, batches, recipe, budget)
         damage = self.damage(recipe, seed, batches, stats) if prune.runs_again(recipe) else None
-        return prune.one_shot(model, stats, batches, recipe, budget, damage=damage)
+        return prune.cut_once(model, stats, batches, recipe, budget, damage=damage)
 
     def little_by_little(self, name, recipe, keep, seed, batches):
         """Adapt-Pruner cuts ADAPT_STEP of the model at a time and measures anew each time, on one
@@ -267,7 +267,7 @@ class Cuts:
             with torch.autocast("cpu", torch.bfloat16):
                 stats = score.collect(model, half, prune.needs(recipe))
             budget = math.floor(at * self.subject.total + 1e-6)
-            model = prune.one_shot(model, stats, half, recipe, budget, whole.config.widths())
+            model = prune.cut_once(model, stats, half, recipe, budget, whole.config.widths())
         models.append((keep, model))
         return model
 
@@ -371,9 +371,9 @@ def best_of_grid(records, config):
     """The best cells of the grid so far that are no published method: {name: recipe}."""
     table = compare_report.cells(records, "validation")
     table = table[(table.keep == config.grid_keep) & (table.seed == 0)].set_index("name")
-    ours = {name_of(recipe): recipe for recipe in GRID if recipe not in PUBLISHED.values()}
-    ranked = table.perplexity[table.index.isin(ours)].sort_values(kind="stable")
-    return {name: ours[name] for name in ranked.index[:config.best]}
+    candidates = {name_of(recipe): recipe for recipe in GRID if recipe not in PUBLISHED.values()}
+    ranked = table.perplexity[table.index.isin(candidates)].sort_values(kind="stable")
+    return {name: candidates[name] for name in ranked.index[:config.best]}
 
 
 # -- the command
@@ -470,7 +470,7 @@ def cost(subject, windows=16, rounds=3):
 
     def whole_cut(recipe):
         stats = prune.collect(model, batches, recipe)
-        prune.one_shot(model, stats, batches, recipe, budget)
+        prune.cut_once(model, stats, batches, recipe, budget)
 
     rows = []
     for name in ("flap", "taylor", "sensitivity", "taylor2"):
@@ -481,8 +481,8 @@ def cost(subject, windows=16, rounds=3):
             plain = seconds_and_memory(plain_passes, backward)
             for p in model.parameters():
                 p.grad = None
-            ours = seconds_and_memory(whole_cut, recipe)
-            ratios.append((ours[0] / plain[0], ours[1] / plain[1]))
+            whole = seconds_and_memory(whole_cut, recipe)
+            ratios.append((whole[0] / plain[0], whole[1] / plain[1]))
         seconds, memory = np.median(ratios, 0)
         rows.append([f"`{name}`", "forward, backward" if backward else "forward", f"{seconds:.2f}",
                      f"{memory:.2f}"])

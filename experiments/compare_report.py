@@ -201,8 +201,8 @@ def overview(records, keep):
     title = "Test perplexity by kept fraction"
     if files:
         heads.append(f"questions at {keep:g}")
-        asked = ", ".join(f"{limit} of {file}" for file, limit in files)
-        title += f", and mean accuracy (acc_norm) on {asked}"
+        counts = ", ".join(f"{limit} of {file}" for file, limit in files)
+        title += f", and mean accuracy (acc_norm) on {counts}"
     title += " (ours in bold; ± is half of the range of calibration seeds):"
     return f"{title}\n\n{markdown(heads, rows)}"
 
@@ -228,18 +228,24 @@ def against(perplexities, first, second, keep):
     return [of_first[seed] / of_second[seed] - 1 for seed in sorted(set(of_first) & set(of_second))]
 
 
-def adaptive_beats_uniform(grid, keep):
-    differences = {}
-    for unit_score in score.SCORES:
-        pair = [grid.get((f"{unit_score} / {allocation}", keep))
-                for allocation in ("adaptive", "uniform")]
-        if all(pair):
-            differences[unit_score] = pair[0][0] / pair[1][0] - 1
-    if not differences:
-        return []
-    each = ", ".join(f"`{name}` {difference:+.1%}" for name, difference in differences.items())
-    return [f"*Adaptive beats uniform* (keep {keep:g}, validation, one calibration): "
-            f"{verdict(differences.values())}, {each}"]
+def adaptive_beats_uniform(grid, keep, groups):
+    """For both kinds of units together and, if it was measured, for FFN neurons alone. `groups` is
+    the number of KV groups in a layer."""
+    coarse = (f"FFN neurons and KV groups (a layer has {groups} groups, and an equal share of them "
+              f"is {keep * groups:g})")
+    lines = []
+    for units, suffix in ((coarse, ""), ("FFN neurons alone", ", FFN")):
+        differences = {}
+        for unit_score in score.SCORES:
+            adaptive = grid.get((f"{unit_score} / adaptive{suffix}", keep))
+            uniform = grid.get((f"{unit_score} / uniform{suffix}", keep))
+            if adaptive and uniform:
+                differences[unit_score] = adaptive[0] / uniform[0] - 1
+        if differences:
+            each = ", ".join(f"`{name}` {change:+.1%}" for name, change in differences.items())
+            lines.append(f"*Adaptive beats uniform* on {units}, keep {keep:g}, validation, one "
+                         f"calibration: {verdict(differences.values())}, {each}")
+    return lines
 
 
 def adapt_pruner_beats_others(test, keeps):
@@ -291,7 +297,9 @@ def claims(records, keep):
         if at == keep and name in tested and 0 in by_seed:
             candidates[name] = by_seed[0]
     chosen = min(candidates, key=candidates.get, default=None)
-    lines = adaptive_beats_uniform(grid_cells, keep) + adapt_pruner_beats_others(test, keeps)
+    dense = [record for record in records if record["tag"] == "cell" and record["name"] == "dense"]
+    lines = adaptive_beats_uniform(grid_cells, keep, max(dense[0]["n_kv_head"]))
+    lines += adapt_pruner_beats_others(test, keeps)
     for at in keeps:
         lines += width_and_ours(test, at, chosen)
     refused = set()

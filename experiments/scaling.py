@@ -119,7 +119,10 @@ def recovery_tables(config, kinds):
             constants, "\n".join(remarks),
             "Mean error in nats, where a law was fitted and on the points that were held out. The "
             "laws against the control are given its measured loss at every point, also at those "
-            "held out.",
+            "held out. \"No law: straight line\" continues every curve along a line over log(tokens) "
+            f"through its last {scaling_curves.LINE_POINTS} seen points. \"No law: neighbour\" gives a "
+            "curve its own L₀ plus what the nearest seen cut cost after as many tokens: that of the "
+            "next smaller model at the same rate, or of the same model at the next smaller rate.",
             errors]
 
 
@@ -137,8 +140,8 @@ def constants_row(kind, fit, points, samples):
 
 
 def error_rows(config, kind, points):
-    """A row for each law that these points allow: its mean error, in nats and per cent, where it
-    was fitted and on each part held out."""
+    """A row for each law that these points allow, and for each guess without a law: its mean error,
+    in nats and per cent, where it was fitted and on each part held out."""
     def show(judged):
         return f"{judged['nats']:.4f} ({judged['percent']:.2f} %)" if judged else "-"
 
@@ -154,6 +157,9 @@ def error_rows(config, kind, points):
         held_out = scaling_laws.held_out(law, points, loss=config.loss, starts=config.starts)
         cells = [show(judged) for judged in held_out.values()]
         rows.append([kind, law, show(scaling_laws.judge(fit, points)), *cells])
+    for name, guess in scaling_curves.GUESSES.items():
+        judged = scaling_curves.judged_guesses(guess, points).values()
+        rows.append([kind, name, "-", *[show(of_split) for of_split in judged]])
     return rows
 
 

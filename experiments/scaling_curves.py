@@ -11,13 +11,15 @@ import itertools
 import math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 import report
 from common import UserError
-from experiments.scaling_laws import NEAR
+from experiments.scaling_laws import HELD_OUT, NEAR, judge_losses
 from model import GPTConfig
 
+LINE_POINTS = 5                        # a straight line goes through so many points (our choice)
 KINDS = {"ffn": "width", "layer": "depth", "2:4": "2:4"}      # by the structure that was cut
 
 
@@ -197,3 +199,61 @@ def noise(records):
     for _, costs in points.groupby(["n0", "n", "tokens"]).cost:
         differences += [abs(first - second) for first, second in itertools.combinations(costs, 2)]
     return sum(differences) / len(differences) if differences else math.nan
+
+
+# -- guesses without a law: points and a mask (points,) of those that were seen -> losses (points,),
+# nan where the guess says nothing
+
+def straight_line(points, seen):
+    """Every curve goes on along the straight line over log(tokens), by least squares, through its
+    last LINE_POINTS seen points."""
+    guessed = np.full(len(points.loss), np.nan)
+    for curve in np.unique(points.curve):
+        own = points.curve == curve
+        before = np.flatnonzero(own & seen)
+        last = before[np.argsort(points.tokens[before])][-LINE_POINTS:]
+        if len(last) == LINE_POINTS:
+            line = np.polyfit(np.log(points.tokens[last]), points.loss[last], 1)
+            guessed[own] = np.polyval(line, np.log(points.tokens[own]))
+    return guessed
+
+
+def neighbour(points, seen):
+    """A curve of which nothing was seen costs (loss less L0) what the nearest seen cut costs after
+    as many tokens: its loss is its own L0 plus that cost.
+
+    Near is a small |log of the ratio of N0| + |log of the ratio of rho|, so for a larger model it
+    is the next smaller one at the same rate, and for a larger rate the next smaller one of the same
+    model. Seeds of the nearest cut are averaged. Between its points the cost is interpolated over
+    log(tokens); beyond them it stays."""
+    guessed = np.full(len(points.loss), np.nan)
+    cost = points.loss - points.before
+    place = np.stack([np.log(points.n0), np.log(points.rho)], -1)
+    for curve in np.unique(points.curve):
+        own = points.curve == curve
+        if (own & seen).any() or not seen.any():
+            continue
+        distance = np.abs(place - place[own][0]).sum(-1)
+        nearest = seen & np.isclose(distance, distance[seen].min())
+        costs = []
+        for other in np.unique(points.curve[nearest]):
+            seed = np.flatnonzero(nearest & (points.curve == other))
+            seed = seed[np.argsort(points.tokens[seed])]
+            costs.append(np.interp(np.log(points.tokens[own]), np.log(points.tokens[seed]), cost[seed]))
+        guessed[own] = points.before[own] + np.mean(costs, axis=0)
+    return guessed
+
+
+GUESSES = {"no law: straight line": straight_line, "no law: neighbour": neighbour}
+
+
+def judged_guesses(guess, points):
+    """{split: `judge_losses` on its held-out points}, as `scaling_laws.held_out` gives of a law;
+    None where the guess says nothing of one of them."""
+    judged = {}
+    for name, split in HELD_OUT.items():
+        tested = split(points)
+        losses = guess(points, ~tested)[tested]
+        known = tested.any() and np.isfinite(losses).all()
+        judged[name] = judge_losses(losses, points.where(tested)) if known else None
+    return judged

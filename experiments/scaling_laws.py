@@ -376,7 +376,12 @@ def refine(law, points, loss, thetas):
 
 
 def judge(fit, points):
-    """How a Fit predicts these points, as a dictionary:
+    """`judge_losses` of what a Fit predicts."""
+    return judge_losses(fit.law.predict(fit.theta, points), points)
+
+
+def judge_losses(predicted, points):
+    """How near predicted losses (points,) are to those of these points, as a dictionary:
 
     r2       of all losses, so that differences between curves count
     huber    mean Huber loss, nats²
@@ -386,7 +391,7 @@ def judge(fit, points):
     nats     mean |error|
     percent  mean |error| in per cent of the loss
     worst    largest |error|, nats"""
-    errors = fit.law.predict(fit.theta, points) - points.loss
+    errors = predicted - points.loss
     size = np.abs(errors)
     variation = ((points.loss - points.loss.mean()) ** 2).sum()
     order = np.lexsort((points.tokens, points.curve))

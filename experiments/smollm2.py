@@ -121,7 +121,12 @@ def check_whole(folder):
     tokenizer = checkpoint.tokenizer_of(model, about, folder)
     peer = export.in_transformers(folder)
     prompt = torch.from_numpy(tokenizer.encode(TEXT).astype("int64"))[None]
-    same_ids = AutoTokenizer.from_pretrained(folder)(TEXT).input_ids == prompt[0].tolist()
+    try:
+        their_tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ValueError as problem:
+        raise UserError(f"transformers does not read the tokenizer of {folder} without the folder's own code, which is "
+                        f"never run ({' '.join(str(problem).split())[:100]}); give another folder") from None
+    same_ids = their_tokenizer(TEXT).input_ids == prompt[0].tolist()
     expected = peer(prompt).logits
     difference = ((model(prompt) - expected).abs().max() / expected.abs().max()).item()
     continued = model.generate(prompt, 50, temperature=0)
@@ -226,6 +231,9 @@ def main(config):
     check_positive(config, ["limit"])
     if not 0 < config.keep < 1:
         raise UserError(f"--keep {config.keep} must be between 0 and 1")
+    if config.task != "fetch" and not (folder / "config.json").exists():
+        raise UserError(f"{folder} is no Hugging Face folder, which {config.task} needs for transformers; give what "
+                        "fetch wrote, or write one by python export.py CHECKPOINT FOLDER")
     if config.task == "fetch":
         fetch(folder)
     elif config.task == "check":

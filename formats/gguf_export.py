@@ -22,6 +22,8 @@ from formats.huggingface import their_name
 from model import Block, rotary
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+# llama.cpp's names for such files.
+FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
 
 
 # -- the architecture
@@ -155,11 +157,12 @@ def rope_factors(config):
 
 # -- the file
 
-def write_gguf(model, tokenizer, path, dtype="f16"):
+def write_gguf(model, tokenizer, path, dtype="f16", name=None, license=None):
     """Write the model with its tokenizer to `path`, whole or not at all. One converted tensor at a time
     is in memory.
 
-    dtype: f32, f16 or bf16 for matrices; norms and biases stay f32. Raises UserError if llama.cpp has
+    dtype: f32, f16 or bf16 for matrices; norms and biases stay f32. `name` and `license` are written
+    where they are known. Raises UserError if llama.cpp has
     no architecture or no tokenizer for it, if the vocabulary is larger than the embedding, or if a
     weight is too large for f16."""
     if dtype not in DTYPES:
@@ -170,19 +173,24 @@ def write_gguf(model, tokenizer, path, dtype="f16"):
 
     def write(file):
         writer = gguf.GGUFWriter(file.name, arch)
+        if name:
+            writer.add_name(name)
+        if license:
+            writer.add_license(license)
+        writer.add_file_type(getattr(gguf.LlamaFileType, FILE_TYPES[dtype]))
         add_shapes(writer, model.config, arch)
         add_vocabulary(writer, tokenizer, model.config.vocab_size)
-        for name, tensor in tensors(model, arch):
+        for tensor_name, tensor in tensors(model, arch):
             kind = dtype if tensor.dim() == 2 else "f32"
             size = tensor.numel() * DTYPES[kind].itemsize
-            writer.add_tensor_info(name, tensor.shape, None, size, gguf.GGMLQuantizationType[kind.upper()])
+            writer.add_tensor_info(tensor_name, tensor.shape, None, size, gguf.GGMLQuantizationType[kind.upper()])
         try:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             # The library's own loop would hold all converted tensors, or write them to disk twice.
-            for name, tensor in tensors(model, arch):
-                write_tensor(writer, convert(name, tensor, dtype))
+            for tensor_name, tensor in tensors(model, arch):
+                write_tensor(writer, convert(tensor_name, tensor, dtype))
         finally:
             writer.close()
 

@@ -10,10 +10,11 @@ blank; a tokenizer.json with the pre-tokenizer Metaspace does not.
 """
 import base64
 import json
+import re
 from dataclasses import dataclass, field
 
 from common import UserError
-from formats.tokenizer import PROBE, from_files
+from formats.tokenizer import NAMED_TEMPLATE, PROBE, from_files, special_ids
 from formats.tokenizer_json import (
     BYTE_PIECE,
     GPT2,
@@ -76,21 +77,58 @@ def add_vocabulary(writer, tokenizer, size):
     if vocabulary.charsmap:
         writer.add_precompiled_charsmap(vocabulary.charsmap)
 
-    writer.add_eos_token_id(tokenizer.eot)
+    ids = special_ids(tokenizer.files, size, tokenizer.name)
+    add_ends(writer, tokenizer, ids)
     # A beginning of text is always given, because llama.cpp would choose one by itself.
     beginnings = [*tokenizer.opening[:1], tokenizer.bos, tokenizer.eot]
     writer.add_bos_token_id(next(i for i in beginnings if i is not None))
     writer.add_add_bos_token(bool(tokenizer.opening))
+    padding = ids.get("pad_token_id", tokenizer.specials.get(named_padding(tokenizer)))
+    if padding is not None:
+        writer.add_pad_token_id(padding)
     template = chat_template(tokenizer)
     if template:
         writer.add_chat_template(template)
 
 
+def add_ends(writer, tokenizer, ids):
+    """Add the tokens that end a text. llama.cpp has names for three: of a text, a turn and a message. It
+    stops at any, and at others that it knows by their texts."""
+    writer.add_eos_token_id(tokenizer.eot)
+    ends = ids.get("eos_token_id", [])
+    others = [token for token in (ends if isinstance(ends, list) else [ends]) if token != tokenizer.eot]
+    for add, token in zip((writer.add_eot_token_id, writer.add_eom_token_id), others):
+        add(token)
+
+
+def named_padding(tokenizer):
+    """The text of the padding token that tokenizer_config.json names, or None."""
+    token = json.loads(tokenizer.files.get("tokenizer_config.json", "{}")).get("pad_token")
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
 def chat_template(tokenizer):
-    """The text of a model's chat template, or None."""
+    """A model's chat template: a text; a list of {"name", "template"} if some have names; or None. Raises
+    UserError for a template that a GGUF file cannot hold, and names it."""
     config = json.loads(tokenizer.files.get("tokenizer_config.json", "{}"))
-    template = tokenizer.files.get("chat_template.jinja") or config.get("chat_template")
-    return template if isinstance(template, str) else None
+    given = tokenizer.files.get("chat_template.jinja") or config.get("chat_template") or []
+    templates = [{"name": "default", "template": given}] if isinstance(given, str) else list(given)
+    for file, content in tokenizer.files.items():
+        named = NAMED_TEMPLATE.fullmatch(file)
+        if named:
+            templates.append({"name": named[1], "template": content})
+    keys = set()
+    for template in templates:
+        is_plain = isinstance(template, dict) and isinstance(template.get("template"), str)
+        name = template.get("name") if is_plain else None
+        if not isinstance(name, str) or re.sub(r"\W", "_", name) in keys:
+            raise UserError(f"the chat template {str(template)[:60]!r} of {tokenizer.name!r} has no text, or no name "
+                            "of its own; correct tokenizer_config.json, or export with --to hf")
+        keys.add(re.sub(r"\W", "_", name))
+    if keys == {"default"}:
+        return templates[0]["template"]
+    return templates
 
 
 def vocabulary_of(tokenizer):

@@ -7,9 +7,9 @@ GPT.
 In. Llama 2/3, SmolLM2, MobileLLM, Mistral, Qwen 2/2.5 and Qwen 3 are one decoder with different
 numbers, which `read_config` reads. A model whose logits would differ is refused, with the reason.
 Configs may be spelled as by transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
-Reading needs no transformers and opens no pickles: tensors come out of safetensors one by one, in
-the dtype that is asked for, so the peak of memory is the model itself. A folder that somebody sent
-cannot make us read or write files outside of it.
+Reading needs no transformers. Tensors come out of safetensors, or out of a pytorch_model.bin whose
+code is never run, one by one and in the dtype that is asked for, so the peak of memory is the model
+itself. A folder that somebody sent cannot make us read or write files outside of it.
 
 Out. A model whose layers all have the same widths is written as a stock class. Other models bring
 their own class along (formats/modeling_nanoprune.py) or take the layout of DeciLM, which vLLM
@@ -22,12 +22,13 @@ import json
 import operator
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import torch
 
-from common import UserError
-from formats.tokenizer import FILES, read_files, read_json
+from common import UserError, read_pickled_tensors
+from formats.tokenizer import check_files, read_files, read_json
 from model import GPT, MOST_LAYERS, check_values, config_from, with_context
 
 FAMILIES = ("llama", "mobilellm", "mistral", "qwen2", "qwen3", "nanoprune", "nemotron-nas")
@@ -72,6 +73,7 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen
 
 # Families whose class is in formats/modeling_nanoprune.py, and how its names begin there.
 OWN_CODE = {"nanoprune": "Nanoprune", "nemotron-nas": "DeciLM"}
+OWN_FILE = Path(__file__).with_name("modeling_nanoprune.py")
 
 
 def their_name(name):
@@ -209,37 +211,81 @@ def read_config(hf, where, block_size=None):
 
 # -- in: weights
 
+# The files that transformers looks for, in its order.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
 def tensor_files(folder):
-    """Where each tensor of a folder lies: {Hugging Face's name: file}. As in transformers, the one
-    file goes before the index. Raises UserError if there is neither, or if the index is broken or
-    leads out of the folder."""
-    single = folder / "model.safetensors"
-    if single.exists():
-        with open_shard(single) as shard:
-            return dict.fromkeys(shard.keys(), single)
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        pickles = [file.name for file in folder.glob("*.bin")]
-        remedy = "; download the whole repository"
-        if pickles:
-            remedy = f", only {pickles[0]}: pickled weights are never opened, convert them"
-        raise UserError(f"{folder} has no model.safetensors nor its index{remedy}")
+    """Where each tensor of a folder lies: {Hugging Face's name: (file, its name in the file)}. Raises
+    UserError if there are no weights, if an index is broken or leads out of the folder, or if two
+    tensors have one name."""
+    present = [name for name in WEIGHTS if (folder / name).is_file()]
+    if not present:
+        raise UserError(f"{folder} has no model.safetensors nor its index, and no pytorch_model.bin; download the "
+                        "whole repository")
+    file = folder / present[0]
+    if file.suffix == ".json":
+        stored = read_index(file)
+    else:
+        stored = dict.fromkeys(names_in(file), file)
+    files = {}
+    for name, file in stored.items():
+        if full_name(name) in files:
+            raise UserError(f"{folder} holds {full_name(name)} twice, as {files[full_name(name)][1]} and as {name}; "
+                            "keep one of the two")
+        files[full_name(name)] = file, name
+    return files
+
+
+def full_name(name):
+    """A tensor's name as transformers' class for text has it. A compiled model has "_orig_mod." in its
+    names, and a model without a head has no "model." in front."""
+    name = name.replace("_orig_mod.", "")
+    if name.startswith(("model.", "lm_head.")):
+        return name
+    return "model." + name
+
+
+def read_index(index):
+    """An index of weights -> {tensor: file}. Raises UserError if the index is broken or names files
+    that are not beside it."""
     try:
         weight_map = read_json(index.read_bytes(), index)["weight_map"]
         names = sorted(set(weight_map.values()))
-        outside = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
+        suffix = index.suffixes[0]
+        outside = [name for name in names if not re.fullmatch(rf"[\w.-]+\{suffix}", name)]
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{index} has no weight_map of tensors and files; download it "
                         "again") from None
     # Whoever sends a folder does not choose which other files of this machine are read.
     if outside:
-        raise UserError(f"{index} names {outside[0]!r}, and only *.safetensors files beside it are "
+        raise UserError(f"{index} names {outside[0]!r}, and only *{suffix} files beside it are "
                         "read; do not use it, or correct the name")
     for name in names:
-        if not (folder / name).exists():
+        if not (index.parent / name).is_file():
             raise UserError(f"{index} names {name}, which is not there; download the whole "
                             "repository")
-    return {tensor: folder / name for tensor, name in weight_map.items()}
+    return {tensor: index.parent / name for tensor, name in weight_map.items()}
+
+
+def names_in(file):
+    """The names of the tensors in a file of weights."""
+    if file.suffix == ".bin":
+        return list(read_bin(file))
+    with open_shard(file) as shard:
+        return list(shard.keys())
+
+
+def read_bin(file):
+    """A .bin file -> {name: tensor}, each in the file until it is used. Raises UserError if the file
+    holds code or anything but tensors by name."""
+    # Before torch 1.6 files were no zip archives; these are read into memory.
+    weights = read_pickled_tensors(file, "take the repository's *.safetensors, or do not use it",
+                                   mmap=zipfile.is_zipfile(file))
+    is_plain = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
+    if not is_plain or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+        raise UserError(f"{file} holds no dictionary of tensors by name; take the model's state_dict")
+    return weights
 
 
 def open_shard(file):
@@ -257,50 +303,88 @@ def read_tensor(file, name, shape, device, dtype):
     at once. Otherwise the part of its memory map that was read would count as ours, and the peak
     would be twice the model. Raises UserError if the tensor is missing, quantized or of another
     shape."""
+    if file.suffix == ".bin":
+        weights = read_bin(file)
+        if name not in weights:
+            raise missing_tensor(file, name)
+        stored = weights[name]
+        kind = stored.dtype if stored.layout == torch.strided else stored.layout
+        check_tensor(file, name, shape, stored.shape, kind)
+        check_values(stored, dtype or kind, name, file)
+        return torch.empty(shape, dtype=dtype or kind, device=device).copy_(stored)
     from safetensors import SafetensorError
     with open_shard(file) as shard:
         try:
             stored = shard.get_slice(name)
         except SafetensorError:
-            raise UserError(f"{file} has no tensor {name}, though the index says so; download it "
-                            "again") from None
-        if tuple(stored.get_shape()) != tuple(shape):
-            raise UserError(f"{file}: tensor {name} is {tuple(stored.get_shape())}, config.json "
-                            f"asks for {tuple(shape)}; config and weights are not of the same "
-                            "model")
-        if stored.get_dtype() not in DTYPES:
-            raise UserError(f"{file}: tensor {name} is {stored.get_dtype()}; only "
-                            f"{', '.join(DTYPES)} are read")
-        dtype = dtype or DTYPES[stored.get_dtype()]
+            raise missing_tensor(file, name) from None
+        kind = DTYPES.get(stored.get_dtype(), stored.get_dtype())
+        check_tensor(file, name, shape, stored.get_shape(), kind)
         tensor = shard.get_tensor(name)
-        check_values(tensor, dtype, name, file)
-        return tensor.to(device, dtype, copy=True)
+        check_values(tensor, dtype or kind, name, file)
+        return tensor.to(device, dtype or kind, copy=True)
+
+
+def missing_tensor(file, name):
+    return UserError(f"{file} has no tensor {name}, though the index says so; download it again")
+
+
+def check_tensor(file, name, shape, stored_shape, kind):
+    """Raise UserError if a stored tensor has another shape than the model's or is none of DTYPES."""
+    if tuple(stored_shape) != tuple(shape):
+        raise UserError(f"{file}: tensor {name} is {tuple(stored_shape)}, config.json "
+                        f"asks for {tuple(shape)}; config and weights are not of the same "
+                        "model")
+    if kind not in DTYPES.values():
+        raise UserError(f"{file}: tensor {name} is {kind}; only {', '.join(DTYPES)} are read")
 
 
 def check_names(folder, family, model, files):
     """Raise UserError unless `files` has the model's tensors and no others. Two may be left over:
     the frequencies of rotary positions, which old files store, and the head of a tied model."""
     expected = {their_name(name) for name, _ in model.named_parameters()}
+    if expected - files.keys() == {"lm_head.weight"}:
+        raise UserError(f"{folder} has no tensor lm_head.weight, and its config.json does not tie the head to the "
+                        "embedding; set tie_word_embeddings to true in config.json if the model is tied")
     for name in expected - files.keys():
         raise UserError(f"{folder} has no tensor {name}, which its config.json asks for; download "
                         "the whole repository")
     for name in files.keys() - expected:
         tied_head = name == "lm_head.weight" and model.head is None
         if not (tied_head or name.endswith("rotary_emb.inv_freq")):
-            raise UserError(f"{files[name]} holds {name}, for which a {family} model of this "
+            raise UserError(f"{files[name][0]} holds {files[name][1]}, for which a {family} model of this "
                             "config.json has no place; config and weights are not of the same "
                             "model")
 
 
+def refuse_adapter(folder):
+    """Raise UserError if a folder holds a LoRA adapter, which is a change to the weights of another
+    model."""
+    if (folder / "adapter_config.json").is_file():
+        base = read_json((folder / "adapter_config.json").read_bytes(), folder / "adapter_config.json")
+        raise UserError(f"{folder} holds an adapter (LoRA) for {base.get('base_model_name_or_path')}, not a model; "
+                        "merge the two by peft's merge_and_unload() and save_pretrained(), and give that folder")
+
+
+def read_license(folder):
+    """The name of the license in the first lines of a folder's README.md, as the hub has it, or None."""
+    if not (folder / "README.md").is_file():
+        return None
+    beginning = (folder / "README.md").read_bytes()[:4096].decode(errors="replace")
+    license = re.match(r"---\r?\n(?:(?!---).*\n)*?license: *([\w.-]+) *\r?\n", beginning)
+    return license[1] if license else None
+
+
 def load(folder, device, dtype, block_size):
     """Open a Hugging Face folder: -> (GPT, {"huggingface": config.json, "tokenizer_files": {file
-    name: content}}).
+    name: content}, "license": its name or None}).
 
     `dtype` None keeps the stored one. With the device "meta" no weights are read. `block_size` is
     the context that is wanted; None takes all. Raises UserError if the model is not ours to
     compute, or if a file is missing or broken."""
+    refuse_adapter(folder)
     hf = read_json((folder / "config.json").read_bytes(), folder / "config.json")
-    about = {"huggingface": hf, "tokenizer_files": read_files(folder)}
+    about = {"huggingface": hf, "tokenizer_files": read_files(folder), "license": read_license(folder)}
     with torch.device("meta"):
         model = GPT(with_context(read_config(hf, folder, block_size), block_size, folder))
     if str(device) == "meta":
@@ -310,10 +394,10 @@ def load(folder, device, dtype, block_size):
     check_names(folder, hf["model_type"], model, files)
     weights = {}
     for name, p in model.named_parameters():
-        weights[name] = read_tensor(files[their_name(name)], their_name(name), p.shape, device, dtype)
+        weights[name] = read_tensor(*files[their_name(name)], p.shape, device, dtype)
 
     if model.head is None and "lm_head.weight" in files:
-        head = read_tensor(files["lm_head.weight"], "lm_head.weight", model.embed.weight.shape, device, dtype)
+        head = read_tensor(*files["lm_head.weight"], model.embed.weight.shape, device, dtype)
         if not torch.equal(weights["embed.weight"], head):
             raise UserError(f"{folder} ties head and embedding, but holds two different ones; set "
                             "tie_word_embeddings to false in config.json if both are meant")
@@ -344,7 +428,7 @@ def stock_family(config):
 
 def write_config(config, family, dtype, special):
     """GPTConfig -> config.json (dict), in the spelling of transformers 4, which version 5 reads,
-    too. `special` holds "bos_token_id" and "eos_token_id"."""
+    too. `special` holds "bos_token_id", "eos_token_id" and, where known, "pad_token_id"."""
     heads = max(config.n_head)
     kv_heads = max(config.n_kv_head)
     if family == "nanoprune" and (heads == 0 or config.d_model % heads):
@@ -377,8 +461,7 @@ def write_config(config, family, dtype, special):
     if family in OWN_CODE:
         hf["qkv_bias"] = config.qkv_bias
         hf["qk_norm"] = config.qk_norm
-        hf["auto_map"] = {"AutoConfig": f"modeling_nanoprune.{OWN_CODE[family]}Config",
-                          "AutoModelForCausalLM": f"modeling_nanoprune.{OWN_CODE[family]}ForCausalLM"}
+        hf["auto_map"] = auto_map(family)
     if family in ("qwen2", "qwen3"):
         hf["use_sliding_window"] = False
         hf["sliding_window"] = None
@@ -389,6 +472,27 @@ def write_config(config, family, dtype, special):
     if family == "nemotron-nas":
         hf["block_configs"] = deci_blocks(config)
     return hf
+
+
+def auto_map(family):
+    """Which classes of modeling_nanoprune.py transformers takes for a family in OWN_CODE."""
+    return {"AutoConfig": f"modeling_nanoprune.{OWN_CODE[family]}Config",
+            "AutoModelForCausalLM": f"modeling_nanoprune.{OWN_CODE[family]}ForCausalLM"}
+
+
+def has_own_code(folder):
+    """Whether a folder brings code along that transformers is to run, and it is ours, byte for byte.
+    Raises UserError for other code."""
+    hf = read_json((folder / "config.json").read_bytes(), folder / "config.json")
+    if "auto_map" not in hf:
+        return False
+    file = folder / OWN_FILE.name
+    family = hf.get("model_type")
+    is_ours = family in OWN_CODE and hf["auto_map"] == auto_map(family)
+    if not is_ours or not file.is_file() or file.read_bytes() != OWN_FILE.read_bytes():
+        raise UserError(f"{folder} brings code along ({json.dumps(hf['auto_map'])[:200]}) that is not this project's "
+                        f"{OWN_FILE.name}, and such code is never run; export the model anew by python export.py")
+    return True
 
 
 def deci_blocks(config):
@@ -431,19 +535,19 @@ def save(folder, model, family, files=None, special=None):
     from huggingface_hub import save_torch_state_dict
     # The names may come out of a checkpoint that somebody sent: they lead nowhere else and replace
     # no file of ours.
-    for name in files or {}:
-        if name not in FILES:
-            raise UserError(f"{name!r} is no file of a tokenizer; those are {', '.join(FILES)}: "
-                            "take the tokenizer from another checkpoint")
+    files = files or {}
+    check_files("the model", files)
     folder = Path(folder)
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     hf = write_config(model.config, family, dtype, special or {})
-    (folder / "config.json").write_text(json.dumps(hf, indent=1) + "\n")
+    # What came with the tokenizer is written first, so that it cannot replace a file of ours.
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     weights = {their_name(name): p.detach() for name, p in model.named_parameters()}
     save_torch_state_dict(weights, folder, metadata={"format": "pt"})
-    for name, content in (files or {}).items():
-        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     if family in OWN_CODE:
-        shutil.copy(Path(__file__).with_name("modeling_nanoprune.py"), folder)
-    for file in folder.iterdir():
+        shutil.copy(OWN_FILE, folder)
+    (folder / "config.json").write_text(json.dumps(hf, indent=1) + "\n")
+    for file in folder.glob("*.safetensors"):
         file.chmod(0o644)                    # safetensors makes files that only their owner may read

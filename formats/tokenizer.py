@@ -35,10 +35,20 @@ from formats.tokenizer_json import (
     name_of,
     refuse_unknown_spelling,
     spells_bytes,
+    splits_at_lines,
 )
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-         "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")
+         "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json")
+# transformers keeps a chat template that has a name in a file of this folder.
+NAMED_TEMPLATE = re.compile(r"additional_chat_templates/([\w-]+)\.jinja")
+
+# Larger ids would be a table of gigabytes, and are some mistake (our choice; Gemma has 262,144 tokens).
+LARGEST_VOCABULARY = 2**24
+
+# The encodings of tiktoken whose regular expressions let no word reach across a line end before a
+# letter or digit, and look no farther than that.
+LINES_SPLIT = ("gpt2", "r50k_base", "p50k_base", "p50k_edit", "cl100k_base", "o200k_base", "o200k_harmony")
 
 # A text in which most ways to cut text into words, and so most tokenizers, differ.
 PROBE = ("It's a'tb a'sb a'reb a'veb a'mb a'llb a'db I'LL A'TB A'LLB 1234567 x12 ٣٤٥  6 camelCase's "
@@ -54,10 +64,17 @@ class Tokenizer:
     vocab_size  1 + the largest id
     eot, bos    the ids that close and open a document; bos may be None
     specials    {text: id} of the tokens that no document can spell
+    splits_at_lines     whether a text may be cut behind a line end that stands between a character
+                        that is no blank and a letter or digit: both parts have the ids of the whole
     files       {file name: content} that it was read from; {} for bytes and tiktoken's vocabularies
     opening     the ids that transformers puts in front of every text"""
 
+    splits_at_lines = False
+
     def __init__(self, name, vocab_size, eot, bos=None, specials=None, files=None, opening=()):
+        if vocab_size > LARGEST_VOCABULARY:
+            raise UserError(f"the tokenizer {name!r} has an id {vocab_size - 1:,}, and ids up to "
+                            f"{LARGEST_VOCABULARY:,} are read; correct the ids of its added tokens")
         self.name = name
         self.vocab_size = vocab_size
         self.eot = eot
@@ -124,6 +141,8 @@ def replace_surrogates(text):
 class Bytes(Tokenizer):
     """UTF-8 bytes. NUL is the end of a text; `encode` drops a NUL that a text holds."""
 
+    splits_at_lines = True
+
     def __init__(self, eot=0):
         super().__init__("bytes", 256, eot)
 
@@ -146,6 +165,7 @@ class Tiktoken(Tokenizer):
         specials = dict(encoding._special_tokens)
         vocab_size = 1 + max(*encoding._mergeable_ranks.values(), *specials.values())
         eot = encoding.eot_token if eot is None else eot
+        self.splits_at_lines = name in LINES_SPLIT
         super().__init__(name, vocab_size, eot, specials=specials)
 
     def ids(self, text, special):
@@ -185,6 +205,7 @@ class HuggingFace(Tokenizer):
         except Exception as problem:             # the library raises nothing more specific
             raise UserError(f"{where}: tokenizer.json is damaged ({problem}): copy it again") from problem
         self.is_byte_level = spells_bytes(content)
+        self.splits_at_lines = splits_at_lines(content)
         self.added = self.backend.get_added_tokens_decoder()
 
         added = {token.content: i for i, token in self.added.items() if token.content}
@@ -198,6 +219,9 @@ class HuggingFace(Tokenizer):
         if content["model"].get("unk_id") == eot:
             raise UserError(f"{where}: the token for unknown characters is the one that ends a document; "
                             "name another \"eos_token\" in tokenizer_config.json")
+        if content["model"].get("type") == "Unigram" and content["model"].get("unk_id") is None:
+            raise UserError(f"{where}: the Unigram model of tokenizer.json has no \"unk_id\", so that no unknown "
+                            "character can be encoded; copy it again")
         forbid(self.backend, specials, (eot, bos), where)
         ids = self.backend.get_vocab(with_added_tokens=True).values()
         if len(set(ids)) < len(ids):
@@ -347,6 +371,10 @@ def open_model(content, where):
     try:
         model.LoadFromSerializedProto(content)
     except RuntimeError as problem:
+        # Llama 3's original file of this name is tiktoken's: a token in base64 and its rank in each line.
+        if re.match(rb"[A-Za-z0-9+/]+=* \d+\n", content):
+            raise UserError(f"{where}: tokenizer.model is a list of tiktoken's tokens and not SentencePiece's file; "
+                            "give the folder that has a tokenizer.json, too") from problem
         reason = " ".join(str(problem).split())
         raise UserError(f"{where}: tokenizer.model is damaged ({reason}): copy it again") from problem
     return model
@@ -362,9 +390,11 @@ def piece_bytes(piece):
 
 def open_tokenizer(name, files=None):
     """"bytes", the name of a tiktoken encoding, or a Hugging Face folder or its tokenizer.json ->
-    Tokenizer. With `files`, {file name: content}, it is made of these, and `name` is for messages.
-    Raises UserError if the name is unknown, the tokenizer not supported, or a vocabulary cannot be
-    downloaded."""
+    Tokenizer. With `files`, {file name: content}, it is made of these, and `name` is for messages; with
+    {} the name is never a folder's. Raises UserError if the name is unknown, the tokenizer not
+    supported, or a vocabulary cannot be downloaded."""
+    if files is not None:
+        check_files(name, files)
     if files:
         return from_files(name, files)
     if name == "bytes":
@@ -372,7 +402,7 @@ def open_tokenizer(name, files=None):
     import tiktoken
     names = ["bytes", *tiktoken.list_encoding_names()]
     path = Path(name)
-    if name not in names and path.exists():
+    if files is None and name not in names and path.exists():
         is_file = path.name in ("tokenizer.json", "tokenizer.model")
         return from_files(name, read_files(path.parent if is_file else path))
     try:
@@ -387,13 +417,35 @@ def open_tokenizer(name, files=None):
                         "bytes") from problem
 
 
+def check_files(where, files):
+    """Raise UserError if `files`, which may come out of a checkpoint that somebody sent, is no {file
+    name: content} with the names of FILES."""
+    if not isinstance(files, dict):
+        raise UserError(f"{where}: the tokenizer's files are {type(files).__name__} and no dictionary; take the "
+                        "tokenizer from another checkpoint")
+    for name, content in files.items():
+        if name not in FILES and not NAMED_TEMPLATE.fullmatch(str(name)):
+            raise UserError(f"{where}: {name!r} is no file of a tokenizer; those are {', '.join(FILES)}: "
+                            "take the tokenizer from another checkpoint")
+        kind = bytes if name == "tokenizer.model" else str
+        if not isinstance(content, kind):
+            raise UserError(f"{where}: {name} is {type(content).__name__}, and must be {kind.__name__}; take the "
+                            "tokenizer from another checkpoint")
+
+
+def has_tokenizer(files):
+    """Whether `files`, {file name: content}, hold a tokenizer."""
+    return "tokenizer.json" in files or "tokenizer.model" in files
+
+
 def from_files(where, files):
     """{file name: content} of a Hugging Face folder -> Tokenizer."""
     if "tokenizer.json" in files:
         return HuggingFace(where, files)
     if "tokenizer.model" in files:
         return SentencePiece(where, files)
-    raise UserError(f"{where} holds no tokenizer.json: give the folder of a Hugging Face model that does")
+    raise UserError(f"{where} holds no tokenizer.json: give the folder of a Hugging Face model that does, or one with "
+                    "a tokenizer.model")
 
 
 def read_json(text, where):
@@ -401,36 +453,79 @@ def read_json(text, where):
     JSON object."""
     try:
         return {**json.loads(text)}
-    except (ValueError, TypeError) as problem:
+    except (ValueError, TypeError, RecursionError) as problem:
         raise UserError(f"{where} is not a JSON object ({problem}): copy it again") from problem
 
 
 def read_files(folder):
-    """A Hugging Face folder -> {file name: content} of those of FILES that it has; {} if it has no
-    tokenizer.
+    """A Hugging Face folder -> {file name: content} of those of FILES that it has, and of its named chat
+    templates.
 
     Contents are str. That of tokenizer.model is bytes; it is left out if there is a tokenizer.json.
-    If there is no tokenizer_config.json, `config_from_ids` makes a minimal one. Raises UserError if a
-    file is not UTF-8 or not JSON."""
+    If there is no tokenizer_config.json, `config_from_ids` makes a minimal one. Without a tokenizer
+    only generation_config.json is left, which `with_ids` completes. Raises UserError if a file is not
+    UTF-8 or not JSON, or if a chat template has an odd name."""
     files = {}
-    for path in [Path(folder, name) for name in (*FILES, "config.json")]:
+    templates = [f"additional_chat_templates/{path.name}" for path in Path(folder).glob("additional_chat_templates/*")]
+    for name in (*FILES, *sorted(templates), "config.json"):
+        path = Path(folder, name)
         if not path.is_file():
             continue
         content = path.read_bytes()
         try:
-            files[path.name] = content if path.suffix == ".model" else content.decode("utf-8")
+            files[name] = content if path.suffix == ".model" else content.decode("utf-8")
         except UnicodeDecodeError as problem:
             raise UserError(f"{path} is not UTF-8 text (byte {problem.start}): copy it again") from problem
-    config = files.pop("config.json", "{}")
+    config = read_json(files.pop("config.json", "{}"), f"{folder}/config.json")
+    check_files(folder, files)
+    generation = with_ids(files.get("generation_config.json"), config, f"{folder}/generation_config.json")
+    if generation:
+        files["generation_config.json"] = generation
+    if not has_tokenizer(files):
+        return {name: files[name] for name in files if name == "generation_config.json"}
     if "tokenizer.json" not in files:
-        return files if "tokenizer.model" in files else {}
+        return files
     files.pop("tokenizer.model", None)
     if "tokenizer_config.json" not in files:
         content = read_json(files["tokenizer.json"], f"{folder}/tokenizer.json")
-        made = config_from_ids(read_json(config, f"{folder}/config.json"), content)
+        made = config_from_ids(config, content)
         if made:
             files["tokenizer_config.json"] = json.dumps(made)
     return files
+
+
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def with_ids(text, config, where):
+    """The text of a generation_config.json or None, with the ids that only config.json has: a list of
+    ends of a text, and the padding, which a tokenizer does not know."""
+    ids = {key: config[key] for key in SPECIAL_IDS if config.get(key) not in (None, [])}
+    if text is None:
+        says_more = isinstance(ids.get("eos_token_id"), list) or "pad_token_id" in ids
+        return json.dumps(ids) if says_more else None
+    generation = read_json(text, where)
+    missing = [key for key in ids if generation.get(key) is None]
+    if not missing:
+        return text
+    return json.dumps({**generation, **{key: ids[key] for key in missing}})
+
+
+def special_ids(files, vocab_size, where):
+    """{"eos_token_id": id or list of ids, …} of a generation_config.json among `files`. Raises
+    UserError if an id is none of the `vocab_size` tokens. (A padding of -1 means none.)"""
+    generation = read_json(files.get("generation_config.json", "{}"), f"{where}: generation_config.json")
+    ids = {}
+    for key in SPECIAL_IDS:
+        value = generation.get(key)
+        if value is None or value == [] or (key == "pad_token_id" and value == -1):
+            continue
+        for token in value if isinstance(value, list) else [value]:
+            if type(token) is not int or not 0 <= token < vocab_size:
+                raise UserError(f"{where}: {key} {value!r:.80} of generation_config.json or config.json is none of "
+                                f"the model's {vocab_size} token ids; correct it")
+        ids[key] = value
+    return ids
 
 
 def config_from_ids(config, content):
@@ -467,7 +562,7 @@ def named_ends(config, added, where):
         text = config.get(key)
         if isinstance(text, dict):
             text = text.get("content")
-        if text is not None and text not in added:
+        if text is not None and (not isinstance(text, str) or text not in added):
             raise UserError(f"{where}: {key} {text!r} of tokenizer_config.json is not among the "
                             f"{len(added)} added tokens of the tokenizer; correct one of the two")
         names = usual if text is None else (text,)
@@ -481,7 +576,10 @@ def added_tokens(files, config, where):
     try:
         for token, entry in (config.get("added_tokens_decoder") or {}).items():
             added[entry["content"]] = int(token)
-        return {str(text): int(token) for text, token in added.items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        added = {str(text): int(token) for text, token in added.items()}
+        if min(added.values(), default=0) < 0:
+            raise ValueError(f"an id of {min(added.values())}")
+        return added
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as problem:
         raise UserError(f"{where}: the added tokens are damaged ({type(problem).__name__}: {problem}): "
                         "copy tokenizer_config.json and added_tokens.json again") from problem

@@ -108,6 +108,24 @@ PRE_TOKENIZERS = {GPT2: [byte_level(True)],
                   QWEN2: [split(QWEN2), byte_level(False)]}
 
 
+def splits_at_lines(content):
+    """Whether a tokenizer.json cuts text into words in one of these ways, of which none lets a word
+    reach across a line end before a letter or digit, and no added token has or takes blanks."""
+    patterns = []
+    for step in steps_of(content.get("pre_tokenizer"), "pretokenizers"):
+        if step.get("type") == "ByteLevel" and not step.get("add_prefix_space"):
+            patterns += [GPT2] if step.get("use_regex", True) else []
+        elif step.get("type") == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+            patterns.append(step.get("pattern", {}).get("Regex"))
+        elif step.get("type") != "Digits":
+            return False
+    keeps_lines = content.get("normalizer") in (None, {"type": "NFC"})
+    for token in content.get("added_tokens") or []:
+        takes_blanks = token.get("lstrip") or token.get("rstrip")
+        keeps_lines = keeps_lines and not takes_blanks and not re.search(r"\s", token.get("content", ""))
+    return keeps_lines and bool(patterns) and {GPT2, LLAMA3, QWEN2} >= set(patterns)
+
+
 # -- a tokenizer.json for bytes and for tiktoken's vocabularies
 
 def merges_of(tokens):

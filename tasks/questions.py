@@ -219,11 +219,14 @@ class Encoder:
     def pair(self, context, continuation):
         """-> (context ids, continuation ids). Blanks that end the context move to the continuation.
         The ids of the continuation are those of both texts together, without as many as the context
-        alone has. An empty context becomes BOS, or EOT for a tokenizer without BOS."""
+        alone has. Where a token spans both, that may be none: then the continuation is encoded alone
+        (lm_eval's pull request 4055). An empty context becomes BOS, or EOT for a tokenizer without
+        BOS."""
         stem = context.rstrip()
         if stem:
             ids = self(stem)
-            return ids, self(context + continuation)[len(ids):]
+            behind = self(context + continuation)[len(ids):]
+            return ids, behind or self.plain(context[len(stem):] + continuation)
         ids = self.plain(context + continuation)
         if ids[:1] == [self.prefix]:
             return ids[:1], ids[1:]
@@ -237,6 +240,7 @@ class Question:
     query: str
     choices: tuple[str, ...]        # each with its leading space
     gold: int                       # index of the right one
+    where: str = field(default="", compare=False)    # file and line, for messages
 
 
 def is_text_list(choices):
@@ -253,7 +257,7 @@ def question(where, query, choices, gold):
     elif type(gold) is not int or not 0 <= gold < len(choices):
         problem = f"gold is {gold!r}, and must be the index of one of {len(choices)} choices, 0 to {len(choices) - 1}"
     else:
-        return Question(query, tuple(choices), gold)
+        return Question(query, tuple(choices), gold, where)
     raise UserError(f"{where}: {problem}; mend or remove it, a good one is {LINE}")
 
 
@@ -266,7 +270,7 @@ def read_questions(path):
         raise UserError(f"{path} is not UTF-8 text; convert it first") from None
     try:
         whole = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         whole = None
     if isinstance(whole, dict) and "query" not in whole:
         return read_bigbench(path, whole)
@@ -277,7 +281,7 @@ def read_questions(path):
         try:
             row = json.loads(line)
             questions.append(question(f"{path}:{number}", row["query"], row["choices"], row["gold"]))
-        except (ValueError, KeyError, TypeError) as problem:
+        except (ValueError, KeyError, TypeError, RecursionError) as problem:
             raise UserError(f"{path}:{number} is no question ({type(problem).__name__}: "
                             f"{problem}); a line is {LINE}"
                             ) from None
@@ -342,7 +346,12 @@ def multiple_choice(model, tokenizer, questions, batch_tokens=None, progress=Tru
     block_size = model.config.block_size
     requests = []
     for q in questions:
-        requests += [encoder.pair(q.query, choice) for choice in q.choices]
+        for choice in q.choices:
+            context, continuation = encoder.pair(q.query, choice)
+            if not 0 < len(continuation) <= block_size:
+                raise UserError(f"{q.where}: the choice {choice[:40]!r} has {len(continuation)} tokens, and must have "
+                                f"1 to {block_size}, the model's context; shorten or remove it")
+            requests.append((context, continuation))
     scores = iter(loglikelihoods(model, requests, batch_tokens, progress))
     nats = []
     for q in questions:

@@ -155,7 +155,7 @@ def test_several_cuts_end_where_one_does(how, cuts):
     for i in range(1, cuts + 1):
         most = math.floor(EQUAL.removable_params() * (1 - .4 * i / cuts))
         widths = allocate.widths_for(config, most, how, random_scores(config, i), importance=IMPORTANCE, amplitude=.4,
-                               whole=EQUAL.widths())
+                               original=EQUAL.widths())
         config = config.resized(widths)
     one = shared(how, .6, importance=IMPORTANCE, amplitude=.4)
     for kind in ("ffn", "kv"):
@@ -186,7 +186,8 @@ def test_global_may_drop_sub_blocks_and_go_on():
     less = EQUAL.resized(widths)
     for budget in allocate.RESOURCES:
         most = price(EQUAL, budget) // 2
-        again = allocate.widths_for(less, most, "global", random_scores(less, 1), resource=budget, whole=EQUAL.widths())
+        again = allocate.widths_for(less, most, "global", random_scores(less, 1), resource=budget,
+                                    original=EQUAL.widths())
         assert again[3, "kv"] == again[5, "ffn"] == 0 < most - price(less.resized(again), budget) + 1
 
 
@@ -245,5 +246,6 @@ def test_equal_layers_shrink_together():
     start = GPTConfig(**SHAPE, n_head=(4,) * 4, n_kv_head=(2,) * 4, d_ff=(40,) * 4)
     target = start.resized({(l, "ffn"): 16 for l in range(4)})
     for budget in range(target.removable_params(), start.removable_params(), 11):
-        d_ff = start.resized(allocate.widths_on_the_way(start, target, budget / start.removable_params(), start.widths())).d_ff
+        size = budget / start.removable_params()
+        d_ff = start.resized(allocate.widths_on_the_way(start, target, size, start.widths())).d_ff
         assert max(d_ff) - min(d_ff) <= 1 and list(d_ff) == sorted(d_ff, reverse=True)     # ties: the first layers

@@ -1,5 +1,9 @@
 """Invariants of data.py: every window once, one global batch for any world, a hold-out by document, whole shards."""
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -288,3 +292,122 @@ def test_the_sources_of_installed_packages_are_a_corpus_of_python_files_without_
     texts = [text for side in split_documents(corpus) for text in side]
     assert sorted(texts) == sorted(f"x = '{name}/{i}.py'\n" for name in ("a", "b/c") for i in range(60))
     assert sum(corpus.documents) == 120 and data.load("packages", cache=tmp_path / "cache").folder == corpus.folder
+
+
+# -- large text files are read in pieces
+
+LINES = "".join(f"line {i}: a text\r\n with é and 日本🙂,\n/\n\n   \t\n{i}\n" for i in range(300))
+
+
+@pytest.mark.parametrize("text", [LINES, "a\n\n" * 700, "no line end " * 200, "\n" * 2000, "a\nb" * 500, "é\nb" * 500])
+@pytest.mark.parametrize("size", [7, 64, 1000])
+def test_a_text_in_pieces_has_the_tokens_and_fingerprint_of_the_whole(text, size, tmp_path, monkeypatch):
+    path = tmp_path / "text.txt"
+    path.write_bytes(text.encode())
+    tok = data.open_tokenizer("bytes")
+    whole = data.load(str(path), tok, cache=None)
+    monkeypatch.setattr(data, "BLOCK_CHARACTERS", size)
+    pieces = list(data.TextFile(path, True))
+    assert "".join(pieces) == text and list(data.TextFile(path, False)) == [text]
+    assert len(pieces) > 5 or size == 1000 or text.startswith(("no", "\n", "a\n\n"))
+    corpus = data.load(str(path), tok, cache=None)
+    assert corpus.fingerprint == whole.fingerprint and corpus.documents == whole.documents
+    for side in ("train", "val"):
+        assert np.array_equal(getattr(corpus, side)[:], getattr(whole, side)[:])
+    monkeypatch.setattr(data.Tokenizer, "splits_at_lines", False)
+    monkeypatch.setattr(type(tok), "splits_at_lines", False)
+    assert np.array_equal(data.load(str(path), tok, cache=None).train[:], whole.train[:])
+
+
+@pytest.mark.parametrize("size", [1, 5, 1000])
+@pytest.mark.parametrize("content, byte", [(b"a\nb\nc\xff\n", 5), ("a\nbé".encode()[:-1], 3),
+                                           ("日本".encode()[1:], 0)])
+def test_the_byte_that_is_not_utf_8_is_counted_from_the_beginning(content, byte, size, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK_CHARACTERS", size)
+    (tmp_path / "x.txt").write_bytes(content)
+    with pytest.raises(UserError, match=rf"x.txt is not UTF-8 text \(byte {byte}\)"):
+        data.load(str(tmp_path / "x.txt"), cache=None)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM, which Linux has")
+def test_the_memory_that_a_text_takes_does_not_grow_with_it(tmp_path):
+    (tmp_path / "x.txt").write_text("🙂\n" + "some words of a text\n" * 2_000_000)
+    script = ("import sys, data\n"
+              "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) * 1024\n"
+              "tok = data.open_tokenizer('bytes'); data.SHARD_TOKENS = 2**20; before = peak()\n"
+              f"data.load({str(tmp_path / 'x.txt')!r}, tok, {str(tmp_path / 'cache')!r}, 2)\n"
+              "print((peak() - before) / 50e6)")
+    root = Path(data.__file__).parent
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 2            # read whole it is 14
+
+
+# -- what is no text
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+def test_a_pipe_in_a_folder_is_named_and_not_waited_for(folder):
+    os.mkfifo(folder / "pipe")
+    for source in (folder, folder / "pipe", folder / "pi*"):
+        with pytest.raises(UserError, match="pipe is no file but a pipe, socket or device: remove it"):
+            data.load(str(source), cache=None)
+
+
+def test_a_link_to_nothing_is_called_a_link(folder):
+    (folder / "gone").symlink_to("nowhere")
+    for source in (folder, folder / "gone", folder / "go*"):
+        with pytest.raises(UserError, match="gone is a link to nowhere, which is not there: mend or remove the link"):
+            data.load(str(source), cache=None)
+    (folder / "gone").unlink()
+    (folder / "good").symlink_to(folder / "a" / "0.txt")
+    assert sum(data.load(str(folder), cache=None).documents) == 61
+
+
+def test_deep_json_is_a_sentence(tmp_path):
+    (tmp_path / "deep.jsonl").write_text('{"text": "a"}\n' + "[" * 100_000 + "\n")
+    with pytest.raises(UserError, match="deep.jsonl:2 is not JSON"):
+        data.load(str(tmp_path / "deep.jsonl"), cache=None)
+
+
+def test_no_changed_byte_of_a_parquet_file_is_a_traceback(tmp_path):
+    """Some change a text unseen, as the format's checksums are seldom written; the others are a sentence."""
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [f"row {i}" for i in range(50)]}), path, compression="none")
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(0, len(whole), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1:])
+        try:
+            data.load(str(path), cache=None)
+        except UserError:
+            refused += 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize("count", [2, 400])
+def test_equal_documents_cannot_be_held_out_from_each_other(count, tmp_path):
+    (tmp_path / "same.jsonl").write_text('{"text": "the same"}\n' * count)
+    with pytest.raises(UserError, match=rf"the {count} documents of .* all have the same text, so that none can"):
+        data.load(str(tmp_path / "same.jsonl"), cache=None)
+
+
+def test_no_source_is_not_this_folder():
+    with pytest.raises(UserError, match="the source of a corpus has no name: give stdlib"):
+        data.load("", cache=None)
+
+
+def test_a_tilde_is_the_home_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made = data.load("~/texts", cache="~/cache").folder
+    assert made.parent == tmp_path / "cache"
+    assert len(data.load(f"~/cache/{made.name}").train) == len(data.load(str(folder), cache=None).train)
+
+
+def test_flags_without_an_effect_are_refused(folder, tmp_path):
+    for flags, sentence in ((dict(split="val"), "--split is for hf: sources, .* has no split 'val'"),
+                            (dict(field="body"), "--field body is for rows .* holds none: leave --field out")):
+        with pytest.raises(UserError, match=sentence):
+            data.load(str(folder), cache=None, **flags)
+    made = data.load(str(folder), cache=tmp_path / "cache").folder
+    for flags in (dict(split="val"), dict(field="body"), dict(stream=True)):
+        with pytest.raises(UserError, match="holds finished tokens, on which --field, --split and --stream have"):
+            data.load(str(made), **flags)

@@ -2,7 +2,7 @@
 the walkthrough prints what it says.
 
     python -m pytest tests/test_docs.py
-    PYTHONPATH=. python tests/test_docs.py      # write the generated tables and the output of the walkthrough anew
+    PYTHONPATH=. python tests/test_docs.py      # write tables, the walkthrough's output and README's line counts anew
 """
 import contextlib
 import io
@@ -12,21 +12,26 @@ import statistics
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 import report
+import score
 from common import read_records, write_atomic
-from experiments import claims, claims_report, compare, compare_report, scaling_curves, scaling_laws
+from experiments import (
+    claims,
+    claims_report,
+    claims_runs,
+    claims_statistics,
+    compare,
+    compare_report,
+    scaling_curves,
+    scaling_laws,
+)
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESULTS = ROOT / "results"
-PLACE = ("4x16", 100)
-HOLM = "tests/test_docs.py holm"
-PAPERS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)       # the claims that are not our own
 
 
 def page(name):
@@ -51,8 +56,22 @@ def scaling_table(head):
     return next(part for part in parts if part.startswith(head))
 
 
+def adaptive_table():
+    """The change of validation perplexity by adaptive shares, for each score."""
+    grid = perplexities("validation")
+    rows = []
+    for name in score.SCORES:
+        row = [f"`{name}`"]
+        for structure in ("", ", FFN"):
+            adaptive, uniform = (grid[f"{name} / {how}{structure}", 0.8][0] for how in ("adaptive", "uniform"))
+            row.append(f"{100 * adaptive / uniform - 100:+.1f} %")
+        rows.append(row)
+    return report.markdown(("score", "FFN neurons and KV groups", "FFN neurons only"), rows)
+
+
 GENERATED = {        # (page, name of the part): function that returns its text
     ("pruning.md", "experiments/compare.py overview"): overview,
+    ("pruning.md", "tests/test_docs.py adaptive"): adaptive_table,
     ("scaling.md", "results/scaling/report.md errors"): lambda: scaling_table("| cut | law"),
     ("scaling.md", "results/scaling/report.md constants"): lambda: scaling_table("| cut | points"),
 }
@@ -61,8 +80,8 @@ GENERATED = {        # (page, name of the part): function that returns its text
 def with_part(text, name, content):
     """The page with `content` between its markers of this name."""
     begin = f"<!-- {name} -->\n"
-    before, found, rest = text.partition(begin)
-    assert found, f"no marker {name}"
+    before, marker, rest = text.partition(begin)
+    assert marker, f"no marker {name}"
     _, end, after = rest.partition("<!-- end -->")
     return f"{before}{begin}{content}\n{end}{after}"
 
@@ -84,7 +103,7 @@ def test_comparison_report_is_what_the_records_say():
 def recorded():
     """The finished runs of the claims, and their Scale."""
     config, scale = claims.select(claims.Report())
-    return claims_report.read(ROOT / config.results), scale
+    return claims_statistics.read(ROOT / config.results), scale
 
 
 def test_claims_are_what_the_records_say(recorded):
@@ -101,17 +120,17 @@ def with_claims(text, runs, scale):
 
 def losses(runs, kind, ratio=100):
     """{seed: final loss} of a kind."""
-    summaries = claims_report.of_kind(runs, kind, "4x16", ratio)
+    summaries = claims_statistics.of_kind(runs, kind, "4x16", ratio)
     return {seed: summary["final_loss"] for seed, summary in summaries.items()}
 
 
 def differences(runs, first, second, ratio=100):
-    return list(claims_report.differences(runs, first, second, "4x16", ratio).values())
+    return list(claims_statistics.differences(runs, first, second, "4x16", ratio).values())
 
 
 def brief(values):
     """"0.021 ± 0.005": the size of the mean difference, and half of Student's interval."""
-    effect = claims_report.effect(values)
+    effect = claims_statistics.effect(values)
     return f"{abs(effect.mean):.3f} ± {(effect.high - effect.low) / 2:.3f}"
 
 
@@ -121,7 +140,7 @@ def test_effects_in_the_prose_are_those_of_the_records(recorded):
     known = {brief(differences(runs, "kd-flops", "scratch-flops"))}
     for ratio in scale.ratios:
         known.add(brief(differences(runs, "idea-kd-annealed", "idea", ratio)))
-    for row in claims_report.comparisons(runs, scale):
+    for row in claims_statistics.comparisons(runs, scale):
         values = differences(runs, row.first, row.second, row.ratio)
         if len(values) > 1:
             known.add(brief(values))
@@ -131,51 +150,16 @@ def test_effects_in_the_prose_are_those_of_the_records(recorded):
     assert not set(written) - known
 
 
-def holm(runs, scale):
-    """The pairs of the papers' claims at the table's length, the smallest p-value first: [(comparison, p, p by Holm)].
-    Holm multiplies the smallest of n by n, the next one by n - 1, and so on; a p-value is at least the one before."""
-    pairs = []
-    for row in claims_report.comparisons(runs, scale):
-        main_length = scale.long if row.claim.number == 9 else scale.ratio
-        if row.claim.number in PAPERS and row.ratio == main_length:
-            values = differences(runs, row.first, row.second, row.ratio)
-            pairs.append((row, stats.ttest_1samp(values, 0).pvalue))
-    pairs.sort(key=lambda pair: pair[1])
-    corrected = []
-    largest = 0
-    for i, (row, p) in enumerate(pairs):
-        largest = max(largest, min(1, p * (len(pairs) - i)))
-        corrected.append((row, p, largest))
-    return corrected
-
-
-def holm_table(runs, scale):
-    rows = []
-    for row, p, by_holm in holm(runs, scale):
-        if p < 0.05:
-            rows.append((row.claim.number, f"`{row.first}` minus `{row.second}`", f"{row.effect.mean:+.4f}",
-                         row.effect.seeds, f"{p:.2g}", f"{by_holm:.2g}"))
-    return report.markdown(("claim", "pair", "difference", "seeds", "p", "p by Holm"), rows)
-
-
-def test_holm_leaves_six_of_the_36_pairs(recorded):
-    corrected = holm(*recorded)
-    below = sum(p < 0.05 for _, p, _ in corrected)
-    assert sorted(row.claim.number for row, _, p in corrected if p < 0.05) == [1, 1, 5, 5, 9, 9]
-    assert f"Of the {len(corrected)} pairs in the table of claims, {below} differ from 0" in prose("claims.md")
-    text = page("claims.md")
-    assert with_part(text, HOLM, holm_table(*recorded)) == text
-
-
 def test_what_claims_md_says_about_pairing(recorded):
     runs, _ = recorded
     text = prose("claims.md")
     correlations = {}
     for first, second in (("oneshot", "naive"), ("idea", "scratch")):
-        a, b = losses(runs, first), losses(runs, second)
-        seeds = sorted(set(a) & set(b))
-        assert len(seeds) == 15
-        correlations[first] = statistics.correlation([a[s] for s in seeds], [b[s] for s in seeds])
+        of_first = losses(runs, first)
+        of_second = losses(runs, second)
+        assert set(of_first) == set(of_second) == set(range(15))
+        correlations[first] = statistics.correlation([of_first[seed] for seed in range(15)],
+                                                     [of_second[seed] for seed in range(15)])
     assert f"correlate by {correlations['oneshot']:.2f} over seeds" in text
     assert f"(−{-correlations['idea']:.2f} at 100 tokens per parameter)" in text
 
@@ -230,14 +214,16 @@ def test_what_claims_md_says_about_lengths(recorded):
             sign = "−" if statistics.mean(values) < 0 else ""
             cells.append(sign + brief(values))
         assert f"| {ratio} | {cells[0]} | {cells[1]} |" in text
-    effect = claims_report.effect(differences(runs, "idea", "scratch-flops", 400))
+    effect = claims_statistics.effect(differences(runs, "idea", "scratch-flops", 400))
     assert f"from −{-effect.low:.3f} to +{effect.high:.3f}" in text
     ends = [-statistics.mean(differences(runs, "idea", f"idea-{name}")) for name in ("1.3x", "5.3x", "25%", "75%")]
     assert f"end between {min(ends):.3f} and {max(ends):.3f} higher" in text
     config = runs["cut-adaptive-4x16-100-s0"]["config"][0]
     a, b, c, d = config["target"]["d_ff"]
     assert f"They leave {a}, {b}, {c} and {d} neurons (seed 0)" in text
-    nearest = [abs(statistics.mean(differences(runs, "idea", f"idea-{name}"))) for name in ("activation", "taylor", "flap")]
+    nearest = []
+    for name in ("activation", "taylor", "flap"):
+        nearest.append(abs(statistics.mean(differences(runs, "idea", f"idea-{name}"))))
     assert f"end within {max(nearest):.4f} of IDEA Prune's" in text
 
 
@@ -245,7 +231,7 @@ def test_what_claims_md_says_about_learning_rates(recorded):
     runs, _ = recorded
     text = prose("claims.md")
     best = 0
-    for kind in claims_report.claims_runs.RATED:
+    for kind in claims_runs.RATED:
         worse = [statistics.mean(differences(runs, kind, f"{kind}-lr-{times}x")) < 0 for times in ("0.5", "2")]
         best += all(worse)
     assert best == 7 and "on average for seven of them" in text
@@ -301,13 +287,13 @@ def test_what_pruning_md_says_about_methods():
     assert f"({mean['taylor2 / global', 0.6]:.2f} against {mean['Adapt-Pruner, FFN', 0.6]:.2f})" in text
     assert f"({mean['Adapt-Pruner, FFN', 0.8]:.2f} against {mean['FLAP', 0.8]:.2f})" in text
     assert f"ShortGPT, with a perplexity of {mean['ShortGPT', 0.8]:.2f}" in text
-    for keep, line in ((0.8, "{:.1f} % lower in perplexity on FFNs at −20 % and {:.1f} %"),
-                       (0.6, "at −40 % {:.1f} and {:.1f} %")):
-        gains = []
-        for kind in (", FFN", ""):
-            adapt, other = by_seed[f"Adapt-Pruner{kind}", keep], by_seed[f"LLM-Pruner{kind}", keep]
-            gains.append(100 - 100 * adapt[0] / other[0])
-        assert line.format(*gains) in text
+    gains = []
+    for kind in (", FFN", ""):
+        for keep in (0.8, 0.6):
+            adapt_pruner = by_seed[f"Adapt-Pruner{kind}", keep][0]
+            llm_pruner = by_seed[f"LLM-Pruner{kind}", keep][0]
+            gains.append(f"{100 - 100 * adapt_pruner / llm_pruner:.1f}")
+    assert "is {} % at −20 % and {} % at −40 % on FFNs, and {} and {} % on both kinds".format(*gains) in text
     runs = report.read_runs(RESULTS / "smollm2.jsonl")
     for name in ("adapt-0", "adapt-cuts1-0"):
         assert f"at {runs[name]['summary'][0]['val_loss']:.4f}" in text
@@ -344,40 +330,31 @@ def test_scaling_report_is_what_the_records_say():
     assert nats == pytest.approx(float(re.search(r"\| width \| p2 \| ([\d.]+)", written)[1]), rel=0.05)
 
 
-def guesses(points):
-    """Mean errors of two guesses without a law: the largest model pays what the next smaller one paid; a curve stays at
-    its last loss before its last fifth."""
-    cost = points.loss - points.before
-    next_smaller = sorted(set(points.n0))[-2]
-    errors = []
-    for i in np.flatnonzero(points.n0 == points.n0.max()):
-        same_cut = (points.n0 == next_smaller) & np.isclose(points.rho, points.rho[i], atol=0.02)
-        same_tokens = np.isclose(points.tokens, points.tokens[i], rtol=0.02)
-        errors.append(abs(cost[same_cut & same_tokens].mean() - cost[i]))
-    late = scaling_laws.last_fifth(points)
-    stays = []
-    for curve in set(points.curve):
-        seen = (points.curve == curve) & ~late
-        last = points.loss[seen][points.tokens[seen].argmax()]
-        stays += list(abs(points.loss[(points.curve == curve) & late] - last))
-    return np.mean(errors), np.mean(stays)
-
-
 def test_what_scaling_md_says_about_guesses():
+    """The guesses are made anew; the laws' errors are those of the table."""
     text = prose("scaling.md")
     recoveries = scaling_curves.recoveries(scaling_curves.read(RESULTS / "scaling.jsonl"), 0.05)
     table = scaling_table("| cut | law")
-    models, fifths = [], []
-    for kind, law in (("width", "p2"), ("depth", "p2"), ("2:4", "p2, one rate")):
-        model, fifth = guesses(scaling_laws.Points.of(recoveries[kind]))
+    laws = {"width": "p2", "depth": "p2", "2:4": "p2, one rate"}
+    parts = {"largest model": [], "largest rate": [], "last 20 %": []}
+    losses = 0
+    for kind, law in laws.items():
+        points = scaling_laws.Points.of(recoveries[kind])
         row = re.search(rf"\| {kind} \| {law} \| .*", table)[0].split("|")
-        models.append((f"{model:.4f}", row[5].split()[0]))
-        fifths.append((f"{fifth:.4f}", row[4].split()[0]))
-    (a, pa), (b, pb), (c, pc) = models
-    assert f"off by {a} nats for width (P² {pa}), {b} for depth (P² {pb}) and {c} for 2:4 (P² {pc})" in text
-    (a, pa), (b, pb), (c, pc) = fifths
-    assert f"off by {a}, {b} and {c} nats (P² {pa}, {pb} and {pc})" in text
-    assert f"a guess without a law is off by {models[0][0]}" in (ROOT / "README.md").read_text()
+        of_law = dict(zip(scaling_laws.HELD_OUT, [cell.split()[0] for cell in row[4:7]]))
+        for name, guess in scaling_curves.GUESSES.items():
+            for part, judged in scaling_curves.judged_guesses(guess, points).items():
+                if judged:
+                    nats = f"{judged['nats']:.4f}"
+                    assert re.search(rf"\| {kind} \| {name} \| - .*{nats} \(", table)
+                    parts[part].append(f"{nats} for {kind} (P² {of_law[part]})")
+                    losses += nats < of_law[part]
+    (a, b, c), (d, e), (f, g, h) = parts.values()
+    assert f"off by {a.replace(' for', ' nats for')}, {b} and {c}." in text
+    assert f"off by {d} and {e}." in text
+    assert f"off by {f.replace(' for', ' nats for')}, {g} and {h}." in text
+    assert losses == 3 and "at three of eight places" in text
+    assert f"a guess without a law is off by {a.split()[0]}" in (ROOT / "README.md").read_text()
 
 
 def test_worked_example_of_scaling_md_is_what_the_laws_say():
@@ -411,9 +388,9 @@ def test_what_speed_md_says_is_what_the_records_say():
         rows += [(record["suite"], row) for row in record["rows"]]
 
     def values(suite, key, digits=2, **where):
-        found = [row[key] for name, row in rows if name == suite and key in row and where.items() <= row.items()]
-        assert found, (suite, key, where)
-        return [f"{value:.{digits}f}" for value in found]
+        fitting = [row[key] for name, row in rows if name == suite and key in row and where.items() <= row.items()]
+        assert fitting, (suite, key, where)
+        return [f"{value:.{digits}f}" for value in fitting]
 
     peers = (training.GPT2, training.PLAIN, training.LLAMA)
     for line, where in (("V = 256", dict(V=256, compiled=False)), ("V = 256, compiled", dict(V=256, compiled=True)),
@@ -450,11 +427,11 @@ def test_what_speed_md_says_is_what_the_records_say():
 
 def anchors(text):
     """The anchors of a page's headings, as GitHub makes them."""
-    found = set()
+    headings = set()
     for heading in re.findall(r"^#+ (.*)$", text, re.M):
         kept = re.sub(r"[^\w\- ]", "", heading.lower())
-        found.add(kept.replace(" ", "-"))
-    return found
+        headings.add(kept.replace(" ", "-"))
+    return headings
 
 
 @pytest.mark.parametrize("file", PAGES, ids=lambda file: file.name)
@@ -468,6 +445,13 @@ def test_links_lead_somewhere(file):
         other = file if not path else file.parent / path
         assert other.exists(), link
         assert not anchor or anchor in anchors(other.read_text()), link
+
+
+def test_the_tests_that_promises_md_names_exist():
+    sources = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    names = re.findall(r"`(test_\w+)`", page("promises.md"))
+    assert len(names) >= 8
+    assert [name for name in names if f"def {name}(" not in sources] == []
 
 
 # -- the walkthrough
@@ -515,8 +499,8 @@ def write():
         text = with_part(page(name), part, content())
         write_page(name, text)
     config, scale = claims.select(claims.Report())
-    runs = claims_report.read(ROOT / config.results)
-    write_page("claims.md", with_part(with_claims(page("claims.md"), runs, scale), HOLM, holm_table(runs, scale)))
+    runs = claims_statistics.read(ROOT / config.results)
+    write_page("claims.md", with_claims(page("claims.md"), runs, scale))
     text = page("walkthrough.md")
     blocks = [code for code, _ in BLOCK.findall(text)]
     outputs = iter(printed_by(blocks))
@@ -527,6 +511,20 @@ def write():
         return f"```python\n{match[1]}```\n{shown}"
 
     write_page("walkthrough.md", BLOCK.sub(filled, text))
+
+
+    write_line_counts()
+
+
+def write_line_counts():
+    """Write the lengths of the lesson's files into the README."""
+    text = (ROOT / "README.md").read_text()
+    total = 0
+    for name, spaces, lines in re.findall(r"^(\w+\.py)( +)(\d+)   ", text, re.M):
+        counted = len((ROOT / name).read_text().splitlines())
+        text = text.replace(f"{name}{spaces}{lines}   ", f"{name}{spaces}{counted}   ")
+        total += counted
+    write_page("../README.md", re.sub(r"[\d,]+ lines,", f"{round(total, -2):,} lines,", text))
 
 
 def write_page(name, text):

@@ -12,6 +12,7 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
+import data
 import eval as evaluation
 import report
 import train
@@ -122,6 +123,14 @@ def test_the_command_reads_a_text(toy_runs, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("import os\n" * 50)
     output = evaluated(capsys, toy_runs / "scratch-0", data=str(tmp_path / "text.txt"), stride=32)
     assert "text.txt" in output and "nats per token" in output
+
+
+def test_the_command_counts_the_tokens_that_data_py_counts(toy_runs, tmp_path, capsys):
+    """Line ends stay as they are."""
+    (tmp_path / "text.txt").write_bytes(b"import os\r\n" * 50)
+    tokens, _ = evaluation.read_text(evaluation.Eval("x", data=str(tmp_path / "text.txt")), open_tokenizer("bytes"), {})
+    corpus = data.load(str(tmp_path / "text.txt"), cache=None)
+    assert len(tokens) == 550 == len(corpus.train) + len(corpus.val) - 2         # without their ends of text
 
 
 REFUSALS = [("none", {}, "no checkpoint at"), ("text.txt", {}, "is not a checkpoint"),

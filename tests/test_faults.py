@@ -327,7 +327,8 @@ class Flags:
 
 
 def test_an_empty_value_is_a_sentence_and_text_may_be_empty(capsys):
-    for words, sentence in (([""], "error: name is empty"), (["x", "--out", ""], "error: --out is empty; give a value or"),
+    for words, sentence in (([""], "error: name is empty"),
+                            (["x", "--out", ""], "error: --out is empty; give a value or"),
                             (["x", "--files", "a", ""], "error: --files is empty")):
         with pytest.raises(SystemExit) as end:
             common.parse(Flags, words, verbatim=["text"])
@@ -344,11 +345,13 @@ def test_the_home_folder_is_expanded_in_paths_and_not_in_text(monkeypatch):
 
 @pytest.mark.parametrize("number", [0, -1., float("nan"), float("inf")])
 def test_what_must_be_positive_is(number):
-    refused(f"--number {number} must be positive and finite", common.check_positive, Flags("x", number=number), ["number"])
+    refused(f"--number {number} must be positive and finite", common.check_positive, Flags("x", number=number),
+            ["number"])
     common.check_positive(Flags("x"), ["number", "out"])
 
 
-@pytest.mark.parametrize("problem", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+@pytest.mark.parametrize("problem", [MemoryError(),
+                                     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
                                      torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")])
 def test_too_little_memory_is_a_sentence(capsys, problem):
     def work():
@@ -543,4 +546,4 @@ if __name__ == "__main__":
         kill_often(f"{folder}/run", times=int(sys.argv[1]), seed=1)
         train_toy(f"{folder}/whole", plan="idea", save_every=1)
         assert same(result(f"{folder}/run"), result(f"{folder}/whole"))
-        print(f"killed {sys.argv[1]} times, and bit for bit the run that was not; {sorted(os.listdir(f'{folder}/run'))}")
+        print(f"killed {sys.argv[1]} times, and bit for bit the run that was not", sorted(os.listdir(f"{folder}/run")))

@@ -131,14 +131,16 @@ def test_sampling_repeats_with_its_generator_and_stays_within_top_k():
     (dict(vocab_size=0), "vocab_size is 0"), (dict(block_size=0), "block_size is 0"),
     (dict(d_model=True), "d_model is True, and must be a whole number"), (dict(d_model="48"), "d_model is '48'"),
     (dict(d_model=48.), "d_model is 48.0, and must be a whole number"), (dict(head_dim=2**40), "head_dim is 10995"),
-    (dict(d_ff=(10**15, 24, 1, 8)), "d_ff is 1000000000000000, and must be"), (dict(d_ff=(8, 24., 1, 8)), "d_ff is 24.0"),
+    (dict(d_ff=(10**15, 24, 1, 8)), "d_ff is 1000000000000000, and must be"),
+    (dict(d_ff=(8, 24., 1, 8)), "d_ff is 24.0"),
     (dict(n_head=(1,) * 20_000, n_kv_head=(1,) * 20_000, d_ff=(1,) * 20_000), "20,000 layers are more than 16,384"),
     (dict(norm_eps=0.), "norm_eps is 0.0, and must be a number between 1e-20 and 1.0"),
     (dict(norm_eps=math.nan), "norm_eps is nan"), (dict(norm_eps="1e-5"), "norm_eps is '1e-5'"),
     (dict(rope_theta=-1e4), "rope_theta is -10000.0"), (dict(rope_theta=math.inf), "rope_theta is inf"),
     (dict(tie_embeddings="no"), "tie_embeddings is 'no', and must be true or false"), (dict(qk_norm=1), "qk_norm is 1"),
     (dict(rope_scaling=(8., 1., 1., 32.)), "rope_scaling is .* a higher frequency factor"),
-    (dict(rope_scaling=(8., 1., 4.)), "rope_scaling is"), (dict(rope_scaling=(math.nan, 1., 4., 32.)), "rope_scaling is"),
+    (dict(rope_scaling=(8., 1., 4.)), "rope_scaling is"),
+    (dict(rope_scaling=(math.nan, 1., 4., 32.)), "rope_scaling is"),
     (dict(rope_scaling=(8., 1., 4., 0)), "rope_scaling is"), (dict(rope_scaling="8142"), "rope_scaling is")])
 def test_shapes_that_do_not_fit_are_refused(changes, says):
     with pytest.raises(UserError, match=says):

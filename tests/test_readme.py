@@ -20,7 +20,7 @@ import report
 import train
 from bench.__main__ import Bench
 from common import parse, read_records
-from experiments import claims, claims_report, compare, compare_report, scaling, smollm2
+from experiments import claims, claims_statistics, compare, compare_report, scaling, smollm2
 from formats import huggingface
 from formats.tokenizer import open_tokenizer
 from model import GPT, GPTConfig
@@ -125,7 +125,10 @@ def run(folder, command):
 
 def command_with(*words):
     """The first command of the README that has these words in it."""
-    return next(command for command in COMMANDS if all(word in command for word in words) and "&&" not in command)
+    for command in COMMANDS:
+        if set(words) <= set(shlex.split(command)) and "&&" not in command:
+            return command
+    raise AssertionError(f"no command with {words}")
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +162,9 @@ def test_a_pretrained_model_is_cut_and_exported(project):
     (project / "smollm2").mkdir()
     model = GPT(GPTConfig(256, 256, 36, 4, (9,) * 2, (3,) * 2, (48,) * 2, rope_theta=1e5))
     huggingface.save(project / "smollm2", model, "llama", open_tokenizer("bytes").as_files())
-    run(project, command_with("prune.py", "--init smollm2") + " --windows 4 --eval-windows 4 --block-size 32")
-    run(project, command_with("--to gguf"))
-    run(project, command_with("--to hf"))
+    run(project, command_with("prune.py", "--init", "smollm2") + " --windows 4 --eval-windows 4 --block-size 32")
+    run(project, command_with("--to", "gguf"))
+    run(project, command_with("--to", "hf"))
     assert (project / "cut.gguf").exists()
     assert (project / "cut-hf" / "config.json").exists()
 
@@ -219,8 +222,8 @@ def bullets():
 
 def effect(first, second, ratio=100):
     """Size of a pair's effect, as in "0.021 ± 0.005", and its number of seeds."""
-    runs = claims_report.read(RESULTS / "claims.jsonl")
-    measured = claims_report.effect(claims_report.differences(runs, first, second, "4x16", ratio))
+    runs = claims_statistics.read(RESULTS / "claims.jsonl")
+    measured = claims_statistics.effect(claims_statistics.differences(runs, first, second, "4x16", ratio))
     return f"{abs(measured.mean):.3f} ± {(measured.high - measured.low) / 2:.3f}", measured.seeds
 
 
@@ -250,8 +253,8 @@ def test_findings_about_the_claims():
         assert size in bullet and f"{seeds} seeds" in bullet
     signs = [idea < naive for idea, naive in zip(laptop("idea"), laptop("naive"))]
     assert len(set(signs)) == 2 and "three seeds do not show it" in cosine
-    runs = claims_report.read(RESULTS / "claims.jsonl")
-    ahead = claims_report.differences(runs, "kd-annealed-longer", "annealed-longer", "4x16", 100)
+    runs = claims_statistics.read(RESULTS / "claims.jsonl")
+    ahead = claims_statistics.differences(runs, "kd-annealed-longer", "annealed-longer", "4x16", 100)
     assert f"one {statistics.mean(ahead.values()):.2f} nats ahead" in teacher
     config = report.read_runs(RESULTS / "claims.jsonl")["idea-4x16-100-s0"]["config"][0]
     assert f"{GPTConfig(**config['target']).num_params()['total']:,} parameters" in README

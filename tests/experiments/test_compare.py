@@ -34,7 +34,7 @@ def few(monkeypatch):
     monkeypatch.delitem(compare.PUBLISHED, "torch-pruning")                     # half a minute a cut; has its own test
 
 
-def test_the_three_parts_of_a_text_share_no_document():
+def test_parts_share_no_document():
     tokenizer = open_tokenizer("bytes")
     texts = compare.texts(tokenizer, 64)
     for name, parts in texts.items():
@@ -54,7 +54,7 @@ def test_the_three_parts_of_a_text_share_no_document():
     assert .3 < len(texts["python"]["validation"]) / len(texts["python"]["test"]) < 3
 
 
-def test_a_comparison_meets_its_budgets_and_goes_on_where_it_stopped(folder, tmp_path, few, capsys, monkeypatch):
+def test_budgets_and_going_on(folder, tmp_path, few, capsys, monkeypatch):
     questions = tmp_path / "q.jsonl"
     questions.write_text("".join(json.dumps({"query": f"{i} is", "choices": [" odd", " even"], "gold": i % 2}) + "\n"
                                  for i in range(8)))
@@ -105,7 +105,7 @@ def test_another_comparison_is_refused_and_its_records_stay(folder, tmp_path, fe
     assert file.read_bytes() == before
 
 
-def test_documents_with_a_long_run_of_words_in_common_are_one_family():
+def test_families_of_documents():
     shared = " ".join(map(str, range(20)))
     documents = ["a " + shared, "b", "c " + shared + " d", "e " + " ".join(map(str, range(19))), shared + " b" * 90]
     assert compare.families(documents) == [[0, 2, 4], [3], [1]]
@@ -113,20 +113,26 @@ def test_documents_with_a_long_run_of_words_in_common_are_one_family():
 
 def cell(part, name, keep, seed, perplexity):
     return {"tag": "cell", "part": part, "name": name, "keep": keep, "seed": seed, "perplexity": perplexity,
-            "losses": {"python": math.log(perplexity), "prose": math.log(perplexity)}}
+            "n_kv_head": (3, 3), "losses": {"python": math.log(perplexity), "prose": math.log(perplexity)}}
 
 
 def test_claims_are_the_written_numbers():
     records = [cell("validation", name, .8, 0, perplexity) for name, perplexity in (
-        ("taylor / adaptive", 8.8), ("taylor / uniform", 8.), ("wanda / adaptive", 9.), ("wanda / uniform", 10.))]
+        ("taylor / adaptive", 8.8), ("taylor / uniform", 8.), ("wanda / adaptive", 9.), ("wanda / uniform", 10.),
+        ("dense", 7.))]
     for seed, (adapt, flap, short, mine) in enumerate(((20., 25., 40., 18.), (22., 20., 44., 11.))):
         records += [cell("test", "Adapt-Pruner", .8, seed, adapt), cell("test", "FLAP", .8, seed, flap),
                     cell("test", "ShortGPT", .8, seed, short), cell("test", "wanda / adaptive", .8, seed, 99.)]
         records += [cell("test", "taylor / adaptive", .8, seed, mine)]          # on test ours is not chosen again
     records.append({"tag": "cell", "part": "test", "name": "SliceGPT", "keep": .8, "seed": 0, "refused": "why"})
     text = compare_report.claims(records, .8)
-    assert "*Adaptive beats uniform* (keep 0.8, validation, one calibration): mixed, `taylor` +10.0%, `wanda` -10.0%" \
-        in text
+    assert ("*Adaptive beats uniform* on FFN neurons and KV groups (a layer has 3 groups, and an equal share of them "
+            "is 2.4), keep 0.8, validation, one calibration: mixed, `taylor` +10.0%, `wanda` -10.0%\n") in text
+    assert "FFN neurons alone" not in text
+    alone = [cell("validation", "taylor / adaptive, FFN", .8, 0, 9.5),
+             cell("validation", "taylor / uniform, FFN", .8, 0, 10.)]
+    assert ("*Adaptive beats uniform* on FFN neurons alone, keep 0.8, validation, one calibration: holds, `taylor` "
+            "-5.0%\n") in compare_report.claims(records + alone, .8)
     assert "*Adapt-Pruner beats FLAP*: mixed, keep 0.8 -20.0%, +10.0%" in text
     assert "keep 0.8: holds, best width Adapt-Pruner 21.00, best depth ShortGPT 42.00" in text
     assert "taylor / adaptive), keep 0.8: 14.50; the best published method, Adapt-Pruner, has 21.00: -10.0%, -50.0%" \
@@ -134,7 +140,7 @@ def test_claims_are_the_written_numbers():
     assert "worse" not in text and "Refused: SliceGPT at 0.8" in text
 
 
-def test_overview_has_every_method_once_the_dense_model_first_and_then_the_best():
+def test_overview_ranks_the_methods():
     records = [cell("test", *about) for about in (
         ("FLAP", .8, 0, 20.), ("FLAP", .8, 1, 22.), ("FLAP", .6, 0, 50.), ("dense", 1.0, 0, 10.),
         ("taylor / global", .8, 0, 15.), ("2:4, Wanda", .5, 0, 60.))]

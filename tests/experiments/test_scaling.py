@@ -1,6 +1,7 @@
 """The grid is what it says; records of planted laws come back as those laws; a plan inverts the law it fits."""
 import dataclasses
 import fnmatch
+import itertools
 import os
 import re
 
@@ -112,7 +113,7 @@ def test_the_gpu_preset_runs_on_one_unless_told():
     assert [(c.device, c.jobs) for c in map(grid_.filled, told)] == [("cuda", 3), ("cpu", 1), ("cpu", os.cpu_count())]
 
 
-def test_a_job_cuts_trains_and_keeps_records_that_say_what_was_cut(tmp_path):
+def test_a_job_cuts_trains_and_keeps_records(tmp_path):
     """With a run that is finished, and refused where the records are of another one."""
     c = Grid(preset="toy", device="cpu", out=f"{tmp_path}/out.jsonl", runs=f"{tmp_path}/runs", tokens=400 * 256,
              recover_tokens=8 * 256, batch_tokens=256, micro_batch=2, eval_windows=2)
@@ -161,7 +162,7 @@ def test_run_says_what_is_left_and_refuses_nonsense(tmp_path, capsys, monkeypatc
         scaling.main([])
 
 
-def test_curves_have_their_control_and_begin_behind_the_first_share(grid):
+def test_curves_have_their_control(grid):
     records = scaling_curves.recoveries(scaling_curves.read(grid), first=.1)["width"]
     assert len(records) == 4 * 2 * 3 * sum(TOKENS >= .1 * TOKENS[-1])
     for r in records:
@@ -170,7 +171,7 @@ def test_curves_have_their_control_and_begin_behind_the_first_share(grid):
     assert len({r["curve"] for r in records}) == 24 and {round(r["rho"], 2) for r in records} == {.15, .26, .38}
 
 
-def test_a_curve_waits_for_its_control_and_others_controls_and_mixed_texts_are_refused(grid, tmp_path):
+def test_a_curve_needs_its_own_control(grid, tmp_path):
     file = some(grid, tmp_path / "some.jsonl", "width-0.2-8x16-100", "8x16-0")
     assert scaling_curves.recoveries(scaling_curves.read(file), .05) == {}
     some(grid, file, "control-8x16-100")
@@ -208,17 +209,19 @@ def test_planted_constants_come_back(grid):
     assert found["gamma"] == pytest.approx(GAMMA, abs=.05) and found["beta"] == pytest.approx(BETA, abs=.1)
 
 
-def test_report_has_every_law_and_the_trends_that_were_planted(grid):
+def test_report_has_every_law_and_trend(grid):
     text = scaling.fit_report(FitGrid(str(grid), **QUICK), scaling_curves.read(grid))
     for law in ("p2", "p2, outside", "p2, rate only", "p2, control", "chinchilla", "power"):
         assert re.search(rf"\| width \| {law} \| 0\.\d+", text), law
+    assert re.search(r"\| width \| no law: straight line \| - \| 0\.\d+ \(.* %\) \| - \| - \|", text)
+    assert re.search(r"\| width \| no law: neighbour \| - \| - \| 0\.\d+ \(.* %\) \| 0\.\d+ \(.* %\) \|", text)
     row = next(line for line in text.splitlines() if line.startswith("| width | p2 |"))
     assert all(float(x) < .2 for x in re.findall(r"\(([\d.]+) %\)", row))               # it is the law that was planted
     assert "*A higher ρ needs more tokens*: in 8 of 8 models" in text
     assert f"| {preset('8x64', 256, 1.0)[0].removable_params():,} | 0 | 16,777,216 |" in text
 
 
-def test_a_grid_that_is_not_finished_says_what_it_has(grid, tmp_path, capsys):
+def test_report_of_an_unfinished_grid(grid, tmp_path, capsys):
     file = some(grid, tmp_path / "some.jsonl", "8x*")
     scaling.main_fit(FitGrid(str(file), **QUICK))
     assert "no recoveries yet" in capsys.readouterr().out and (tmp_path / "some" / "report.md").exists()
@@ -229,16 +232,68 @@ def test_a_grid_that_is_not_finished_says_what_it_has(grid, tmp_path, capsys):
     assert lines[2].startswith("- *A larger model needs fewer tokens*: in 0 of 1 rates") and len(lines) == 4
 
 
-def test_tokens_until_a_height_are_read_off_between_points():
+def test_reach_interpolates():
     curve = [(100, .4), (1000, .2), (10000, .1)]
     assert scaling_curves.reach(curve, .3) == pytest.approx(10 ** 2.5)
-    assert scaling_curves.reach(curve, .1) == 10000 and scaling_curves.reach(curve, .5) == 100 and scaling_curves.reach(curve, .05) == np.inf
+    assert scaling_curves.reach(curve, .1) == 10000 and scaling_curves.reach(curve, .5) == 100
+    assert scaling_curves.reach(curve, .05) == np.inf
 
 
-def test_noise_is_the_difference_between_seeds_of_what_a_cut_costs(grid):
+def test_noise_of_seeds(grid):
     records = scaling_curves.recoveries(scaling_curves.read(grid), .05)["width"]
-    assert scaling_curves.noise(records) == pytest.approx(.0005 * 2 / np.sqrt(np.pi), rel=.3)       # of two normal numbers
+    of_two_normal_numbers = 2 / np.sqrt(np.pi)
+    assert scaling_curves.noise(records) == pytest.approx(.0005 * of_two_normal_numbers, rel=.3)
     assert np.isnan(scaling_curves.noise([r for r in records if r["model"][1] == 100]))
+
+
+def planted(loss, sizes=(1e5, 2e5, 8e5), rates=(.1, .2, .4), seeds=2):
+    """Points of curves with the losses loss(size, rate, tokens); L0 is 1 and 2 for the seeds."""
+    records = []
+    for curve, (n0, rho, seed) in enumerate(itertools.product(sizes, rates, range(seeds))):
+        for tokens in TOKENS:
+            records.append(dict(curve=curve, tokens=tokens, n0=n0, rho=rho, before=1. + seed,
+                                loss=1. + seed + loss(n0, rho, tokens)))
+    return scaling_laws.Points.of(records)
+
+
+def test_a_straight_line_is_exact_on_straight_curves():
+    """Over log(tokens), through the last five seen points: what was before them does not count."""
+    bend = np.log(TOKENS[4])
+    points = planted(lambda n0, rho, tokens: 3 - rho * np.log(tokens) + .1 * max(0, bend - np.log(tokens)))
+    judged = scaling_curves.judged_guesses(scaling_curves.straight_line, points)
+    assert judged["last 20 %"]["worst"] < 1e-9 and judged["largest model"] is judged["largest rate"] is None
+    late = scaling_laws.last_fifth(points)
+    assert late.sum() == 18 * 2 and np.isfinite(scaling_curves.straight_line(points, ~late)).all()
+    few = points.where(points.tokens >= TOKENS[6])                      # 6 points, of which 5 were seen
+    few_late = scaling_laws.last_fifth(few)
+    assert np.isfinite(scaling_curves.straight_line(few, ~few_late)).all()
+    fewer = points.where(points.tokens >= TOKENS[7])
+    assert np.isnan(scaling_curves.straight_line(fewer, ~scaling_laws.last_fifth(fewer))).all()
+    steep = planted(lambda n0, rho, tokens: 1e6 / tokens)               # falls faster than a line, then more slowly
+    assert scaling_curves.judged_guesses(scaling_curves.straight_line, steep)["last 20 %"]["nats"] > .01
+
+
+def test_a_neighbour_is_exact_where_cuts_cost_the_same():
+    points = planted(lambda n0, rho, tokens: rho * 1e3 / tokens ** .5)  # of no size
+    judged = scaling_curves.judged_guesses(scaling_curves.neighbour, points)
+    assert judged["largest model"]["worst"] < 1e-9 and judged["last 20 %"] is None
+    half = np.mean([.2 * 1e3 / tokens ** .5 for tokens in TOKENS])      # the rate .4 is held out, and .2 costs half
+    assert judged["largest rate"]["nats"] == pytest.approx(half)
+    sizes = planted(lambda n0, rho, tokens: 1e5 / n0)                   # 1/8 for the largest, 1/2 for the next smaller
+    judged = scaling_curves.judged_guesses(scaling_curves.neighbour, sizes)
+    assert judged["largest model"]["nats"] == pytest.approx(3 / 8)
+    one_rate = planted(lambda n0, rho, tokens: .1, rates=(.5,))
+    assert scaling_curves.judged_guesses(scaling_curves.neighbour, one_rate)["largest rate"] is None
+
+
+def test_a_neighbour_averages_seeds_over_the_same_tokens():
+    """The costs .1 and .3 of two seeds; between their points straight over log(tokens), beyond them as at the end."""
+    seen = [dict(curve=seed, tokens=tokens, n0=1e5, rho=.2, before=2., loss=2. + cost * (1 + np.log2(tokens / 1e5)))
+            for seed, cost in enumerate((.1, .3)) for tokens in (1e5, 4e5)]
+    hidden = [dict(curve=2, tokens=tokens, n0=2e5, rho=.2, before=1., loss=9.) for tokens in (1e5, 2e5, 9e5)]
+    points = scaling_laws.Points.of(seen + hidden)
+    guessed = scaling_curves.neighbour(points, points.n0 == 1e5)
+    assert guessed[4:] == pytest.approx([1.2, 1.4, 1.6]) and np.isnan(guessed[:4]).all()
 
 
 def test_rates_are_compared_with_those_that_are_near(grid):
@@ -249,7 +304,7 @@ def test_rates_are_compared_with_those_that_are_near(grid):
     assert len(lines) == 1 and lines[0].startswith("  - ρ 0.375, to")
 
 
-def test_a_grid_of_other_settings_or_too_little_text_is_refused(tmp_path, monkeypatch):
+def test_another_grid_is_refused(tmp_path, monkeypatch):
     c = Grid(preset="toy", out=f"{tmp_path}/out.jsonl", runs=f"{tmp_path}/runs")
     monkeypatch.setattr(sweep, "side_by_side", lambda job, todo, *_: 0)
     grid_.run_grid(c)
@@ -265,7 +320,7 @@ def test_a_grid_of_other_settings_or_too_little_text_is_refused(tmp_path, monkey
 
 
 @pytest.mark.parametrize("preset_name", grid_.PRESETS)
-def test_every_preset_trains_more_than_20_tokens_per_parameter(preset_name):
+def test_tokens_per_parameter_of_every_preset(preset_name):
     wholes, _ = grid_.waves(Grid(preset=preset_name))
     for _, settings, _ in wholes:
         n = preset(settings["preset"], 256, 1.0)[0].removable_params()
@@ -313,14 +368,14 @@ def test_a_plan_does_not_extrapolate_unless_told(grid, capsys):
     assert "token" in plan(grid, capsys, rho=.147, budget_tokens=1e6)          # measured .148 to .152, asked for as .15
 
 
-def test_a_plan_says_so_where_a_loss_is_out_of_reach(grid, capsys):
+def test_plan_for_a_loss_out_of_reach(grid, capsys):
     out = plan(grid, capsys, target_loss=1.)
     assert "no recovery reaches 1.0 nats per token, however long" in out and "inf" not in out and "nan" not in out
     out = plan(grid, capsys, target_loss=1.745, before=1.642, n0=524_288., rho=.15, extrapolate=True)
     assert "parameters from scratch" in out and "inf" not in out
 
 
-def test_a_plan_without_whole_trainings_needs_the_loss_before_and_one_model_is_enough(grid, tmp_path, capsys):
+def test_plan_without_whole_trainings(grid, tmp_path, capsys):
     file = some(grid, tmp_path / "some.jsonl", "*-8x32-10?")
     with pytest.raises(UserError, match="give --before"):
         plan(file, capsys, n0=131_072., budget_tokens=1e6)

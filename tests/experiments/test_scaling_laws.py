@@ -1,4 +1,4 @@
-"""experiments/scaling_laws.py against formulas written out, planted constants, central differences and numbers computed by hand."""
+"""The laws against formulas written out, planted constants, central differences and numbers computed by hand."""
 import dataclasses
 import re
 
@@ -84,7 +84,7 @@ def test_predictions_are_the_written_formulas(name):
     assert {*FORMULAS, "power"} == {*LAWS}
 
 
-def test_power_has_three_constants_a_curve_and_knows_no_other_curve():
+def test_power_law_has_constants_of_every_curve():
     points = Points.of([dict(loss=0., tokens=d, curve=c) for c in (0, 2, 1) for d in (4., 16.)])
     theta = np.log([2, 1, .5, 8, 3, 1])                                     # B, E, beta of curve 0, of curve 1
     assert LAWS["power"].predict(theta, points) == pytest.approx([2, 1.5, np.nan, np.nan, 5, 3.5], nan_ok=True)
@@ -117,7 +117,7 @@ def test_planted_constants_are_found_without_noise(name):
         np.testing.assert_allclose(found.law.predict(found.theta, far), far.loss, rtol=1e-4)
 
 
-def test_each_curve_of_power_is_found_and_absent_curves_stay_unknown():
+def test_power_law_is_fitted_curve_by_curve():
     tokens, c = np.tile(TOKENS, 2), np.repeat([1, 3], 10)
     points = Points.of([dict(loss=2 + k + 50 * k * d ** -.4, tokens=d, curve=k) for k, d in zip(c, tokens)])
     found = fit("power", points, starts=8)
@@ -127,7 +127,7 @@ def test_each_curve_of_power_is_found_and_absent_curves_stay_unknown():
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-def test_a_start_with_the_planted_exponents_is_the_planted_law(name, monkeypatch):
+def test_a_start_with_planted_exponents(name, monkeypatch):
     points = planted(name)
     scaled, units = LAWS[name].scaled(points)
     monkeypatch.setattr(scaling_laws, "STARTS", {e: (PLANTED[e], PLANTED[e]) for e in EXPONENTS})
@@ -153,7 +153,7 @@ def test_exponents_are_inside_their_intervals_under_noise():
     assert judge(found, points)["nats"] == pytest.approx(.004, abs=.0008)                        # σ √(2/π)
 
 
-def test_intervals_cover_the_planted_values_as_often_as_they_say():
+def test_intervals_cover_the_planted_constants():
     """Of 60 data sets 47 to 59, the middle 99 % of a binomial at .9: intervals neither short nor endless. (Of 240 it
     was 85 % for beta and 93 % for the loss at a model, and a D, larger than any in the data.)"""
     low, high = stats.binom.interval(.99, 60, .9)
@@ -169,7 +169,7 @@ def test_intervals_cover_the_planted_values_as_often_as_they_say():
     assert (low <= covered).all() and (covered <= high).all(), covered
 
 
-def test_fits_repeat_by_seed_and_neither_seed_nor_order_of_points_matters():
+def test_fits_repeat_and_order_does_not_matter():
     points = planted("p2", noise=.005)
     found = fit("p2", points, starts=8)
     assert (fit("p2", points, starts=8).theta == found.theta).all()
@@ -191,7 +191,7 @@ def test_tokens_in_millions_rescale_one_constant_only(name, coefficient):
         assert other.constants[constant] == pytest.approx(value * factor, rel=1e-3), constant
 
 
-def test_huber_is_moved_less_by_an_outlier_and_is_least_squares_without_one():
+def test_huber_loss_and_an_outlier():
     clean = planted("p2", noise=.002)
     spoiled = with_loss(clean, clean.loss + .3 * (np.arange(len(clean.loss)) == 42))
     apart = {loss: np.abs(np.subtract(*(f.law.predict(f.theta, clean) for f in (
@@ -247,7 +247,7 @@ def changed(index=slice(0, 2), **fields):
     ("p2, one rate", grid(sizes=(3e8,), rates=(.25,)), "leaves delta, alpha of law.*or fit law 'power'"),
     ("chinchilla", grid(sizes=(1e8,), rates=(.25,)), "all points have n 7.5e.07, which leaves alpha.* law 'power'"),
     ("p2", grid(tokens=TOKENS[:1]), "all points have tokens 2e.06, which leaves beta of law 'p2' open; .* over 8%$")])
-def test_refusals_are_one_sentence_with_the_numbers_and_the_remedy(name, points, says):
+def test_refusals_give_numbers_and_a_remedy(name, points, says):
     with pytest.raises(UserError, match=says) as problem:
         fit(name, points)
     assert "\n" not in str(problem.value)
@@ -282,11 +282,16 @@ def test_judge_gives_the_numbers_computed_by_hand():
 # -- bootstrap
 
 @pytest.mark.parametrize("sizes", [3, 2])                                                # two leave N_C, alpha, E open
-def test_errors_of_a_curve_come_back_together_as_if_it_had_not_been_fitted(sizes, monkeypatch):
+def test_bootstrap_redraws_the_errors_of_whole_curves(sizes, monkeypatch):
     points = planted("p2", grid(sizes=SIZES[:sizes]), noise=.005)
     found, seen = fit("p2", points, starts=8), []
     refine = scaling_laws.refine
-    monkeypatch.setattr(scaling_laws, "refine", lambda law, points, *how: seen.append(points.loss) or refine(law, points, *how))
+
+    def noted(law, points, *how):
+        seen.append(points.loss)
+        return refine(law, points, *how)
+
+    monkeypatch.setattr(scaling_laws, "refine", noted)
     bootstrap(found, points, 30, perturbed=0)
     fitted, slopes = found.law.predict(found.theta, points), found.law.jacobian(found.theta, points)
     errors, drawn = points.loss - fitted, np.array(seen) - fitted
@@ -330,7 +335,7 @@ def sentences(name, points, n=40):
     return unpinned(found, points, bootstrap(found, points, n, perturbed=0))
 
 
-def test_unpinned_says_what_two_sizes_leave_open_and_nothing_of_what_is_pinned():
+def test_two_sizes_leave_three_constants_open():
     two = "\n".join(sentences("p2", planted("p2", grid(sizes=SIZES[:2]), noise=.005)))
     assert re.search("^N_C, E, alpha can change with no loss changing$", two, re.M)
     three = "\n".join(sentences("p2", planted("p2", noise=.001)))
@@ -339,7 +344,7 @@ def test_unpinned_says_what_two_sizes_leave_open_and_nothing_of_what_is_pinned()
     assert all("move together" in sentence for sentence in sentences("p2, one size", wide))
 
 
-def test_unpinned_says_open_signs_wide_ranges_idle_constants_and_pairs():
+def test_unpinned_sentences():
     flat = planted("p2, one size", noise=.03, gamma=-.02)
     assert re.search("gamma lies between -.*: its sign is open", "\n".join(sentences("p2, one size", flat)))
     noisy = "\n".join(sentences("p2, one size", planted("p2, one size", noise=.1)))
@@ -385,7 +390,7 @@ def test_test_points_are_not_seen():
         assert whole[name]["nats"] < .02
 
 
-def test_what_the_other_points_leave_open_is_not_judged():
+def test_open_splits_are_not_judged():
     def judged(name, points):
         return "".join(".x"[found is not None] for found in held_out(name, points, starts=1).values())
     points = planted("p2", noise=.005)
@@ -411,7 +416,7 @@ def test_tokens_needed_inverts_the_prediction(name):
     np.testing.assert_allclose(planned, points.tokens, rtol=1e-9)
 
 
-def test_tokens_needed_is_endless_below_the_floor_and_few_for_easy_targets():
+def test_tokens_needed_at_its_limits():
     found, p = Fit(LAWS["p2"], theta_of("p2"), "linear", 0, True), planted("p2").where([0])
     floor = FORMULAS["p2"](constants_of("p2"), dataclasses.replace(p, tokens=np.array([np.inf])))[0]
     at = dict(n0=1e8, rho=.15, before=3.)

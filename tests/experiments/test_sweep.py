@@ -61,7 +61,7 @@ def test_each_job_has_a_process_of_its_own(tmp_path):
     assert len({(tmp_path / name).read_text() for name in "abc"} | {str(os.getpid())}) == 4
 
 
-def test_none_begins_too_late_and_one_that_was_stopped_stops_no_other(tmp_path):
+def test_late_and_stopped_jobs(tmp_path):
     assert sweep.side_by_side(note, [(tmp_path, "late")], 1, until=time.time() - 1) == 0
     assert not (tmp_path / "late").exists()
     assert sweep.side_by_side(leave, [(tmp_path, name) for name in "abc"], 1) == 2
@@ -69,7 +69,7 @@ def test_none_begins_too_late_and_one_that_was_stopped_stops_no_other(tmp_path):
 
 
 @pytest.mark.parametrize("function, code", [(refuse, 2), (die, -9)])
-def test_a_job_that_fails_or_is_killed_ends_the_others(tmp_path, function, code, capfd):
+def test_a_failed_job_ends_the_others(tmp_path, function, code, capfd):
     """Nobody waits for a process that the system killed."""
     with pytest.raises(UserError, match=f"exit code {code}"):
         sweep.side_by_side(function, [(tmp_path,)], 1)
@@ -84,8 +84,14 @@ def test_time_ends_a_job_that_does_not_train(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_jobs_end_with_their_parent(tmp_path, number):
     """A job that went on alone would write into the folder of the one that the same command starts again."""
-    code = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests' / 'experiments')]}\nfrom experiments import sweep\nimport test_sweep\n" \
-           f"if __name__ == '__main__': sweep.side_by_side(test_sweep.stay, [({str(tmp_path)!r},)], 1)"
+    folders = [str(ROOT), str(ROOT / "tests" / "experiments")]
+    code = f"""import sys
+sys.path[:0] = {folders}
+import test_sweep
+from experiments import sweep
+if __name__ == "__main__":
+    sweep.side_by_side(test_sweep.stay, [({str(tmp_path)!r},)], 1)
+"""
     (tmp_path / "parent.py").write_text(code)
     parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], stderr=subprocess.DEVNULL)
     assert until((tmp_path / "begun").exists)
@@ -118,7 +124,7 @@ def test_a_run_that_was_stopped_is_saved_and_goes_on(tmp_path, monkeypatch):
     assert a["val_loss"] == b["val_loss"]
 
 
-def test_a_run_of_code_without_a_newer_flag_goes_on(tmp_path):
+def test_a_run_without_a_newer_flag_goes_on(tmp_path):
     """Its folder does not name the flag: it is taken to have run with the default, and with no other value."""
     sweep.run_plan(tmp_path / "a", dict(TOY, steps=6))
     path = max((tmp_path / "a").glob("ckpt_*.pt"))
@@ -138,7 +144,7 @@ def test_two_processes_do_not_write_into_one_folder(tmp_path):
     assert "summary" in report.records(tmp_path / "a")
 
 
-def test_a_model_of_another_cut_is_made_again_and_what_began_with_it(tmp_path):
+def test_a_model_of_another_cut_is_made_again(tmp_path):
     """Its name says only whose it is; the same cut is not made twice."""
     cut = dict(init=str(tmp_path / "a"), structure="ffn", score="magnitude", keep=.7, windows=4, block_size=64)
     sweep.run_plan(tmp_path / "a", dict(TOY, steps=3))
@@ -165,7 +171,7 @@ def keep(file, name):
         sweep.put_runs(file, {name: [{"tag": "config"}, {"tag": "summary", "loss": loss}]})
 
 
-def test_runs_that_end_at_the_same_time_are_all_in_the_file(tmp_path):
+def test_runs_that_end_together_are_all_kept(tmp_path):
     file = tmp_path / "new" / "all.jsonl"
     names = [f"run-{i}" for i in range(6)]
     assert sweep.side_by_side(keep, [(file, name) for name in names], 6) == 6
@@ -177,7 +183,7 @@ def test_runs_that_end_at_the_same_time_are_all_in_the_file(tmp_path):
     assert report.finished(tmp_path / "none.jsonl") == {}
 
 
-def test_evaluations_by_growth_are_evenly_spaced_on_a_logarithmic_axis():
+def test_evaluations_by_growth():
     assert [s for s in range(26) if schedule.eval_at(s, 10)] == [0, 10, 20]
     at = [s for s in range(2000) if schedule.eval_at(s, 8, 1.2)]
     assert at[:8] == [0, 8, 10, 12, 14, 17, 20, 24] and at[-1] == 1899            # 8 · 1.2^30

@@ -1,6 +1,10 @@
 """Hugging Face folders in and out: transformers is the oracle of values and gradients, and loads what we write."""
 import copy
+import functools
+import importlib
 import json
+import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,8 +20,9 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 import export
+import prune
 from common import UserError
-from formats import huggingface
+from formats import gguf_vocabulary, huggingface
 from formats.tokenizer import open_tokenizer
 from model import GPT, GPTConfig
 
@@ -155,10 +160,13 @@ def test_shards_are_read_through_their_index(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM, which Linux has")
-def test_peak_memory_is_the_model_and_little_more(tmp_path):
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_peak_memory_is_the_model_and_little_more(kind, tmp_path):
     """A bf16 file of 100 MB read as float32: 200 MB are the model's own."""
     model = wild(vocab_size=8000, d_model=1024, head_dim=64, n_head=(16,) * 4, n_kv_head=(16,) * 4, d_ff=(2816,) * 4)
     huggingface.save(tmp_path, model.bfloat16(), "llama")
+    if kind == "bin":
+        as_bin(tmp_path, load_file(tmp_path / "model.safetensors"))
     script = ("import torch, checkpoint, safetensors.torch\n"
               "lines = lambda: open('/proc/self/status').read().splitlines()\n"
               "peak = lambda: next(int(s.split()[1]) * 1024 for s in lines() if s.startswith('VmHWM'))\n"
@@ -276,8 +284,10 @@ def test_broken_files_are_named(folder):
         with pytest.raises(UserError, match=f"index.json {sentence}"):
             checkpoint.load(folder)
     index.unlink()
+    with pytest.raises(UserError, match="has no model.safetensors nor its index, and no pytorch_model.bin"):
+        checkpoint.load(folder)
     (folder / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UserError, match="only pytorch_model.bin: pickled weights are never opened"):
+    with pytest.raises(UserError, match="pytorch_model.bin is truncated"):
         checkpoint.load(folder)
 
 
@@ -309,13 +319,245 @@ def test_a_checkpoint_leads_export_nowhere_else(name, tmp_path):
         assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["sent.pt"]
 
 
-def test_a_sent_folder_runs_no_code(tmp_path):
+@pytest.mark.parametrize("change", ["the file", "the class", "the module", "the family", "an adapter", "no file"])
+def test_a_sent_folder_runs_no_code_but_ours(change, tmp_path):
     model = wild(n_head=(6, 0), n_kv_head=(2, 0), d_ff=(40, 40))
     huggingface.save(tmp_path, model, "nanoprune")
-    (tmp_path / "modeling_nanoprune.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(ValueError, match="trust_remote_code"):
+    assert type(export.in_transformers(tmp_path)).__name__ == "NanopruneForCausalLM"
+    file = tmp_path / "modeling_nanoprune.py"
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    runs = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    (tmp_path / "other.py").write_text(f"{runs}\nfrom modeling_nanoprune import *")
+    if change == "the file":
+        file.write_text(file.read_text() + runs)
+    elif change == "the class":
+        config_of(tmp_path, auto_map={**auto_map, "AutoConfig": "modeling_nanoprune.Block"})
+    elif change == "the module":
+        config_of(tmp_path, auto_map={**auto_map, "AutoModelForCausalLM": "other.NanopruneForCausalLM"})
+    elif change == "the family":
+        config_of(tmp_path, model_type="llama")
+    elif change == "an adapter":
+        (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    else:
+        file.unlink()
+    with pytest.raises(UserError, match="such code is never run|an adapter .* for elsewhere, not a model; merge"):
         export.in_transformers(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+# -- weights in pytorch_model.bin
+
+def as_bin(folder, tensors, shards=1, **how):
+    """Replace the weights of a folder by pytorch_model.bin, or by shards of it with an index."""
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    if shards == 1:
+        torch.save(tensors, folder / "pytorch_model.bin", **how)
+        return
+    names = [f"pytorch_model-{i}.bin" for i in range(shards)]
+    weight_map = {name: names[i % shards] for i, name in enumerate(tensors)}
+    for file in names:
+        torch.save({name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("shards, how", [(1, {}), (3, {}), (1, {"_use_new_zipfile_serialization": False})])
+def test_pickled_weights_are_read_as_transformers_reads_them(shards, how, tmp_path):
+    peer = oracle("llama-2").bfloat16()
+    peer.save_pretrained(tmp_path)
+    as_bin(tmp_path, peer.state_dict(), shards, **how)
+    model, _ = checkpoint.load(tmp_path)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, expected[huggingface.their_name(name)]) and p.is_contiguous()
+    assert checkpoint.load(tmp_path, dtype=torch.float32)[0].embed.weight.dtype == torch.float32
+
+
+def test_safetensors_go_before_pickled_weights(tmp_path):
+    peer = oracle("smollm2")
+    peer.save_pretrained(tmp_path)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    assert torch.equal(checkpoint.load(tmp_path)[0].norm.weight, peer.model.norm.weight)
+
+
+class Runs:
+    """What pickle would call when it is read."""
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+HOSTILE = {"system": Runs(os.system, "touch ran"), "eval": Runs(eval, "1"),
+           "exec": Runs(exec, "1"), "Popen": Runs(subprocess.Popen, ["true"]),
+           "getattr": Runs(getattr, 1, "real"), "partial": Runs(functools.partial, print),
+           "open": Runs(open, "ran", "w"), "import_module": Runs(importlib.import_module, "os"),
+           "rmtree": Runs(shutil.rmtree, "absent"), "serialization.load": Runs(torch.load, "absent"),
+           "hub.load": Runs(torch.hub.load, "a/b", "c"), "run_path": Runs(runpy.run_path, "absent"),
+           "linear.Linear": torch.nn.Linear(1, 1)}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_pickled_code_is_refused_by_its_function_s_name(name, zipped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    peer = oracle("smollm2")
+    peer.save_pretrained(tmp_path)
+    as_bin(tmp_path, {**peer.state_dict(), "x": HOSTILE[name]}, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=rf"pytorch_model.bin .* would run [\w.]*{name}, and pickled code is never run"):
+        checkpoint.load(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content, sentence", [
+    ([1], "holds no dictionary of tensors by name"), ({1: torch.zeros(1)}, "holds no dictionary of tensors by name"),
+    ({"model.norm.weight": 3}, "holds no dictionary of tensors by name"),
+    ({"model.norm.weight": torch.zeros(1).expand(10**12)}, r"model.norm.weight is \(1000000000000,\), config.json"),
+    ({"model.norm.weight": torch.ones(48).to_sparse()}, "model.norm.weight is torch.sparse_coo; only"),
+    ({"model.norm.weight": torch.ones(48, dtype=torch.int8)}, "model.norm.weight is torch.int8; only F64, F32")])
+def test_pickled_weights_that_are_no_model_s_are_refused(content, sentence, tmp_path):
+    peer = oracle("smollm2")
+    peer.save_pretrained(tmp_path)
+    as_bin(tmp_path, {**peer.state_dict(), **content} if isinstance(content, dict) else content)
+    with pytest.raises(UserError, match=sentence):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../secret.bin", "sub/x.bin", "config.json", "x.safetensors", "/etc/passwd"])
+def test_an_index_of_pickled_weights_leads_nowhere_else(name, tmp_path):
+    peer = oracle("smollm2")
+    peer.save_pretrained(tmp_path)
+    as_bin(tmp_path, peer.state_dict(), 2)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    with pytest.raises(UserError, match=r"names .*, and only \*.bin files beside it are read"):
+        checkpoint.load(tmp_path)
+
+
+# -- what else belongs to a model
+
+TEMPLATES = {"chat_template.jinja": "{{ messages }}", "additional_chat_templates/tool_use.jinja": "{{ tools }}"}
+GENERATION = {"bos_token_id": 1, "eos_token_id": [2, 3, 0], "pad_token_id": 5, "do_sample": True, "temperature": 0.6}
+
+
+def chat_model(folder, generation, **config):
+    """A folder whose tokenizer has bytes as tokens, with templates."""
+    huggingface.save(folder, wild(n_head=(6,), n_kv_head=(2,), d_ff=(40,), vocab_size=256), "llama",
+                     {**open_tokenizer("bytes").as_files(), **TEMPLATES})
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    (folder / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n# A model\n")
+    config_of(folder, **config)
+    return folder
+
+
+def pruned(folder, out):
+    """What prune.py makes of a folder, without the cut."""
+    model, about = checkpoint.load(folder)
+    prune.save(prune.Prune(), model, out, checkpoint.tokenizer_of(model, about, folder), "", about["license"])
+    return out
+
+
+@pytest.mark.parametrize("generation, config, expected", [
+    (GENERATION, {}, GENERATION),
+    (None, dict(eos_token_id=[2, 3], pad_token_id=4), {"eos_token_id": [2, 3], "pad_token_id": 4}),
+    ({"temperature": 0.6}, dict(eos_token_id=[2, 3]), {"temperature": 0.6, "eos_token_id": [2, 3]})])
+def test_ends_of_text_and_templates_survive_a_cut_and_an_export(generation, config, expected, tmp_path):
+    sent = chat_model(tmp_path / "in", generation, **config)
+    for source in (sent, pruned(sent, tmp_path / "cut")):
+        out = tmp_path / f"out of {source.name}"
+        export.main(export.Export(str(source), str(out)))
+        written = json.loads((out / "generation_config.json").read_text())
+        assert {key: written.get(key) for key in expected} == expected
+        peer = transformers.AutoModelForCausalLM.from_pretrained(out)
+        assert peer.generation_config.eos_token_id == expected["eos_token_id"] == peer.config.eos_token_id
+        assert peer.generation_config.pad_token_id == expected.get("pad_token_id") == peer.config.pad_token_id
+        assert {name: (out / name).read_text() for name in TEMPLATES} == TEMPLATES
+        tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+        assert tokenizer.chat_template == {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+
+
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id", "pad_token_id"])
+@pytest.mark.parametrize("value", [256, -2, "2", 2.0, True, [2, None], {"a": 1}, 10**30])
+@pytest.mark.parametrize("place", ["config", "generation"])
+def test_odd_token_ids_are_refused(key, value, place, tmp_path):
+    ids = {key: value}
+    sent = chat_model(tmp_path / "in", ids if place == "generation" else {}, **(ids if place == "config" else {}))
+    with pytest.raises(UserError, match=f"{key} .* is none of the model's 256 token ids; correct it"):
+        export.main(export.Export(str(sent), str(tmp_path / "out")))
+
+
+def test_a_padding_of_minus_one_is_none(tmp_path):
+    sent = chat_model(tmp_path / "in", None, pad_token_id=-1)
+    export.main(export.Export(str(sent), str(tmp_path / "out")))
+    assert "pad_token_id" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_a_gguf_has_name_license_file_type_ends_and_padding(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    sent = chat_model(tmp_path / "in", GENERATION)
+    for source in (sent, pruned(sent, tmp_path / "cut")):
+        export.main(export.Export(str(source), str(tmp_path / "out.gguf"), "gguf", "float16", unchecked=True))
+        fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
+        values = {name: field.contents() for name, field in fields.items()}
+        (tmp_path / "out.gguf").unlink()
+        expected = {"general.name": source.name, "general.license": "apache-2.0",
+                    "general.file_type": int(gguf.LlamaFileType.MOSTLY_F16),
+                    "tokenizer.ggml.eos_token_id": 0, "tokenizer.ggml.eot_token_id": 2,
+                    "tokenizer.ggml.eom_token_id": 3, "tokenizer.ggml.padding_token_id": 5,
+                    "tokenizer.chat_template": "{{ messages }}", "tokenizer.chat_template.tool_use": "{{ tools }}"}
+        assert {name: values[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("template", [[{"name": "a"}], [{"name": "a", "template": "x"}, {"name": "a", "template": "y"}],
+                                      ["x"], [{"name": 3, "template": "x"}]])
+def test_a_template_that_a_gguf_cannot_hold_is_refused(template):
+    files = open_tokenizer("bytes").as_files()
+    config = json.loads(files["tokenizer_config.json"])
+    files["tokenizer_config.json"] = json.dumps({**config, "chat_template": template})
+    with pytest.raises(UserError, match="the chat template .* has no text, or no name of its own"):
+        gguf_vocabulary.chat_template(open_tokenizer("x", files))
+
+
+# -- other spellings, and sentences with the right remedy
+
+@pytest.mark.parametrize("rename", [lambda name: name.removeprefix("model."), lambda name: "_orig_mod." + name,
+                                    lambda name: name.replace("model.", "model._orig_mod.")])
+def test_names_of_bare_and_of_compiled_models_are_read(rename, tmp_path):
+    peer = oracle("llama-2")
+    peer.save_pretrained(tmp_path)
+    tensors = {rename(name): tensor for name, tensor in peer.state_dict().items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    idx = torch.randint(61, (1, 40))
+    close(checkpoint.load(tmp_path)[0](idx), peer(idx).logits)
+    save_file({**tensors, "model.norm.weight": torch.ones(48)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="holds model.norm.weight twice"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, None])
+def test_a_tied_model_that_does_not_say_so_is_told_to(tied, tmp_path):
+    oracle("smollm2").save_pretrained(tmp_path)
+    config_of(tmp_path, tie_word_embeddings=tied)
+    with pytest.raises(UserError, match=r"no tensor lm_head.weight, .* set tie_word_embeddings to true in config.json"):
+        checkpoint.load(tmp_path)
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/base"}')
+    with pytest.raises(UserError, match=r"holds an adapter \(LoRA\) for somebody/base, not a model; merge the two"):
+        checkpoint.load(tmp_path)
+
+
+def test_the_hub_is_asked_for_pickled_weights_only_where_there_are_no_others(tmp_path, monkeypatch):
+    import huggingface_hub
+    patterns = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns:
+                        patterns.append(allow_patterns) or str(tmp_path))
+    checkpoint.find("somebody/model")
+    (tmp_path / "model.safetensors").touch()
+    checkpoint.find("somebody/model")
+    assert len(patterns) == 3 and patterns[1] == ["pytorch_model*.bin*"] and patterns[0] == patterns[2]
 
 
 def test_mixed_and_quantized_dtypes_are_refused(tmp_path):

@@ -16,8 +16,10 @@ import tiktoken
 import tokenizer_toys as toys
 import tokenizers
 import transformers
+from hypothesis import given, settings, strategies
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, trainers
 
+import data
 from common import UserError
 from formats import tokenizer, tokenizer_json
 from formats.tokenizer import Bytes, Tiktoken, open_tokenizer
@@ -265,7 +267,7 @@ def test_a_folder_a_file_and_their_texts_are_one_tokenizer(tmp_path, contents, m
     monkeypatch.undo()
     (tmp_path / "tokenizer.json").unlink()
     assert tokenizer.read_files(tmp_path) == {}
-    with pytest.raises(UserError, match="holds no tokenizer.json: give the folder"):
+    with pytest.raises(UserError, match="holds no tokenizer.json: give the folder .* or one with a tokenizer.model"):
         tokenizer.open_tokenizer(str(tmp_path))
     with pytest.raises(UserError, match="or a folder with a tokenizer.json"):
         tokenizer.open_tokenizer("no/such/folder")
@@ -498,7 +500,11 @@ def test_the_ends_and_openings_of_a_tokenizer_model_are_those_of_its_files(monke
             ("tokenizer.model", b"", "tokenizer.model is damaged .INTERNAL"),
             ("tokenizer.model", b"nonsense", "tokenizer.model is damaged .INTERNAL"),
             ("tokenizer.model", files["tokenizer.model"][:5000], "tokenizer.model is damaged"),
+            ("tokenizer.model", b"IQ== 0\nIg== 1\n", "tokenizer.model is a list of tiktoken's tokens and not Sentence"),
             ("added_tokens.json", '{"<pad>": "x"}', "the added tokens are damaged .ValueError"),
+            ("added_tokens.json", '{"<pad>": -1}', "the added tokens are damaged .ValueError: an id of -1"),
+            ("added_tokens.json", '{"<pad>": Infinity}', "the added tokens are damaged .OverflowError"),
+            ("added_tokens.json", '{"<pad>": 99999999999}', "has an id 99,999,999,999, and ids up to 16,777,216"),
             ("tokenizer_config.json", '{"added_tokens_decoder": {"5": 7}}', "the added tokens are damaged .TypeError"),
             ("tokenizer_config.json", '{"eos_token": "<end>"}', "eos_token '<end>' of tokenizer_config.json is not")]:
         with pytest.raises(UserError, match=sentence):
@@ -621,3 +627,56 @@ def test_files_outside_of_the_folder_are_not_read(tmp_path):
     toys.write_files(folder, files | {"../outside.py": "1 / 0"})
     read = tokenizer.read_files(folder)
     assert read == files and "secret" not in str(open_tokenizer(str(folder)).files)
+
+
+# -- where a text may be cut
+
+def openai_encodings(monkeypatch):
+    """tiktoken's own regular expressions, each with a vocabulary of all pairs of these bytes."""
+    from tiktoken_ext import openai_public
+    some = [bytes([byte]) for byte in b"\n\r \tab1'./"] + ["é".encode(), "日".encode()]
+    tokens = [bytes([byte]) for byte in range(256)] + [a + b for a in some for b in some]
+    ranks = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks)
+    monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", lambda *_, **__: ranks)
+    for name in tokenizer.LINES_SPLIT:
+        settings = openai_public.ENCODING_CONSTRUCTORS[name]()
+        settings.pop("explicit_n_vocab", None)
+        special = {text: len(ranks) + i for i, text in enumerate(settings["special_tokens"])}
+        yield name, tokenizer.Tiktoken(name, tiktoken.Encoding(**{**settings, "special_tokens": special}))
+
+
+def test_a_text_cut_behind_lines_has_the_ids_of_the_whole(contents, monkeypatch):
+    kinds = {kind: ours(content) for kind, content in contents.items()} | {"bytes": Bytes()}
+    kinds |= dict(openai_encodings(monkeypatch))
+    assert all(tok.splits_at_lines for tok in kinds.values())
+    tried = 0
+    any_text = strategies.text(strategies.sampled_from("\n\n\r \tab1'./é日\u0301\u00a0\u180e🙂ſ"), max_size=12)
+    ends = ["a\na", ".\nb", ".\n/", "'\ns", "1\n1", "\u0301\n日", "\r\n1", " \na", "\n\nb", "a\n/", "🙂\nſ", "/\né"]
+
+    @settings(max_examples=400, deadline=None, derandomize=True)
+    @given(any_text, strategies.sampled_from(ends), any_text)
+    def cut_anywhere(left, end, right):
+        nonlocal tried
+        text = left + end + right
+        place = data.last_line_end(left + end)
+        tried += place > 0
+        for name, tok in kinds.items():
+            parts = [*tok.encode(text[:place]), *tok.encode(text[place:])]
+            assert parts == tok.encode(text).tolist(), (name, text, place)
+    cut_anywhere()
+    assert tried > 200
+
+
+@pytest.mark.parametrize("path, value", [
+    ("normalizer", {"type": "Lowercase"}), ("pre_tokenizer", {"type": "Whitespace"}),
+    ("pre_tokenizer.pretokenizers.0.pattern.Regex", "\\s+"), ("pre_tokenizer.pretokenizers.0.behavior", "Removed"),
+    ("pre_tokenizer.pretokenizers.1.add_prefix_space", True),
+    ("added_tokens.3.rstrip", True), ("added_tokens.3.content", "a\nb")])
+def test_a_text_is_kept_whole_where_a_cut_may_change_ids(path, value, contents):
+    content = contents["qwen2"]
+    assert tokenizer_json.splits_at_lines(content) and not tokenizer_json.splits_at_lines(changed(content, path, value))
+
+
+def test_pieces_of_sentencepiece_reach_across_lines(pieces):
+    assert not pieces[0].splits_at_lines

@@ -83,7 +83,7 @@ def test_bias_puts_the_mean_in_the_place_of_what_went(kind, kept):
     expected = model(idx)
     handle.remove()
     assert (small(idx) - expected).abs().max() <= 1e-12 and (small(idx) - model(idx)).abs().max() > 1e-3
-    assert (prune.cut(model, alive)(idx) - expected).abs().max() > 1e-4                     # without the bias it differs
+    assert (prune.cut(model, alive)(idx) - expected).abs().max() > 1e-4          # without the bias it differs
     assert all(torch.equal(p, weights[key]) for key, p in model.state_dict().items())
 
 

@@ -1,4 +1,4 @@
-"""Invariants of methods/two_four.py: the right 2 of 4 stay, and stay alone while a run trains, is killed, goes on, begets runs.
+"""Invariants of methods/two_four.py: the right 2 of 4 stay, and stay alone while a run trains, is killed and goes on.
 
 The oracle of the choice is `brute`: plain Python over the entries.
 """

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import tiktoken
 import tokenizers
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ import transformers
 
 from checkpoint import load, tokenizer_of
 from common import UserError, parse
-from formats.tokenizer import Bytes, open_tokenizer
+from formats.tokenizer import Bytes, Tiktoken, open_tokenizer
 from model import GPT, GPTConfig
 from tasks import questions
 from tasks.questions import Question, grow, loglikelihoods, multiple_choice, read_questions
@@ -179,7 +180,7 @@ def test_multiple_choice_has_three_metrics():
         assert row == pytest.approx(nats)
         for name, lengths in (("acc", (1, 1, 1, 1)), ("acc_norm", (1, 2, 2, 7)), ("acc_bytes", (1, 2, 4, 7))):
             picks[name].append(max(range(4), key=lambda i: nats[i] / lengths[i]))
-    assert result["questions"] == 40 and len(set(map(tuple, picks.values()))) == 3    # the rules decide differently here
+    assert result["questions"] == 40 and len(set(map(tuple, picks.values()))) == 3
     for name, row in picks.items():
         p = sum(pick == q.gold for pick, q in zip(row, questions)) / 40
         assert result[name] == p and result[name + "_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 39))
@@ -382,3 +383,41 @@ class Flags:
 
 def test_a_flag_with_a_tuple_takes_one_or_more():
     assert parse(Flags, ["m"]).files == () and list(parse(Flags, ["m", "--files", "a", "b"]).files) == ["a", "b"]
+
+
+# -- tokens that span the question and the choice
+
+def words_of(*tokens):
+    """A tokenizer with these tokens beside bytes, in which any token may span words."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for token in tokens:
+        for end in range(2, len(token) + 1):
+            ranks.setdefault(token[:end].encode(), len(ranks))
+    return Tiktoken("toy", tiktoken.Encoding("toy", pat_str=r"(?s).+", mergeable_ranks=ranks,
+                                             special_tokens={"<|endoftext|>": len(ranks)}))
+
+
+@pytest.mark.parametrize("context, choice", [("ans", "wer"), ("ans ", "wer"), ("hello wor", "ld")])
+def test_a_choice_that_a_token_swallows_is_encoded_alone(context, choice):
+    tokenizer = words_of("answer", "ans wer", "hello world")
+    ids, behind = questions.Encoder(tokenizer).pair(context, choice)
+    assert ids == tokenizer.encode(context.rstrip()).tolist()
+    assert behind == tokenizer.encode(" " * (len(context) - len(context.rstrip())) + choice).tolist() != []
+    model = wild(GPTConfig(**{**UNEVEN.__dict__, "vocab_size": tokenizer.vocab_size}))
+    result = multiple_choice(model, tokenizer, [Question(context, (choice, " x"), 0)])
+    near([(result["loglikelihoods"][0][0], True)], [(plain(model, ids, behind)[0], True)])
+
+
+def test_a_choice_that_cannot_be_scored_is_named_by_file_and_line(tmp_path):
+    config = GPTConfig(**{**UNEVEN.__dict__, "vocab_size": 256})
+    for choice, sentence in (("\0", "has 0 tokens, and must have 1 to 16"), ("x" * 17, "has 17 tokens, and must")):
+        rows = [{"query": "Q", "choices": [" a", text], "gold": 0} for text in (" b", choice)]
+        (tmp_path / "q.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        with pytest.raises(UserError, match=f"q.jsonl:2: the choice .* {sentence}"):
+            multiple_choice(wild(config), Bytes(), read_questions(tmp_path / "q.jsonl"))
+
+
+def test_deep_json_is_no_question(tmp_path):
+    (tmp_path / "q.jsonl").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"q.jsonl:1 is no question \(RecursionError"):
+        read_questions(tmp_path / "q.jsonl")
