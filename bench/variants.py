@@ -183,7 +183,7 @@ def stage_variant(load, name, target, enlarged, rounds, rank=0, world=1):
         if stage.kd:
             teacher = distill.freeze(models.GPT(enlarged))
     if teacher and load.dtype == "bfloat16" and load.device.startswith("cuda"):
-        train.halve_matrices(teacher)        # as train.open_teacher does
+        distill.halve_matrices(teacher)        # as train.open_teacher does
     optimizer = train.make_optimizer(model, setup.config)
     return Variant(setup, State(model, optimizer, prune.everything(start), teacher=teacher))
 
