@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UserError, first_line, parse, run, write_atomic
+from common import UserError, first_line, parse, printable, run, write_atomic
 from formats.tokenizer import Tokenizer, open_tokenizer
 
 HOLD_OUT = 20                        # one document in so many is held out (our choice)
@@ -657,7 +657,7 @@ def main(settings):
         size = count_bytes(tokens, corpus.tokenizer)
         print(f"{side:5} {count:10,} documents {len(tokens):14,} tokens {size:14,} bytes of text")
     beginning = corpus.tokenizer.decode(corpus.val[:800])[:200]
-    print(f"fingerprint {corpus.fingerprint}; the hold-out begins:\n{beginning}\n"
+    print(f"fingerprint {corpus.fingerprint}; the hold-out begins:\n{printable(beginning)}\n"
           f"train on it: python train.py --data {corpus.folder or settings.source} "
           f"--tokenizer {settings.tokenizer}")
 
