@@ -452,6 +452,7 @@ PRESETS = {
     # experiments/scaling.py the others.
     "4x16": Preset(4, 16, 2, 1, 8, 48, 128),
     **{f"8x{C}": Preset(8, C, C // 16, C // 16, 16, 4 * C, 128) for C in (16, 32, 48, 64)},
+    "4x256": Preset(4, 256, 4, 4, 64, 768, 256),       # experiments/precision.py, and the benchmarks
     **{f"12x{C}": Preset(12, C, C // 64, C // 64, 64, 4 * C, 512) for C in (128, 192, 320, 512)},
 }
 

@@ -74,6 +74,7 @@ LEARNING_RATES = {           # the peak for each preset
     # the experiments' own sizes, layers x width
     "4x16": 2e-2,            # half and twice of it: claim 13, results/claims/report.md
     "8x16": 1e-2, "8x32": 1e-2, "8x48": 1e-2, "8x64": 1e-2,
+    "4x256": 2e-3,
     "12x128": 1e-3, "12x192": 1e-3, "12x320": 1e-3, "12x512": 1e-3,
 }
 
