@@ -246,6 +246,31 @@ def rotate(x, cos, sin):
     return (x * cos + torch.cat((b, a), -1) * sin).to(x.dtype)
 
 
+class RMSNormOnCPU(torch.autograd.Function):
+    """RMSNorm with layer norm's backward pass, which is one kernel on a CPU; RMSNorm has none there.
+
+    At mean 0, layer norm's gradient is RMSNorm's less rstd · mean(g · weight) in each row, as its
+    mean depends on x, too. That number is added again."""
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        # What belongs to a whole row is formed in the weight's dtype, float32 at least.
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=weight.dtype).square_()
+        rstd = (square / x.size(-1) + eps).rsqrt_()                   # 1 / root mean square
+        ctx.save_for_backward(x, weight, rstd)
+        return (x * rstd.to(x.dtype)).mul_(weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, rstd = ctx.saved_tensors
+        n = x.size(-1)
+        dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+            g.contiguous(), x, [n], torch.zeros_like(rstd), rstd, weight, None, [True, False, False])
+        row = (g @ weight.to(g.dtype))[..., None] * rstd
+        # In bfloat16 the kernel would also add up the weight's gradient in bfloat16.
+        dweight = (x * rstd.to(x.dtype)).mul_(g).flatten(0, -2).sum(0, dtype=weight.dtype)
+        return dx.add_(row, alpha=1 / n), dweight, None
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight (arXiv 1910.07467)."""
     def __init__(self, n, eps):
@@ -254,7 +279,27 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
+        if x.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            wide = torch.promote_types(x.dtype, torch.float32)
+            return RMSNormOnCPU.apply(x, self.weight.to(wide), self.eps)
         return F.rms_norm(x, (x.size(-1),), self.weight.to(x.dtype), self.eps)
+
+
+def attend(q, k, v, mask, causal):
+    """Softmax attention of q (B, H, T, D) over k and v (B, K, S, D). Query head h reads KV head
+    h // (H/K). (B, H, T, D)"""
+    # These kernels share KV heads among query heads by themselves.
+    grouped = q.is_cpu or (q.is_cuda and mask is None and q.dtype != torch.float32)
+    if k.size(1) != q.size(1) and not grouped:
+        k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)
+        v = v.repeat_interleave(q.size(1) // v.size(1), dim=1)
+    options = dict(attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    if q.is_cpu and q.dtype == torch.bfloat16 and q.size(-1) < 64 and torch.is_grad_enabled():
+        # The gradients of small heads take a CPU several times as long in bfloat16 as in float32.
+        with torch.autocast("cpu", enabled=False):
+            wide = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
+        return wide.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, **options)
 
 
 class Attention(nn.Module):
@@ -286,18 +331,13 @@ class Attention(nn.Module):
                 k = torch.cat((cache[0], k), 2)
                 v = torch.cat((cache[1], v), 2)
             cache[:] = (k, v)
-        # Query head h reads KV head h // (H_l/K_l).
-        if self.K != self.H and not x.is_cpu:
-            k = k.repeat_interleave(self.H // self.K, dim=1)
-            v = v.repeat_interleave(self.H // self.K, dim=1)
         # S keys: those in the cache, then the T new ones.
         S = k.size(2)
         causal = mask is None and T == S
         # Token t of the T new ones sees all S - T cached keys, and the new ones up to its own.
         if mask is None and 1 < T < S:
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
-                                           enable_gqa=x.is_cpu)                     # (B, H_l, T, D)
+        y = attend(q, k, v, mask, causal)                             # (B, H_l, T, D)
         return self.o(y.transpose(1, 2).reshape(B, T, self.H * self.D))
 
 
@@ -380,6 +420,9 @@ class GPT(nn.Module):
         if cache is not None:
             start = max((layer[0].size(2) for layer in cache if layer), default=0)
         x = self.embed(idx)
+        if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
+            # One cast here, instead of one in front of every matrix.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         cos, sin = rotary(self.config, start, idx.size(1), idx.device, x.dtype)
         if positions is not None:
             cos = cos[positions][:, None]             # (B, 1, T, D)
