@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import tyro
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -140,6 +141,13 @@ def printable(text):
     or turn the direction of writing are spelled out, as \\x1b. Files that others sent hold such."""
     obeyed = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
     return re.sub(obeyed, lambda match: match[0].encode("unicode_escape").decode(), str(text))
+
+
+def progress(items, name, show=True):
+    """Go through the items and show how far this is: on a terminal by a bar, elsewhere, as in a
+    log, by a line every 5 seconds. `show` False hides it."""
+    seconds = 0.1 if sys.stderr.isatty() else 5
+    return tqdm(items, desc=name, leave=False, disable=not show, mininterval=seconds, delay=seconds)
 
 
 # -- files

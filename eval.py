@@ -13,9 +13,12 @@ the same. With --stride s, a window starts every s tokens over the whole text. T
 counts all of its predictions, every other window its last s, so that each of these has at least
 block_size - s tokens of context. Tokens behind the last window are left out.
 
-A loss is the mean over the counted tokens. It is computed in the dtype of the weights, from float32
-logits (float64 for float64 weights). Bits per byte divides by the UTF-8 bytes that the counted
-tokens stand for. Multiple-choice questions and lm_eval's tasks are scored by tasks/questions.py.
+A loss is the mean over the counted tokens. The model runs in the dtype of its weights, and the
+log-softmax in float32 (float64 for float64 weights). The dtype is printed with the loss: compare
+only losses of one dtype, as bfloat16 moves them by about 0.001. With --dtype auto the weights are as
+stored, except on a CPU: there float16 becomes float32, and so does bfloat16 where it is not faster.
+Bits per byte divides by the UTF-8 bytes that the counted tokens stand for. Multiple-choice questions
+and lm_eval's tasks are scored by tasks/questions.py.
 """
 import math
 from dataclasses import dataclass
@@ -27,7 +30,17 @@ import torch.distributed as dist
 
 import data
 from checkpoint import load, tokenizer_of
-from common import UserError, check_choices, parse, pick_device, printable, refuse_idle, run
+from common import (
+    UserError,
+    check_choices,
+    has_fast_bfloat16,
+    parse,
+    pick_device,
+    printable,
+    progress,
+    refuse_idle,
+    run,
+)
 from distill import chunked_loss
 
 
@@ -51,7 +64,7 @@ class Eval:
     top_k: int = 50               # of the sample; 0: all tokens
     seed: int = 0                 # of the sample
     device: str = "auto"          # auto, cpu, cuda, mps
-    # of the weights; auto: as stored, on a CPU at least float32
+    # of the weights; auto: as stored, on a CPU at least float32, or bfloat16 where that is fast
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
 
 
@@ -86,13 +99,15 @@ def counted_parts(hidden, targets, stride, with_first_window):
 
 
 @torch.no_grad()
-def evaluate(model, tokens, byte_lengths, windows=256, stride=0, batch=32, rank=0, world=1, block_size=None):
+def evaluate(model, tokens, byte_lengths, windows=256, stride=0, batch=32, rank=0, world=1, block_size=None,
+             show_progress=False):
     """Mean loss of `model` over windows of `tokens` (N,), see the protocol above.
 
     -> {"loss" (nats per token), "perplexity", "bits_per_byte", "tokens" (counted)}. `byte_lengths`
     (V,) holds the bytes that each token stands for. `block_size` is the context in tokens; the
     default is the model's. If `world` processes call this, each runs every world-th batch, and all
-    get the whole result. Raises UserError if the text is shorter than one window."""
+    get the whole result. `show_progress` draws a bar. Raises UserError if the text is shorter than
+    one window."""
     if windows < 0 or batch < 1:
         raise UserError(f"--windows {windows} must be 0 (all) or more, --batch {batch} at least 1")
     T = block_size or model.config.block_size
@@ -102,7 +117,8 @@ def evaluate(model, tokens, byte_lengths, windows=256, stride=0, batch=32, rank=
     nats = 0.0
     counted = 0
     counted_bytes = 0
-    for first in range(rank * batch, len(starts), world * batch):
+    batches = range(rank * batch, len(starts), world * batch)
+    for first in progress(batches, "evaluate", show_progress):
         rows = np.stack([tokens[start:start + T + 1] for start in starts[first:first + batch].tolist()])
         rows = torch.from_numpy(rows.astype(np.int64)).to(device)               # (B, T + 1)
         hidden = model.hidden(rows[:, :-1])                                     # (B, T, C)
@@ -141,13 +157,19 @@ def read_text(config, tokenizer, about):
     return corpus.val, f"hold-out of {trained['data']}"
 
 
+def dtype_name(model):
+    """The dtype that the model runs in, as --dtype names it."""
+    return str(model.embed.weight.dtype).removeprefix("torch.")
+
+
 def print_loss(config, model, tokenizer, about):
     tokens, name = read_text(config, tokenizer, about)
     windows = config.windows if config.data is None else 0
-    result = evaluate(model, tokens, tokenizer.byte_lengths(), windows, config.stride, config.batch)
+    result = evaluate(model, tokens, tokenizer.byte_lengths(), windows, config.stride, config.batch,
+                      show_progress=True)
     step = f" at step {about['step']}" if "step" in about else ""
     print(f"{config.checkpoint}{step}: {model.config.num_params()['total']:,} parameters, {printable(name)}, "
-          f"{result['tokens']:,} tokens in windows of {model.config.block_size}\n"
+          f"{result['tokens']:,} tokens in windows of {model.config.block_size}, {dtype_name(model)}\n"
           f"  {result['loss']:.4f} nats per token   perplexity {result['perplexity']:.3f}   "
           f"{result['bits_per_byte']:.4f} bits per byte")
 
@@ -201,8 +223,11 @@ def open_model(config):
     device = pick_device(config.device)
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     model, about = load(config.checkpoint, device, dtype, config.block_size)
-    # CPUs are slow in half precision, and round more.
-    if config.dtype == "auto" and device == "cpu" and model.embed.weight.dtype.itemsize < 4:
+    # CPUs are slow with 16 bits, and round more. Some are fast in bfloat16, but float16 would have to
+    # be rounded to it.
+    stored = model.embed.weight.dtype
+    is_fast = stored == torch.bfloat16 and has_fast_bfloat16(device)
+    if config.dtype == "auto" and device == "cpu" and stored.itemsize < 4 and not is_fast:
         model.float()
     return model, about
 
@@ -217,6 +242,7 @@ def main(config):
     model, about = open_model(config)
     tokenizer = tokenizer_of(model, about, config.checkpoint)
     if has_questions:
+        print(f"{config.checkpoint}, {dtype_name(model)}:")
         questions.main(config, model, tokenizer)
     if config.data is not None or not has_questions:
         print_loss(config, model, tokenizer, about)

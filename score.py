@@ -71,9 +71,9 @@ def collect(model, batches, needs, readers=READERS):
     fields in `needs`.
 
     Memory: the weights, the sums that were asked for, and the activations of one batch. Gradients
-    are freed one by one as they come. A batch's loss is its mean in nats per token. `readers`: ends
-    of the names of the matrices whose inputs are taken. The model, its gradients and their flags
-    are left as they were."""
+    are freed one by one as they come. A batch's loss is its mean in nats per token. The model may
+    be of bfloat16: sums are in float32 at least. `readers`: ends of the names of the matrices whose
+    inputs are taken. The model, its gradients and their flags are left as they were."""
     stats = Stats()
     device = model.embed.weight.device
     backward = not GRADIENTS.isdisjoint(needs)
@@ -144,7 +144,8 @@ def take_gradient(stats, needs, name, dim, units):
     freed."""
     @torch.no_grad()
     def hook(p):
-        g = p.grad
+        # Sums over many gradients need more digits than bfloat16 has.
+        g = p.grad.to(torch.promote_types(p.dtype, torch.float32))
         p.grad = None
         if "sensitivity" in needs:
             add(stats.sensitivity, name, sums_by_unit((p * g).abs(), dim, units))
@@ -202,8 +203,9 @@ def take_cosines(stats, layer, block):
         add_cosine("layer", before, after)
 
     def add_cosine(part, a, b):
-        cosine = F.cosine_similarity(a.float(), b.float(), dim=-1).sum().item()
-        stats.cosine[layer, part] = stats.cosine.get((layer, part), 0.0) + cosine
+        cosines = F.cosine_similarity(a.float(), b.float(), dim=-1)
+        # Numbers are read at the end: a GPU would have to stop for each.
+        stats.cosine.setdefault((layer, part), []).append(cosines.sum())
 
     if block.attn is None:
         return [(block, block_hook)]
@@ -218,6 +220,8 @@ def add(sums, key, value):
 def averaged(stats, config, count):
     """Turn sums into means: of gradients over `count` batches, of everything else over tokens."""
     divide(stats.grad, count)
+    for key, sums in stats.cosine.items():
+        stats.cosine[key] = sum(cosine.item() for cosine in sums)
     # The mean of m independent windows' gradients has 1/m of the mean square of one window's
     # gradient.
     divide(stats.grad_sq, count * count / stats.windows)

@@ -249,9 +249,9 @@ class Cuts:
             # Its scores need other statistics, and it zeroes in place.
             with torch.autocast("cpu", torch.bfloat16):
                 stats = prune.collect(model, batches, recipe)
-            return prune.cut_once(copy.deepcopy(model), stats, batches, recipe, budget)
+            return prune.cut_once(copy.deepcopy(model), stats, recipe, budget)
         damage = self.damage(recipe, seed, batches, stats) if prune.runs_again(recipe) else None
-        return prune.cut_once(model, stats, batches, recipe, budget, damage=damage)
+        return prune.cut_once(model, stats, recipe, budget, damage=damage)
 
     def little_by_little(self, name, recipe, keep, seed, batches):
         """Adapt-Pruner cuts ADAPT_STEP of the model at a time and measures anew each time, on one
@@ -267,7 +267,7 @@ class Cuts:
             with torch.autocast("cpu", torch.bfloat16):
                 stats = score.collect(model, half, prune.needs(recipe))
             budget = math.floor(at * self.subject.total + 1e-6)
-            model = prune.cut_once(model, stats, half, recipe, budget, whole.config.widths())
+            model = prune.cut_once(model, stats, recipe, budget, whole.config.widths())
         models.append((keep, model))
         return model
 
@@ -470,7 +470,7 @@ def cost(subject, windows=16, rounds=3):
 
     def whole_cut(recipe):
         stats = prune.collect(model, batches, recipe)
-        prune.cut_once(model, stats, batches, recipe, budget)
+        prune.cut_once(model, stats, recipe, budget)
 
     rows = []
     for name in ("flap", "taylor", "sensitivity", "taylor2"):

@@ -14,10 +14,9 @@ import itertools
 import math
 
 import torch
-from tqdm import tqdm
 
 import allocate
-from common import UserError
+from common import UserError, progress
 from distill import chunked_loss
 from model import rotary
 from score import SCORES
@@ -50,7 +49,7 @@ def without(model, batches, parts=("layer",)):
     for x, y in batches:
         run = reruns(model, x, y)
         dense, _ = run(model.config.n_layer - 1, model.blocks[-1])
-        for layer, part in tqdm(rises, desc="measure", leave=False, disable=None):
+        for layer, part in progress(rises, "measure"):
             block = model.blocks[layer]
             with absent(block, part):
                 loss, _ = run(layer, block)

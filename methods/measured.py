@@ -12,10 +12,9 @@ combination is ours.
 import math
 
 import torch
-from tqdm import tqdm
 
 import allocate
-from common import UserError
+from common import UserError, progress
 from methods.depth import reruns
 from methods.mend import channels_of
 from model import reader_of
@@ -52,7 +51,7 @@ def damage(model, batches, scores, widths, reader):
     config = model.config
     curves = {key: [(n, 0.0)] for key, n in config.widths().items() if n > 0 and key in widths}
     runs = [reruns(model, x, y, every=4) for x, y in batches]
-    for (layer, kind), points in tqdm(curves.items(), desc="measure", leave=False, disable=None):
+    for (layer, kind), points in progress(curves.items(), "measure"):
         name = reader_of(config, layer, kind)
         p = model.get_parameter(name)
         ranked = scores[layer, kind].argsort(descending=True, stable=True).to(p.device)

@@ -17,7 +17,7 @@ import eval as evaluation
 import report
 import train
 from checkpoint import load, save
-from common import UserError
+from common import UserError, progress
 from formats.tokenizer import Tiktoken, open_tokenizer
 from model import GPT, GPTConfig
 from tasks import questions
@@ -213,6 +213,37 @@ def test_the_command_asks_questions_and_refuses_idle_flags(tmp_path, model, caps
                             (dict(tasks="x", num_fewshot=-1), "--num-fewshot -1 must be at least 0")):
         with pytest.raises(UserError, match=sentence):
             evaluated(capsys, tmp_path / "m.pt", **flags)
+
+
+@pytest.mark.parametrize("stored, fast, flag, dtype", [
+    ("bfloat16", True, "auto", "bfloat16"), ("bfloat16", False, "auto", "float32"),
+    ("float16", True, "auto", "float32"), ("float16", False, "auto", "float32"),
+    ("float32", True, "auto", "float32"), ("float32", False, "bfloat16", "bfloat16"),
+    ("bfloat16", True, "float32", "float32")])
+def test_the_dtype_is_chosen_by_weights_and_hardware_and_printed(tmp_path, model, capsys, monkeypatch,
+                                                                 stored, fast, flag, dtype):
+    monkeypatch.setattr(evaluation, "has_fast_bfloat16", lambda device: fast)
+    save(tmp_path / "m.pt", model.to(getattr(torch, stored)), run={"tokenizer": "bytes"})
+    (tmp_path / "text.txt").write_text("import os\n" * 50)
+    (tmp_path / "q.jsonl").write_text('{"query": "Q", "choices": [" a", " b"], "gold": 0}\n')
+    output = evaluated(capsys, tmp_path / "m.pt", data=str(tmp_path / "text.txt"), dtype=flag,
+                       multiple_choice=[str(tmp_path / "q.jsonl")])
+    assert f"m.pt, {dtype}:\nfile" in output and f"tokens in windows of 16, {dtype}\n" in output
+    exact = evaluation.evaluate(load(tmp_path / "m.pt", dtype=torch.float32)[0],
+                                np.frombuffer(b"import os\n" * 50, dtype=np.uint8), ONE_EACH, windows=0)["loss"]
+    loss = float(output.split(" nats per token")[0].split()[-1])
+    assert loss == pytest.approx(exact, rel=1e-6 if dtype == "float32" else 2e-3)
+
+
+def test_progress_is_said_every_5_seconds_in_a_log(monkeypatch, capsys):
+    seconds = [0]
+    monkeypatch.setattr("tqdm.std.time", lambda: seconds[0])
+    def lines(items, name):
+        for _ in progress(range(items), name):
+            seconds[0] += 1
+        return [line for line in capsys.readouterr().err.split("\r") if name in line]
+    assert not lines(4, "short")
+    assert 3 <= len(lines(20, "long")) <= 4
 
 
 def test_eval_imports_tasks_only_inside_main():

@@ -1,6 +1,7 @@
 """Invariants of `python prune.py`: every recipe that `check` allows meets its budget and makes a model that loads; the
 same again is the same; the hold-out only measures; what means nothing is refused and nothing is overwritten.
 """
+import copy
 import dataclasses
 import itertools
 import math
@@ -154,6 +155,56 @@ def test_the_hold_out_only_measures(command, corpus, monkeypatch):
     assert torch.equal(weights("as it is"), weights("other hold-out"))
     assert len(weights("other text")) != len(weights("as it is")) or \
         not torch.equal(weights("as it is"), weights("other text"))
+
+
+# -- measured in bfloat16, cut in float32
+
+COMBINATIONS = [(structure, name, how, mend) for structure, row in prune.STRUCTURES.items() if structure != "kv,ffn"
+                for name in row.score for how in ("global", "measured") if how in row.allocate for mend in row.mend]
+
+
+@pytest.mark.parametrize("structure, name, how, mend", COMBINATIONS)
+def test_bfloat16_chooses_as_float32_does(trained, corpus, structure, name, how, mend):
+    """The same widths but for near ties, and a loss near that of float32."""
+    recipe = prune.Prune(trained, structure=structure, score=name, allocate=how, mend=mend, **SMALL)
+    model = prune.open_model(recipe, "cpu")[0]
+    before = [p.detach().clone() for p in model.parameters()]
+    batches = score.batches(corpus.train, 32, 8, 4, 0)
+    cuts = []
+    for dtype in (torch.float32, torch.bfloat16):
+        stats = prune.collect(model, batches, recipe, dtype)
+        damage = prune.measure(model, stats, batches, recipe, dtype) if prune.runs_again(recipe) else None
+        small = prune.cut_once(copy.deepcopy(model), stats, recipe, int(.7 * model.config.removable_params()),
+                               damage=damage)
+        cuts.append(small)
+        for sums in (stats.grad, stats.sensitivity, stats.square, stats.position, stats.gram, stats.channel):
+            assert all(value.dtype == torch.float32 for value in sums.values())
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+    assert all(p.dtype == torch.float32 for small in cuts for p in small.parameters())
+    losses = [prune.evaluate(small, corpus.val, corpus.tokenizer.byte_lengths(), 64, block_size=32)["loss"]
+              for small in cuts]
+    assert abs(losses[0] - losses[1]) < .003                                   # 0.0003 at most where it was written
+    exact, rounded = (small.config.widths() for small in cuts)
+    assert sum(abs(exact[key] - rounded[key]) for key in exact) <= 2
+    assert cuts[0].config.d_model == cuts[1].config.d_model
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_dtype_of_measuring_is_chosen_by_size_and_hardware(trained, monkeypatch, fast):
+    monkeypatch.setattr(prune, "has_fast_bfloat16", lambda device: fast)
+    model = checkpoint.load(trained)[0]
+    assert prune.measuring_dtype(prune.Prune(), model, "cpu") == torch.float32
+    assert prune.measuring_dtype(prune.Prune(dtype="bfloat16"), model, "cpu") == torch.bfloat16
+    model.config = dataclasses.replace(model.config, d_model=prune.BFLOAT16_WIDTH)
+    assert (prune.measuring_dtype(prune.Prune(), model, "cpu") == torch.bfloat16) == fast
+    assert prune.measuring_dtype(prune.Prune(dtype="float32"), model, "cpu") == torch.float32
+
+
+def test_the_command_says_its_dtype_and_saves_float32(command):
+    for dtype, name in (("auto", "float32"), ("bfloat16", "bfloat16")):
+        model, about, said = command(dtype, dtype=dtype, iterations=2, allocate="measured", mend="least-squares")
+        assert said.count(f" tokens, {name})") == 2 and about["run"]["recipe"]["dtype"] == name
+        assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["magnitude", "wanda"])

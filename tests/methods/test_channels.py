@@ -44,12 +44,12 @@ def test_channels_meet_the_budget_biases_or_not(bias, multiple):
     model, c = new(config)[0], prune.Prune(structure="channel", score="magnitude", multiple_of=multiple)
     whole = config.removable_params()
     for most in range(whole // 3, whole, 97):
-        small = prune.cut_once(model, score.Stats(), [], c, most).config
+        small = prune.cut_once(model, score.Stats(), c, most).config
         assert small.d_model % multiple == 0 and small.removable_params() <= most
         assert dataclasses.replace(small, d_model=small.d_model + multiple).removable_params() > most
         assert small.widths() == config.widths()
     with pytest.raises(UserError, match=f"a budget of 9 parameters is less than {multiple} of the 24 channels"):
-        prune.cut_once(model, score.Stats(), [], c, 9)
+        prune.cut_once(model, score.Stats(), c, 9)
 
 
 def test_the_channels_that_stay_are_the_best():
@@ -60,7 +60,7 @@ def test_the_channels_that_stay_are_the_best():
                 (w if key.endswith(("o.weight", "down.weight")) else w.T)[[2, 3, 7]] *= .01
     c = prune.Prune(structure="channel", score="magnitude")
     nine = dataclasses.replace(model.config, d_model=9).removable_params()
-    small = prune.cut_once(model, score.Stats(), [], c, nine)
+    small = prune.cut_once(model, score.Stats(), c, nine)
     assert torch.equal(small.embed.weight, model.embed.weight[:, [0, 1, 4, 5, 6, 8, 9, 10, 11]])
 
 
