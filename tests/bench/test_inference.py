@@ -42,9 +42,7 @@ def test_pruned_models_have_equal_parameters(name, keep):
 @pytest.mark.parametrize("tied", [True, False])
 def test_bytes_per_token_are_those_of_the_weights_and_the_cache(tied):
     model = GPT(dataclasses.replace(UNEVEN, tie_embeddings=tied))
-    cache = [[] for _ in range(3)]
-    model.hidden(torch.zeros(1, 7, dtype=torch.long), cache)
-    cached = sum(tensor.nbytes for layer in cache for tensor in layer)
+    cached = sum(layer.nbytes for layer in model.empty_cache(1, 7))
     weights = sum(p.nbytes for name, p in model.named_parameters() if tied or "embed" not in name)
     assert inference.bytes_per_token(model.config, 7, 4) == weights + cached
 
@@ -56,10 +54,10 @@ def test_generation_is_timed_by_token(monkeypatch):
     hidden = model.hidden
     lengths = []
 
-    def slow(idx, cache=None):
+    def slow(idx, *args, **kwargs):
         lengths.append(idx.size(1))
         clock.now += 10 if idx.size(1) > 1 else 2
-        return hidden(idx, cache)
+        return hidden(idx, *args, **kwargs)
 
     monkeypatch.setattr(model, "hidden", slow)
     assert inference.generate(model, prompt, 5) == {"first": 10.0, "decode": 2.0}

@@ -330,7 +330,7 @@ def test_generation_stops_and_cuts_the_prompt():
     stop = text[4:6].decode()
     assert questions.complete(model, tokenizer, ids, ["never", stop], 12).encode() == text[:text.index(text[4:6])]
     calls, forward = [], model.hidden
-    model.hidden = lambda *a: calls.append(1) or forward(*a)
+    model.hidden = lambda *a, **options: calls.append(1) or forward(*a, **options)
     questions.complete(model, tokenizer, ids, [stop], 12)
     assert len(calls) == text.index(text[4:6]) + 2                         # it does not go on behind the stop
     eot = Bytes(eot=text[5])
