@@ -1,7 +1,7 @@
 """How good a model is: nats per token, perplexity and bits per byte by one stated protocol; and a
 sample of its text.
 
-    python eval.py runs/idea-laptop-0 --sample "def read(path):"
+    python eval.py runs/idea-laptop-0 --sample "def read(path):" "class Reader:"
     python eval.py runs/idea-laptop-0 --data README.md --stride 32
     python eval.py SmolLM2-135M --multiple-choice questions.jsonl      # a Hugging Face folder or hub id
     python eval.py SmolLM2-135M --tasks arc_easy,hellaswag,piqa
@@ -27,6 +27,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.utils.rnn import pad_sequence
 
 import data
 from checkpoint import load, tokenizer_of
@@ -58,8 +59,8 @@ class Eval:
     num_fewshot: int | None = None     # examples before each question of --tasks; default: the task's own number
     limit: int | None = None      # questions per file or task; default: all
     batch_tokens: int | None = None    # tokens per forward pass of --multiple-choice and --tasks
-    sample: str | None = None     # also continue this prompt
-    tokens: int = 300             # length of the sample
+    sample: tuple[str, ...] = ()  # also continue these prompts, all in one batch
+    tokens: int = 300             # length of a sample
     temperature: float = 0.8      # of the sample; 0: greedy
     top_k: int = 50               # of the sample; 0: all tokens
     seed: int = 0                 # of the sample
@@ -176,18 +177,20 @@ def print_loss(config, model, tokenizer, about):
 
 # -- a sample
 
-def sample(model, tokenizer, prompt_ids, tokens, temperature=0.8, top_k=50, seed=0):
-    """Continue prompt_ids (N,) by so many tokens: -> the continuation as text."""
+def sample(model, tokenizer, prompts, tokens, temperature=0.8, top_k=50, seed=0):
+    """Continue the ids of each prompt (N,) by so many tokens: -> [the continuation as text]."""
     device = model.embed.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    idx = torch.from_numpy(np.asarray(prompt_ids).astype(np.int64))[None].to(device)
-    out = model.generate(idx, tokens, temperature, top_k, generator)
-    return tokenizer.decode(out[0, idx.size(1):].tolist())
+    rows = [torch.from_numpy(np.asarray(ids).astype(np.int64)) for ids in prompts]
+    idx = pad_sequence(rows, batch_first=True, padding_side="left").to(device)
+    lengths = [len(ids) for ids in prompts]
+    continued = model.generate(idx, tokens, temperature, top_k, generator, lengths=lengths)
+    return [tokenizer.decode(row) for row in continued[:, idx.size(1):].tolist()]
 
 
 def print_sample(config, model, tokenizer):
-    ids = tokenizer.encode(config.sample)
-    if len(ids) == 0:
+    prompts = [tokenizer.encode(prompt) for prompt in config.sample]
+    if min(map(len, prompts)) == 0:
         raise UserError("--sample needs a prompt of at least one token, for example --sample 'def "
                         "'")
     if not 0 <= config.temperature < math.inf or config.top_k < 0 or config.tokens < 1:
@@ -195,8 +198,9 @@ def print_sample(config, model, tokenizer):
                         f"finite and not negative, --tokens {config.tokens} at least 1")
     if not 0 <= config.seed < 2**63:
         raise UserError(f"--seed {config.seed} must be between 0 and {2**63 - 1}")
-    text = sample(model, tokenizer, ids, config.tokens, config.temperature, config.top_k, config.seed)
-    print(printable(f"\n{config.sample}{text}"))
+    texts = sample(model, tokenizer, prompts, config.tokens, config.temperature, config.top_k, config.seed)
+    for prompt, text in zip(config.sample, texts):
+        print(printable(f"\n{prompt}{text}"))
 
 
 # -- the command
@@ -214,7 +218,7 @@ def check_flags(config):
         refuse_idle(config, ("stride", "batch"), "on questions without --data")
     if questions or config.data or config.stride:
         refuse_idle(config, ("windows",), "with --data or --stride, where all windows count, nor on questions")
-    if config.sample is None:
+    if not config.sample:
         refuse_idle(config, ("tokens", "temperature", "top_k", "seed"), "without --sample")
 
 
@@ -246,7 +250,7 @@ def main(config):
         questions.main(config, model, tokenizer)
     if config.data is not None or not has_questions:
         print_loss(config, model, tokenizer, about)
-    if config.sample is not None:
+    if config.sample:
         print_sample(config, model, tokenizer)
 
 

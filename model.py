@@ -318,8 +318,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.D, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, cache=None, mask=None):
-        """`cache`: a list [k, v] of the tokens before these, empty at the prompt, that grows in
-        place. `mask`: see GPT.hidden."""
+        """`cache` (2, B, K_l, S, D): keys and values of S tokens. The last T of them are those of x
+        and are written here. `mask`: see GPT.hidden."""
         B, T, _ = x.shape
         q = self.q(x).view(B, T, self.H, self.D).transpose(1, 2)      # (B, H_l, T, D)
         k = self.k(x).view(B, T, self.K, self.D).transpose(1, 2)      # (B, K_l, T, D)
@@ -327,17 +327,19 @@ class Attention(nn.Module):
         q = rotate(self.q_norm(q), cos, sin)
         k = rotate(self.k_norm(k), cos, sin)
         if cache is not None:
-            if cache:
-                k = torch.cat((cache[0], k), 2)
-                v = torch.cat((cache[1], v), 2)
-            cache[:] = (k, v)
+            cache[0, :, :, -T:] = k
+            cache[1, :, :, -T:] = v
+            k, v = cache
+        if T == 1:
+            # One token sees all keys. As rows of their KV head, its query heads read them once.
+            q = q.view(B, self.K, self.H // self.K, self.D)
         # S keys: those in the cache, then the T new ones.
         S = k.size(2)
-        causal = mask is None and T == S
+        causal = mask is None and 1 < T == S
         # Token t of the T new ones sees all S - T cached keys, and the new ones up to its own.
         if mask is None and 1 < T < S:
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        y = attend(q, k, v, mask, causal)                             # (B, H_l, T, D)
+        y = attend(q, k, v, mask, causal).reshape(B, self.H, T, self.D)
         return self.o(y.transpose(1, 2).reshape(B, T, self.H * self.D))
 
 
@@ -409,16 +411,19 @@ class GPT(nn.Module):
         """(V, C): the output projection, which is the embedding where the two are tied."""
         return self.embed.weight if self.head is None else self.head.weight
 
-    def hidden(self, idx, cache=None, positions=None, mask=None):
+    def empty_cache(self, B, S):
+        """Room for the keys and values of S tokens: for each layer an array (2, B, K_l, S, D)."""
+        D = self.config.head_dim
+        return [self.embed.weight.new_empty(2, B, K, S, D) for K in self.config.n_kv_head]
+
+    def hidden(self, idx, cache=None, positions=None, mask=None, start=0):
         """Token ids (B, T) -> normed hidden states (B, T, C). The losses form logits from these in
         chunks (distill.py).
 
-        `cache`: one list per layer, filled in place; positions go on where the cache ends.
-        `positions` (B, T), each below T, and `mask` (B, 1, T, T), true where row t sees column s,
-        take the place of the text's order (tasks/questions.py)."""
-        start = 0
-        if cache is not None:
-            start = max((layer[0].size(2) for layer in cache if layer), default=0)
+        `cache`: see empty_cache; it holds `start` tokens before these, and these are written behind
+        them. `mask` (B, 1, T, start + T), true where row t sees column s, and `positions` (B, T),
+        each below T, take the place of the text's order (tasks/questions.py)."""
+        end = start + idx.size(1)
         x = self.embed(idx)
         if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
             # One cast here, instead of one in front of every matrix.
@@ -428,35 +433,52 @@ class GPT(nn.Module):
             cos = cos[positions][:, None]             # (B, 1, T, D)
             sin = sin[positions][:, None]
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, None if cache is None else cache[layer], mask)
+            x = block(x, cos, sin, None if cache is None else cache[layer][:, :, :, :end], mask)
         return self.norm(x)
 
-    def forward(self, idx, cache=None):
+    def forward(self, idx, cache=None, start=0):
         """Token ids (B, T) -> logits (B, T, V)."""
-        return F.linear(self.hidden(idx, cache), self.head_weight)
+        return F.linear(self.hidden(idx, cache, start=start), self.head_weight)
 
     @torch.no_grad()
-    def generate(self, idx, tokens, temperature=1.0, top_k=None, generator=None, done=None):
-        """Continue the prompt idx (B, T) by so many tokens, with a KV cache. Returns (B, T +
+    def generate(self, idx, tokens, temperature=1.0, top_k=None, generator=None, done=None, lengths=None):
+        """Continue the prompts idx (B, T) by so many tokens, with a KV cache. Returns (B, T +
         tokens). Temperature 0 is greedy. A context that outgrows block_size starts again from its
-        last half. If done(idx) is true, the continuation ends there."""
+        last half. If done(idx) is true, the continuation ends there. `lengths`: the tokens of each
+        prompt, where shorter ones are padded on the left; nobody looks at the padding."""
         limit = self.config.block_size
-        new = idx[:, -limit:]
-        cache = [[] for _ in self.blocks]
-        filled = 0
-        for _ in range(tokens):
-            if filled == limit:
-                new = idx[:, -max(1, limit // 2):]
-                cache = [[] for _ in self.blocks]
-                filled = 0
-            filled += new.size(1)
-            last = self.hidden(new, cache)[:, -1]
+        B, T = idx.shape
+        # Tokens of context of each row, up to the last column.
+        context = [min(length, limit) for length in lengths or [T] * B]
+        cache = None
+        for made in range(tokens):
+            width = max(context)
+            if width > limit:
+                context = [max(1, limit // 2) if length > limit else length for length in context]
+                width = max(context)
+                cache = None
+            if cache is None:
+                cache = self.empty_cache(B, min(limit, width + tokens - made - 1))
+                new = idx[:, -width:]
+            start = width - new.size(1)
+            mask = padding_mask(context, start, idx.device) if min(context) < width else None
+            last = self.hidden(new, cache, mask=mask, start=start)[:, -1]
             logits = F.linear(last, self.head_weight).float()             # (B, V)
             new = pick_tokens(logits, temperature, top_k, generator)
             idx = torch.cat((idx, new), dim=1)
+            context = [length + 1 for length in context]
             if done is not None and done(idx):
                 break
         return idx
+
+
+def padding_mask(lengths, start, device):
+    """The causal mask (B, 1, T, S) of the columns from `start` in a batch that is padded on the
+    left: true where row t sees column s. Padding sees itself, as attention must see something."""
+    s = torch.arange(max(lengths), device=device)
+    t = s[start:, None]
+    padding = max(lengths) - torch.tensor(lengths, device=device)[:, None, None, None]
+    return (s <= t) & (s >= padding.minimum(t))
 
 
 def pick_tokens(logits, temperature, top_k, generator):

@@ -544,7 +544,7 @@ def log_sample(setup, state, when):
         return
     tokenizer = setup.corpus.tokenizer
     prompt = setup.corpus.val[:setup.block_size // 2]
-    text = sample(state.model, tokenizer, prompt, SAMPLE_TOKENS, seed=setup.config.seed)
+    [text] = sample(state.model, tokenizer, [prompt], SAMPLE_TOKENS, seed=setup.config.seed)
     setup.log("sample", state.step, when=when, prompt=tokenizer.decode(prompt), text=text)
 
 

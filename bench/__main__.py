@@ -94,7 +94,7 @@ class Bench:
     micro_steps: int = 1                   # forward passes per step
     enlarge_ff: float = 2.6                # times the target's FFN neurons, in the enlarged model
     keep: float = 0.8                      # infer: kept fraction of the removable parameters
-    prompt: int = 128                      # infer: tokens
+    prompt: tuple[int, ...] = (128, 1024)  # infer: tokens; a table's row for each
     decode: int = 64                       # infer: tokens
     disk: str | None = None                # disk: a folder on it; default: that of --out
     minutes: float = 8.0                   # gpu: then it stops; the same command goes on
@@ -112,8 +112,9 @@ def check_ranges(settings):
     scored in the step before a cut."""
     for name, least in LEAST.items():
         value = getattr(settings, name)
-        if value is not None and not value >= least:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        smallest = min(value, default=0) if isinstance(value, tuple) else value
+        if smallest is not None and not smallest >= least:
+            raise UserError(f"--{name.replace('_', '-')} {smallest} must be at least {least}")
     if min(settings.vocab, default=2) < 2:
         raise UserError(f"--vocab {min(settings.vocab)} must be at least 2")
     if not 0 < settings.keep <= 1:

@@ -1,17 +1,18 @@
 """The suite infer of `python -m bench`: prefill, decoding and memory of dense and pruned models,
 ours and llama.cpp's.
 
-    python -m bench infer --presets 135m --keep 0.8
+    python -m bench infer --presets 135m --keep 0.8 --prompt 128 1024 4096
 
 Weights are random. Two pruned models have equally many parameters. "even" has the same FFN width in
 every layer. "uneven" has widths that grow with depth, and in every third layer a KV group's worth
-of neurons instead of the group. Decoding reads every weight once a token, so its limit is the bytes
-per token over the measured bandwidth. `of the bytes` is the speed of the pruned model over that of
-the dense one, divided by what the bytes alone would allow. Not here: quality
-(experiments/compare.py).
+of neurons instead of the group. Decoding reads every weight once a step, so its limit is the bytes
+of a step over the measured bandwidth. `of the bytes` is the speed of a model over that of the dense
+one, divided by what the bytes alone would allow. Behind the shortest prompt, the dense model also
+continues BATCH prompts at once. Not here: quality (experiments/compare.py).
 """
 import dataclasses
 import functools
+import itertools
 import statistics
 import tempfile
 import time
@@ -27,6 +28,7 @@ from common import UserError
 from formats import gguf_export, llamacpp
 from formats.tokenizer import open_tokenizer
 
+BATCH = 8                        # prompts
 median = statistics.median
 
 
@@ -71,26 +73,26 @@ def bytes_per_token(config, context, size):
 
 # -- what is measured
 
-def build(config, device, dtype, tokens):
-    """A model with random weights and a random prompt of so many tokens."""
+def build(config, device, dtype, tokens, prompts):
+    """A model with random weights and random prompts of so many tokens."""
     torch.manual_seed(0)
     with torch.device(device):
         model = models.GPT(config).to(getattr(torch, dtype)).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(config.vocab_size, (1, tokens), generator=generator)
-    return model, prompt.to(device)
+    idx = torch.randint(config.vocab_size, (prompts, tokens), generator=generator)
+    return model, idx.to(device)
 
 
-def generate(model, prompt, tokens):
-    """Continue the prompt greedily: -> {"first": seconds to the first token, "decode": seconds per
-    further token}."""
+def generate(model, idx, tokens):
+    """Continue the prompts idx (B, T) greedily: -> {"first": seconds to the first token of each,
+    "decode": seconds per further token of each}."""
     times = [time.perf_counter()]
 
     def note(idx):
         idx[:, -1].tolist()                  # waits until a GPU has the token
         times.append(time.perf_counter())
 
-    model.generate(prompt, tokens, temperature=0, done=note)
+    model.generate(idx, tokens, temperature=0, done=note)
     return {"first": times[1] - times[0], "decode": (times[-1] - times[1]) / (tokens - 1)}
 
 
@@ -107,11 +109,11 @@ def llamacpp_generate(path, prompt, tokens):
     return {"first": prompt / rates["prompt"], "decode": 1 / rates["decode"]}
 
 
-def memory(config, device, dtype, tokens, decode):
+def memory(config, device, dtype, tokens, prompts, decode):
     """The bytes before a generation (the weights) and at its peak, in a process of its own."""
-    model, prompt = build(config, device, dtype, tokens)
+    model, idx = build(config, device, dtype, tokens, prompts)
     with peak(device) as measured:
-        model.generate(prompt, decode, temperature=0)
+        model.generate(idx, decode, temperature=0)
     return measured
 
 
@@ -130,7 +132,8 @@ class Measured:
     about: dict                  # the first columns of every row
     sizes: dict                  # {runtime: bytes of a number in its weights}
     configs: dict                # by model only
-    prompt: int                  # tokens
+    prompts: dict                # by model only: how many are continued at once
+    prompt: int                  # tokens of each
     decode: int                  # tokens
     bandwidth: float             # bytes per second
     seconds: dict                # [{"first", "decode"}] of each round
@@ -138,12 +141,25 @@ class Measured:
 
 
 def infer(settings, preset, vocab_size):
-    """Time prefill and decoding of all models in turns, with the bandwidth among them."""
-    prompt = settings.prompt
+    """Time prefill and decoding behind prompts of each length."""
+    parts = [infer_behind(prompt, settings, preset, vocab_size) for prompt in settings.prompt]
+    together = {"note": parts[0]["note"], "bandwidth": [part["bandwidth"] for part in parts]}
+    for key in ("rows", "memory", "rates"):
+        together[key] = list(itertools.chain(*[part[key] for part in parts]))
+    return together
+
+
+def infer_behind(prompt, settings, preset, vocab_size):
+    """Time all models in turns behind prompts of so many tokens, with the bandwidth among them."""
     decode = settings.decode
     dense, _ = shapes(preset, vocab_size)
     context = max(prompt + decode + 1, dense.block_size)
     configs = pruned(dataclasses.replace(dense, block_size=context), settings.keep)
+    prompts = dict.fromkeys(configs, 1)
+    if prompt == min(settings.prompt):
+        batch = f"dense, {BATCH} prompts"
+        configs[batch] = configs["dense"]
+        prompts[batch] = BATCH
     left_out = None
     if settings.device.startswith("cuda"):
         left_out = "asked on the CPU only: --device cpu"
@@ -155,27 +171,27 @@ def infer(settings, preset, vocab_size):
     generations = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, config in configs.items():
-            arguments = (config, settings.device, settings.dtype, prompt)
+            arguments = (config, settings.device, settings.dtype, prompt, prompts[name])
             peaks["ours", name] = own_process(memory, *arguments, decode)
             generations["ours", name] = functools.partial(generate, *build(*arguments), decode)
-            if not left_out:
+            if not left_out and prompts[name] == 1:
                 path = f"{folder}/{name}.gguf"
                 write_file(path, config)
                 peaks["llama.cpp", name] = own_process(llamacpp_memory, path, prompt, decode)
                 generations["llama.cpp", name] = functools.partial(llamacpp_generate, path, prompt, decode)
         bandwidth, seconds = time_in_turns(generations, settings.rounds, settings.device)
 
-    about = {"table": "inference", "shape": preset}
+    about = {"table": "inference", "shape": preset, "prompt": prompt}
     sizes = {"ours": getattr(torch, settings.dtype).itemsize, "llama.cpp": 2}
-    measured = Measured(about, sizes, configs, prompt, decode, bandwidth, seconds, peaks)
+    measured = Measured(about, sizes, configs, prompts, prompt, decode, bandwidth, seconds, peaks)
     rows = [row(measured, runtime, name) for runtime, name in generations]
     if left_out:
         rows.append({**about, "runtime": "llama.cpp", "note": left_out})
     note = (f"; ours in {settings.dtype}, llama.cpp's files in f16: compare shares of the roofline; "
             "on a CPU memory is the whole process's, with Python and PyTorch in both")
     return {"rows": rows, "note": note, "bandwidth": bandwidth,
-            "memory": [[*key, size] for key, size in peaks.items()],
-            "rates": [[*key, rounds] for key, rounds in seconds.items()]}
+            "memory": [[*key, prompt, size] for key, size in peaks.items()],
+            "rates": [[*key, prompt, rounds] for key, rounds in seconds.items()]}
 
 
 def time_in_turns(generations, rounds, device):
@@ -195,15 +211,17 @@ def row(measured, runtime, name):
     """One model in one runtime as a row of the table."""
     context = measured.prompt + measured.decode / 2
     size = measured.sizes[runtime]
-    read = bytes_per_token(measured.configs[name], context, size)
+    # A step reads the weights once for all prompts, and the cache of each.
+    prompts = measured.prompts[name]
+    read = bytes_per_token(measured.configs[name], prompts * context, size) / prompts
     allowed = bytes_per_token(measured.configs["dense"], context, size) / read
-    rounds = [each["decode"] for each in measured.seconds[runtime, name]]
+    rounds = [each["decode"] / prompts for each in measured.seconds[runtime, name]]
     dense_rounds = [each["decode"] for each in measured.seconds[runtime, "dense"]]
     first = median([each["first"] for each in measured.seconds[runtime, name]])
     faster = median_ratio(dense_rounds, rounds)
     return {**measured.about, "runtime": runtime, "model": name,
             "params": measured.configs[name].num_params()["total"],
-            "prefill tokens/s": measured.prompt / first, "first token, s": first,
+            "prefill tokens/s": prompts * measured.prompt / first, "first token, s": first,
             "decode tokens/s": 1 / median(rounds), "bytes read per token": round(read),
             "bandwidth GB/s": measured.bandwidth / 1e9,
             "of the roofline": read / median(rounds) / measured.bandwidth,

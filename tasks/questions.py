@@ -13,8 +13,7 @@ Tokens, truncation and metrics are those of lm_eval 0.4.13 with transformers
 (tests/tasks/test_questions.py compares them). One thing differs: the log-softmax of bfloat16
 weights is float32 here.
 
-Not here: prompts other than the file's, chat templates, tokenizers that put EOS behind a text,
-generation in batches.
+Not here: prompts other than the file's, chat templates, tokenizers that put EOS behind a text.
 """
 import itertools
 import json
@@ -26,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from common import UserError
@@ -375,29 +375,79 @@ def multiple_choice(model, tokenizer, questions, batch_tokens=None, progress=Tru
 
 # -- lm_eval itself, with our model inside
 
-def complete(model, tokenizer, ids, until, budget, temperature=0.0, top_k=0, generator=None):
-    """Continue the prompt's ids by up to `budget` tokens: -> text. It ends before the first of the
-    texts `until` and before EOT, and special tokens are left out of it. A prompt that leaves no
+@dataclass(frozen=True)
+class Options:
+    """How lm_eval wants a prompt continued."""
+    until: tuple[str, ...]        # texts that end it
+    budget: int                   # tokens
+    temperature: float = 0.0      # 0: greedy
+    top_k: int = 0                # 0: all tokens
+
+
+def read_options(tokenizer, options):
+    """lm_eval's generation options -> Options. Raises UserError for one that we do not have."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+    # 256 tokens are HFLM's default; without do_sample lm_eval makes the temperature 0.
+    options = dict(normalize_gen_kwargs(options, 256))
+    options.pop("do_sample")
+    until = [*options.pop("until"), tokenizer.decode([tokenizer.eot])]
+    until = tuple(stop for stop in until if stop)
+    known = Options(until, options.pop("max_gen_toks"), options.pop("temperature", 0), options.pop("top_k", 0))
+    if known.temperature and options:
+        raise UserError(f"generation options {', '.join(options)} are not here; drop them, or do_sample")
+    return known
+
+
+def complete(model, tokenizer, prompts, options, generator=None):
+    """Continue the ids of each prompt, all in one batch: -> [text]. A text ends before the first of
+    the texts `until` and before EOT, and special tokens are left out of it. A prompt that leaves no
     room in the context is cut from the left. Raises UserError if the context has no room for the
     budget."""
     block_size = model.config.block_size
+    budget = options.budget
     if not 0 < budget < block_size:
         raise UserError(f"max_gen_toks {budget} must be between 1 and {block_size - 1}, as the "
                         f"context has {block_size} tokens; lower it by gen_kwargs")
-    ids = ids[-(block_size - budget):]
+    rows = [torch.tensor(ids[-(block_size - budget):]) for ids in prompts]
+    idx = pad_sequence(rows, batch_first=True, padding_side="left").to(model.embed.weight.device)
     special = {tokenizer.eot, *tokenizer.specials.values()}
+    texts = [""] * len(rows)
+    running = set(range(len(rows)))
 
-    def text_of(idx):
-        return tokenizer.decode(i for i in idx[0, len(ids):].tolist() if i not in special)
+    def done(continued):
+        for row in sorted(running):
+            ids = continued[row, idx.size(1):].tolist()
+            texts[row] = tokenizer.decode(i for i in ids if i not in special)
+            if ids[-1] == tokenizer.eot or any(stop in texts[row] for stop in options.until):
+                running.remove(row)
+        return not running
 
-    def done(idx):
-        return idx[0, -1] == tokenizer.eot or any(stop in text_of(idx) for stop in until)
+    model.generate(idx, budget, options.temperature, options.top_k, generator, done, lengths=[len(row) for row in rows])
+    for stop in options.until:
+        texts = [text.split(stop)[0] for text in texts]
+    return texts
 
-    idx = torch.tensor([ids], device=model.embed.weight.device)
-    text = text_of(model.generate(idx, budget, temperature, top_k, generator, done))
-    for stop in until:
-        text = text.split(stop)[0]
-    return text
+
+def complete_all(model, tokenizer, requests, batch_tokens=None, generator=None):
+    """Continue prompts, those with equal options and similar lengths in one batch: [(ids, Options)]
+    -> [text], in the same order. `batch_tokens` is the number of tokens of a batch, prompts and
+    continuations; the default is 4,096 on a CPU and 16,384 elsewhere (our guess, not measured)."""
+    if batch_tokens is None:
+        batch_tokens = 4096 if model.embed.weight.is_cpu else 16384
+    groups = {}
+    for number, (ids, options) in enumerate(requests):
+        groups.setdefault(options, []).append((number, ids))
+    texts = {}
+    with tqdm(total=len(requests), desc="generate_until", leave=False, disable=None) as bar:
+        for options, group in groups.items():
+            group.sort(key=lambda member: -len(member[1]))
+            while group:
+                rows = max(1, batch_tokens // (len(group[0][1]) + options.budget))
+                numbers, prompts = zip(*group[:rows])
+                group = group[rows:]
+                texts |= zip(numbers, complete(model, tokenizer, prompts, options, generator))
+                bar.update(len(numbers))
+    return [texts[number] for number in range(len(requests))]
 
 
 def lm_eval_adapter(model, tokenizer, batch_tokens=None, seed=1234):
@@ -405,7 +455,6 @@ def lm_eval_adapter(model, tokenizer, batch_tokens=None, seed=1234):
     UserError if lm_eval cannot be imported."""
     try:
         from lm_eval.api.model import LM
-        from lm_eval.models.utils import normalize_gen_kwargs
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     except ImportError as problem:
         raise UserError("tasks are run by lm-evaluation-harness, which cannot be imported "
@@ -430,26 +479,12 @@ def lm_eval_adapter(model, tokenizer, batch_tokens=None, seed=1234):
             return nats
 
         def generate_until(self, requests):
+            prompts = []
+            for request in requests:
+                prompt, options = request.args
+                prompts.append((encoder(prompt) or [encoder.prefix], read_options(tokenizer, options)))
             generator = torch.Generator(device).manual_seed(seed)
-            texts = []
-            for request in tqdm(requests, leave=False, disable=None):
-                texts.append(self.generated(*request.args, generator))
-            return texts
-
-        def generated(self, prompt, options, generator):
-            # 256 tokens are HFLM's default; without do_sample lm_eval makes the temperature 0.
-            options = dict(normalize_gen_kwargs(options, 256))
-            until = options.pop("until")
-            budget = options.pop("max_gen_toks")
-            temperature = options.pop("temperature", 0)
-            top_k = options.pop("top_k", 0)
-            options.pop("do_sample")
-            if temperature and options:
-                raise UserError(f"generation options {', '.join(options)} are not here; drop them, "
-                                "or do_sample")
-            until = [stop for stop in [*until, tokenizer.decode([tokenizer.eot])] if stop]
-            ids = encoder(prompt) or [encoder.prefix]
-            return complete(model, tokenizer, ids, until, budget, temperature, top_k, generator)
+            return complete_all(model, tokenizer, prompts, batch_tokens, generator)
 
     return Adapter()
 

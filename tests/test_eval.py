@@ -111,11 +111,12 @@ def evaluated(capsys, folder, **flags):
 
 
 def test_the_command_agrees_with_the_records_of_a_run_and_samples(toy_runs, capsys):
-    output = evaluated(capsys, toy_runs / "idea-0", windows=4, sample="def ", tokens=20)
+    output = evaluated(capsys, toy_runs / "idea-0", windows=4, sample=("def ", "class A"), tokens=20)
     recorded = report.records(toy_runs / "idea-0")["summary"][0]
     assert f"{recorded['val_loss']:.4f} nats per token" in output
     assert f"{recorded['params']:,} parameters" in output
-    assert "\n\ndef " in output and len(output.split("\n\ndef ")[1]) >= 10
+    first, second = output.split("\n\ndef ")[1].split("\n\nclass A")
+    assert len(first) >= 10 and len(second) >= 10
     assert load(toy_runs / "idea-0")[0].config.d_ff == (64, 64)
 
 
@@ -135,9 +136,9 @@ def test_the_command_counts_the_tokens_that_data_py_counts(toy_runs, tmp_path, c
 
 REFUSALS = [("none", {}, "no checkpoint at"), ("text.txt", {}, "is not a checkpoint"),
             ("idea-0", {"data": "binary"}, "not UTF-8"), ("idea-0", {"dtype": "int8"}, "--dtype 'int8' is not one of"),
-            ("idea-0", {"sample": "x", "temperature": math.nan}, "must be finite"),
-            ("idea-0", {"sample": "x", "seed": -1}, "--seed -1 must be between"),
-            ("idea-0", {"sample": ""}, "at least one token")]
+            ("idea-0", {"sample": ("x",), "temperature": math.nan}, "must be finite"),
+            ("idea-0", {"sample": ("x",), "seed": -1}, "--seed -1 must be between"),
+            ("idea-0", {"sample": ("x", "")}, "at least one token")]
 
 
 @pytest.mark.parametrize("name, flags, sentence", REFUSALS)

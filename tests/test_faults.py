@@ -387,9 +387,9 @@ def test_control_characters_are_spelled_out_in_all_that_is_printed(tmp_path, mon
     printed = capsys.readouterr().out
     assert printed.count(SPELLED) == 3 and "\x1b" not in printed
     path = saved(tmp_path / "m.pt")
-    monkeypatch.setattr(evaluation, "sample", lambda *_: HOSTILE)
+    monkeypatch.setattr(evaluation, "sample", lambda *_: [HOSTILE])
     monkeypatch.setattr(evaluation, "print_loss", lambda *_: None)
-    evaluation.main(evaluation.Eval(path, sample="def ", device="cpu"))
+    evaluation.main(evaluation.Eval(path, sample=("def ",), device="cpu"))
     assert f"def {SPELLED}" in capsys.readouterr().out
 
 

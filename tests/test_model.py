@@ -144,9 +144,7 @@ def test_costs_are_those_of_the_real_tensors(variant, empty):
             if backward:
                 loss.backward()
         assert counter.get_total_flops() == config.flops_per_token(T, backward) * B * T
-    cache = [[] for _ in model.blocks]
-    model(idx, cache)
-    assert sum(t.numel() * 4 for layer in cache for t in layer) == config.kv_bytes_per_token(4) * B * T
+    assert sum(layer.nbytes for layer in model.empty_cache(B, T)) == config.kv_bytes_per_token(4) * B * T
     assert config.kv_bytes_per_token() * 2 == config.kv_bytes_per_token(4)
 
 
@@ -157,10 +155,15 @@ def count_all(model):
 @pytest.mark.parametrize("widths", [{}, {(0, "kv"): 0, (2, "ffn"): 0}])
 def test_prefill_in_chunks_gives_the_logits_of_one_forward(widths):
     model = wild(tiny(qk_norm=True).resized(widths))
-    idx, cache = torch.randint(37, (2, 12)), [[] for _ in range(4)]
+    idx, cache, start = torch.randint(37, (2, 12)), model.empty_cache(2, 15), 0
+    for layer in cache:
+        layer.fill_(math.nan)                              # room that nobody may read
     with torch.no_grad():
-        parts = [model(part, cache) for part in idx.split((5, 1, 4, 2), dim=1)]
-        torch.testing.assert_close(torch.cat(parts, 1), model(idx), rtol=0, atol=1e-11)
+        expected = model(idx)
+        for part in idx.split((5, 1, 4, 2), dim=1):
+            end = start + part.size(1)
+            torch.testing.assert_close(model(part, cache, start), expected[:, start:end], rtol=0, atol=1e-11)
+            start = end
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 7, 8])
@@ -177,6 +180,35 @@ def test_generation_with_a_cache_equals_that_without_beyond_block_size(block_siz
     assert torch.equal(model.generate(idx, 21, temperature=0), expected)
     assert torch.equal(model.generate(idx, 21, temperature=2.0, top_k=1), expected)
     assert torch.equal(model.generate(idx, 21, temperature=1e-4, top_k=99), expected)
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 20, 64])
+@pytest.mark.parametrize("kv_heads", [(0, 6, 1, 1), (0, 6, 2, 3)])
+def test_a_padded_batch_continues_each_row_as_alone(block_size, kv_heads):
+    model = wild(tiny(block_size=block_size, n_head=(0, 6, 2, 3), n_kv_head=kv_heads))
+    lengths = [3, 24, 1, 11, 19]
+    prompts = [torch.randint(37, (length,)) for length in lengths]
+    idx = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side="left", padding_value=36)
+    continued = model.generate(idx, 30, temperature=0, lengths=lengths)
+    assert torch.equal(continued[:, :24], idx)
+    for row, prompt in zip(continued, prompts):
+        assert torch.equal(row[24:], model.generate(prompt[None], 30, temperature=0)[0, len(prompt):])
+    assert torch.equal(model.generate(idx, 30, temperature=0, lengths=[24] * 5), model.generate(idx, 30, temperature=0))
+
+
+def test_a_cache_has_room_for_what_the_generation_can_reach(monkeypatch):
+    model, rooms = wild(tiny()), []
+    allocate = model.empty_cache
+    monkeypatch.setattr(model, "empty_cache", lambda B, S: rooms.append((B, S)) or allocate(B, S))
+    for prompt, tokens in ((3, 5), (8, 1), (3, 9), (20, 4)):
+        model.generate(torch.randint(37, (2, prompt)), tokens)
+    assert rooms == [(2, 7), (2, 8), (2, 8), (2, 6), (2, 8), (2, 6)]
+
+
+def test_generation_under_autocast_runs_with_a_cache_of_the_weights():
+    model = wild(tiny(), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.generate(torch.randint(37, (2, 3)), 9).shape == (2, 12)
 
 
 def test_sampling_repeats_with_its_generator_and_stays_within_top_k():

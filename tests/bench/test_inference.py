@@ -16,7 +16,7 @@ from model import GPT
 @pytest.fixture(scope="module")
 def inferred():
     torch.set_num_threads(1)
-    toy = settings("infer", prompt=12, decode=5)
+    toy = settings("infer", prompt=(12, 20), decode=5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inference, "own_process", same_process)
         return as_recorded(inference.infer(toy, "toy", 300))
@@ -42,9 +42,7 @@ def test_pruned_models_have_equal_parameters(name, keep):
 @pytest.mark.parametrize("tied", [True, False])
 def test_bytes_per_token_are_those_of_the_weights_and_the_cache(tied):
     model = GPT(dataclasses.replace(UNEVEN, tie_embeddings=tied))
-    cache = [[] for _ in range(3)]
-    model.hidden(torch.zeros(1, 7, dtype=torch.long), cache)
-    cached = sum(tensor.nbytes for layer in cache for tensor in layer)
+    cached = sum(layer.nbytes for layer in model.empty_cache(1, 7))
     weights = sum(p.nbytes for name, p in model.named_parameters() if tied or "embed" not in name)
     assert inference.bytes_per_token(model.config, 7, 4) == weights + cached
 
@@ -52,38 +50,47 @@ def test_bytes_per_token_are_those_of_the_weights_and_the_cache(tied):
 def test_generation_is_timed_by_token(monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(inference.time, "perf_counter", lambda: clock.now)
-    model, prompt = inference.build(UNEVEN, "cpu", "float32", 12)
+    model, prompts = inference.build(UNEVEN, "cpu", "float32", 12, 3)
     hidden = model.hidden
     lengths = []
 
-    def slow(idx, cache=None):
+    def slow(idx, *args, **kwargs):
         lengths.append(idx.size(1))
         clock.now += 10 if idx.size(1) > 1 else 2
-        return hidden(idx, cache)
+        return hidden(idx, *args, **kwargs)
 
     monkeypatch.setattr(model, "hidden", slow)
-    assert inference.generate(model, prompt, 5) == {"first": 10.0, "decode": 2.0}
+    assert prompts.shape == (3, 12)
+    assert inference.generate(model, prompts, 5) == {"first": 10.0, "decode": 2.0}
     assert lengths == [12, 1, 1, 1, 1]
 
 
 def test_rows_are_held_against_their_bytes(inferred):
-    rows = by(inferred["rows"], "runtime", "model")
-    rates = {(runtime, name): rounds for runtime, name, rounds in inferred["rates"]}
+    rows = by(inferred["rows"], "runtime", "model", "prompt")
+    rates = {(runtime, name, prompt): rounds for runtime, name, prompt, rounds in inferred["rates"]}
     runtimes = ("ours", "llama.cpp") if find_spec("xllamacpp") else ("ours",)
-    assert {*rates} == {(runtime, name) for runtime in runtimes for name in ("dense", "even", "uneven")}
-    for (runtime, name), rounds in rates.items():
-        row = rows[runtime, name]
-        dense = rows[runtime, "dense"]
-        faster = [b["decode"] / a["decode"] for a, b in zip(rounds, rates[runtime, "dense"])]
+    expected = {("ours", "dense, 8 prompts", 12)}
+    for name in ("dense", "even", "uneven"):
+        expected |= {(runtime, name, prompt) for runtime in runtimes for prompt in (12, 20)}
+    assert {*rates} == {*rows} == {tuple(key) for *key, _ in inferred["memory"]} == expected
+    for (runtime, name, prompt), rounds in rates.items():
+        row = rows[runtime, name, prompt]
+        dense = rows[runtime, "dense", prompt]
+        prompts = 8 if "8" in name else 1
+        faster = [prompts * b["decode"] / a["decode"] for a, b in zip(rounds, rates[runtime, "dense", prompt])]
         allowed = dense["bytes read per token"] / row["bytes read per token"]
-        roofline = row["decode tokens/s"] * row["bytes read per token"] / inferred["bandwidth"]
+        bandwidth = inferred["bandwidth"][(12, 20).index(prompt)]
+        roofline = row["decode tokens/s"] * row["bytes read per token"] / bandwidth
         assert len(rounds) == 1 and row["params"] <= dense["params"]
-        assert row["prefill tokens/s"] == pytest.approx(12 / rounds[0]["first"])
+        assert row["prefill tokens/s"] == pytest.approx(prompts * prompt / rounds[0]["first"])
         assert row["bytes allow"] == pytest.approx(allowed, rel=1e-4)
         assert row["decode ÷ dense's"] == pytest.approx(statistics.median(faster))
         assert row["of the bytes"] == pytest.approx(statistics.median(faster) / row["bytes allow"])
         assert row["of the roofline"] == pytest.approx(roofline, rel=1e-3)
         assert row["peak bytes"] > 2**20
+    config = variants.shapes("toy", 300)[0]
+    assert rows["ours", "dense, 8 prompts", 12]["bytes read per token"] == round(
+        config.num_params()["total"] * 4 / 8 + 14.5 * config.kv_bytes_per_token(4))
     assert "ours in float32, llama.cpp's files in f16" in inferred["note"]
 
 
@@ -95,7 +102,7 @@ def test_llamacpp_is_asked_on_the_cpu_only(monkeypatch):
     for name in ("traffic", "interleave", "peak"):
         original = getattr(timing, name)
         monkeypatch.setattr(inference, name, lambda *args, original=original: original(*args[:-1], "cpu"))
-    toy = dataclasses.replace(settings("infer", prompt=12, decode=5), device="cuda")
+    toy = dataclasses.replace(settings("infer", prompt=(12,), decode=5), device="cuda")
     rows = inference.infer(toy, "toy", 300)["rows"]
-    assert [row["runtime"] for row in rows] == ["ours"] * 3 + ["llama.cpp"]
+    assert [row["runtime"] for row in rows] == ["ours"] * 4 + ["llama.cpp"]
     assert "CPU only" in rows[-1]["note"]

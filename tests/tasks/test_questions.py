@@ -326,19 +326,40 @@ def test_generation_stops_and_cuts_the_prompt():
     text = greedy(model, "Q: ", 12)
     tokenizer = Bytes()
     ids = tokenizer.encode("Q: ").tolist()
-    assert len(set(text)) > 5 and questions.complete(model, tokenizer, ids, [], 12).encode() == text
+    complete = lambda tokenizer, ids, *until: questions.complete(
+        model, tokenizer, [ids], questions.Options(until, 12))[0].encode()
+    assert len(set(text)) > 5 and complete(tokenizer, ids) == text
     stop = text[4:6].decode()
-    assert questions.complete(model, tokenizer, ids, ["never", stop], 12).encode() == text[:text.index(text[4:6])]
+    assert complete(tokenizer, ids, "never", stop) == text[:text.index(text[4:6])]
     calls, forward = [], model.hidden
-    model.hidden = lambda *a: calls.append(1) or forward(*a)
-    questions.complete(model, tokenizer, ids, [stop], 12)
+    model.hidden = lambda *a, **options: calls.append(1) or forward(*a, **options)
+    complete(tokenizer, ids, stop)
     assert len(calls) == text.index(text[4:6]) + 2                         # it does not go on behind the stop
-    eot = Bytes(eot=text[5])
-    assert questions.complete(model, eot, ids, [], 12).encode() == text[:text.index(text[5])]
+    assert complete(Bytes(eot=text[5]), ids) == text[:text.index(text[5])]
     long = "a question " * 20
-    assert questions.complete(model, tokenizer, list(long.encode()), [], 12).encode() == greedy(model, long[-52:], 12)
+    assert complete(tokenizer, list(long.encode())) == greedy(model, long[-52:], 12)
     with pytest.raises(UserError, match="max_gen_toks 64 must be between 1 and 63, as the context has 64 tokens"):
-        questions.complete(model, tokenizer, ids, [], 64)
+        questions.complete(model, tokenizer, [ids], questions.Options((), 64))
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 60, 200, None])
+def test_generation_in_batches_answers_each_prompt_as_alone(batch_tokens, monkeypatch):
+    model = wild(GPTConfig(**{**UNEVEN.__dict__, "vocab_size": 128, "block_size": 64}))
+    texts = ["Q: ", "Why is the sky blue? ", "a", "a question " * 9, "they read it", "Q: ", "def "]
+    stops = [greedy(model, text[-52:], 12)[5:7].decode() for text in texts]
+    requests = []
+    for text in texts:
+        for until in (tuple(stops), ()):
+            requests.append((list(text.encode()), questions.Options(until, 12)))
+    tokenizer = Bytes(eot=greedy(model, "def ", 12)[8])
+    alone = [questions.complete(model, tokenizer, [ids], options)[0] for ids, options in requests]
+    assert len({len(text) for text in alone}) > 3                                         # some of them were stopped
+    sizes, generate = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda idx, *a, **b: sizes.append(idx.shape) or generate(idx, *a, **b))
+    assert questions.complete_all(model, tokenizer, requests, batch_tokens) == alone
+    if batch_tokens is not None:
+        assert all(rows == 1 or rows * (width + 12) <= batch_tokens for rows, width in sizes)
+    assert len(sizes) == {1: 14, 60: 8, 200: 4, None: 2}[batch_tokens]
 
 
 def test_sampled_generation_repeats_by_seed():
