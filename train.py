@@ -925,9 +925,11 @@ def run_locked(config, quiet):
     refresh = 0.5 if sys.stderr.isatty() else 20      # seconds
     hidden = quiet or setup.rank > 0
     try:
-        with stop_on_signals(setup.signals), tqdm(total=stop, initial=state.step, disable=hidden,
-                                                  mininterval=refresh) as progress:
+        # Whatever happens, a checkpoint that is being written is written to its end.
+        with stop_on_signals(setup.signals), folder.background.thread, tqdm(
+                total=stop, initial=state.step, disable=hidden, mininterval=refresh) as progress:
             interrupted = train(setup, state, stop, progress)
+        folder.background.wait()
     except torch.OutOfMemoryError as problem:
         raise UserError(f"out of memory on {setup.device} at step {state.step}: lower --micro-batch, now "
                         f"{config.micro_batch} ({str(problem).splitlines()[0][:120]})") from None
