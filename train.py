@@ -62,8 +62,8 @@ from formats.tokenizer import open_tokenizer
 from methods import two_four
 
 LOG_EVERY = 10               # steps between "step" records, which hold means over them
-# How many steps may be queued before the numbers of the first are read. A GPU then works on while
-# Python reads, records and builds the next batch. Elsewhere nothing is queued.
+# How many of the newest steps stay unread. A GPU is then still at work on the newest while Python
+# records the step before and queues the next. Elsewhere nothing is queued.
 STAY_UNREAD = {"cpu": 0, "mps": 0, "cuda": 1}
 SAMPLE_TOKENS = 200
 INIT_LR = 2e-5               # peak learning rate for pretrained models (Adapt-Pruner's scripts)
@@ -159,7 +159,7 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
         at_boundary = stage_begins or state.step == stop
         evaluates = at_boundary or schedule.eval_at(state.step, config.eval_every, config.eval_growth)
         saves = at_boundary or state.step % config.save_every == 0
-        interrupted = read_steps(setup, state, unread, clock, progress, all_of_them=evaluates or saves)
+        interrupted = read_steps(setup, state, unread, clock, progress, everything=evaluates or saves)
         if evaluates:
             with clock.part("eval"):
                 log_eval(setup, state, "eval", stage=stage.name)
@@ -256,9 +256,9 @@ class NotFinite(UserError):
 
 
 def skip_if_not_finite(optimizer, numbers):
-    """Make the optimizer's next step do nothing if one of the step's numbers is not finite. The
-    device decides, and nobody waits for it. (Fused AdamW reads `found_inf`. On Apple's GPUs AdamW
-    is not fused: there the run ends before such weights are saved.)"""
+    """Let the optimizer's next step change nothing if one of the numbers is not finite. The device
+    decides, and Python does not wait for it: fused AdamW reads `found_inf`. On Apple's GPUs AdamW
+    is not fused, and the run ends before such weights are saved."""
     if optimizer.param_groups[0]["fused"]:
         optimizer.found_inf = numbers.isfinite().all().logical_not().float()
 
@@ -328,9 +328,9 @@ class Setup:
 
 
 class Clock:
-    """Divides the wall time of a run among its parts. Training is what no other part took, and so
-    has no laps: a lap waits for the GPU, so that what was queued counts for its own part, and
-    between training steps a GPU should never wait."""
+    """Divides the wall time of a run among its parts. A lap waits for the GPU, so that work counts
+    for the part that queued it. Training steps have no laps, as the GPU's queue would run empty
+    between them: training is the time that no other part took."""
     def __init__(self, seconds, device):
         self.seconds = seconds               # {part: seconds}, filled in place
         self.on_gpu = device.startswith("cuda")
@@ -405,9 +405,9 @@ def capture_teacher(setup, state):
 
 
 def agree(setup, means, norm):
-    """The numbers of a step on the device, (6,): its four losses as means over all processes, the
-    share of processes that have received a signal (if any has, all stop), and the gradient's norm,
-    which all processes share."""
+    """The numbers of a step, (6,) on the device: its four losses as means over all processes, the
+    share of processes that have received a signal, and the gradient's norm, which is the same in
+    all processes. If one has received a signal, all stop."""
     means = torch.cat((means, means.new_full((1,), bool(setup.signals))))
     if setup.world > 1:
         dist.all_reduce(means)
@@ -418,7 +418,7 @@ def agree(setup, means, norm):
 # -- what the loop calls: the numbers of a step
 
 class UnreadStep:
-    """A step that was queued. Its numbers, see `agree`, are on their way from the device."""
+    """A step that was queued, and its numbers (see `agree`) on their way to main memory."""
     def __init__(self, number, stage_name, lr, had_teacher, numbers):
         self.number = number                 # 0 is the first step of a run
         self.stage_name = stage_name
@@ -440,13 +440,14 @@ class UnreadStep:
         return losses, norm, signalled > 0
 
 
-def read_steps(setup, state, unread, clock, progress, all_of_them):
-    """Read the steps in `unread`, the oldest first, and drop them from it: refuse, judge the
-    teacher, record. On a GPU the newest step stays, unless `all_of_them` are wanted, a record is due
-    or the run ends: what depends on a step's numbers happens there one step late. Returns whether a
-    process has received a signal."""
+def read_steps(setup, state, unread, clock, progress, everything):
+    """Take the steps from the list `unread`, the oldest first, and read them: refuse, judge the
+    teacher, record. Returns whether a process has received a signal.
+
+    On a GPU the newest step stays in the list, so that what follows from its numbers happens one
+    step late. With `everything`, when a record is due and after a signal no step stays."""
     stay = STAY_UNREAD[setup.device.split(":")[0]]
-    if all_of_them or state.step % LOG_EVERY == 0:
+    if everything or state.step % LOG_EVERY == 0:
         stay = 0
     interrupted = False
     while len(unread) > stay:
