@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -59,15 +60,23 @@ PARTS = ("train", "score", "cut", "slice", "eval", "save")
 # -- a model on disk
 
 def save(path, model, **state):
-    """Write {"format", "config", "model", **state} to `path`, under a temporary name that is
-    fsynced and then renamed.
+    """Write {"format", "config", "model", **state} to `path`. `state` is plain Python and tensors
+    (the tokenizer's name, step, optimizer …), so that it loads with weights_only=True. Raises
+    UserError for a model that no GPTConfig describes."""
+    write(path, content_of(model, state))
 
-    `state` is plain Python and tensors (the tokenizer's name, step, optimizer …), so that it loads
-    with weights_only=True. Raises UserError for a model that no GPTConfig describes."""
+
+def content_of(model, state):
+    """What a checkpoint holds, except for its digest."""
     # torch.compile's wrapper would prefix every name.
     plain = getattr(model, "_orig_mod", model)
     refuse_evaluation_only(plain)
-    content = {"format": FORMAT, "config": asdict(plain.config), "model": plain.state_dict(), **state}
+    return {"format": FORMAT, "config": asdict(plain.config), "model": plain.state_dict(), **state}
+
+
+def write(path, content):
+    """Write the content of a checkpoint with its digest, under a temporary name that is fsynced and
+    then renamed. Raises UserError if the disk is full."""
     content["digest"] = digest_of(content)
 
     # torch.load never reads the checksums, and they would take a third of the time. (unzip misses
@@ -111,6 +120,17 @@ def digest_of(content):
 
     add({key: value for key, value in content.items() if key != "digest"})
     return digest.hexdigest()
+
+
+def on_host(value):
+    """A copy of plain values and tensors, whatever their nesting, in main memory."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: on_host(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(on_host(item) for item in value)
+    return value
 
 
 def tensors_in(value):
@@ -298,6 +318,29 @@ def provenance():
 
 # -- a run on disk
 
+class Background:
+    """Does one piece of work at a time in a thread of its own. `wait` raises what the work
+    raised."""
+    def __init__(self):
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.work = None
+
+    def start(self, function, *args):
+        self.work = self.thread.submit(function, *args)
+
+    def wait(self):
+        work = self.work
+        self.work = None
+        if work is not None:
+            work.result()
+
+
+def saves_in_background(model):
+    """Whether checkpoints of the model are written while it trains on: where a GPU trains it. They
+    are copied to main memory first."""
+    return not model.embed.weight.is_cpu
+
+
 @dataclass
 class State:
     """All that a training step changes, and so all that a checkpoint of a run holds."""
@@ -329,6 +372,7 @@ class RunFolder:
     batch_tokens: int
     tokenizer_files: dict
     writes: bool                  # only one process of a run does
+    background: Background = field(default_factory=Background)      # writes the newest checkpoint
 
     @property
     def metrics(self):
@@ -341,14 +385,25 @@ class RunFolder:
 
     def save(self, state, masks):
         """Write ckpt_<step>.pt and keep the newest two. A checkpoint of this step that exists is
-        the same one. `masks`: those of the state, packed."""
+        the same one. `masks`: those of the state, packed. Raises UserError if the disk is full; of
+        a checkpoint that is written in the background, the next call or background.wait() does."""
+        self.background.wait()
         path = self.path / f"ckpt_{state.step:08d}.pt"
         if not self.writes or path.exists():
             return
-        plain = {name: getattr(state, name) for name in PLAIN}
-        save(path, state.model, run=self.identity, optimizer=state.optimizer.state_dict(), alive=listed(state.alive),
-             averages=listed(state.averages), masks=masks, **plain, tokenizer_files=self.tokenizer_files,
-             records=self.seal_records(), provenance=provenance())
+        held = {name: getattr(state, name) for name in PLAIN}
+        held |= {"run": self.identity, "optimizer": state.optimizer.state_dict(), "alive": listed(state.alive),
+                 "averages": listed(state.averages), "masks": masks, "tokenizer_files": self.tokenizer_files,
+                 "records": self.seal_records(), "provenance": provenance()}
+        content = content_of(state.model, held)
+        if saves_in_background(state.model):
+            self.background.start(self.write_and_rotate, path, on_host(content))
+        else:
+            self.write_and_rotate(path, content)
+
+    def write_and_rotate(self, path, content):
+        """Write the checkpoint and remove all but the newest two."""
+        write(path, content)
         for old in checkpoints(self.path)[:-2]:
             old.unlink()
 
@@ -438,6 +493,7 @@ class RunFolder:
 
     def save_teacher(self, model, step):
         """Write the model as teacher.pt; -> its path."""
+        self.background.wait()
         path = self.path / "teacher.pt"
         if self.writes:
             save(path, model, run=self.identity, step=step, tokenizer_files=self.tokenizer_files)

@@ -7,6 +7,7 @@ raises `UserError` with one sentence, which gives the numbers and the remedy; `r
 exits with code 2.
 """
 import contextlib
+import functools
 import inspect
 import io
 import json
@@ -236,9 +237,10 @@ def read_pickled_tensors(file, remedy, map_location="cpu", mmap=False):
 
 # -- the machine and the code
 
+@functools.cache
 def commit():
     """The git commit of this code, followed by "-modified" where files differ from it; "unknown"
-    outside of a checkout."""
+    outside of a checkout. Git is asked once in a process."""
     command = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=-modified"]
     try:
         described = subprocess.run(command, capture_output=True, text=True, check=True,

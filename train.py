@@ -62,6 +62,9 @@ from formats.tokenizer import open_tokenizer
 from methods import two_four
 
 LOG_EVERY = 10               # steps between "step" records, which hold means over them
+# How many of the newest steps stay unread. A GPU is then still at work on the newest while Python
+# records the step before and queues the next. Elsewhere nothing is queued.
+STAY_UNREAD = {"cpu": 0, "mps": 0, "cuda": 1}
 SAMPLE_TOKENS = 200
 INIT_LR = 2e-5               # peak learning rate for pretrained models (Adapt-Pruner's scripts)
 
@@ -145,21 +148,24 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
     objective = wrap(setup, state.model, objective_of)
     read_teacher = compile_teacher(setup, state.teacher)
     clock = Clock(state.seconds, setup.device)
-    interrupted = False
+    unread = []                              # steps whose numbers a GPU may still be computing
 
     while True:
-        # 1. Evaluate and save. A checkpoint is the state *before* the events of its step. After the
-        # last step there is no stage, so the last one counts; at a boundary it is the one that
-        # begins.
+        # 1. Record the steps before; evaluate and save. A checkpoint is the state *before* the
+        # events of its step. After the last step there is no stage, so the last one counts; at a
+        # boundary it is the one that begins.
         stage = schedule.stage_at(min(state.step, config.steps - 1), timeline)
         stage_begins = state.step in stage_starts
         at_boundary = stage_begins or state.step == stop
-        if at_boundary or schedule.eval_at(state.step, config.eval_every, config.eval_growth):
-            log_eval(setup, state, "eval", stage=stage.name)
-            clock.lap("eval")
-        if at_boundary or state.step % config.save_every == 0 or interrupted:
-            save(setup, state)
-            clock.lap("save")
+        evaluates = at_boundary or schedule.eval_at(state.step, config.eval_every, config.eval_growth)
+        saves = at_boundary or state.step % config.save_every == 0
+        interrupted = read_steps(setup, state, unread, clock, progress, everything=evaluates or saves)
+        if evaluates:
+            with clock.part("eval"):
+                log_eval(setup, state, "eval", stage=stage.name)
+        if saves or interrupted:
+            with clock.part("save"):
+                save(setup, state)
         if state.step == stop or interrupted:
             return interrupted
 
@@ -171,35 +177,35 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
         if (stage_begins and stage.restart) or (shrinks and config.forget_moments):
             state.optimizer = make_optimizer(state.model, config)      # Adam forgets
         if is_first_cut:
-            log_sample(setup, state, "before the first cut")
-            clock.lap("eval")
-            if stage.kd and not config.teacher:
+            with clock.part("eval"):
+                log_sample(setup, state, "before the first cut")
+        if is_first_cut and stage.kd and not config.teacher:
+            with clock.part("save"):
                 capture_teacher(setup, state)                          # the enlarged model, frozen
                 read_teacher = compile_teacher(setup, state.teacher)
-                clock.lap("save")
         if shrinks:
-            scores, importance = score_units(setup, state)
-            clock.lap("score")
-            widths = widths_at(setup, state, size, scores, importance)
-            alive = prune.choose(score.mask_dead(scores, state.alive), widths)
-            state.alive = from_first_process(setup, alive)
-            prune.zero_(state.model, state.optimizer, state.alive)     # in place; nothing else changes
-            clock.lap("cut")
-            log_eval(setup, state, "prune", size=size)
-            if is_last_cut:
-                log_sample(setup, state, "after the last cut")
-            clock.lap("eval")
+            with clock.part("score"):
+                scores, importance = score_units(setup, state)
+            with clock.part("cut"):
+                widths = widths_at(setup, state, size, scores, importance)
+                alive = prune.choose(score.mask_dead(scores, state.alive), widths)
+                state.alive = from_first_process(setup, alive)
+                prune.zero_(state.model, state.optimizer, state.alive) # in place; nothing else changes
+            with clock.part("eval"):
+                log_eval(setup, state, "prune", size=size)
+                if is_last_cut:
+                    log_sample(setup, state, "after the last cut")
         if state.step == timeline.slice_at or (shrinks and timeline.interleaved):
-            state.model, state.optimizer = prune.slice(state.model, state.optimizer, state.alive)
-            state.alive = prune.everything(state.model.config)
-            state.averages = None            # they are of units that are gone; no later cut reads them
-            assert timeline.interleaved or state.model.config == setup.target
-            if config.compile:
-                # The compiler gives up on a function after 8 graphs; plan adapt has as many sizes.
-                torch.compiler.reset()
-            objective = wrap(setup, state.model, objective_of)         # around the smaller model
-            setup.log("slice", state.step, **shape_record(state))
-            clock.lap("slice")
+            with clock.part("slice"):
+                state.model, state.optimizer = prune.slice(state.model, state.optimizer, state.alive)
+                state.alive = prune.everything(state.model.config)
+                state.averages = None        # they are of units that are gone; no later cut reads them
+                assert timeline.interleaved or state.model.config == setup.target
+                if config.compile:
+                    # The compiler gives up on a function after 8 graphs; plan adapt has as many sizes.
+                    torch.compiler.reset()
+                objective = wrap(setup, state.model, objective_of)     # around the smaller model
+                setup.log("slice", state.step, **shape_record(state))
 
         # 3. The learning rate.
         lr = schedule.lr_at(state.step, timeline, config.lr, config.min_lr, config.warmup_share,
@@ -224,43 +230,37 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
                 loss, parts = objective(x, y, *from_teacher)
             (loss / setup.micro_steps).backward()
             means += torch.cat((loss.detach()[None], parts)) / setup.micro_steps
-        losses, interrupted = agree(setup, means)
         norm = nn.utils.get_total_norm([p.grad for p in state.model.parameters()])
-        refuse_non_finite(setup, state, losses, norm, lr)
-        step_seconds = clock.lap("train")
+        numbers = agree(setup, means, norm)
 
         # 5. Score the units while their gradients are there; clip; update.
         score_due = setup.scores_while_training and schedule.score_at(
             state.step, timeline, config.score_every, config.score_window)
         if score_due:
-            state.averages = score.average(state.averages, score.sensitivity(state.model))
-            clock.lap("score")
+            with clock.part("score"):
+                state.averages = score.average(state.averages, score.sensitivity(state.model))
         nn.utils.clip_grads_with_norm_(state.model.parameters(), config.clip, norm)
+        skip_if_not_finite(state.optimizer, numbers)
         state.optimizer.step()
         two_four.hold_(state.model, state.optimizer, state.masks)      # 2:4 zeros do get gradients
         state.optimizer.zero_grad(set_to_none=True)
-        step_seconds += clock.lap("train")
 
-        # 6. Count FLOPs; drop the teacher for good once the student has overtaken it; log.
+        # 6. Count FLOPs. The numbers are read, judged and recorded when the loop begins again.
         count_flops(setup, state, teacher, score_due)
-        if teacher:
-            judge_teacher(setup, state, losses)
+        unread.append(UnreadStep(state.step, stage.name, lr, teacher is not None, numbers))
         state.step += 1
-        log_step(setup, state, stage, losses, norm.item(), lr, step_seconds,
-                 had_teacher=teacher is not None, progress=progress)
 
 
 class NotFinite(UserError):
     """The loss or the gradient of a step is infinite or not a number."""
 
 
-def refuse_non_finite(setup, state, losses, norm, lr):
-    """Raise NotFinite, before the update, if the loss or the gradient's norm is not finite."""
-    if all(map(math.isfinite, (*losses, norm))):
-        return
-    newest = setup.folder and checkpoint.newest(setup.folder.path)
-    raise NotFinite(f"step {state.step}: loss {losses[0]:.4g}, gradient norm {norm:.4g}: not applied; lower --lr, now "
-                    f"{lr:.2g}, or check the data; last checkpoint: {newest}")
+def skip_if_not_finite(optimizer, numbers):
+    """Let the optimizer's next step change nothing if one of the numbers is not finite. The device
+    decides, and Python does not wait for it: fused AdamW reads `found_inf`. On Apple's GPUs AdamW
+    is not fused, and the run ends before such weights are saved."""
+    if optimizer.param_groups[0]["fused"]:
+        optimizer.found_inf = numbers.isfinite().all().logical_not().float()
 
 
 # -- what never changes in a run
@@ -297,7 +297,8 @@ class Setup:
         return calibration_score(self.config) is None
 
     def batch(self, step, micro):
-        """Token ids and targets, (B, T) each, on the device."""
+        """Token ids and targets, (B, T) each, on the device. A GPU is still at the step before, or
+        at the micro-step before, when its next batch is built."""
         x, y = data.batch(self.corpus.train, self.block_size, self.config.seed, step, micro, self.rank,
                           world=self.world, micro_batch=self.config.micro_batch, micro_steps=self.micro_steps)
         if self.device.startswith("cuda"):
@@ -327,7 +328,9 @@ class Setup:
 
 
 class Clock:
-    """Adds wall time to the parts of a run: every lap counts for the part that it names."""
+    """Divides the wall time of a run among its parts. A lap waits for the GPU, so that work counts
+    for the part that queued it. Training steps have no laps, as the GPU's queue would run empty
+    between them: training is the time that no other part took."""
     def __init__(self, seconds, device):
         self.seconds = seconds               # {part: seconds}, filled in place
         self.on_gpu = device.startswith("cuda")
@@ -339,12 +342,17 @@ class Clock:
         return time.perf_counter()
 
     def lap(self, part):
-        """Count the time since the last lap for `part`; -> these seconds."""
+        """Count the time since the last lap for `part`."""
         now = self.now()
-        seconds = now - self.last
+        self.seconds[part] += now - self.last
         self.last = now
-        self.seconds[part] += seconds
-        return seconds
+
+    @contextlib.contextmanager
+    def part(self, name):
+        """Count what happens inside for the part `name`, and what came before for training."""
+        self.lap("train")
+        yield
+        self.lap(name)
 
 
 # -- what the loop calls: modules
@@ -396,7 +404,76 @@ def capture_teacher(setup, state):
     setup.log("teacher", state.step, **state.teacher_file)
 
 
-def judge_teacher(setup, state, losses):
+def agree(setup, means, norm):
+    """The numbers of a step, (6,) on the device: its four losses as means over all processes, the
+    share of processes that have received a signal, and the gradient's norm, which is the same in
+    all processes. If one has received a signal, all stop."""
+    means = torch.cat((means, means.new_full((1,), bool(setup.signals))))
+    if setup.world > 1:
+        dist.all_reduce(means)
+        means /= setup.world
+    return torch.cat((means, norm[None]))
+
+
+# -- what the loop calls: the numbers of a step
+
+class UnreadStep:
+    """A step that was queued, and its numbers (see `agree`) on their way to main memory."""
+    def __init__(self, number, stage_name, lr, had_teacher, numbers):
+        self.number = number                 # 0 is the first step of a run
+        self.stage_name = stage_name
+        self.lr = lr
+        self.had_teacher = had_teacher
+        # The copy is queued behind this step. Queued at reading, it would wait for the next step.
+        self.numbers = numbers.to("cpu", non_blocking=numbers.is_cuda)
+        self.arrival = None
+        if numbers.is_cuda:
+            self.arrival = torch.cuda.Event()
+            self.arrival.record(torch.cuda.current_stream(numbers.device))
+
+    def read(self):
+        """Wait for the step: -> its four losses, the gradient's norm, whether a process has
+        received a signal."""
+        if self.arrival:
+            self.arrival.synchronize()
+        *losses, signalled, norm = self.numbers.tolist()
+        return losses, norm, signalled > 0
+
+
+def read_steps(setup, state, unread, clock, progress, everything):
+    """Take the steps from the list `unread`, the oldest first, and read them: refuse, judge the
+    teacher, record. Returns whether a process has received a signal.
+
+    On a GPU the newest step stays in the list, so that what follows from its numbers happens one
+    step late. With `everything`, when a record is due and after a signal no step stays."""
+    stay = STAY_UNREAD[setup.device.split(":")[0]]
+    if everything or state.step % LOG_EVERY == 0:
+        stay = 0
+    interrupted = False
+    while len(unread) > stay:
+        step = unread.pop(0)
+        losses, norm, signalled = step.read()
+        refuse_non_finite(setup, step, losses, norm)
+        if step.had_teacher and not state.dropped:
+            judge_teacher(setup, state, step, losses)
+        log_step(setup, state, step, losses, norm, clock, progress)
+        if signalled:
+            interrupted = True
+            stay = 0
+    return interrupted
+
+
+def refuse_non_finite(setup, step, losses, norm):
+    """Raise NotFinite if the loss or the gradient's norm is not finite. The step was not applied,
+    see `skip_if_not_finite`."""
+    if all(map(math.isfinite, (*losses, norm))):
+        return
+    newest = setup.folder and checkpoint.newest(setup.folder.path)
+    raise NotFinite(f"step {step.number}: loss {losses[0]:.4g}, gradient norm {norm:.4g}: not applied; lower --lr, now "
+                    f"{step.lr:.2g}, or check the data; last checkpoint: {newest}")
+
+
+def judge_teacher(setup, state, step, losses):
     """Drop the teacher for good once the student's smoothed loss on the same batches is as low as
     the teacher's, after at least 50 steps with it (distill.overtaken)."""
     _, student_ce, _, teacher_ce = losses
@@ -404,21 +481,38 @@ def judge_teacher(setup, state, losses):
     state.judged = {"student": distill.smooth(before["student"], student_ce),
                     "teacher": distill.smooth(before["teacher"], teacher_ce), "steps": before["steps"] + 1}
     if setup.config.drop_teacher and distill.overtaken(**state.judged):
-        setup.log("teacher", state.step, dropped=True, student_ce=state.judged["student"],
+        setup.log("teacher", step.number, dropped=True, student_ce=state.judged["student"],
                   teacher_ce=state.judged["teacher"])
         state.teacher = None
         state.dropped = True
 
 
-def agree(setup, means):
-    """The losses of a step as numbers, means over all processes, and whether any of them has
-    received a signal: then all stop after this step."""
-    means = torch.cat((means, means.new_full((1,), bool(setup.signals))))
-    if setup.world > 1:
-        dist.all_reduce(means)
-        means /= setup.world
-    *losses, signalled = means.tolist()
-    return losses, signalled > 0
+def log_step(setup, state, step, losses, norm, clock, progress):
+    """Add a step to the window; every LOG_EVERY steps record the window's means and begin
+    another."""
+    added = dict(zip(("loss", "ce", "kl", "teacher_ce"), losses))
+    added |= {"grad_norm": norm, "steps": 1, "taught": step.had_teacher}
+    window = state.window | {key: state.window.get(key, 0) + value for key, value in added.items()}
+    state.window = window
+    steps_done = step.number + 1
+    if steps_done % LOG_EVERY == 0:
+        clock.lap("train")
+        seconds = state.seconds["train"] - window.get("seconds_before", 0.0)
+        state.window = {"seconds_before": state.seconds["train"]}
+        record = {key: window[key] / window["steps"] for key in ("loss", "ce", "grad_norm")}
+        # Steps without a teacher have no KL: these two are means over the others.
+        for key in ("kl", "teacher_ce"):
+            record[key] = window[key] / window["taught"] if window["taught"] else None
+        record |= {"lr": step.lr, "stage": step.stage_name, "params": live_config(state).num_params()["total"],
+                   "tokens_per_second": window["steps"] * setup.config.batch_tokens / seconds,
+                   "flops_executed": state.flops["executed"], "flops_credited": state.flops["credited"]}
+        setup.log("step", steps_done, **record)
+        if progress is not None:
+            progress.set_postfix_str(
+                f"{step.stage_name} loss {record['ce']:.3f} lr {step.lr:.1e} {record['params'] / 1e6:.2f}M params "
+                f"{record['tokens_per_second'] / 1e3:.1f}k tok/s")
+    if progress is not None:
+        progress.update()
 
 
 # -- what the loop calls: a cut
@@ -546,31 +640,6 @@ def log_sample(setup, state, when):
     prompt = setup.corpus.val[:setup.block_size // 2]
     [text] = sample(state.model, tokenizer, [prompt], SAMPLE_TOKENS, seed=setup.config.seed)
     setup.log("sample", state.step, when=when, prompt=tokenizer.decode(prompt), text=text)
-
-
-def log_step(setup, state, stage, losses, norm, lr, seconds, had_teacher, progress):
-    """Add a step to the window; every LOG_EVERY steps record the window's means and begin
-    another."""
-    step = dict(zip(("loss", "ce", "kl", "teacher_ce"), losses))
-    step |= {"grad_norm": norm, "seconds": seconds, "steps": 1, "taught": had_teacher}
-    state.window = {key: state.window.get(key, 0) + value for key, value in step.items()}
-    if state.step % LOG_EVERY == 0:
-        window = state.window
-        state.window = {}
-        record = {key: window[key] / window["steps"] for key in ("loss", "ce", "grad_norm")}
-        # Steps without a teacher have no KL: these two are means over the others.
-        for key in ("kl", "teacher_ce"):
-            record[key] = window[key] / window["taught"] if window["taught"] else None
-        record |= {"lr": lr, "stage": stage.name, "params": live_config(state).num_params()["total"],
-                   "tokens_per_second": window["steps"] * setup.config.batch_tokens / window["seconds"],
-                   "flops_executed": state.flops["executed"], "flops_credited": state.flops["credited"]}
-        setup.log("step", state.step, **record)
-        if progress is not None:
-            progress.set_postfix_str(
-                f"{stage.name} loss {record['ce']:.3f} lr {lr:.1e} {record['params'] / 1e6:.2f}M params "
-                f"{record['tokens_per_second'] / 1e3:.1f}k tok/s")
-    if progress is not None:
-        progress.update()
 
 
 def save(setup, state):
@@ -784,6 +853,10 @@ def prepare(config):
     """Everything that a run needs: -> setup, state. Raises UserError before anything is written."""
     rank, world, device, waiting = join_processes(config.device)
     config = resolve(config, device)
+    if device.startswith("cuda") and config.dtype == "bfloat16":
+        # Outside of autocast, in evaluations, samples and cuts, float32 products are rounded to
+        # TF32: 10 bits of mantissa to bfloat16's 7. With --dtype float32 they are not.
+        torch.set_float32_matmul_precision("high")
     refuse_idle_flags(config)
     tokenizer, given, cut_before = open_init(config)
     start, target, timeline = plan_run(config, tokenizer.vocab_size, given)
@@ -853,9 +926,11 @@ def run_locked(config, quiet):
     refresh = 0.5 if sys.stderr.isatty() else 20      # seconds
     hidden = quiet or setup.rank > 0
     try:
-        with stop_on_signals(setup.signals), tqdm(total=stop, initial=state.step, disable=hidden,
-                                                  mininterval=refresh) as progress:
+        # Whatever happens, a checkpoint that is being written is written to its end.
+        with stop_on_signals(setup.signals), folder.background.thread, tqdm(
+                total=stop, initial=state.step, disable=hidden, mininterval=refresh) as progress:
             interrupted = train(setup, state, stop, progress)
+        folder.background.wait()
     except torch.OutOfMemoryError as problem:
         raise UserError(f"out of memory on {setup.device} at step {state.step}: lower --micro-batch, now "
                         f"{config.micro_batch} ({str(problem).splitlines()[0][:120]})") from None

@@ -23,6 +23,7 @@ import export
 import model as models
 import prune
 import report
+import train
 from common import UserError, read_records, write_atomic
 from formats import huggingface
 from formats.tokenizer import open_tokenizer
@@ -161,6 +162,50 @@ def test_a_temporary_file_follows_no_planted_link(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError):
         write_atomic(tmp_path / "target", lambda file: file.write(b"x"))
     assert (tmp_path / "victim").read_text() == "precious" and not (tmp_path / "target").exists()
+
+
+@pytest.fixture
+def in_background(monkeypatch):
+    """Checkpoints are written as where a GPU trains, and slowly."""
+    write = checkpoint.write
+    monkeypatch.setattr(checkpoint, "saves_in_background", lambda model: True)
+    monkeypatch.setattr(checkpoint, "write", lambda *args: time.sleep(0.03) or write(*args))
+
+
+def test_checkpoints_written_in_the_background_are_the_same(tmp_path, whole, in_background):
+    """Both: what the newer one holds did not get into the older one while that was written."""
+    train_toy(tmp_path / "run", plan="idea")
+    assert same(result(tmp_path / "run"), whole)
+    newest = checkpoint.newest(tmp_path / "run")
+    newest.unlink()
+    train_toy(tmp_path / "run", plan="idea")
+    assert same(result(tmp_path / "run"), whole) and newest.exists()
+
+
+def test_the_loop_goes_on_while_a_checkpoint_is_written(tmp_path, in_background, monkeypatch):
+    seen = []
+    write_and_rotate = checkpoint.RunFolder.write_and_rotate
+
+    def spy(folder, path, content):
+        write_and_rotate(folder, path, content)
+        seen.append((content["step"], state.step))
+
+    setup, state = train.prepare(train.Train(**toy("scratch", steps=60, save_every=30), out=str(tmp_path / "run")))
+    monkeypatch.setattr(train, "prepare", lambda _: (setup, state))
+    monkeypatch.setattr(checkpoint.RunFolder, "write_and_rotate", spy)
+    train.main(setup.config, quiet=True)
+    (first, during_first), (second, during_second), (last, at_the_end) = seen
+    assert (first, second, last) == (0, 30, 60) and 0 < during_first <= 30 < during_second <= 60 == at_the_end
+
+
+def test_an_error_of_the_loop_waits_for_the_checkpoint_and_is_the_one_to_be_told(tmp_path, in_background, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(train, "score_units", fail)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        train_toy(tmp_path / "run", plan="idea")
+    assert checkpoint.load(tmp_path / "run")[1]["step"] == 30
 
 
 # -- records
@@ -473,9 +518,22 @@ def test_temporary_files_of_killed_processes_are_removed(tmp_path):
     assert not list((tmp_path / "run").glob(".*.tmp"))
 
 
-def test_sighup_saves_like_sigterm(tmp_path, whole):
+BACKGROUND = ("import checkpoint, common, train\ncheckpoint.saves_in_background = lambda model: True\n"
+              "common.run(train.main, common.parse(train.Train))\n")
+
+
+def launcher(folder, background):
+    """What starts train.py, and lets it save as where a GPU trains."""
+    if not background:
+        return ()
+    (folder / "background.py").write_text(BACKGROUND)
+    return sys.executable, folder / "background.py"
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_sighup_saves_like_sigterm(tmp_path, whole, background):
     out = tmp_path / "run"
-    process = start(plan="idea", out=out)
+    process = start(*launcher(tmp_path, background), plan="idea", out=out)
     while not any(record["tag"] == "step" for record in read_records(out / "metrics.jsonl")):
         time.sleep(0.005)
     process.send_signal(signal.SIGHUP)
@@ -512,19 +570,21 @@ def test_processes_with_folders_of_their_own_are_refused(tmp_path):
     assert [path.name for path in (tmp_path / "node1").iterdir()] == []
 
 
-def test_kills_during_saves_and_rotation_lose_nothing(tmp_path):
+@pytest.mark.parametrize("background", [False, True])
+def test_kills_during_saves_and_rotation_lose_nothing(tmp_path, background):
     """A checkpoint every step, killed at random moments. `python tests/test_faults.py 200 0` does it 200 times."""
-    kill_often(tmp_path / "run", times=4, seed=0)
+    kill_often(tmp_path / "run", times=4, seed=0, background=background)
     train_toy(tmp_path / "whole", plan="idea", save_every=1)
     assert same(result(tmp_path / "run"), result(tmp_path / "whole"))
 
 
-def kill_often(out, times, seed):
+def kill_often(out, times, seed, background):
     """Start the run again and again and kill it at random moments; then let it end."""
     dice = random.Random(seed)
     settings = dict(plan="idea", out=out, save_every=1)
+    command = launcher(Path(out).parent, background)
     for _ in range(times):
-        process = start(**settings)
+        process = start(*command, **settings)
         seen = len(checkpoint.checkpoints(out)) and checkpoint.newest(out).name
         deadline = time.monotonic() + 30
         while process.poll() is None and time.monotonic() < deadline:
@@ -535,7 +595,7 @@ def kill_often(out, times, seed):
         time.sleep(dice.random() * 0.1)
         process.kill()
         process.communicate()
-    process = start(**settings)
+    process = start(*command, **settings)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
 
@@ -586,7 +646,9 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
         train_toy(f"{place}/whole", plan="idea")
         print(f"{damages} damaged run folders:", damage_often(place, result(f"{place}/whole"), damages, seed=1))
-        kill_often(f"{place}/run", kills, seed=1)
         train_toy(f"{place}/saved", plan="idea", save_every=1)
-        assert same(result(f"{place}/run"), result(f"{place}/saved"))
+        for background in (False, True):
+            out = Path(place) / f"run-{background}"
+            kill_often(out, kills // 2, seed=1, background=background)
+            assert same(result(out), result(f"{place}/saved"))
         print(f"killed {kills} times, and bit for bit the run that was not")

@@ -55,7 +55,7 @@ def train_toy(out, **settings):
 def result(out):
     """What must be the same bit for bit: all of the last checkpoint and all records, but for seconds."""
     model, state = checkpoint.load(out)
-    state["window"].pop("seconds", None)
+    state["window"].pop("seconds_before", None)
     timed = ("seconds", "provenance", "digest", "records")              # digests are of seconds, too
     without_time = {k: v for k, v in state.items() if k not in timed}
     records = [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second", "peak_bytes", "pruning_share",
@@ -503,6 +503,83 @@ def test_non_finite_loss_stops_before_the_update(tmp_path):
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+def refused_at(out, monkeypatch, number, stay):
+    """A run whose step `number` is not finite, and that leaves so many steps unread, as on a GPU: -> its State, and
+    what it said."""
+    monkeypatch.setitem(train.STAY_UNREAD, "cpu", stay)
+    agree = train.agree
+    setup, state = train.prepare(train.Train(**toy("scratch", save_every=4), out=str(out)))
+    monkeypatch.setattr(train, "agree", lambda *args: agree(*args) * (math.inf if state.step == number else 1))
+    monkeypatch.setattr(train, "prepare", lambda _: (setup, state))
+    with pytest.raises(train.NotFinite) as refusal:
+        train.main(setup.config, quiet=True)
+    return state, str(refusal.value)
+
+
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_moments(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        state, sentence = refused_at(tmp_path / "run", patch, number=6, stay=0)
+    assert sentence.startswith("step 6: loss inf") and sentence.endswith("ckpt_00000004.pt")
+    setup, unharmed = train.prepare(train.Train(**toy("scratch", save_every=4), out=str(tmp_path / "another")))
+    setup.folder.rewind(0)
+    train.train(setup, unharmed, 6)
+    assert same(state.model.state_dict(), unharmed.model.state_dict())
+    for p, q in zip(state.model.parameters(), unharmed.model.parameters()):
+        assert same(state.optimizer.state[p], unharmed.optimizer.state[q])
+
+
+def test_a_gpu_refuses_one_step_late_and_saves_no_such_step(tmp_path, monkeypatch):
+    state, sentence = refused_at(tmp_path / "run", monkeypatch, number=5, stay=1)
+    assert sentence.startswith("step 5: loss inf") and sentence.endswith("ckpt_00000004.pt") and state.step == 7
+    assert all(torch.isfinite(p).all() for p in state.model.parameters())
+
+
+@pytest.mark.parametrize("number", [7, 9])
+def test_before_a_checkpoint_or_a_record_a_gpu_refuses_at_once(tmp_path, monkeypatch, number):
+    state, sentence = refused_at(tmp_path / "run", monkeypatch, number, stay=1)
+    assert sentence.startswith(f"step {number}: loss inf") and state.step == number + 1
+
+
+@pytest.mark.parametrize("settings", [dict(plan="idea"), dict(plan="idea-kd", drop_teacher=False), dict(plan="adapt")])
+def test_numbers_that_are_read_late_are_the_same(tmp_path, monkeypatch, settings):
+    train_toy(tmp_path / "at once", **settings)
+    monkeypatch.setitem(train.STAY_UNREAD, "cpu", 1)
+    train_toy(tmp_path / "late", **settings, stage="prune")
+    train_toy(tmp_path / "late", **settings)
+    assert same(result(tmp_path / "late"), result(tmp_path / "at once"))
+
+
+def test_a_signal_that_is_read_late_stops_the_run_a_step_later_with_all_its_records(tmp_path, monkeypatch):
+    monkeypatch.setitem(train.STAY_UNREAD, "cpu", 1)
+    setup, state = train.prepare(train.Train(**toy("scratch", save_every=100), out=str(tmp_path / "run")))
+    monkeypatch.setattr(train, "prepare", lambda _: (setup, state))
+    count = train.count_flops
+
+    def signalled(*args):
+        if state.step == 13:
+            setup.signals.append(signal.SIGTERM)
+        count(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "count_flops", signalled)
+        train.main(setup.config, quiet=True)
+    # Step 14 is the first that could tell of the signal, and is read when step 15 is queued.
+    assert checkpoint.load(tmp_path / "run")[1]["step"] == 16 and state.window["steps"] == 6
+
+
+def test_the_parts_of_a_run_add_up_to_its_wall_time(tmp_path):
+    setup, state = train.prepare(train.Train(**toy("idea"), out=str(tmp_path / "run")))
+    setup.folder.rewind(0)
+    start = time.perf_counter()
+    train.train(setup, state, 60)
+    spent = time.perf_counter() - start
+    assert 0.95 * spent < sum(state.seconds.values()) <= spent
+    assert all(state.seconds[part] > 0 for part in checkpoint.PARTS)
+    records = report.records(tmp_path / "run")["step"]
+    assert sum(10 * 256 / record["tokens_per_second"] for record in records) == pytest.approx(state.seconds["train"],
+                                                                                              rel=0.05)
+
+
 REFUSED = {
     "unknown plan": (dict(plan="ideal"), "'ideal' is not one of scratch, naive"),
     "unknown preset": (dict(preset="huge"), "'huge' is not one of toy"),
@@ -582,15 +659,18 @@ def test_run_of_another_configuration_is_refused_and_left_alone(tmp_path):
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
 
 
-def test_full_disk_ends_with_a_sentence_and_the_last_checkpoint_stays(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("room", [7, 8])     # metrics.jsonl when the run begins; then metrics and checkpoint, each time
+def test_full_disk_ends_with_a_sentence_and_the_last_checkpoint_stays(tmp_path, monkeypatch, capsys, background, room):
     fsync, calls = os.fsync, []
 
     def full(descriptor):
         calls.append(1)
-        if len(calls) > 7:                   # metrics.jsonl when the run begins; then metrics and checkpoint, each time
+        if len(calls) > room:
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(descriptor)
 
+    monkeypatch.setattr(checkpoint, "saves_in_background", lambda model: background)
     monkeypatch.setattr(common.os, "fsync", full)
     with pytest.raises(SystemExit) as stop:
         common.run(lambda: train_toy(tmp_path / "run", plan="scratch"))
