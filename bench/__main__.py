@@ -1,6 +1,7 @@
 """How fast it is: every figure a ratio to a limit, to a peer or to itself, measured in one run.
 
     python -m bench train                     # tokens/s, share of the matmul rate, parts, peers
+    python -m bench dtypes --threads 1        # float32 and bfloat16, eager and compiled, and peers
     python -m bench kd                        # a step of distillation over its roofline; memory
     python -m bench cuts --presets 1m 135m    # pauses of a cut and a slice; the prune stage
     python -m bench infer                     # prefill, decoding, memory; ours and llama.cpp's
@@ -30,7 +31,7 @@ from typing import Literal
 import torch
 
 import model as models
-from bench import inference, system, training
+from bench import dtypes, inference, system, training
 from bench.timing import Records, machine, tables
 from bench.variants import GPT2, LLAMA, SHAPES, STAGES
 from common import UserError, commit, parse, pick_device, refuse_idle, run
@@ -39,8 +40,9 @@ from common import UserError, commit, parse, pick_device, refuse_idle, run
 
 # Groups of flags.
 SHAPE = ("presets", "vocab")
-TRAINING = ("enlarge_ff", "micro_batch", "micro_steps", "steps", "rounds", "dtype", "compile", "device")
-INFERENCE = ("keep", "prompt", "decode", "rounds", "dtype", "device")
+STEPS = ("block_size", "micro_batch", "micro_steps", "steps", "rounds", "threads", "device")
+TRAINING = ("enlarge_ff", *STEPS, "dtype", "compile")
+INFERENCE = ("keep", "prompt", "decode", "rounds", "threads", "dtype", "device")
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,14 @@ gpu = {
 }
 SUITES = {
     "train": Suite({"": train}, (*SHAPE, *TRAINING), ("laptop",), (256, 50257)),
+    "dtypes": Suite({"": dtypes.dtypes}, (*SHAPE, *STEPS, "peers", "eager"), ("laptop", "4x256"), (256,)),
     "kd": Suite({"": distillation}, (*SHAPE, *TRAINING), ("laptop",), (49152,)),
     "cuts": Suite({"": training.cuts}, (*SHAPE, *TRAINING), ("1m", "135m"), (), {"rounds": 3}),
     "infer": Suite({"": inference.infer}, (*SHAPE, *INFERENCE), ("135m",)),
     "start": Suite({"": system.start}, ("presets", "rounds", "device"), ("laptop",), (), {"rounds": 3}),
     "disk": Suite({"": system.disk}, (*SHAPE, "disk", "rounds"), ("124m",), (50257,)),
-    "ddp": Suite({"": training.ddp}, (*SHAPE, "micro_batch", "steps", "rounds"), ("laptop",), (256,)),
+    "ddp": Suite({"": training.ddp}, (*SHAPE, "block_size", "micro_batch", "steps", "rounds", "threads"),
+                 ("laptop",), (256,)),
     "scale": Suite({"": system.scale}, (*SHAPE, "enlarge_ff", "micro_batch"), ("1.3b",), (50257,),
                    {"micro_batch": 1}),
     "gpu": Suite(gpu, (*SHAPE, *INFERENCE, *TRAINING, "minutes"), ("124m", "1.3b"), (50304,),
@@ -89,7 +93,8 @@ class Bench:
     presets: tuple[ShapeName, ...] = ()    # shapes; default: the suite's
     vocab: tuple[int, ...] = ()            # sizes of the vocabulary; default: the suite's or shape's
     rounds: int | None = None              # timed ones, after one that is not; default: 5 or 3
-    steps: int | None = None               # in a round; default: 15, large vocabulary: 3, gpu: 5
+    steps: int | None = None               # in a round; default: 15, large vocabulary: 3, gpu: 5, dtypes: a second's
+    block_size: int | None = None          # tokens of context; default: the shape's
     micro_batch: int | None = None         # sequences per forward pass; default: by the shape's size
     micro_steps: int = 1                   # forward passes per step
     enlarge_ff: float = 2.6                # times the target's FFN neurons, in the enlarged model
@@ -100,11 +105,14 @@ class Bench:
     minutes: float = 8.0                   # gpu: then it stops; the same command goes on
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # bfloat16 is autocast; auto: on a GPU
     compile: bool = False                  # torch.compile, ours and the peers'
+    peers: bool = True                     # dtypes: nanoGPT's and transformers' models as well
+    eager: bool = False                    # dtypes: nothing compiled
+    threads: int | None = None             # of a process; default: PyTorch's own number
     device: str = "auto"                   # auto, cpu, cuda, mps
 
 
-LEAST = {"rounds": 1, "steps": 2, "micro_batch": 1, "micro_steps": 1, "enlarge_ff": 1, "prompt": 1,
-         "decode": 2}
+LEAST = {"rounds": 1, "steps": 2, "block_size": 1, "micro_batch": 1, "micro_steps": 1, "enlarge_ff": 1,
+         "prompt": 1, "decode": 2, "threads": 1}
 
 
 def check_ranges(settings):
@@ -135,6 +143,7 @@ def resolve(settings):
     filled = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
     filled["presets"] = settings.presets or suite.presets
     filled["vocab"] = settings.vocab or suite.vocab
+    filled["threads"] = settings.threads or torch.get_num_threads()
     filled["device"] = pick_device(settings.device) if "device" in suite.reads else "cpu"
     if settings.dtype == "auto":
         filled["dtype"] = "bfloat16" if filled["device"].startswith("cuda") else "float32"
@@ -184,7 +193,7 @@ def at_most(minutes):
 def free_memory(settings):
     """Give up what the last cell held. Compiled graphs keep their models."""
     gc.collect()
-    if settings.compile:
+    if settings.compile or settings.suite == "dtypes":
         torch.compiler.reset()
     if settings.device.startswith("cuda"):
         torch.cuda.empty_cache()
@@ -192,6 +201,7 @@ def free_memory(settings):
 
 def main(settings):
     settings = resolve(settings)
+    torch.set_num_threads(settings.threads)
     suite = settings.suite
     records = Records(settings.out)
     if suite == "report":

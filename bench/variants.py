@@ -76,6 +76,9 @@ def fitted(settings, preset, vocab_size):
     """What to train, with --micro-batch and --steps filled in alike for all variants of a cell:
     -> Load, target, enlarged."""
     target, enlarged = shapes(preset, vocab_size, settings.enlarge_ff)
+    if settings.block_size is not None:
+        target = dataclasses.replace(target, block_size=settings.block_size)
+        enlarged = dataclasses.replace(enlarged, block_size=settings.block_size)
     tokens = tokens_per_forward(settings.device, enlarged.num_params()["total"], vocab_size)
     load = Load(settings.device, settings.dtype, settings.compile,
                 micro_batch=settings.micro_batch or max(1, tokens // enlarged.block_size),

@@ -19,8 +19,8 @@ ROWS = [      # a file imports only from rows above its own
     "prune",
     "train experiments.compare_report experiments.smollm2",
     "bench.variants experiments.claims_runs experiments.compare experiments.sweep",
-    "bench.inference bench.system bench.training experiments.claims_statistics experiments.scaling_runs",
-    "bench.__main__ experiments.claims_report experiments.scaling",
+    "bench.dtypes bench.inference bench.system bench.training experiments.claims_statistics experiments.scaling_runs",
+    "bench.__main__ experiments.claims_report experiments.precision experiments.scaling",
     "experiments.claims"]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 FILES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file

@@ -7,6 +7,6 @@ from bench import timing
 def small_limits():
     """The limits (a matrix product, a copy) at toy size."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timing, "ROWS", {"cpu": 512})
-        patch.setattr(timing, "MEGABYTES", {"cpu": 1})
+        patch.setattr(timing, "ROWS", {"cpu": 512, "gpu": 256})
+        patch.setattr(timing, "MEGABYTES", {"cpu": 1, "gpu": 1})
         yield

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import variants
+from bench import timing, variants
 from common import UserError, parse, read_records
 
 
@@ -70,6 +70,31 @@ def test_settings_are_recorded_without_shapes_and_minutes(tmp_path, monkeypatch)
     assert about["settings"]["steps"] == 7 and about["settings"]["rounds"] == 3
 
 
+@pytest.mark.parametrize("suite", ["train", "dtypes", "kd", "cuts", "infer", "ddp", "gpu"])
+def test_threads_hold_for_a_suite_and_are_recorded(suite, tmp_path, monkeypatch):
+    before = torch.get_num_threads()
+    used = []
+
+    def measure():
+        used.append((torch.get_num_threads(), timing.own_process(torch.get_num_threads)))
+        return {"rows": []}
+
+    monkeypatch.setattr(bench, "cells", lambda settings: [("a", measure)])
+    try:
+        bench.main(bench.Bench(suite, out=str(tmp_path / "records.jsonl"), threads=3))
+    finally:
+        torch.set_num_threads(before)
+    (record,) = read_records(tmp_path / "records.jsonl")
+    assert used == [(3, 3)] and record["about"]["machine"]["threads"] == 3
+    assert bench.resolve(bench.Bench("cuts")).threads == before
+
+
+def test_block_size_holds_for_both_sizes_of_a_shape():
+    flags = bench.resolve(bench.Bench("train", device="cpu", block_size=32))
+    load, target, enlarged = variants.fitted(flags, "laptop", 256)
+    assert (target.block_size, enlarged.block_size, load.micro_batch) == (32, 32, 64)
+
+
 def test_default_vocabulary_is_the_shape_s():
     names = [name for name, _ in bench.cells(bench.resolve(bench.Bench("cuts")))]
     assert names == ["1m, V = 256", "135m, V = 49152"]
@@ -91,6 +116,10 @@ REFUSED = {
     "infer --keep 0": "--keep 0.0 must be above 0",
     "infer --decode 1": "--decode 1 must be at least 2",
     "cuts --steps 1": "--steps 1 must be at least 2",
+    "kd --threads 0": "--threads 0 must be at least 1",
+    "train --block-size 0": "--block-size 0 must be at least 1",
+    "train --no-peers": "--peers has no effect in train",
+    "infer --block-size 64": "--block-size has no effect in infer",
     "gpu --minutes 0": "--minutes 0.0 must be above 0",
     "train --enlarge-ff 0.5": "--enlarge-ff 0.5 must be at least 1",
     "train --device tpu": "device 'tpu' is not available",
