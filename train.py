@@ -50,6 +50,7 @@ from common import (
     UserError,
     check_choices,
     check_positive,
+    has_fast_bfloat16,
     parse,
     peak_memory,
     pick_device,
@@ -81,6 +82,12 @@ LEARNING_RATES = {           # the peak for each preset
     "12x128": 1e-3, "12x192": 1e-3, "12x320": 1e-3, "12x512": 1e-3,
 }
 
+
+# The narrowest model that --dtype auto trains in bfloat16 on a CPU that multiplies it fast (at V = 256;
+# `python -m bench dtypes --presets 4x16 toy laptop 8x64 12x128 12x192 4x256 --vocab 256` prints the ratios
+# beside it). On a CPU nothing is compiled without --compile True: that takes 8 to 20 seconds for each
+# size, and makes a step 1.0 to 1.3 times as fast.
+BFLOAT16_WIDTH = 64
 
 PlanName = Literal[tuple(schedule.PLANS)]
 PresetName = Literal[tuple(models.PRESETS)]
@@ -131,7 +138,7 @@ class Train:
     eval_windows: int = 256                  # windows of the hold-out (eval.py)
     save_every: int = 500                    # steps
     device: str = "auto"                     # auto, cpu, cuda, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"    # bfloat16 is autocast; auto: that on a GPU
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"    # bfloat16 is autocast; auto: the faster one
     compile: bool | None = None              # torch.compile, True or False; default: on a GPU only
 
 
@@ -664,13 +671,19 @@ def resolve(config, device):
         filled["shape"] = "wsd" if interleaved else "cosine"
     if config.enlarge_share is None and interleaved and config.init:
         filled["enlarge_share"] = 0.0        # a pretrained model is the enlarged one
-    if config.dtype == "auto":
-        filled["dtype"] = "bfloat16" if on_gpu else "float32"
     if config.compile is None:
         filled["compile"] = on_gpu
     config = dataclasses.replace(config, **filled)
     check_ranges(config)
     return config
+
+
+def dtype_for(config, model_config, device):
+    """The run's --dtype: as it is given, or the faster one for this model on this device."""
+    if config.dtype != "auto":
+        return config.dtype
+    wide_enough = device.startswith("cuda") or model_config.d_model >= BFLOAT16_WIDTH
+    return "bfloat16" if wide_enough and has_fast_bfloat16(device) else "float32"
 
 
 def check_ranges(config):
@@ -853,14 +866,15 @@ def prepare(config):
     """Everything that a run needs: -> setup, state. Raises UserError before anything is written."""
     rank, world, device, waiting = join_processes(config.device)
     config = resolve(config, device)
+    refuse_idle_flags(config)
+    tokenizer, given, cut_before = open_init(config)
+    start, target, timeline = plan_run(config, tokenizer.vocab_size, given)
+    config = dataclasses.replace(config, tokenizer=tokenizer.name, cuts=len(timeline.events),
+                                 dtype=dtype_for(config, start, device))
     if device.startswith("cuda") and config.dtype == "bfloat16":
         # Outside of autocast, in evaluations, samples and cuts, float32 products are rounded to
         # TF32: 10 bits of mantissa to bfloat16's 7. With --dtype float32 they are not.
         torch.set_float32_matmul_precision("high")
-    refuse_idle_flags(config)
-    tokenizer, given, cut_before = open_init(config)
-    start, target, timeline = plan_run(config, tokenizer.vocab_size, given)
-    config = dataclasses.replace(config, tokenizer=tokenizer.name, cuts=len(timeline.events))
     check_batch(config, target.block_size, world)
     corpus = load_corpus(config, tokenizer, target.block_size, rank, waiting)
 
@@ -920,6 +934,8 @@ def run_locked(config, quiet):
     if state.step >= stop and (stop < config.steps or "summary" in report.records(folder.path)):
         print(f"{folder.path} is finished up to step {state.step} of {config.steps}; records: {folder.metrics}")
         return setup, state
+    if not quiet and setup.rank == 0:
+        print(surroundings(setup))
     folder.rewind(state.step, target=asdict(setup.target), start=asdict(setup.start), documents=setup.corpus.documents,
                   corpus_tokens=[len(setup.corpus.train), len(setup.corpus.val)], cut=setup.cut_before)
 
@@ -949,6 +965,20 @@ def run_locked(config, quiet):
         received = setup.signals[0] if setup.signals else signal.SIGTERM
         sys.exit(128 + received)
     return setup, state
+
+
+def surroundings(setup):
+    """A line about what the run was given and what was chosen for it."""
+    config = setup.config
+    where = setup.device
+    if where == "cpu":
+        speed = "fast" if has_fast_bfloat16("cpu") else "slow"
+        where = f"a CPU with {torch.get_num_threads()} threads and {speed} bfloat16"
+    if setup.world > 1:
+        where = f"{setup.world} processes, this one on {where}"
+    sizes = " -> ".join(f"{size.num_params()['total']:,}" for size in dict.fromkeys((setup.start, setup.target)))
+    compiled = "compiled" if config.compile else "not compiled"
+    return f"{setup.folder.path}: {sizes} parameters on {where}; trained in {config.dtype}, {compiled}"
 
 
 def finish(setup, state):

@@ -47,7 +47,7 @@ def settings_of(config, dtype, seed):
 def make(config, name, settings):
     """Train one model and keep its records."""
     folder = f"{config.runs}/{name}"
-    sweep.run_plan(folder, {**settings, "compile": False})
+    sweep.run_plan(folder, settings)
     sweep.put_runs(config.out, {name: sweep.without_steps(folder)})
 
 

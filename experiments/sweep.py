@@ -49,13 +49,14 @@ def locked(folder):
 
 def run_plan(folder, settings, device="cpu", cut=None):
     """Run one plan to its end, quietly, with these settings of train.py. Returns its setup and
-    state.
+    state. What the settings leave open does not depend on the machine: float32, nothing compiled.
 
     `cut` holds the settings of prune.py that make the model which the run begins with; it is made
     first."""
     with locked(folder):
         if cut:
             make_cut(settings["init"], cut, device, folder)
+        settings = {"dtype": "float32", "compile": False, **settings}
         return train.main(train.Train(out=str(folder), device=device, **settings), quiet=True)
 
 
@@ -74,7 +75,7 @@ def make_cut(path, cut, device, folder):
     shutil.rmtree(path, ignore_errors=True)
     silence = io.StringIO()
     with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-        prune.main(prune.Prune(out=path, device=device, **cut))
+        prune.main(prune.Prune(out=path, device=device, **{"dtype": "float32", **cut}))
 
 
 # -- several runs
