@@ -16,10 +16,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# Logits per chunk. On a CPU they take 8 MB in float32: 42 tokens at V = 49,152.
-CHUNK_VALUES = {"cpu": 2**21, "gpu": 2**24}
+# Logits per chunk, by the dtype of the product: 42, 341 and 2,624 tokens at V = 49,152.
+CHUNK_VALUES = {"cpu": 2**21, "cpu, bfloat16": 2**24, "gpu": 2**27}
+# Values that a CPU's cache should hold: 4 MB in float32.
+BLOCK_VALUES = 2**20
 # Matrix units read rows whose length is a multiple of this.
-TILE = {"cpu": 1, "gpu": 64}
+TILE = {"cpu": 1, "cpu, bfloat16": 1, "gpu": 64}
 
 
 def kd_loss(logits, teacher_logits, targets, kd_weight=0.5, temperature=1.0):
@@ -38,17 +40,29 @@ def kd_loss(logits, teacher_logits, targets, kd_weight=0.5, temperature=1.0):
 
 def kind_of(weight):
     """The key of CHUNK_VALUES and TILE."""
-    return "cpu" if weight.is_cpu else "gpu"
+    if not weight.is_cpu:
+        return "gpu"
+    return "cpu, bfloat16" if weight.dtype == torch.bfloat16 else "cpu"
 
 
 def chunk_tokens(weight):
-    """Tokens of a chunk for the output projection `weight` (V, C). On a CPU a chunk's arrays should
-    stay in its cache. From 32 MB on, the C library would also take an array from the system anew
-    each time, zeros and all. On a GPU the number is a multiple of 64 if that many fit, as matrix
-    units work in such tiles."""
+    """Tokens of a chunk for the output projection `weight` (V, C), in the dtype that it is
+    multiplied in. A chunk adds to the whole gradient of the projection once, so larger chunks save
+    time. On a CPU their arrays should stay in its cache, or in bfloat16 at least below 32 MB: from
+    there on the C library takes an array from the system anew each time, zeros and all. On a GPU
+    the number is a multiple of 64 if that many fit, as matrix units work in such tiles."""
     tokens = max(1, CHUNK_VALUES[kind_of(weight)] // weight.size(0))
     tile = TILE[kind_of(weight)]
     return tokens if tokens < tile else tokens // tile * tile
+
+
+def block_tokens(weight):
+    """Tokens of a chunk that are widened to float32 at a time. On a CPU a dozen passes then find
+    them in its cache. A compiler fuses these passes, and a GPU has no such cache: there a block is
+    the whole chunk."""
+    if weight.is_cpu and not torch.compiler.is_compiling():
+        return max(1, BLOCK_VALUES // weight.size(0))
+    return chunk_tokens(weight)
 
 
 def operand(weight):
@@ -71,20 +85,20 @@ def soften(log_p, temperature):
 def token_losses(logits, targets, teacher_logits=None, kd_weight=0.5, temperature=1.0,
                  needs_grad=True):
     """The losses of each token and their gradient, for logits (N, V), targets (N,) and
-    teacher_logits (N, V) or None.
+    teacher_logits (N, V) or None. Both arrays of logits are overwritten.
 
     Returns cross-entropy, temperature² · KL(teacher ‖ student) and the teacher's cross-entropy,
     each (N,) in nats; and the gradient (N, V) of (1 - kd_weight) · cross-entropy + kd_weight · KL
     in the logits, or None without needs_grad. Both gradients are the student's softmax minus a
-    target. They are formed in place, where the log-softmax was."""
+    target. They are formed where the logits were, and returned as that array."""
     y = targets[:, None]
     w = 0.0 if teacher_logits is None else kd_weight
     # p is the student's distribution, q the teacher's.
-    log_p = logits.log_softmax(-1)
+    log_p = torch.log_softmax(logits, -1, out=logits)
     ce = -log_p.gather(1, y).squeeze(1)
     divergence = teacher_ce = torch.zeros_like(ce)
     if teacher_logits is not None:
-        log_q = teacher_logits.log_softmax(-1)
+        log_q = torch.log_softmax(teacher_logits, -1, out=teacher_logits)
         teacher_ce = -log_q.gather(1, y).squeeze(1)
         soft_p = soften(log_p, temperature)
         soft_q = soften(log_q, temperature)
@@ -110,11 +124,15 @@ def token_losses(logits, targets, teacher_logits=None, kd_weight=0.5, temperatur
 def add_product_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: float) -> None:
     """out (V, C) += alpha · aᵀ b for a (N, V), b (N, C) of one dtype. This is an operator of its
     own, because a compiler that sees into it adds the products of all chunks in one kernel at the
-    end, and keeps each until then."""
+    end, and keeps each until then. A bfloat16 product is added to a float32 `out` in parts that a
+    CPU's cache holds."""
     if a.dtype == out.dtype:
         out.addmm_(a.T, b, alpha=alpha)
-    else:
-        out.add_(a.T @ b, alpha=alpha)
+        return
+    part = max(1, BLOCK_VALUES // out.size(1)) if out.is_cpu else out.size(0)
+    for start in range(0, out.size(0), part):
+        rows = slice(start, start + part)
+        out[rows].add_(a[:, rows].T @ b, alpha=alpha)
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -126,9 +144,10 @@ class ChunkedLoss(torch.autograd.Function):
                 needs_dw):
         N = h.size(0)
         V = w.size(0)
-        chunk = chunk_tokens(w)
         padded_w = operand(w)                                                   # (at least V, C)
         padded_teacher_w = None if teacher_h is None else operand(teacher_w)
+        chunk = chunk_tokens(padded_w)
+        block = block_tokens(padded_w)
         # Losses are formed in float32, whatever autocast multiplies in (or in float64, in tests).
         wide = torch.promote_types(h.dtype, torch.float32)
         dh = torch.empty_like(h) if needs_grad else None
@@ -136,23 +155,28 @@ class ChunkedLoss(torch.autograd.Function):
         sums = h.new_zeros(3, dtype=wide)
         for a in range(0, N, chunk):
             x = h[a:a + chunk]
-            teacher_logits = None
+            y = targets[a:a + chunk]
+            # (chunk, at least V): the only logits that exist at this moment; in bfloat16 under
+            # autocast. The gradient takes their place, block by block.
+            product = x @ padded_w.T
+            teacher_product = None
             if teacher_h is not None:
-                teacher_logits = (teacher_h[a:a + chunk] @ padded_teacher_w.T)[:, :V].to(wide)
-            # (chunk, V): the only logits that exist at this moment; in bfloat16 under autocast.
-            logits = (x @ padded_w.T)[:, :V]
-            *losses, g = token_losses(logits.to(wide), targets[a:a + chunk], teacher_logits,
-                                      kd_weight, temperature, needs_grad)
-            sums += torch.stack([values.sum() for values in losses])
-            # Chain rule at once, so that the (chunk, V) gradient can go: dh = g w / N and dw += gᵀ
-            # x / N.
+                teacher_product = teacher_h[a:a + chunk] @ padded_teacher_w.T
+            for b in range(0, len(x), block):
+                rows = slice(b, b + block)
+                logits = product[rows, :V]
+                teacher_logits = None if teacher_h is None else teacher_product[rows, :V].to(wide)
+                *losses, g = token_losses(logits.to(wide), y[rows], teacher_logits, kd_weight,
+                                          temperature, needs_grad)
+                sums += torch.stack([values.sum() for values in losses])
+                if needs_grad and logits.dtype != wide:
+                    logits.copy_(g)
+            # Chain rule at once, so that the gradient g in the logits can go: dh = g w / N and
+            # dw += gᵀ x / N. The logits of rows of zeros are zero: they need no gradient.
             if needs_grad:
-                g = g.to(logits.dtype)
-                if len(padded_w) > V:
-                    g = F.pad(g, (0, len(padded_w) - V))
-                dh[a:a + chunk] = (g @ padded_w) / N
+                dh[a:a + chunk] = (product @ padded_w) / N
                 if needs_dw:
-                    add_product_(dw, g, x.to(g.dtype), 1 / N)
+                    add_product_(dw, product, x.to(product.dtype), 1 / N)
         parts = sums / N
         loss = parts[0] if teacher_h is None else (1 - kd_weight) * parts[0] + kd_weight * parts[1]
         ctx.mark_non_differentiable(parts)
@@ -163,8 +187,8 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss, _):
         dh, dw = ctx.saved_tensors
-        dw = None if dw is None else dw * dloss.to(dw.dtype)
-        return (dh * dloss.to(dh.dtype), dw, None, None, None, None, None, None, None)
+        dw = None if dw is None else dw.mul_(dloss)
+        return (dh.mul_(dloss), dw, None, None, None, None, None, None, None)
 
 
 def chunked_loss(hidden, weight, targets, teacher_hidden=None, teacher_weight=None, kd_weight=0.5,

@@ -46,9 +46,17 @@ def plain_parts(hidden, weight, targets, teacher_hidden=None, teacher_weight=Non
 
 def kl(student, teacher, temperature=1.0):
     """Per token, and its gradient in the student's logits."""
-    _, divergence, _, gradient = token_losses(student, torch.zeros(len(student), dtype=torch.int64), teacher, 1.0,
-                                              temperature)
+    targets = torch.zeros(len(student), dtype=torch.int64)
+    _, divergence, _, gradient = token_losses(student.clone(), targets, teacher.clone(), 1.0, temperature)
     return divergence, gradient
+
+
+def set_sizes(monkeypatch, chunk_values, tile=1, block_values=2**20):
+    """Sizes of chunks, blocks and tiles that suit the toy arrays here."""
+    kinds = ("cpu", "cpu, bfloat16", "gpu")
+    monkeypatch.setattr(distill, "CHUNK_VALUES", dict.fromkeys(kinds, chunk_values))
+    monkeypatch.setattr(distill, "TILE", dict.fromkeys(kinds, tile))
+    monkeypatch.setattr(distill, "BLOCK_VALUES", block_values)
 
 
 def near(found, expected, relative=1e-10):
@@ -72,7 +80,7 @@ def test_kl_is_that_of_torch_distributions(temperature):
 def test_cross_entropy_is_that_of_torch():
     s, y = draw(6, V).requires_grad_(), torch.tensor([0, 12, 3, 3, 7, 1])
     expected = F.cross_entropy(s, y, reduction="none")
-    value, *none, gradient = token_losses(s.detach(), y)
+    value, *none, gradient = token_losses(s.detach().clone(), y)
     assert not torch.stack(none).any()
     near(value, expected.detach())
     near(gradient, torch.autograd.grad(expected.sum(), s)[0])
@@ -94,12 +102,33 @@ def test_kl_vanishes_only_where_student_equals_teacher(dtype):
     near(stats[2], stats[0], 1e-6)
 
 
-@pytest.mark.parametrize("tile, chunk_values", [(1, V * 21), (1, V * 7), (4, V * 7),          # one chunk, three
-                                                (1, V * 8 + 5), (8, V * 8 + 5), (1, 1)])      # ragged; never 0 tokens
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("taught", [False, True])
+def test_losses_formed_over_the_logits_have_the_bits_of_new_arrays(taught, temperature, dtype):
+    wide, wide_teacher = draw(6, 3 * V, dtype=dtype), draw(6, 3 * V, seed=1, dtype=dtype)
+    y = torch.arange(6)
+    log_p, log_q = (x[:, :V].log_softmax(-1) for x in (wide, wide_teacher))
+    soft_p, soft_q = ((x / temperature).log_softmax(-1) if temperature > 1 else x for x in (log_p, log_q))
+    p, q, onehot = soft_p.exp(), soft_q.exp(), F.one_hot(y, V)
+    expected = [-log_p[range(6), y], torch.zeros(6, dtype=dtype), torch.zeros(6, dtype=dtype), log_p.exp() - onehot]
+    if taught:
+        mixed = p - .25 * q if temperature == 1 else .75 * log_p.exp() + (.25 * temperature) * (p - q)
+        expected[1:] = [((soft_q - soft_p) * q).sum(-1) * temperature**2, -log_q[range(6), y], mixed - .75 * onehot]
+    for views in (False, True):                                # rows that lie apart, as behind a padded product
+        s, t = (x[:, :V] if views else x[:, :V].contiguous() for x in (wide.clone(), wide_teacher.clone()))
+        values = token_losses(s, y, t if taught else None, .25, temperature)
+        assert all(torch.equal(ours, plain) for ours, plain in zip(values, expected, strict=True))
+        assert values[3].data_ptr() == s.data_ptr() and torch.equal(s, expected[3])
+
+
+@pytest.mark.parametrize("tile, chunk_values, block_values", [
+    (1, V * 21, V * 21), (1, V * 7, V * 21), (4, V * 7, 1),             # one chunk, three; blocks of one token
+    (1, V * 8 + 5, V * 3), (8, V * 8 + 5, V * 3), (1, 1, V * 2)])       # ragged; never 0 tokens
 @pytest.mark.parametrize("kd_weight, temperature", [(0.0, 1.0), (0.5, 1.0), (0.5, 2.5), (1.0, 2.5), (None, 1.0)])
-def test_chunked_loss_is_the_plain_one_in_value_and_gradients(monkeypatch, tile, chunk_values, kd_weight, temperature):
-    monkeypatch.setattr(distill, "CHUNK_VALUES", {"cpu": chunk_values})
-    monkeypatch.setattr(distill, "TILE", {"cpu": tile})
+def test_chunked_loss_is_the_plain_one_in_value_and_gradients(monkeypatch, tile, chunk_values, block_values, kd_weight,
+                                                              temperature):
+    set_sizes(monkeypatch, chunk_values, tile, block_values)
     assert distill.operand(torch.zeros(V, C)).shape == (-(-V // tile) * tile, C)
     inputs = batch() if kd_weight is not None else batch()[:3]
     options = dict(kd_weight=kd_weight, temperature=temperature) if kd_weight is not None else {}
@@ -115,21 +144,62 @@ def test_chunked_loss_is_the_plain_one_in_value_and_gradients(monkeypatch, tile,
     assert not same.requires_grad and same == loss and torch.equal(same_stats, stats)
 
 
+DTYPES = {      # of hidden states and weights, whether under autocast, the tolerance (relative to the largest entry)
+    "float32": (torch.float32, torch.float32, False, 1e-5),
+    "autocast": (torch.float32, torch.float32, True, 0.03),
+    "bfloat16 stream under autocast": (torch.bfloat16, torch.float32, True, 0.03),
+    "bfloat16": (torch.bfloat16, torch.bfloat16, False, 0.03),
+}
+
+
 @pytest.mark.parametrize("tile", [1, 8])
-@pytest.mark.parametrize("autocast, tolerance", [(False, 1e-5), (True, 0.03)])
-def test_chunked_loss_in_float32_and_under_bfloat16_autocast(monkeypatch, autocast, tolerance, tile):
-    monkeypatch.setattr(distill, "CHUNK_VALUES", {"cpu": V * 8})
-    monkeypatch.setattr(distill, "TILE", {"cpu": tile})
-    inputs = [x.detach().float().requires_grad_(i < 2) if x.is_floating_point() else x for i, x in enumerate(batch())]
-    wide = [x.detach().double().requires_grad_(i < 2) if x.is_floating_point() else x for i, x in enumerate(inputs)]
+@pytest.mark.parametrize("block_values", [V * 3, 2**20])
+@pytest.mark.parametrize("taught", [True, False])
+@pytest.mark.parametrize("name", DTYPES)
+def test_chunked_loss_in_every_mix_of_dtypes(monkeypatch, name, taught, block_values, tile):
+    """Held against whole logits in float64, from the same inputs."""
+    set_sizes(monkeypatch, V * 8, tile, block_values)
+    stream, weights, autocast, tolerance = DTYPES[name]
+    hidden, weight, targets, *teacher = (x.detach() for x in batch())
+    teacher = [teacher[0].to(stream), teacher[1].to(weights)] if taught else []
+    inputs = [hidden.to(stream).requires_grad_(), weight.to(weights).requires_grad_(), targets, *teacher]
+    wide = [inputs[0].detach().double().requires_grad_(), inputs[1].detach().double().requires_grad_(), targets,
+            *(x.double() for x in teacher)]
     expected, parts = plain(*wide), plain_parts(*wide)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss, stats = chunked_loss(*inputs)
     assert loss.dtype == stats.dtype == torch.float32                              # logits and sums are never narrower
     near(loss.detach().double(), expected.detach(), tolerance), near(stats.double(), parts.detach(), tolerance)
-    for found, gradient in zip(torch.autograd.grad(loss, inputs[:2]), torch.autograd.grad(expected, wide[:2])):
-        assert found.dtype == torch.float32
-        near(found.double(), gradient, tolerance)
+    gradients = torch.autograd.grad(loss / 3, inputs[:2])
+    for x, ours, gradient in zip(inputs, gradients, torch.autograd.grad(expected, wide[:2])):
+        assert ours.dtype == x.dtype
+        near(ours.double(), gradient / 3, tolerance)
+
+
+@pytest.mark.parametrize("block_values", [1, 3 * C, 2**20])
+def test_a_bfloat16_product_is_added_in_parts(monkeypatch, block_values):
+    monkeypatch.setattr(distill, "BLOCK_VALUES", block_values)
+    a, b = (draw(6, n, seed=n, dtype=torch.bfloat16) for n in (V, C))
+    out = draw(V, C, seed=3, dtype=torch.float32)
+    expected = out.double() + .5 * (a.double().T @ b.double())
+    distill.add_product_(out, a, b, .5)
+    near(out.double(), expected, 2**-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_array_of_a_gpu_s_loss_is_on_its_device(monkeypatch, dtype):
+    """On "meta", a device that is not the CPU: arrays of two devices in one operator are an error there as well."""
+    set_sizes(monkeypatch, 2**10, tile=64)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)             # it does not know of "meta"
+    with torch.device("meta"):
+        hidden, weight = torch.empty(B, T, C, dtype=dtype).requires_grad_(), torch.empty(V, C, dtype=dtype)
+        teacher = torch.empty(B, T, 4, dtype=dtype), torch.empty(V, 4, dtype=dtype)
+        targets = torch.empty(B, T, dtype=torch.int64)
+    weight.requires_grad_()
+    for taught in ((), teacher):
+        loss, stats = chunked_loss(hidden, weight, targets, *taught)
+        loss.backward()
+        assert loss.is_meta and stats.is_meta and hidden.grad.is_meta and weight.grad.is_meta
 
 
 def test_bfloat16_logits_are_widened_before_anything_is_formed_from_them():
@@ -173,23 +243,27 @@ class Scaled(torch.nn.Module):
         return self.states * x
 
 
+@pytest.mark.parametrize("autocast, dtype, tolerance", [(False, torch.float64, 1e-10), (True, torch.float32, 0.03)])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_loss_is_one_graph_with_the_same_gradients(monkeypatch, backend):
-    monkeypatch.setattr(distill, "CHUNK_VALUES", {"cpu": V * 8})
-    hidden, weight, *rest = batch()
+def test_compiled_loss_is_one_graph_with_the_same_gradients(monkeypatch, backend, autocast, dtype, tolerance):
+    set_sizes(monkeypatch, V * 8, block_values=V * 3)
+    hidden, weight, *rest = batch(dtype)
     for taught in (rest, rest[:1]):
         eager, traced = (Objective(Scaled(hidden, weight), 0.7, 1.5) for _ in range(2))
         compiled = torch.compile(traced, fullgraph=True, backend=backend, dynamic=False)
-        (loss, stats), (found, found_stats) = eager(2, *taught), compiled(2, *taught)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            (loss, stats), (found, found_stats) = eager(2, *taught), compiled(2, *taught)
         (loss / 2).backward(), (found / 2).backward()
-        near(found.detach(), loss.detach()), near(found_stats, stats)
+        near(found.detach(), loss.detach(), tolerance), near(found_stats, stats, tolerance)
         for ours, plain_eager in zip(traced.parameters(), eager.parameters(), strict=True):
-            near(ours.grad, plain_eager.grad)
+            near(ours.grad, plain_eager.grad, tolerance)
 
 
-def test_a_gpu_s_chunks_are_whole_tiles_of_64_tokens():
-    tokens = [distill.chunk_tokens(torch.empty(vocabulary, 1, device="meta")) for vocabulary in (50257, 2**19, 2**26)]
-    assert tokens == [320, 32, 1] and distill.chunk_tokens(torch.empty(49152, 1)) == 42
+def test_chunks_by_device_and_dtype():
+    """A GPU's are whole tiles of 64 tokens, where so many fit."""
+    tokens = [distill.chunk_tokens(torch.empty(vocabulary, 1, device="meta")) for vocabulary in (50257, 2**22, 2**28)]
+    assert tokens == [2624, 32, 1] and distill.chunk_tokens(torch.empty(49152, 1)) == 42
+    assert distill.chunk_tokens(torch.empty(49152, 1, dtype=torch.bfloat16)) == 341
 
 
 @pytest.mark.parametrize("student_rows, teacher_rows", [(13, 11), (11, 11)])
