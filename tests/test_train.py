@@ -489,6 +489,32 @@ def test_a_run_records_the_commit_of_its_code(tmp_path):
     assert config["corpus_tokens"] == [len(setup.corpus.train), len(setup.corpus.val)]
 
 
+@pytest.mark.parametrize("device, preset, fast, given, chosen", [
+    ("cpu", "laptop", True, "auto", "bfloat16"), ("cpu", "laptop", False, "auto", "float32"),
+    ("cpu", "toy", True, "auto", "float32"), ("cpu", "laptop", True, "float32", "float32"),
+    ("cpu", "toy", False, "bfloat16", "bfloat16"), ("cuda:0", "toy", True, "auto", "bfloat16"),
+    ("cuda:0", "124m", False, "auto", "float32")])
+def test_the_dtype_is_chosen_by_size_and_hardware(monkeypatch, device, preset, fast, given, chosen):
+    monkeypatch.setattr(train, "has_fast_bfloat16", lambda device: fast)
+    target, _ = models.preset(preset, 256)
+    assert train.dtype_for(train.Train(dtype=given), target, device) == chosen
+
+
+def test_a_run_begins_with_what_was_chosen_and_resumes_with_it(tmp_path, monkeypatch, capsys):
+    settings = toy("scratch", preset="laptop", steps=4, batch_tokens=128, eval_windows=1)
+    monkeypatch.setattr(train, "has_fast_bfloat16", lambda device: True)
+    run = train.Train(**settings, out=str(tmp_path / "a"))
+    train.main(run)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == (f"{tmp_path / 'a'}: 213,568 parameters on a CPU with {torch.get_num_threads()} threads and fast "
+                     "bfloat16; trained in bfloat16, not compiled")
+    assert report.records(tmp_path / "a")["config"][0]["dtype"] == "bfloat16"
+    # On a machine that would choose another one the run is refused, and not mixed.
+    monkeypatch.setattr(train, "has_fast_bfloat16", lambda device: False)
+    with pytest.raises(UserError, match="dtype"):
+        train.main(run, quiet=True)
+
+
 def test_code_that_changed_on_the_way_is_told(tmp_path, monkeypatch):
     train_toy(tmp_path / "run", stage="enlarge")
     monkeypatch.setattr(checkpoint, "commit", lambda: "another")

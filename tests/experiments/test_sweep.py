@@ -11,6 +11,7 @@ import torch
 
 import report
 import schedule
+import train
 from common import UserError, read_records
 from experiments import sweep
 
@@ -122,6 +123,15 @@ def test_a_run_that_was_stopped_is_saved_and_goes_on(tmp_path, monkeypatch):
     sweep.run_plan(tmp_path / "b", dict(TOY, steps=12))
     a, b = (report.records(tmp_path / name)["summary"][0] for name in "ab")
     assert a["val_loss"] == b["val_loss"]
+
+
+def test_a_run_does_not_depend_on_what_the_machine_is_fast_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "has_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(train, "BFLOAT16_WIDTH", 1)
+    sweep.run_plan(tmp_path / "a", dict(TOY, steps=3))
+    sweep.run_plan(tmp_path / "b", dict(TOY, steps=3, dtype="bfloat16"))
+    dtypes = [report.records(tmp_path / name)["config"][0]["dtype"] for name in "ab"]
+    assert dtypes == ["float32", "bfloat16"]
 
 
 def test_a_run_without_a_newer_flag_goes_on(tmp_path):
