@@ -16,7 +16,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# Logits per chunk, by the dtype of the product: 42, 341 and 2,624 tokens at V = 49,152.
+# Logits per chunk, by the dtype of the product: 42, 341 and 2,688 tokens at V = 49,152. Seconds of
+# the loss on one thread with 2^21, 2^22, 2^23, 2^24 and 2^25 values: in bfloat16 (V = 49,152,
+# C = 576, no teacher) 1.8, 1.4, 1.2, 1.1, 1.3, with 4 to 64 MB of logits; in float32 (V = 50,257,
+# C = 64, a teacher) 0.51, 0.57, 0.61, 0.67 for the first four, with 8 to 64 MB of each model's.
 CHUNK_VALUES = {"cpu": 2**21, "cpu, bfloat16": 2**24, "gpu": 2**27}
 # Values that a CPU's cache should hold: 4 MB in float32.
 BLOCK_VALUES = 2**20
