@@ -154,7 +154,7 @@ def disk(settings, preset, vocab_size):
 
 # -- scale
 
-def kept_bytes(config, weight_bytes, activation_bytes):
+def kept_bytes(config, activation_bytes):
     """The bytes per token that an eager training step keeps for the backward pass if nothing is
     recomputed. A compiled step keeps fewer."""
     C = config.d_model
@@ -162,20 +162,17 @@ def kept_bytes(config, weight_bytes, activation_bytes):
     attention = [heads for heads in config.n_head if heads]
     ffn = [d_ff for d_ff in config.d_ff if d_ff]
 
-    # In the weights' dtype: the input and the normalised form of each norm, the loss's gradient in
-    # hidden states.
-    stream = 2 * C * (len(attention) + len(ffn) + 1) + C
-
-    # In the matrices' dtype: what each matrix reads, once for every reader where autocast casts it.
-    # Then q, k, v as the attention kernel takes them (k and v for every query head) and its output;
-    # gate, up, silu(gate) and their product.
-    casts = activation_bytes != weight_bytes
-    others = 0
+    # The input of each norm, and the loss's gradient in hidden states.
+    kept = C * (len(attention) + len(ffn) + 1) + C
+    # What the matrices read; q, k, v as the attention kernel takes them (k and v for every query
+    # head) and its output; gate, up, silu(gate) and their product.
     for heads in attention:
-        others += (3 if casts else 1) * C + 4 * heads * D
+        kept += C + 4 * heads * D
     for d_ff in ffn:
-        others += (2 if casts else 1) * C + 4 * d_ff
-    return stream * weight_bytes + others * activation_bytes
+        kept += C + 4 * d_ff
+    # In float32 a number for each norm and each head.
+    rows = len(attention) + len(ffn) + 1 + sum(attention)
+    return kept * activation_bytes + rows * 4
 
 
 def step_bytes(config, micro_batch, weight_bytes=WEIGHT_BYTES, activation_bytes=ACTIVATION_BYTES):
@@ -188,7 +185,7 @@ def step_bytes(config, micro_batch, weight_bytes=WEIGHT_BYTES, activation_bytes=
     if activation_bytes != weight_bytes:
         cast = (params["attention"] + params["ffn"]) * activation_bytes
     return {"weights": weights, "gradients": weights, "Adam": 2 * weights,
-            "activations": tokens * kept_bytes(config, weight_bytes, activation_bytes),
+            "activations": tokens * kept_bytes(config, activation_bytes),
             "cast weights": cast,
             "loss": config.vocab_size * config.d_model * weight_bytes + 4 * 4 * CHUNK_VALUES["gpu"]}
 

@@ -381,22 +381,34 @@ def test_worked_example_of_scaling_md_is_what_the_laws_say():
 # -- speed
 
 def test_what_speed_md_says_is_what_the_records_say():
-    from bench import training
     text = prose("speed.md")
     rows = []
     for record in read_records(RESULTS / "bench.jsonl"):
-        rows += [(record["suite"], row) for row in record["rows"]]
+        threads = record["about"]["machine"]["threads"]
+        rows += [(record["suite"], {**row, "threads": threads}) for row in record["rows"]]
 
     def values(suite, key, digits=2, **where):
         fitting = [row[key] for name, row in rows if name == suite and key in row and where.items() <= row.items()]
         assert fitting, (suite, key, where)
         return [f"{value:.{digits}f}" for value in fitting]
 
-    peers = (training.GPT2, training.PLAIN, training.LLAMA)
-    for line, where in (("V = 256", dict(V=256, compiled=False)), ("V = 256, compiled", dict(V=256, compiled=True)),
-                        ("V = 50,257", dict(V=50257, compiled=False))):
-        cells = [values("train", "tokens/s: recover's ÷ this", variant=peer, **where)[0] for peer in peers]
-        assert f"| {line} | {' | '.join(cells)} |" in text
+    # A table of the suite dtypes: the rows of ours, beside the peers in the same dtype, compiled alike.
+    for shape, V, threads in (("laptop", 256, 1), ("laptop", 256, 2), ("4x256", 256, 1), ("4x256", 256, 2),
+                              ("laptop", 50257, 2)):
+        for dtype in ("float32", "bfloat16"):
+            for compiled in (False, True) if V == 256 else (False,):
+                where = dict(shape=shape, V=V, threads=threads, dtype=dtype, compiled=compiled, model="ours")
+                cells = [values("dtypes", "tokens/s", 0, **where)[0]]
+                for key in ("÷ nanoGPT's", "÷ transformers'", "÷ ours in float32, eager", "of matmul's FLOP/s, causal"):
+                    cells += values("dtypes", key, **where)
+                how = f"{dtype}, compiled" if compiled else dtype
+                line = f"| {shape}, V = {V:,}, {threads} | {how} | {int(cells[0]):,} | {' | '.join(cells[1:])} |"
+                assert line in text, line
+    chosen = []
+    for shape in ("4x16", "toy", "laptop", "8x64", "12x128", "12x192", "4x256"):
+        chosen += values("dtypes", "÷ ours in float32, eager", shape=shape, V=256, threads=1, dtype="bfloat16",
+                         compiled=False, model="ours")
+    assert f"| times as fast | {' | '.join(chosen)} |" in text
     for V, line in ((256, "{}, {} and {} of the rate"), (50257, "{}, {} and {} at V = 50,257")):
         reached = []
         for stage in ("enlarge", "prune", "recover"):
