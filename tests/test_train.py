@@ -42,10 +42,14 @@ def toy(plan="idea", **settings):
 
 def start(*launcher, **settings):
     words = [word for k, v in toy(**settings).items() for word in (f"--{k.replace('_', '-')}", str(v))]
-    # A shell's background job ignores Ctrl-C, and its children would, too.
     return subprocess.Popen([*(launcher or (sys.executable, ROOT / "train.py")), *words], env=ENVIRONMENT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=obey_signals)
+
+
+def obey_signals():
+    # A shell's background job ignores Ctrl-C, what nohup starts ignores SIGHUP, and their children would, too.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def train_toy(out, **settings):
