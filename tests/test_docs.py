@@ -435,6 +435,19 @@ def test_what_speed_md_says_is_what_the_records_say():
         assert values("infer", "of the roofline", runtime=name, model="dense")[0] in text
 
 
+@pytest.mark.parametrize("file, preset, batch_tokens", [("precision.jsonl", "4x256", 1024),
+                                                        ("precision-laptop.jsonl", "laptop", 4096)])
+def test_what_bfloat16_does_to_the_loss_is_what_the_records_say(file, preset, batch_tokens):
+    from experiments import precision
+    from experiments.claims_statistics import effect
+    recorded = precision.losses(precision.Precision(out=str(RESULTS / file), preset=preset, batch_tokens=batch_tokens))
+    pairs = [(recorded["float32", seed], recorded["bfloat16", seed]) for seed in range(8)]
+    measured = effect([b - a for a, b in pairs])
+    means = [f"{sum(side) / 8:.3f}" for side in zip(*pairs)]
+    numbers = f"{measured.mean:+.3f} ({measured.low:+.3f} to {measured.high:+.3f})".replace("-", "−")
+    assert f"8 seeds | {means[0]} | {means[1]} | {numbers} |" in prose("speed.md")
+
+
 # -- links
 
 def anchors(text):
