@@ -272,11 +272,11 @@ def pick_device(name):
 
 
 def has_fast_bfloat16(device):
-    """Whether the device multiplies bfloat16 matrices several times as fast as float32 ones: every
-    GPU of today, and CPUs with AVX512-BF16 or AMX. Other CPUs imitate bfloat16 and lose time."""
+    """Whether the device multiplies bfloat16 matrices several times as fast as float32 ones: NVIDIA's
+    GPUs since Ampere, and CPUs with AVX512-BF16 or AMX. Others imitate bfloat16 and lose time."""
     import torch
     if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     # These names are private, and the only ones that torch 2.6 has.
     return device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 

@@ -38,6 +38,7 @@ class Precision:
 
 def settings_of(config, dtype, seed):
     """The settings of train.py for a run. The peak learning rate is the preset's."""
+    # Evaluated at the beginning and at the end only, as evaluations take float32's time in both.
     return dict(plan="scratch", preset=config.preset, seed=seed, steps=config.steps,
                 batch_tokens=config.batch_tokens, block_size=config.block_size,
                 micro_batch=config.batch_tokens // config.block_size, dtype=dtype,

@@ -504,6 +504,17 @@ def test_the_dtype_is_chosen_by_size_and_hardware(monkeypatch, device, preset, f
     assert train.dtype_for(train.Train(dtype=given), target, device) == chosen
 
 
+@pytest.mark.parametrize("avx, amx, fast", [(False, False, False), (True, False, True), (False, True, True)])
+def test_bfloat16_is_fast_where_the_hardware_multiplies_it(monkeypatch, avx, amx, fast):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    # Older GPUs imitate it, and PyTorch calls that supported unless it is asked.
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or avx)
+    assert common.has_fast_bfloat16("cpu") is fast
+    assert common.has_fast_bfloat16("cuda:0") is avx
+    assert not common.has_fast_bfloat16("mps")
+
+
 def test_a_run_begins_with_what_was_chosen_and_resumes_with_it(tmp_path, monkeypatch, capsys):
     settings = toy("scratch", preset="laptop", steps=4, batch_tokens=128, eval_windows=1)
     monkeypatch.setattr(train, "has_fast_bfloat16", lambda device: True)
