@@ -148,7 +148,23 @@ def progress(items, name, show=True):
     """Go through the items and show how far this is: on a terminal by a bar, elsewhere, as in a
     log, by a line every 5 seconds. `show` False hides it."""
     seconds = 0.1 if sys.stderr.isatty() else 5
-    return tqdm(items, desc=name, leave=False, disable=not show, mininterval=seconds, delay=seconds)
+    return tqdm(items, desc=name, leave=False, disable=not show, mininterval=seconds, delay=seconds,
+                file=progress_file())
+
+
+class LogLines:
+    """A file for tqdm where stderr is no terminal: each state of a bar becomes a line."""
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def progress_file():
+    """Where a bar is written."""
+    return sys.stderr if sys.stderr.isatty() else LogLines()
 
 
 # -- files

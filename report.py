@@ -92,9 +92,11 @@ def summary(path):
     if "summary" not in run:
         raise UserError(f"{path} is not finished; run the same train.py command again to go on")
     end = run["summary"][0]
+    # A short run on a large corpus is a small part of an epoch.
+    epochs_format = ".2f" if end["epochs"] >= 0.1 else ".2g"
     lines = [f"{end['plan']} / {end['preset']} / seed {end['seed']}: {end['params']:,} parameters, "
              f"{end['tokens']:,} tokens ({end['tokens'] / end['params']:.0f} per parameter, "
-             f"{end['epochs']:.2f} epochs), {end['flops_executed']:.3g} FLOPs executed, "
+             f"{end['epochs']:{epochs_format}} epochs), {end['flops_executed']:.3g} FLOPs executed, "
              f"{end['flops_credited']:.3g} credited",
              "",
              "                        step     parameters   val loss (nats/token)   bits per byte"]

@@ -49,6 +49,8 @@ PLANS = {
                 Stage("recover", None)),
     # the target from scratch, taught by a given checkpoint
     "kd":      (Stage("recover", 1.0, kd=True),),
+    # the same for a given model that was cut; its teacher is the one that it was cut from
+    "recover": (Stage("recover", 1.0, kd=True),),
 }
 
 SIZE_CURVES = {  # the kept fraction after a share x in (0, 1] of the cuts; it ends at `final`

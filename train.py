@@ -3,7 +3,8 @@
     python train.py                                   # plan "idea", laptop preset, embedded corpus
     python train.py --plan naive --seed 1             # any other row of schedule.PLANS through the same loop
     python train.py --plan adapt                      # Adapt-Pruner: cut a little, train, cut again (arXiv 2502.03460)
-    python train.py --init FOLDER --enlarge-ff 1.25 --block-size 512 --micro-batch 2       # the large one is given
+    python train.py --init FOLDER --enlarge-ff 1.25                    # the large one is given
+    python train.py --init CUT --teacher FOLDER --plan recover         # a cut model is trained back
     torchrun --nproc-per-node 8 train.py --preset 124m --tokenizer gpt2 --batch-tokens 524288
 
 A larger model than wanted is trained. It loses units while it trains (prune.py) and recovers at the
@@ -55,6 +56,7 @@ from common import (
     peak_memory,
     pick_device,
     printable,
+    progress_file,
     refuse_idle,
     run,
 )
@@ -68,6 +70,7 @@ LOG_EVERY = 10               # steps between "step" records, which hold means ov
 STAY_UNREAD = {"cpu": 0, "mps": 0, "cuda": 1}
 SAMPLE_TOKENS = 200
 INIT_LR = 2e-5               # peak learning rate for pretrained models (Adapt-Pruner's scripts)
+RECOVER_LR = 2e-4            # the same in plan recover, whose model a cut has damaged
 
 LEARNING_RATES = {           # the peak for each preset
     "toy": 1e-2,
@@ -82,6 +85,16 @@ LEARNING_RATES = {           # the peak for each preset
     "12x128": 1e-3, "12x192": 1e-3, "12x320": 1e-3, "12x512": 1e-3,
 }
 
+
+# What these settings are where they are left open.
+USUAL = {"steps": 1500, "batch_tokens": 4096, "micro_batch": 16, "eval_every": 100, "eval_growth": 1.0,
+         "eval_windows": 256, "save_every": 500}
+# The same with --init, for a model of some hundred million parameters on a CPU: a step takes ten
+# seconds, and the evaluations about a twentieth of the run.
+USUAL_WITH_INIT = {"steps": 256, "eval_every": 16, "eval_growth": 2.0, "eval_windows": 16, "save_every": 64}
+# With --init: the longest context, and the most tokens of a micro-batch.
+INIT_BLOCK_SIZE = 512
+INIT_MICRO_TOKENS = 2048
 
 # The narrowest model that --dtype auto trains in bfloat16 on a CPU that multiplies it fast. At d_model
 # 16, 32, 64, 128, 192 and 256 a step is then 0.9, 1.05, 1.4, 1.9, 2.1 and 2.4 times as fast as in
@@ -101,17 +114,17 @@ class Train:
     stage: Literal["all", "enlarge", "prune", "recover"] = "all"    # stop after this stage; the next call goes on
     preset: PresetName = "laptop"            # size of the target
     init: str | None = None                  # instead of a preset: start with this checkpoint, run, HF folder or hub id
-    block_size: int | None = None            # tokens of context; default: the preset's, or the trained one of --init
+    block_size: int | None = None            # tokens of context; default: the preset's, with --init at most 512
     enlarge_ff: float = 2.6                  # the enlarged model has so many times the target's FFN neurons
     enlarge_kv: float = 1.0                  # the enlarged model has so many times the target's KV groups
     data: str = "stdlib"                     # stdlib; packages; files as text, .jsonl, .parquet; hf:NAME[:CONFIG]
     tokenizer: str | None = None             # bytes, a tiktoken encoding, a folder; default: bytes, or that of --init
     out: str | None = None                   # run folder; default runs/PLAN-PRESET-SEED, or --init's name for PRESET
     seed: int = 0                            # of the initial weights and the order of the data
-    steps: int = 1500                        # optimizer steps of the whole plan
-    batch_tokens: int = 4096                 # tokens per step, over all processes
-    micro_batch: int = 16                    # sequences per forward pass of a process; the rest is accumulated
-    lr: float | None = None                  # peak learning rate; default: the preset's, 2e-5 for --init
+    steps: int | None = None                 # optimizer steps of the whole plan; default: 1500, with --init 256
+    batch_tokens: int | None = None          # tokens per step, over all processes; default: about 4096
+    micro_batch: int | None = None           # sequences in a process's forward pass; default: 16, with --init fewer
+    lr: float | None = None                  # peak; default: the preset's, with --init 2e-5, in plan recover 2e-4
     min_lr: float | None = None              # at the end of a cycle; default: a tenth of the peak
     shape: Literal["cosine", "wsd"] | None = None        # of the learning rate; default: wsd in adapt, else cosine
     warmup_share: float = 0.05               # of a cycle
@@ -133,10 +146,11 @@ class Train:
     kd_weight: float = 0.5                   # share of the teacher's KL in the loss
     kd_temperature: float = 1.0              # of the softmax in the teacher's share
     drop_teacher: bool = True                # drop the teacher for good once the student has overtaken it
-    eval_every: int = 100                    # steps
-    eval_growth: float = 1.0                 # above 1: after the first --eval-every steps, whenever they grew so much
-    eval_windows: int = 256                  # windows of the hold-out (eval.py)
-    save_every: int = 500                    # steps
+    eval_every: int | None = None            # steps; default: 100, with --init 16
+    # above 1: after the first --eval-every steps, whenever they grew so much; default: 1, with --init 2
+    eval_growth: float | None = None
+    eval_windows: int | None = None          # windows of the hold-out (eval.py); default: 256, with --init 16
+    save_every: int | None = None            # steps; default: 500, with --init 64
     device: str = "auto"                     # auto, cpu, cuda, mps
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"    # bfloat16 is autocast; auto: the faster one
     compile: bool | None = None              # torch.compile, True or False; default: on a GPU only
@@ -156,6 +170,7 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
     read_teacher = compile_teacher(setup, state.teacher)
     clock = Clock(state.seconds, setup.device)
     unread = []                              # steps whose numbers a GPU may still be computing
+    first_step = state.step
 
     while True:
         # 1. Record the steps before; evaluate and save. A checkpoint is the state *before* the
@@ -175,6 +190,8 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
                 save(setup, state)
         if state.step == stop or interrupted:
             return interrupted
+        if progress is not None and state.step == first_step:
+            progress.unpause()               # its estimate counts from here
 
         # 2. Events: a fresh optimizer, the teacher, a cut, the slice.
         size = schedule.size_at(state.step, timeline)
@@ -517,9 +534,16 @@ def log_step(setup, state, step, losses, norm, clock, progress):
         if progress is not None:
             progress.set_postfix_str(
                 f"{step.stage_name} loss {record['ce']:.3f} lr {step.lr:.1e} {record['params'] / 1e6:.2f}M params "
-                f"{record['tokens_per_second'] / 1e3:.1f}k tok/s")
+                f"{rate_text(record['tokens_per_second'])}", refresh=False)
     if progress is not None:
         progress.update()
+
+
+def rate_text(tokens_per_second):
+    """A speed, as in "412 tok/s" or "12.3k tok/s"."""
+    if tokens_per_second < 1000:
+        return f"{tokens_per_second:.0f} tok/s"
+    return f"{tokens_per_second / 1e3:.1f}k tok/s"
 
 
 # -- what the loop calls: a cut
@@ -662,9 +686,13 @@ def resolve(config, device):
     check_choices(config)
     on_gpu = device.startswith("cuda")
     interleaved = schedule.interleaved(config.plan)
-    filled = {}
+    # With --init the batch depends on the model's context: see `fit_to`.
+    usual = USUAL_WITH_INIT if config.init else USUAL
+    filled = {name: value for name, value in usual.items() if getattr(config, name) is None}
+    if config.eval_every is not None and config.eval_growth is None:
+        filled["eval_growth"] = 1.0
     if config.lr is None:
-        filled["lr"] = INIT_LR if config.init else LEARNING_RATES[config.preset]
+        filled["lr"] = peak_lr(config)
     if config.min_lr is None:
         filled["min_lr"] = filled.get("lr", config.lr) / 10
     if config.shape is None:
@@ -676,6 +704,31 @@ def resolve(config, device):
     config = dataclasses.replace(config, **filled)
     check_ranges(config)
     return config
+
+
+def peak_lr(config):
+    """The peak learning rate where none is given."""
+    if not config.init:
+        return LEARNING_RATES[config.preset]
+    return RECOVER_LR if config.plan == "recover" else INIT_LR
+
+
+def fit_to(config, context):
+    """The settings with the context and the batch for a given model, whose own context has so many
+    tokens. What is left open is chosen so that a step is a whole number of micro-batches."""
+    block_size = config.block_size or min(INIT_BLOCK_SIZE, context)
+    batch_tokens = config.batch_tokens or USUAL["batch_tokens"]
+    micro_batch = config.micro_batch
+    if micro_batch is None:
+        micro_batch = USUAL["micro_batch"]
+        while micro_batch > 1 and micro_batch * block_size > INIT_MICRO_TOKENS:
+            micro_batch //= 2
+        while config.batch_tokens and batch_tokens // block_size % micro_batch:
+            micro_batch //= 2
+    if config.batch_tokens is None:
+        micro_tokens = micro_batch * block_size
+        batch_tokens = max(1, round(batch_tokens / micro_tokens)) * micro_tokens
+    return dataclasses.replace(config, block_size=block_size, micro_batch=micro_batch, batch_tokens=batch_tokens)
 
 
 def dtype_for(config, model_config, device):
@@ -726,8 +779,15 @@ def refuse_idle_flags(config):
         refuse_idle(config, ("score_every", "score_window", "uncertainty"), scored)
     if not calibration_needs(config):
         refuse_idle(config, ("calibration_windows",), scored)
-    if has_teacher and not prunes and not config.teacher:
-        raise UserError(f"plan {config.plan!r} needs --teacher CHECKPOINT, a trained model with the same tokenizer")
+
+
+def refuse_missing(config):
+    """Raise UserError if the plan needs a model that is not given."""
+    if config.plan == "recover" and not (config.init and config.teacher):
+        raise UserError("plan 'recover' trains a cut model back and needs both --init CUT and --teacher MODEL, what it "
+                        "was cut from; plan 'kd' teaches a new model")
+    if config.plan == "kd" and not config.teacher:
+        raise UserError("plan 'kd' needs --teacher CHECKPOINT, a trained model with the same tokenizer")
 
 
 def open_init(config):
@@ -867,7 +927,11 @@ def prepare(config):
     rank, world, device, waiting = join_processes(config.device)
     config = resolve(config, device)
     refuse_idle_flags(config)
+    refuse_missing(config)
     tokenizer, given, cut_before = open_init(config)
+    if given:
+        config = fit_to(config, given.block_size)
+        given = dataclasses.replace(given, block_size=config.block_size)
     start, target, timeline = plan_run(config, tokenizer.vocab_size, given)
     config = dataclasses.replace(config, tokenizer=tokenizer.name, cuts=len(timeline.events),
                                  dtype=dtype_for(config, start, device))
@@ -882,7 +946,7 @@ def prepare(config):
     if given:
         # The path of --init may come to hold another model.
         identity["start"] = json.loads(json.dumps(asdict(start)))
-    defaults = {setting.name: setting.default for setting in dataclasses.fields(config)}
+    defaults = {setting.name: setting.default for setting in dataclasses.fields(config)} | USUAL
     folder = checkpoint.RunFolder(run_path(config), identity, defaults, config.batch_tokens, tokenizer.files,
                                   writes=rank == 0)
     setup = Setup(config, timeline, start, target, corpus, corpus.tokenizer.byte_lengths(), device, rank, world, folder,
@@ -944,7 +1008,7 @@ def run_locked(config, quiet):
     try:
         # Whatever happens, a checkpoint that is being written is written to its end.
         with stop_on_signals(setup.signals), folder.background.thread, tqdm(
-                total=stop, initial=state.step, disable=hidden, mininterval=refresh) as progress:
+                total=stop, initial=state.step, disable=hidden, mininterval=refresh, file=progress_file()) as progress:
             interrupted = train(setup, state, stop, progress)
         folder.background.wait()
     except torch.OutOfMemoryError as problem:

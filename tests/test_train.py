@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -257,7 +258,7 @@ def test_a_teacher_in_bfloat16_says_what_autocast_says():
             assert torch.equal(teacher(x), given(x))
 
 
-@pytest.mark.parametrize("plan", [name for name in schedule.PLANS if name not in ("kd", "adapt")])
+@pytest.mark.parametrize("plan", [name for name in schedule.PLANS if name not in ("kd", "recover", "adapt")])
 def test_every_plan_ends_at_the_target(tmp_path, plan):
     setup, state = train_toy(tmp_path / "run", plan=plan)
     model, _ = checkpoint.load(tmp_path / "run")
@@ -362,6 +363,35 @@ def test_init_without_pruning_trains_on_and_a_run_is_a_teacher_for_it(tmp_path, 
     settings |= dict(teacher=str(tmp_path / "more"), drop_teacher=False)
     setup, state = train_toy(tmp_path / "taught", plan="kd", **settings)
     assert state.teacher is not None
+
+
+def test_plan_recover_needs_no_other_setting(tmp_path, given, capsys, monkeypatch):
+    """Each length of context has a batch of whole micro-batches; the printed speed and epochs are not zero."""
+    folder, model = given
+    command = dict(init=str(folder), teacher=str(folder), plan="recover", out=str(tmp_path / "run"))
+    monkeypatch.setitem(train.USUAL_WITH_INIT, "steps", 12)
+    monkeypatch.setattr(train, "INIT_MICRO_TOKENS", 128)
+    monkeypatch.setitem(train.USUAL, "batch_tokens", 256)
+    setup, state = train.main(train.Train(**command))
+    printed = capsys.readouterr()
+    config = report.records(tmp_path / "run")["config"][0]
+    chosen = {name: config[name] for name in ("block_size", "micro_batch", "batch_tokens", "lr", "min_lr", "eval_growth")}
+    assert chosen == dict(block_size=64, micro_batch=2, batch_tokens=256, lr=train.RECOVER_LR,
+                          min_lr=train.RECOVER_LR / 10, eval_growth=2)
+    assert state.teacher is not None and [r["step"] for r in report.records(tmp_path / "run")["eval"]] == [0, 12]
+    assert re.search(r"\n +[\d.]+%|\n? *100%.*\| 12/12 .*tok/s", printed.err) and "\r" not in printed.err
+    assert re.search(r" 0\.00\d+ epochs", printed.out)
+    assert train.resolve(train.Train(plan="recover", init="x", eval_every=5), "cpu").eval_growth == 1
+
+
+@pytest.mark.parametrize("context, given, expected", [
+    (8192, {}, (512, 4, 4096)), (8192, dict(block_size=8192), (8192, 1, 8192)), (300, {}, (300, 4, 3600)),
+    (64, {}, (64, 16, 4096)), (512, dict(batch_tokens=3072), (512, 2, 3072)), (512, dict(micro_batch=3), (512, 3, 4608)),
+    (512, dict(batch_tokens=1000), (512, 1, 1000))])          # `check_batch` says what does not fit
+def test_batch_of_a_given_model(context, given, expected):
+    config = train.resolve(train.Train(init="x", **given), "cpu")
+    fitted = train.fit_to(config, context)
+    assert (fitted.block_size, fitted.micro_batch, fitted.batch_tokens) == expected
 
 
 def test_init_refuses_what_does_not_fit(tmp_path, given):
@@ -663,6 +693,7 @@ REFUSED = {
     "one uncertain score": (dict(uncertainty=True, score_window=5), "needs two scores before the first cut"),
     "teacher without use": (dict(teacher="x.pt"), "--teacher has no effect in plan 'idea'"),
     "teacher missing": (dict(plan="kd"), "needs --teacher"),
+    "nothing to train back": (dict(plan="recover", teacher="x.pt"), "needs both --init CUT and --teacher MODEL"),
     "teacher not there": (dict(plan="kd", teacher="x.pt"), "no checkpoint at x.pt"),
     "negative": (dict(lr=-1.), "--lr -1.0 must be positive"),
     "seed": (dict(seed=2**64), "--seed 18446744073709551616 must be between"),
