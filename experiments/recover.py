@@ -1,0 +1,232 @@
+"""From a model you have to a smaller one that still answers, by one command.
+
+    python -m experiments.smollm2 fetch smollm2
+    python -m experiments.recover smollm2 --keep 0.8 --minutes 60 --out runs/smollm2-0.8
+
+It chooses among a few recipes, cuts, mends, distils each block, trains the smaller model against the
+large one (plan recover), measures what that model can do before and after, and exports it: OUT/hf for
+transformers, OUT/model.gguf and OUT/model-q8_0.gguf for llama.cpp, both with a model card's figures.
+
+Every step leaves its record in OUT/recover.jsonl or its folder in OUT. The same command goes on
+behind the last of them; the training goes on inside (train.py). `--minutes` is the time of the whole
+command. The training gets what the other steps leave: its length follows from the measured seconds of
+a step, so another machine trains on more or fewer tokens, and the card says on how many.
+"""
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import checkpoint
+import data
+import distill
+import export
+import prune
+import train
+from common import UserError, append_record, check_choices, check_positive, parse, pick_device, printable, read_records, run
+from experiments import measure, texts
+from experiments.measure import Protocol
+from formats import llamacpp
+from prune import Prune
+from train import Train
+
+# The share of --minutes that the training leaves for the measurements behind it, beside what the
+# measurement of the dense model took.
+RESERVE = 0.03
+CALIBRATION_WINDOWS = 64             # of CALIBRATION_BLOCK tokens
+CALIBRATION_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Recover:
+    model: str                    # what to make smaller: a Hugging Face folder, a hub id or a checkpoint
+    out: str = "runs/recovered"   # folder of everything; the same command goes on there
+    keep: float = 0.8             # kept fraction of what all FFN neurons and KV groups cost
+    budget: Literal["params", "flops", "kv_bytes", "ms"] = "params"    # what `keep` is a fraction of
+    minutes: float = 60.0         # of the whole command
+    steps: int | None = None      # of the training; default: as many as the minutes allow
+    # texts to calibrate and train on, even or NAME:WEIGHT; default: Python, fiction and news, essays, manuals
+    data: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()  # texts to be measured on only
+    questions: tuple[str, ...] = ("own",)    # files of questions to be measured on only
+    limit: int = 500              # questions of each file
+    windows: int = 8              # of 2,048 tokens of each text, for its perplexity
+    choose: bool = True           # try RECIPES and go on with the best; without: the first of them
+    local_steps: int = 100        # of local distillation of each block
+    seed: int = 0
+    device: str = "auto"          # auto, cpu, cuda, mps
+
+
+class Journal:
+    """The records of a command that goes on: OUT/recover.jsonl. Raises UserError if they are those
+    of another command."""
+    def __init__(self, folder, identity):
+        self.file = Path(folder) / "recover.jsonl"
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.records = {record["tag"]: record for record in read_records(self.file)}
+        if "config" not in self.records:
+            self.add("config", **identity)
+        recorded = self.records["config"]
+        for name, value in identity.items():
+            if recorded.get(name) != value:
+                raise UserError(f"{self.file} is of another command (--{name.replace('_', '-')} {recorded.get(name)!r} "
+                                f"there, {value!r} here); give another --out")
+
+    def add(self, tag, **record):
+        append_record(self.file, tag=tag, **record)
+        self.records[tag] = record
+
+    def once(self, tag, make, announce):
+        """The record `tag`: an old one, or the dictionary that make() returns, with its seconds."""
+        if tag not in self.records:
+            print(announce, flush=True)
+            start = time.perf_counter()
+            record = make()
+            self.add(tag, **{"seconds": time.perf_counter() - start, **record})
+        return self.records[tag]
+
+
+# -- what the command works on
+
+@dataclass(frozen=True)
+class Work:
+    """Everything that the steps share."""
+    config: Recover
+    out: Path
+    journal: Journal
+    tokenizer: object
+    texts: measure.Texts
+    protocol: Protocol
+    device: str
+    start: float                  # when the command began, seconds of time.perf_counter
+
+    @property
+    def minutes_gone(self):
+        return (time.perf_counter() - self.start) / 60
+
+
+def sources(config):
+    """The texts that the command calibrates and trains on. By default those are Python and three
+    kinds of English, which are fetched once."""
+    if config.data:
+        return config.data
+    folder = Path("data_cache/texts")
+    wanted = [name for name in DEFAULT_TEXTS if not (folder / f"{name}.jsonl").exists()]
+    if wanted:
+        print(f"fetching {', '.join(wanted)} into {folder}", flush=True)
+        try:
+            texts.main(texts.Texts(str(folder), tuple(wanted)))
+        except UserError as problem:
+            raise UserError(f"{problem}; or give your own texts by --data") from None
+    return ("stdlib", *[str(folder / f"{name}.jsonl") for name in DEFAULT_TEXTS])
+
+
+def open_work(config):
+    """Read everything that the steps need, before anything takes long: -> Work, the dense model.
+    Raises UserError for what they could not work with."""
+    start = time.perf_counter()
+    device = pick_device(config.device)
+    names = sources(config)
+    model, about = checkpoint.load(config.model, device, torch.float32)
+    tokenizer = checkpoint.tokenizer_of(model, about, config.model)
+    corpus = data.load_mixture(names, tokenizer, block_size=CALIBRATION_BLOCK)
+    test_texts = measure.open_texts(corpus, config.unseen, tokenizer)
+    protocol = Protocol(config.windows, config.questions, config.limit, seed=config.seed).read()
+    identity = dataclasses.asdict(dataclasses.replace(config, data=names))
+    # Where it runs and how long it may take are no part of what it is.
+    for name in ("out", "device", "minutes"):
+        del identity[name]
+    identity = {name: list(value) if isinstance(value, tuple) else value for name, value in identity.items()}
+    journal = Journal(config.out, {**identity, "fingerprint": corpus.fingerprint,
+                                   "weights": checkpoint.fingerprint(model)[:16]})
+    config = dataclasses.replace(config, data=names)
+    return Work(config, Path(config.out), journal, tokenizer, test_texts, protocol, device, start), model
+
+
+# -- the steps
+
+def measured(work, tag, path, announce):
+    """The full measurement of the model at `path`, in the dtype in which the device is fastest."""
+    def make():
+        model, _ = checkpoint.load(path, work.device, torch.float32)
+        running = prune.in_dtype(model, prune.measuring_dtype(Prune(), model, work.device))
+        return measure.measure(running, work.tokenizer, work.texts, work.protocol)
+    return work.journal.once(tag, make, announce)
+
+
+def cut(work):
+    """Cut by the best recipe, in OUT/cut."""
+    folder = work.out / "cut"
+    if not checkpoint.newest(folder):
+        recipe = choose(work)
+        print(f"cut: python prune.py {command_of(recipe)}", flush=True)
+        prune.main(recipe)
+    return folder
+
+
+def choose(work):
+    """The recipe that goes on, an instance of prune.Prune."""
+    raise NotImplementedError
+
+
+def command_of(settings):
+    """The flags that make these settings, a frozen dataclass, from its defaults."""
+    words = []
+    for setting in dataclasses.fields(settings):
+        value = getattr(settings, setting.name)
+        if value == setting.default:
+            continue
+        words.append(f"--{setting.name.replace('_', '-')}")
+        words += map(str, value) if isinstance(value, tuple) else [str(value)]
+    return " ".join(words)
+
+
+def training(work, steps=None):
+    """The settings of the training of OUT/cut."""
+    return Train(plan="recover", init=str(work.out / "cut"), teacher=work.config.model, data=work.config.data,
+                 out=str(work.out / "recovered"), seed=work.config.seed, device=work.config.device, steps=steps)
+
+
+def steps_that_fit(work):
+    """How many steps the training may have, from the seconds of one step, measured here: a record.
+    The first micro-batch warms up and is not counted."""
+    if work.config.steps:
+        return {"steps": work.config.steps}
+    settings = train.fit_to(training(work), checkpoint.load(work.config.model, "meta")[0].config.block_size)
+    student, _ = checkpoint.load(work.out / "cut", work.device, torch.float32)
+    teacher, _ = checkpoint.load(work.config.model, work.device, torch.float32)
+    distill.freeze(teacher)
+    dtype = train.dtype_for(settings, student.config, work.device)
+    objective = distill.Objective(student, settings.kd_weight, settings.kd_temperature)
+    x = torch.randint(student.config.vocab_size, (settings.micro_batch, settings.block_size), device=work.device)
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            with torch.no_grad():
+                hidden = teacher.hidden(x)
+            loss, _ = objective(x, x, hidden, teacher.head_weight)
+        loss.backward()
+        loss.item()                  # waits for a GPU
+        seconds.append(time.perf_counter() - begin)
+    micro_steps = settings.batch_tokens // (settings.micro_batch * settings.block_size)
+    per_step = min(seconds[1:]) * micro_steps
+    behind = work.journal.records["dense"]["seconds"] / 60 + RESERVE * work.config.minutes
+    left = work.config.minutes - work.minutes_gone - behind
+    steps = max(MIN_STEPS, int(left * 60 / per_step))
+    return {"steps": steps, "seconds_per_step": per_step, "batch_tokens": settings.batch_tokens}
+
+
+def recover(work):
+    """Train OUT/cut back, in OUT/recovered."""
+    plan = work.journal.once("training", lambda: steps_that_fit(work), "measuring the seconds of a step")
+    settings = training(work, plan["steps"])
+    if "seconds_per_step" in plan:
+        print(f"train: {plan['steps']} steps of {plan['batch_tokens']:,} tokens, about "
+              f"{plan['steps'] * plan['seconds_per_step'] / 60:.0f} minutes: python train.py {command_of(settings)}",
+              flush=True)
+    train.main(settings)
+    return work.out / "recovered"
