@@ -1,27 +1,32 @@
-"""How good a model is: nats per token, perplexity and bits per byte by one stated protocol; and a
-sample of its text.
+"""How good a model is: nats per token, perplexity and bits per byte by one stated protocol; questions
+and small tasks that it answers; and a sample of its text.
 
     python eval.py runs/idea-laptop-0 --sample "def read(path):" "class Reader:"
     python eval.py runs/idea-laptop-0 --data README.md --stride 32
-    python eval.py SmolLM2-135M --multiple-choice questions.jsonl      # a Hugging Face folder or hub id
+    python eval.py SmolLM2-135M --data prose.txt chats.jsonl           # a Hugging Face folder or hub id
+    python eval.py runs/cut --multiple-choice own --probe --against SmolLM2-135M
     python eval.py SmolLM2-135M --tasks arc_easy,hellaswag,piqa
 
-The protocol. The text is cut into windows of block_size + 1 tokens. The first token of a window is
-only context; the model predicts each of the others from those before it in the window. Without
---stride, `windows` of the windows are read: they are evenly spaced, do not overlap and are always
-the same. With --stride s, a window starts every s tokens over the whole text. The first window
-counts all of its predictions, every other window its last s, so that each of these has at least
-block_size - s tokens of context. Tokens behind the last window are left out.
+The protocol. A row of a .jsonl or .parquet file is a document of its own, which the end-of-text token
+closes; any other file is read as it is. The text is cut into windows of block_size + 1 tokens. The
+first token of a window is only context; the model predicts each of the others from those before it
+in the window. Without --stride, `windows` of the windows are read: they are evenly spaced, do not
+overlap and are always the same. With --stride s, a window starts every s tokens over the whole text.
+The first window counts all of its predictions, every other window its last s, so that each of these
+has at least block_size - s tokens of context. Tokens behind the last window are left out.
 
 A loss is the mean over the counted tokens. The model runs in the dtype of its weights, and the
 log-softmax in float32 (float64 for float64 weights). The dtype is printed with the loss: compare
 only losses of one dtype, as bfloat16 moves them by about 0.001. With --dtype auto the weights are as
 stored, except on a CPU: there float16 becomes float32, and so does bfloat16 where it is not faster.
-Bits per byte divides by the UTF-8 bytes that the counted tokens stand for. Multiple-choice questions
-and lm_eval's tasks are scored by tasks/questions.py.
+Bits per byte divides by the UTF-8 bytes that the counted tokens stand for.
+
+Multiple-choice questions and lm_eval's tasks are scored by tasks/questions.py, --probe's tasks by
+tasks/probe.py. --against lets a second model answer the same, and prints the paired differences.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -44,16 +49,20 @@ from common import (
 )
 from distill import chunked_loss
 
+WINDOW = 2048                        # most tokens of a window of --data, without --block-size: the usual protocol
+
 
 @dataclass(frozen=True)
 class Eval:
     checkpoint: str               # ckpt_*.pt, the folder of a run, a Hugging Face folder or a hub id
-    data: str | None = None       # a text file; default: the hold-out of training, unless there are questions
-    block_size: int | None = None    # tokens of context; default: what the model was trained with
+    data: tuple[str, ...] = ()    # texts: files or folders; default: training's hold-out, unless there are questions
+    block_size: int | None = None    # tokens of context; default: what training had, with --data at most 2,048
     windows: int = 256            # windows of the hold-out, evenly spaced; 0: all
     stride: int = 0               # start a window every so many tokens of the whole text; 0: `windows` of them
     batch: int = 32               # windows per forward pass
-    multiple_choice: tuple[str, ...] = ()    # files of questions: JSON lines, or BIG-bench's task.json
+    multiple_choice: tuple[str, ...] = ()    # files of questions: JSON lines, BIG-bench's task.json; or own
+    probe: bool = False           # sums, copying, brackets, phrases: answers that the model must write itself
+    against: str | None = None    # a second model that answers the same: paired differences to it
     tasks: str | None = None      # lm_eval's tasks, for example arc_easy,hellaswag (pip install lm_eval)
     include_path: str | None = None    # a folder with YAML files of more lm_eval tasks
     num_fewshot: int | None = None     # examples before each question of --tasks; default: the task's own number
@@ -141,11 +150,34 @@ def evaluate(model, tokens, byte_lengths, windows=256, stride=0, batch=32, rank=
             "bits_per_byte": nats / math.log(2) / max(1, counted_bytes)}
 
 
-def read_text(config, tokenizer, about):
-    """The text that the command measures: (token ids (N,), its name). Raises UserError if there is
-    none, or if the model's hold-out is not the one of its training."""
-    if config.data is not None:
-        return tokenizer.encode(data.read_text(config.data)), config.data
+def has_documents(name):
+    """Whether --data names several documents: a file of rows or a folder."""
+    return Path(name).suffix in data.ROWS or Path(name).is_dir()
+
+
+def read_documents(name):
+    """The texts of a file or folder, [str]. Raises UserError if there are none."""
+    if not has_documents(name):
+        return [data.read_text(name)]
+    source = data.open_source(name, field="text", split="train", stream=False)
+    texts = ["".join(pieces) for _, pieces in source.documents()]
+    if not texts:
+        raise UserError(f"{name} holds no text; give another file")
+    return texts
+
+
+def read_tokens(name, tokenizer):
+    """The token ids (N,) of a text file; or of a file of rows or a folder, with the end-of-text token
+    behind each document."""
+    parts = []
+    for ids in tokenizer.encode_batch(read_documents(name)):
+        parts += [ids, np.array([tokenizer.eot], ids.dtype)]
+    return np.concatenate(parts) if has_documents(name) else parts[0]
+
+
+def hold_out(config, tokenizer, about):
+    """The hold-out of the model's training: (token ids (N,), its name). Raises UserError if there is
+    none, or if it is not the one of its training."""
     trained = about.get("run", {})
     if "data" not in trained:
         raise UserError(f"{config.checkpoint} does not say what it was trained on; give a text by "
@@ -164,13 +196,29 @@ def dtype_name(model):
 
 
 def print_loss(config, model, tokenizer, about):
-    tokens, name = read_text(config, tokenizer, about)
-    windows = config.windows if config.data is None else 0
+    """Print a line for each text of --data, or one for the hold-out."""
+    context = model.config.block_size
+    if not config.data:
+        tokens, name = hold_out(config, tokenizer, about)
+        print_line(config, model, tokenizer, about, tokens, name, context, config.windows)
+        return
+    # All texts are read before the first is measured, so that a bad one is refused at once.
+    texts = {name: read_tokens(name, tokenizer) for name in config.data}
+    for name, tokens in texts.items():
+        T = context
+        # A text that is shorter is one window. A --block-size that was given is taken as it is.
+        if config.block_size is None:
+            T = max(1, min(context, WINDOW, len(tokens) - 1))
+        print_line(config, model, tokenizer, about, tokens, name, T, windows=0)
+
+
+def print_line(config, model, tokenizer, about, tokens, name, T, windows):
+    """Measure a text (N,) in windows of T tokens and print the result."""
     result = evaluate(model, tokens, tokenizer.byte_lengths(), windows, config.stride, config.batch,
-                      show_progress=True)
+                      block_size=T, show_progress=True)
     step = f" at step {about['step']}" if "step" in about else ""
     print(f"{config.checkpoint}{step}: {model.config.num_params()['total']:,} parameters, {printable(name)}, "
-          f"{result['tokens']:,} tokens in windows of {model.config.block_size}, {dtype_name(model)}\n"
+          f"{result['tokens']:,} tokens in windows of {T}, {dtype_name(model)}\n"
           f"  {result['loss']:.4f} nats per token   perplexity {result['perplexity']:.3f}   "
           f"{result['bits_per_byte']:.4f} bits per byte")
 
@@ -209,11 +257,15 @@ def check_flags(config):
     """Raise UserError for a flag that would have no effect, or for a --dtype that does not
     exist."""
     check_choices(config)
-    questions = config.tasks or config.multiple_choice
+    questions = config.tasks or config.multiple_choice or config.probe
     if not config.tasks:
         refuse_idle(config, ("include_path", "num_fewshot"), "without --tasks")
+    if not config.tasks and not config.multiple_choice:
+        refuse_idle(config, ("limit",), "without --tasks or --multiple-choice")
     if not questions:
-        refuse_idle(config, ("limit", "batch_tokens"), "without --tasks or --multiple-choice")
+        refuse_idle(config, ("batch_tokens",), "without --tasks, --multiple-choice or --probe")
+    if not config.multiple_choice and not config.probe:
+        refuse_idle(config, ("against",), "without --multiple-choice or --probe")
     if questions and not config.data:
         refuse_idle(config, ("stride", "batch"), "on questions without --data")
     if questions or config.data or config.stride:
@@ -236,22 +288,49 @@ def open_model(config):
     return model, about
 
 
+def print_answers(config, model, tokenizer):
+    """Print what --multiple-choice, --probe and --tasks ask for: -> {row of the tables: [bool]}, which
+    questions were answered rightly."""
+    # Only here: no other command needs them.
+    from tasks import probe, questions
+    print(f"{config.checkpoint}, {dtype_name(model)}:")
+    answers = {}
+    if config.multiple_choice:
+        answers |= questions.print_choices(config, model, tokenizer)
+    if config.probe:
+        text = "\n".join(read_documents(config.data[0])) if config.data else None
+        answers |= probe.print_probe(config, model, tokenizer, text)
+    if config.tasks:
+        questions.print_tasks(config, model, tokenizer)
+    return answers
+
+
+def print_against(config, answers):
+    """Let the model of --against answer the same questions, and print the paired differences."""
+    from tasks import statistics
+    config = replace(config, checkpoint=config.against, tasks=None)
+    model, about = open_model(config)
+    reference = print_answers(config, model, tokenizer_of(model, about, config.checkpoint))
+    statistics.print_pairs(answers, reference, config.checkpoint)
+
+
 def main(config):
     check_flags(config)
-    has_questions = config.tasks or config.multiple_choice
+    has_questions = bool(config.tasks or config.multiple_choice or config.probe)
     if has_questions:
-        # Only here: no other command needs it.
         from tasks import questions
         questions.check(config)
     model, about = open_model(config)
     tokenizer = tokenizer_of(model, about, config.checkpoint)
-    if has_questions:
-        print(f"{config.checkpoint}, {dtype_name(model)}:")
-        questions.main(config, model, tokenizer)
-    if config.data is not None or not has_questions:
+    answers = print_answers(config, model, tokenizer) if has_questions else {}
+    if config.data or not has_questions:
         print_loss(config, model, tokenizer, about)
     if config.sample:
         print_sample(config, model, tokenizer)
+    if config.against:
+        # Two models at a time are more than a small machine may hold.
+        del model
+        print_against(config, answers)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 each prefix run once.
 
     python eval.py MODEL --multiple-choice FILE     # JSON lines, or the task.json of a BIG-bench task
+    python eval.py MODEL --multiple-choice own      # our own 500 questions, tasks/own_questions.py
     python eval.py MODEL --tasks piqa,arc_easy      # any task of lm_eval, run by lm_eval through our model
 
 The score of a choice is the summed log-probability of its tokens behind the question. lm_eval runs
@@ -30,6 +31,7 @@ from tqdm import tqdm
 
 from common import UserError
 from distill import chunk_tokens
+from tasks import own_questions
 
 # Sequences that share little share a tree, too, up to so many tokens: fewer and fuller rows are
 # faster.
@@ -263,7 +265,11 @@ def question(where, query, choices, gold):
 
 def read_questions(path):
     """A file -> [Question]. The file has JSON lines such as LINE, or is the task.json of one
-    BIG-bench task. Raises UserError, with file and line, for what is no question."""
+    BIG-bench task. "own" is no file but our own questions. Raises UserError, with file and line, for
+    what is no question."""
+    if path == "own":
+        rows = enumerate(own_questions.rows(), 1)
+        return [question(f"own:{number}", row["query"], row["choices"], row["gold"]) for number, row in rows]
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -338,8 +344,9 @@ def multiple_choice(model, tokenizer, questions, batch_tokens=None, progress=Tru
 
     "acc" is the share of right answers by the summed log-probability of a choice, "acc_norm" by
     that per character, "acc_bytes" per UTF-8 byte, both without the leading space of the choice.
-    Each has "_stderr", the standard error of the mean (NaN for one question). "loglikelihoods" are
-    the nats, a list per question. "tokens" are those that a loop over all choices runs,
+    Each has "_stderr", the standard error of the mean (NaN for one question). "correct" says for each
+    metric which questions were answered rightly, {metric: [bool]}. "loglikelihoods" are the nats, a
+    list per question. "tokens" are those that a loop over all choices runs,
     "tokens_run" the nodes of our trees, "seconds" our time."""
     start = time.perf_counter()
     encoder = Encoder(tokenizer)
@@ -358,14 +365,15 @@ def multiple_choice(model, tokenizer, questions, batch_tokens=None, progress=Tru
         nats.append([next(scores)[0] for _ in q.choices])
     seconds = time.perf_counter() - start
     lengths = [len(context) + len(continuation) - 1 for context, continuation in requests]
-    result = {"questions": len(questions), "loglikelihoods": nats, "seconds": seconds,
+    result = {"questions": len(questions), "loglikelihoods": nats, "seconds": seconds, "correct": {},
               "tokens": sum(min(length, block_size) for length in lengths),
               "tokens_run": sum(len(tree.ids) for tree in grow(requests, block_size))}
     for metric in METRICS:
         right = []
         for q, row in zip(questions, nats):
             divisors = [divisor(metric, choice) for choice in q.choices]
-            right.append(np.argmax(np.array(row) / divisors) == q.gold)
+            right.append(bool(np.argmax(np.array(row) / divisors) == q.gold))
+        result["correct"][metric] = right
         result[metric] = float(np.mean(right))
         result[metric + "_stderr"] = math.nan
         if len(right) > 1:
@@ -527,17 +535,17 @@ def check(config):
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
 
 
-def main(config, model, tokenizer):
-    """Print the answers that --multiple-choice and --tasks ask for."""
-    if config.multiple_choice:
-        print_choices(config, model, tokenizer)
-    if config.tasks:
-        _, table = run_tasks(model, tokenizer, config.tasks.split(","), config.include_path,
-                             config.batch_tokens, limit=config.limit, num_fewshot=config.num_fewshot)
-        print(table)
+def print_tasks(config, model, tokenizer):
+    """Run and print the tasks of lm_eval that --tasks asks for."""
+    _, table = run_tasks(model, tokenizer, config.tasks.split(","), config.include_path,
+                         config.batch_tokens, limit=config.limit, num_fewshot=config.num_fewshot)
+    print(table)
 
 
 def print_choices(config, model, tokenizer):
+    """Answer the files of --multiple-choice and print a line for each: -> {"FILE METRIC": [bool]},
+    which questions were answered rightly."""
+    correct = {}
     # All files are read before the first is answered, so that a bad one is refused at once.
     files = [(file, read_questions(file)[:config.limit]) for file in config.multiple_choice]
     print(f"{'file':40} questions  acc              acc_norm         acc_bytes        tokens/s")
@@ -546,3 +554,6 @@ def print_choices(config, model, tokenizer):
         metrics = "  ".join(f"{result[m]:.4f} ± {result[m + '_stderr']:.4f}" for m in METRICS)
         rate = result["tokens"] / result["seconds"]
         print(f"{file:40} {result['questions']:9,}  {metrics}  {rate:8,.0f}")
+        for metric in ("acc", "acc_norm"):
+            correct[f"{file} {metric}"] = result["correct"][metric]
+    return correct

@@ -20,7 +20,7 @@ from checkpoint import load, save
 from common import UserError, progress
 from formats.tokenizer import Tiktoken, open_tokenizer
 from model import GPT, GPTConfig
-from tasks import questions
+from tasks import questions, statistics
 
 ROOT = Path(__file__).parent.parent
 CONFIG = GPTConfig(vocab_size=256, block_size=16, d_model=16, head_dim=8, n_head=(2,), n_kv_head=(1,), d_ff=(8,))
@@ -122,16 +122,69 @@ def test_the_command_agrees_with_the_records_of_a_run_and_samples(toy_runs, caps
 
 def test_the_command_reads_a_text(toy_runs, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("import os\n" * 50)
-    output = evaluated(capsys, toy_runs / "scratch-0", data=str(tmp_path / "text.txt"), stride=32)
+    output = evaluated(capsys, toy_runs / "scratch-0", data=(str(tmp_path / "text.txt"),), stride=32)
     assert "text.txt" in output and "nats per token" in output
 
 
 def test_the_command_counts_the_tokens_that_data_py_counts(toy_runs, tmp_path, capsys):
     """Line ends stay as they are."""
     (tmp_path / "text.txt").write_bytes(b"import os\r\n" * 50)
-    tokens, _ = evaluation.read_text(evaluation.Eval("x", data=str(tmp_path / "text.txt")), open_tokenizer("bytes"), {})
+    tokens = evaluation.read_tokens(str(tmp_path / "text.txt"), open_tokenizer("bytes"))
     corpus = data.load(str(tmp_path / "text.txt"), cache=None)
     assert len(tokens) == 550 == len(corpus.train) + len(corpus.val) - 2         # without their ends of text
+
+
+def test_rows_are_the_documents_that_data_py_counts(tmp_path):
+    texts = ["import os\r\n" * 9, "é", "", "def f():\n"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in texts))
+    tokenizer = open_tokenizer("bytes")
+    tokens = evaluation.read_tokens(str(tmp_path / "rows.jsonl"), tokenizer)
+    end = bytes([tokenizer.eot])
+    assert bytes(tokens.tolist()) == b"".join(text.encode() + end for text in texts if text)
+    corpus = data.load(str(tmp_path / "rows.jsonl"), cache=None)
+    assert sorted(tokens) == sorted([*corpus.train[:], *corpus.val[:]])
+    for content, sentence in (('{"text": ""}\n', "holds no text"), ('{"x": 1}\n', "rows.jsonl:1 has no text in field")):
+        (tmp_path / "rows.jsonl").write_text(content)
+        with pytest.raises(UserError, match=sentence):
+            evaluation.read_tokens(str(tmp_path / "rows.jsonl"), tokenizer)
+
+
+def test_several_texts_in_windows_of_2048_where_they_are_long_enough(tmp_path, model, capsys, monkeypatch):
+    save(tmp_path / "m.pt", GPT(GPTConfig(**{**CONFIG.__dict__, "block_size": 64})), run={"tokenizer": "bytes"})
+    monkeypatch.setattr(evaluation, "WINDOW", 32)
+    for name, repeats in (("long.txt", 50), ("short.txt", 2)):
+        (tmp_path / name).write_text("import os\n" * repeats)
+    names = (str(tmp_path / "long.txt"), str(tmp_path / "short.txt"))
+    lines = [line for line in evaluated(capsys, tmp_path / "m.pt", data=names).splitlines() if "windows of" in line]
+    assert ["long.txt, 480 tokens in windows of 32" in lines[0], "short.txt, 19 tokens in windows of 19" in lines[1]] \
+        == [True, True]
+    assert "windows of 16," in evaluated(capsys, tmp_path / "m.pt", data=names, block_size=16)
+    with pytest.raises(UserError, match="the text has 20 tokens, one window takes 65"):
+        evaluated(capsys, tmp_path / "m.pt", data=names, block_size=64)
+
+
+def test_two_models_are_compared_question_by_question(tmp_path, capsys):
+    config = GPTConfig(**{**CONFIG.__dict__, "block_size": 1024})
+    some = questions.read_questions("own")[:50]
+    models = {}
+    for seed, name in enumerate(("cut", "dense")):
+        torch.manual_seed(seed)
+        models[name] = GPT(config)
+        save(tmp_path / name, models[name], run={"tokenizer": "bytes"})
+    output = evaluated(capsys, tmp_path / "cut", against=str(tmp_path / "dense"), multiple_choice=("own",), limit=50,
+                       probe=True)
+    correct = {}
+    for name in models:
+        answered = questions.multiple_choice(models[name], open_tokenizer("bytes"), some)
+        assert answered["acc_norm"] == sum(answered["correct"]["acc_norm"]) / 50
+        correct[name] = answered["correct"]["acc_norm"]
+    pair = statistics.paired(correct["cut"], correct["dense"])
+    table = output.split("paired with")[1]
+    line, = [line for line in table.splitlines() if line.startswith("own acc_norm")]
+    assert f"{pair.difference.value:+.3f} [{pair.difference.low:+.3f}, {pair.difference.high:+.3f}]" in line
+    assert line.endswith(f"{pair.gained:6}  {pair.lost:4}") and pair.gained and pair.lost
+    assert [line.split()[1] for line in table.splitlines() if line.startswith("probe")] == \
+        ["sums", "copying", "brackets", "phrases"]
 
 
 REFUSALS = [("none", {}, "no checkpoint at"), ("text.txt", {}, "is not a checkpoint"),
@@ -146,7 +199,7 @@ def test_the_command_refuses_in_a_sentence(toy_runs, tmp_path, name, flags, sent
     (tmp_path / "text.txt").write_text("import os\n" * 50)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00" * 100)
     if "data" in flags:
-        flags = {"data": str(tmp_path / flags["data"])}
+        flags = {"data": (str(tmp_path / flags["data"]),)}
     folder = tmp_path if name == "text.txt" else toy_runs
     with pytest.raises(UserError, match=sentence) as refusal:
         evaluation.main(evaluation.Eval(str(folder / name), device="cpu", **flags))
@@ -205,10 +258,12 @@ def test_the_command_asks_questions_and_refuses_idle_flags(tmp_path, model, caps
         assert f"{result[metric]:.4f} ± {result[metric + '_stderr']:.4f}" in output
     assert "nats per token" not in output and f"{7:9,}" in output
     for flags, sentence in ((dict(limit=3), "--limit has no effect without --tasks or"),
+                            (dict(probe=True, limit=3), "--limit has no effect without --tasks or"),
+                            (dict(tasks="x", against="y"), "--against has no effect without --multiple-choice or"),
                             (dict(include_path="x"), "--include-path has no effect without --tasks"),
                             (dict(multiple_choice=["x"], num_fewshot=1), "--num-fewshot has no effect without --tasks"),
                             (dict(multiple_choice=["x"], stride=2), "--stride has no effect on questions without"),
-                            (dict(data="x", windows=3), "--windows has no effect with --data or --stride"),
+                            (dict(data=("x",), windows=3), "--windows has no effect with --data or --stride"),
                             (dict(seed=3), "--seed has no effect without --sample"),
                             (dict(multiple_choice=["x"], limit=0), "--limit 0 must be at least 1"),
                             (dict(tasks="x", num_fewshot=-1), "--num-fewshot -1 must be at least 0")):
@@ -227,7 +282,7 @@ def test_the_dtype_is_chosen_by_weights_and_hardware_and_printed(tmp_path, model
     save(tmp_path / "m.pt", model.to(getattr(torch, stored)), run={"tokenizer": "bytes"})
     (tmp_path / "text.txt").write_text("import os\n" * 50)
     (tmp_path / "q.jsonl").write_text('{"query": "Q", "choices": [" a", " b"], "gold": 0}\n')
-    output = evaluated(capsys, tmp_path / "m.pt", data=str(tmp_path / "text.txt"), dtype=flag,
+    output = evaluated(capsys, tmp_path / "m.pt", data=(str(tmp_path / "text.txt"),), dtype=flag,
                        multiple_choice=[str(tmp_path / "q.jsonl")])
     assert f"m.pt, {dtype}:\nfile" in output and f"tokens in windows of 16, {dtype}\n" in output
     exact = evaluation.evaluate(load(tmp_path / "m.pt", dtype=torch.float32)[0],

@@ -24,6 +24,7 @@ from experiments import claims, claims_statistics, compare, compare_report, scal
 from formats import huggingface
 from formats.tokenizer import open_tokenizer
 from model import GPT, GPTConfig
+from tasks import own_questions
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -50,7 +51,7 @@ for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
 SETTINGS = {         # the settings that a command reads
     "train.py": train.Train, "eval.py": evaluation.Eval, "prune.py": prune.Prune, "export.py": export.Export,
     "report.py": report.Report, "data.py": data.Prepare, "experiments.compare": compare.Compare,
-    "experiments.smollm2": smollm2.SmolLM2, "bench": Bench}
+    "experiments.smollm2": smollm2.SmolLM2, "tasks.own_questions": own_questions.OwnQuestions, "bench": Bench}
 SUBCOMMANDS = {"experiments.claims": claims.COMMANDS, "experiments.scaling": scaling.COMMANDS}
 SHELL = ("python3 -m venv", "pip ", "tar ")
 
