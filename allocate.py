@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from common import UserError
 
-# What a budget may be counted in.
+# What a budget may be counted in, besides measured decode time (methods/latency.py).
 RESOURCES = ("params", "flops", "kv_bytes")
 # Multiples of the golden ratio modulo 1 are spread evenly over [0, 1).
 GOLDEN_RATIO = 0.6180339887498949
@@ -25,10 +25,13 @@ GOLDEN_RATIO = 0.6180339887498949
 
 def unit_cost(config, layer, kind, resource):
     """What one unit costs, a whole number: parameters; FLOPs per token of a forward pass at the
-    config's context; or bytes of KV cache per token in bfloat16. 0 if the sub-block is absent."""
+    config's context; or bytes of KV cache per token in bfloat16. Or `resource` is a
+    latency.DecodeTime, and the cost is in nanoseconds. 0 if the sub-block is absent."""
     widths = config.widths()
     if widths[layer, kind] == 0:
         return 0
+    if not isinstance(resource, str):
+        return resource.unit(kind)
     if resource == "params":
         return config.unit_params(layer, kind)
     nothing = dict.fromkeys(widths, 0)
@@ -41,18 +44,30 @@ def unit_cost(config, layer, kind, resource):
     return flops - without_units.flops_per_token(T, backward=False)
 
 
+def layer_cost(config, layer, resource):
+    """What a layer costs besides its units: decode time, if it has a unit. It is saved only by
+    dropping the whole layer. Counted resources have no such cost."""
+    widths = config.widths()
+    is_absent = widths[layer, "ffn"] == 0 and widths[layer, "kv"] == 0
+    return 0 if is_absent or isinstance(resource, str) else resource.layer
+
+
 def total(config, resource="params"):
-    """What all units of the model cost together."""
-    return sum(n * unit_cost(config, *key, resource) for key, n in config.widths().items())
+    """What all layers of the model cost together."""
+    units = sum(n * unit_cost(config, *key, resource) for key, n in config.widths().items())
+    return units + sum(layer_cost(config, layer, resource) for layer in range(config.n_layer))
 
 
 def split_budget(config, budget, structure, resource="params"):
     """Split a budget into what stays anyway and what the kinds in `structure` may use. Returns
     (costs of one unit by (layer, kind), what is left for the kinds in `structure`, the widths with
-    0 for these kinds). Raises UserError if the other kinds alone cost more than the budget."""
+    0 for these kinds). "layer" in `structure`: whole layers may go, with what they cost besides
+    their units. Raises UserError if what stays anyway costs more than the budget."""
     costs = {key: unit_cost(config, *key, resource) for key in config.widths()}
     widths = {key: 0 if key[1] in structure else n for key, n in config.widths().items()}
     fixed = sum(n * costs[key] for key, n in widths.items())
+    if "layer" not in structure:
+        fixed += sum(layer_cost(config, layer, resource) for layer in range(config.n_layer))
     if budget < fixed:
         raise UserError(f"the budget of {budget:,} {resource} is {fixed - budget:,} less than what stays "
                         f"anyway, as only {', '.join(structure)} may go; keep more, or cut more by "
@@ -170,15 +185,14 @@ def blocks_of(config, scores, structure, multiple_of=1, original=None, spread=Tr
     return blocks
 
 
-def fill(offers, costs, budget, widths):
-    """Take offers [(sort key, {(layer, kind): units})] from the lowest key on, on top of `widths`,
-    as long as their costs fit into the budget. Ties go to the offer that comes first in the list.
-    If an offer does not fit, no later one of its layer and kind is taken. Returns the new
+def fill(offers, budget, widths):
+    """Take offers [(sort key, price, {(layer, kind): units})] from the lowest key on, on top of
+    `widths`, as long as their prices fit into the budget. Ties go to the offer that comes first in
+    the list. If an offer does not fit, no later one of its layer and kind is taken. Returns the new
     widths."""
     widths = dict(widths)
     closed = set()
-    for _, units in sorted(offers, key=lambda offer: offer[0]):
-        price = sum(n * costs[key] for key, n in units.items())
+    for _, price, units in sorted(offers, key=lambda offer: offer[0]):
         if price > budget or closed.intersection(units):
             closed.update(units)
             continue
@@ -209,22 +223,27 @@ def widths_for(config, budget, how, scores, structure=("ffn", "kv"), *, multiple
 
     offers = []
     for block in blocks_of(config, scores, structure, multiple_of, original, spread=not strict):
-        # With "uniform-strict" a block of layer 0 stands for the same block of all layers.
-        if strict and block.layer > 0:
-            continue
-        layers = range(config.n_layer) if strict else [block.layer]
-        sort_key = ALLOCATIONS[how](block, context)
-        offers.append((sort_key, {(layer, block.kind): block.units for layer in layers}))
-    widths = fill(offers, costs, left, widths)
+        layers = [block.layer]
+        # With "uniform-strict" a block of the first layer stands for the same block of all layers.
+        if strict:
+            layers = [layer for layer in range(config.n_layer) if start[layer, block.kind] > 0]
+            if block.layer != layers[0]:
+                continue
+        price = sum(block.units * costs[layer, block.kind] for layer in layers)
+        units = {(layer, block.kind): block.units for layer in layers}
+        offers.append((ALLOCATIONS[how](block, context), price, units))
+    widths = fill(offers, left, widths)
     if how not in MAY_EMPTY_A_LAYER:
         refuse_empty_layers(start, widths, budget, resource)
     return widths
 
 
 def refuse_uneven_layers(start, structure):
-    """Raise UserError if the layers differ in a kind that "uniform-strict" is to cut."""
-    for (_, kind), n in start.items():
-        if kind in structure and n != start[0, kind]:
+    """Raise UserError if the layers differ in a kind that "uniform-strict" is to cut. Layers that
+    lack it do not count."""
+    for kind in structure:
+        widths = {n for (_, other), n in start.items() if other == kind and n > 0}
+        if len(widths) > 1:
             raise UserError("uniform-strict keeps layers equal, and these differ already; give "
                             "--allocate uniform")
 

@@ -142,12 +142,15 @@ class Prune:
     init: str | None = None       # a checkpoint, run folder, Hugging Face folder or hub id
     keep: float = 0.8             # kept fraction of what all FFN neurons and KV groups cost
     budget: str = "params"        # params; flops (per token, forward); kv_bytes (per token)
-    structure: str = "ffn,kv"     # ffn, kv (neurons, KV groups); or layer, sublayer, channel, 2:4
-    score: str = "sensitivity"    # score.SCORES; for whole layers also influence, perplexity
+    # ffn, kv (neurons, KV groups); layer, sublayer; layer,ffn,kv (layers first, then widths); channel; 2:4
+    structure: str = "ffn,kv"
+    score: str = "sensitivity"    # score.SCORES; for layer and sublayer also influence, perplexity
     allocate: str = "global"      # allocate.ALLOCATIONS, or measured
     amplitude: float = 1.0        # of allocate adaptive: how far the layers' shares differ
     multiple_of: int = 1          # of neurons, or channels; runtimes like 32, quantizers 256
     iterations: int = 1           # cut in so many equal parts, each measured anew
+    layer_share: float = 0.5      # of layer,ffn,kv: the part of what goes that whole layers make up, 0 to 1
+    layer_score: Literal["influence", "perplexity"] = "influence"    # of layer,ffn,kv: ranks the layers
     mend: str = "none"            # adjust the kept weights for the removed units: least-squares; bias (FLAP's)
     out: str | None = None        # folder; default runs/pruned-NAME-KEEP, or -2-4
     data: str = "stdlib"          # calibration text; its hold-out measures the loss (data.py)
@@ -189,6 +192,9 @@ STRUCTURES = {
     "kv,ffn": UNITS,
     "layer": DEPTH,
     "sublayer": DEPTH,
+    # Whole layers first, then widths: these rows are about the widths.
+    "layer,ffn,kv": UNITS,
+    "sublayer,ffn,kv": UNITS,
     "channel": Structure(("activation", "magnitude", "taylor")),
     "2:4": Structure(("magnitude", "wanda")),
 }
@@ -199,7 +205,7 @@ def check(recipe):
     check_choices(recipe)
     if recipe.structure not in STRUCTURES:
         raise UserError(f"--structure {recipe.structure!r} must be ffn, kv, ffn,kv, layer, sublayer, "
-                        "channel or 2:4")
+                        "layer,ffn,kv, sublayer,ffn,kv, channel or 2:4")
     for flag in ("score", "allocate", "budget", "mend"):
         value = getattr(recipe, flag)
         allowed = getattr(STRUCTURES[recipe.structure], flag)
@@ -216,6 +222,8 @@ def check(recipe):
         idle.append("multiple_of")
     if recipe.structure == "2:4":
         idle += ["keep", "iterations"]
+    if len(parts_of(recipe)) == 1:
+        idle += ["layer_share", "layer_score"]
     if not runs_again(recipe):
         idle.append("measured_windows")
     refuse_idle(recipe, idle, f"with --structure {recipe.structure} --score {recipe.score} "
@@ -228,6 +236,8 @@ def check_numbers(recipe):
         raise UserError(f"--keep {recipe.keep} must be between 0 and 1")
     if not 0 <= recipe.amplitude < math.inf:
         raise UserError(f"--amplitude {recipe.amplitude} must be finite and not negative")
+    if not 0 <= recipe.layer_share <= 1:
+        raise UserError(f"--layer-share {recipe.layer_share} must be between 0 and 1")
     if recipe.mend == "bias" and recipe.iterations > 1:
         raise UserError("--mend bias makes a model that cannot be cut again; --iterations "
                         f"{recipe.iterations} must be 1")
@@ -245,9 +255,20 @@ def check_numbers(recipe):
                             f"{recipe.micro_batch} and at most --windows {recipe.windows}")
 
 
+def parts_of(recipe):
+    """A recipe of layers and widths as two: [recipe of the layers, recipe of the widths]. Any other
+    recipe is its only part."""
+    first, _, kinds = recipe.structure.partition(",")
+    if first not in depth.PARTS or not kinds:
+        return [recipe]
+    layers = dataclasses.replace(recipe, structure=first, score=recipe.layer_score, allocate="global",
+                                 mend="none", multiple_of=1)
+    return [layers, dataclasses.replace(recipe, structure=kinds)]
+
+
 def runs_again(recipe):
     """Whether the recipe measures by running the model again with something left out."""
-    return recipe.allocate == "measured" or recipe.score == "perplexity"
+    return any(part.allocate == "measured" or part.score == "perplexity" for part in parts_of(recipe))
 
 
 def window_of(recipe, model):
@@ -326,31 +347,54 @@ def measure(model, stats, batches, recipe, dtype=torch.float32):
     return measured.damage(running, batches, scores, widths, reader)
 
 
+def stages(recipe, config, resource=None):
+    """The recipe as single cuts, one after the other: [(recipe of the cut, budget)]. Whole layers go
+    first and all at once, then widths in `iterations` equal parts. `config` is the model's before
+    the first cut. `resource`: measured decode time, for --budget ms."""
+    resource = resource or recipe.budget
+    total = allocate.total(config, resource)
+    cuts = []
+    begin = 1
+    *layers, widths = parts_of(recipe)
+    if layers:
+        begin = 1 - (1 - recipe.keep) * recipe.layer_share
+        budget = depth.budget_of_share(config, recipe.keep, recipe.layer_share, layers[0].structure, resource)
+        # The share may round to no layer at all.
+        if budget < total:
+            cuts.append((layers[0], budget))
+    for i in range(1, recipe.iterations + 1):
+        keep = begin - (begin - recipe.keep) * i / recipe.iterations
+        cuts.append((widths, math.floor(total * keep + 1e-6)))
+    return cuts
+
+
 @torch.no_grad()
-def decide(model, stats, recipe, budget, original=None, damage=None):
+def decide(model, stats, recipe, budget, original=None, damage=None, resource=None):
     """The units that stay under the budget: {(layer, kind): indices}.
 
     `damage`: what `measure` returned, for a recipe that runs the model again. `original`: the
-    widths before earlier cuts. Raises UserError if the budget cannot be met."""
+    widths before earlier cuts. `resource`: measured decode time, for --budget ms. Raises UserError
+    if the budget cannot be met."""
     config = priced(recipe, model)
+    resource = resource or recipe.budget
     # Whole layers or sub-blocks: all of their units stay, or none.
     if recipe.structure in depth.PARTS:
         scores = depth.part_scores(model, stats, damage, recipe.structure, recipe.score)
-        widths = depth.widths_for(config, budget, recipe.allocate, scores, recipe.structure,
-                                  recipe.budget)
+        widths = depth.widths_for(config, budget, recipe.allocate, scores, recipe.structure, resource)
         refuse_nothing_left(widths, budget, recipe)
         return {key: torch.arange(n) for key, n in widths.items()}
 
     # Units: first how many of each layer, then which.
     scores = SCORES[recipe.score].function(model, stats)
     options = dict(structure=recipe.structure.split(","), multiple_of=recipe.multiple_of,
-                   resource=recipe.budget)
+                   resource=resource)
     if recipe.allocate == "measured":
         widths = measured.widths_for(config, budget, damage, **options)
     else:
         importance = None
         if recipe.allocate == "adaptive":
-            importance = score.importance(stats, config.n_layer)
+            absent = [layer for layer in range(config.n_layer) if not depth.units_of(config, layer, "layer")]
+            importance = score.importance(stats, config.n_layer, absent)
         widths = allocate.widths_for(config, budget, recipe.allocate, scores, **options,
                                      importance=importance, amplitude=recipe.amplitude, original=original)
     refuse_nothing_left(widths, budget, recipe)
@@ -377,8 +421,8 @@ def cut(model, alive, mend_by="none", stats=None):
     return small
 
 
-def cut_once(model, stats, recipe, budget, original=None, damage=None):
-    """The smaller model of the recipe. With 2:4 it is the given model, with zeros."""
+def cut_once(model, stats, recipe, budget, original=None, damage=None, resource=None):
+    """The smaller model of one cut (see `decide`). With 2:4 it is the given model, with zeros."""
     if recipe.structure == "2:4":
         norms = None
         if recipe.score == "wanda":
@@ -387,8 +431,36 @@ def cut_once(model, stats, recipe, budget, original=None, damage=None):
         return model
     if recipe.structure == "channel":
         return channels.narrowed(model, stats, recipe.score, budget, recipe.multiple_of)
-    alive = decide(model, stats, recipe, budget, original, damage)
+    alive = decide(model, stats, recipe, budget, original, damage, resource)
     return cut(model, alive, recipe.mend, stats)
+
+
+def cut_in_stages(model, batches, recipe, dtype=torch.float32, resource=None, collect=collect):
+    """All cuts of the recipe, each measured anew on the model that the last one left: (smaller
+    model, statistics of the last calibration pass). A caller that has statistics already hands in
+    its own `collect`."""
+    start = priced(recipe, model)
+    for stage, budget in stages(recipe, start, resource):
+        stats = collect(model, batches, stage, dtype)
+        damage = measure(model, stats, batches, stage, dtype) if runs_again(stage) else None
+        model = cut_once(model, stats, stage, budget, start.widths(), damage, resource)
+        if stage.structure != recipe.structure and stage.structure in depth.PARTS:
+            print(went_whole(start, priced(recipe, model), recipe, resource or recipe.budget))
+    return model, stats
+
+
+def went_whole(before, after, recipe, resource):
+    """A sentence about the layers, or sub-blocks, that a recipe of layers and widths has dropped."""
+    left = after.widths()
+    gone = [key for key, n in before.widths().items() if left[key] < n]
+    if recipe.structure.startswith("layer"):
+        gone = sorted({layer for layer, _ in gone})
+        names = "layers " + " ".join(map(str, gone))
+    else:
+        names = " ".join(f"{layer}.{kind}" for layer, kind in gone)
+    total = allocate.total(before, resource)
+    share = (total - allocate.total(after, resource)) / total / (1 - recipe.keep)
+    return f"went whole: {names}; {share:.2f} of what is to go, asked {recipe.layer_share:g}"
 
 
 def open_model(recipe, device):
@@ -508,20 +580,14 @@ def cut_and_save(recipe, out):
     start = model.config
     total = allocate.total(priced(recipe, model), recipe.budget)
     # Refuse an impossible budget before the work begins.
-    if STRUCTURES[recipe.structure] is UNITS:
+    kinds = recipe.structure.split(",")
+    if {"ffn", "kv"}.issuperset(kinds):
         budget = math.floor(recipe.keep * total + 1e-6)
-        kinds = recipe.structure.split(",")
         allocate.split_budget(priced(recipe, model), budget, kinds, recipe.budget)
 
     print_loss(recipe, model, corpus, "before", dtype)
     begin = time.perf_counter()
-    for i in range(1, recipe.iterations + 1):
-        # Each iteration takes an equal part of what goes, and measures anew before.
-        keep = 1 - (1 - recipe.keep) * i / recipe.iterations
-        budget = math.floor(total * keep + 1e-6)
-        stats = collect(model, batches, recipe, dtype)
-        damage = measure(model, stats, batches, recipe, dtype) if runs_again(recipe) else None
-        model = cut_once(model, stats, recipe, budget, start.widths(), damage)
+    model, stats = cut_in_stages(model, batches, recipe, dtype)
     print(f"calibrated and cut in {time.perf_counter() - begin:.1f} seconds")
     print(table(start, model.config, stats))
     print_loss(recipe, model, corpus, "after", dtype)

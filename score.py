@@ -386,13 +386,16 @@ SCORES = {
 }
 
 
-def importance(stats, n_layer):
+def importance(stats, n_layer, absent=()):
     """How much each layer turns the residual stream, [I_l in [-1, 1]]: -cos of layer input and
     output, less its mean over layers, divided by the largest size. Adapt-Pruner's relative
-    importance (arXiv 2502.03460)."""
+    importance (arXiv 2502.03460). Layers in `absent` have neither sub-block: they are left out of
+    the mean and get 0."""
     cosines = [stats.cosine[layer, "layer"] for layer in range(n_layer)]
     turns = -torch.tensor(cosines, dtype=torch.float64)
-    turns = turns - turns.mean()
+    is_present = torch.ones(n_layer, dtype=torch.bool)
+    is_present[list(absent)] = False
+    turns = torch.where(is_present, turns - turns[is_present].mean(), 0)
     return (turns / turns.abs().max().clamp(min=1e-30)).tolist()
 
 

@@ -2,12 +2,14 @@
 
     python prune.py --init runs/scratch-laptop-0 --keep 0.75 --structure layer --score influence
     python prune.py --init runs/scratch-laptop-0 --keep 0.75 --structure sublayer --score perplexity
+    python prune.py --init runs/scratch-laptop-0 --keep 0.5 --structure layer,ffn,kv --layer-share 0.5
 
 Two criteria belong to whole layers only. ShortGPT's block influence reads the residual stream in
 front of a layer and behind it. Shortened LLaMA's perplexity leaves the layer out and runs the model
 again from there on. Every other score of score.py is summed over the units of the layer. A *part*
-is what goes whole: a "layer", or one sub-block of it, "kv" (the attention) or "ffn". Not here: the
-cut itself, which prune.py makes as any other, with no unit left in the part.
+is what goes whole: a "layer", or one sub-block of it, "kv" (the attention) or "ffn". In a
+recipe of layers and widths, parts make up a share of what is to go (`budget_of_share`). Not here:
+the cut itself, which prune.py makes as any other, with no unit left in the part.
 """
 import contextlib
 import itertools
@@ -124,6 +126,28 @@ def part_scores(model, stats, rises, structure, score):
 
 # -- which parts go
 
+def price(config, layer, part, resource="params"):
+    """What a part costs."""
+    widths = units_of(config, layer, part)
+    units = sum(n * allocate.unit_cost(config, *key, resource) for key, n in widths.items())
+    return units + (allocate.layer_cost(config, layer, resource) if part == "layer" else 0)
+
+
+def budget_of_share(config, keep, share, structure, resource="params"):
+    """The budget for parts of `config` that are to make up `share` (0 … 1) of what must go until a
+    fraction `keep` of the cost of all layers stays: a whole number. It is rounded to the nearest
+    number of parts, but so that parts never make up more than all that must go."""
+    total = allocate.total(config, resource)
+    prices = [price(config, *place, resource)
+              for place in itertools.product(range(config.n_layer), PARTS[structure])]
+    present = [cost for cost in prices if cost > 0]
+    mean = sum(present) / max(1, len(present))
+    # `widths_for` lets parts go until the rest is at most the budget.
+    nearest = total * (1 - (1 - keep) * share) + mean / 2
+    enough = total * keep + mean - 1
+    return math.floor(max(nearest, enough) + 1e-6)
+
+
 def widths_for(config, budget, how, scores, structure, resource="params"):
     """How many units each layer of `config` keeps when whole parts go, the lowest score first,
     until all units cost at most `budget` of `resource`: {(layer, kind): units}. `how` is "global",
@@ -131,7 +155,7 @@ def widths_for(config, budget, how, scores, structure, resource="params"):
     and if the layers that `middle` keeps cost more than the budget."""
     if how not in ("global", "middle"):
         raise UserError(f"whole layers and sub-blocks go by --allocate global or middle, not {how}")
-    costs, left, widths = allocate.split_budget(config, budget, ("ffn", "kv"), resource)
+    costs, left, widths = allocate.split_budget(config, budget, (*PARTS[structure], "ffn", "kv"), resource)
     if how == "middle":
         allocate.refuse_small_budget_of_middle(config, ("ffn", "kv"), costs, left, resource)
     blocks = []
@@ -141,5 +165,5 @@ def widths_for(config, budget, how, scores, structure, resource="params"):
             order = -math.inf if stays else -float(scores[layer, part])
             units = units_of(config, layer, part)
             if units:
-                blocks.append((order, units))
-    return allocate.fill(blocks, costs, left, widths)
+                blocks.append((order, price(config, layer, part, resource), units))
+    return allocate.fill(blocks, left, widths)

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import price
+from helpers import EQUAL, new, price, text
 
 import allocate
 import checkpoint
@@ -21,7 +21,7 @@ import prune
 import score
 import train
 from common import UserError, parse
-from methods import two_four
+from methods import depth, two_four
 
 SMALL = dict(windows=8, eval_windows=16, block_size=32, device="cpu")
 
@@ -73,6 +73,7 @@ RECIPES = [dict(zip(("structure", "score", "allocate", "keep", "budget"), row[:5
     ("layer", "perplexity", "global", .6, "flops", dict(measured_windows=8)),
     ("sublayer", "taylor", "global", .6, "params", {}),
     ("sublayer", "perplexity", "global", .5, "kv_bytes", dict(iterations=2)),
+    ("layer,ffn,kv", "taylor", "adaptive", .4, "params", dict(layer_share=.8, mend="least-squares", iterations=2)),
     ("channel", "taylor", "global", .5, "params", dict(multiple_of=8)),
     ("channel", "activation", "global", .7, "params", dict(iterations=2)),
     ("channel", "magnitude", "global", .6, "params", {}))]
@@ -93,14 +94,14 @@ def test_every_recipe_meets_its_budget_and_loads(command, trained, recipe, tmp_p
         assert price(dataclasses.replace(config, d_model=config.d_model + step), budget) > most
     else:
         assert config.d_model == full.d_model and left != start
-        depth, m = kinds[0] in ("layer", "sublayer"), recipe.get("multiple_of", 1)
+        whole, m = kinds[-1] in ("layer", "sublayer"), recipe.get("multiple_of", 1)
         for layer, kind in (key for key, n in start.items() if left[key] < n):
-            assert depth or kind in kinds and (kind == "kv" or left[layer, kind] % m == 0)
+            assert whole or kind in kinds and (kind == "kv" or not left[layer, kind] or left[layer, kind] % m == 0)
             back = {(l, k) for l, k in start if (k == kind or kinds[0] == "layer")
                     and (l == layer or recipe["allocate"] == "uniform-strict")}
-            more = left | {key: start[key] if depth else left[key] + (m if kind == "ffn" else 1) for key in back}
+            more = left | {key: start[key] if whole else left[key] + (m if kind == "ffn" else 1) for key in back}
             assert price(full.resized(more), budget) > most or recipe.get("iterations", 1) > 1     # gone is gone
-        assert price(config, budget) > most - max(full.unit_params(0, kind) for kind in ("ffn", "kv")) or depth
+        assert price(config, budget) > most - max(full.unit_params(0, kind) for kind in ("ffn", "kv")) or whole
     assert model.config.block_size == 64 and about["run"]["recipe"]["score"] == recipe["score"]
     assert all(torch.isfinite(p).all() for p in model.parameters())
     before, after = losses(said)
@@ -112,6 +113,50 @@ def test_every_recipe_meets_its_budget_and_loads(command, trained, recipe, tmp_p
     again = command("again", **recipe)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again[0].parameters(), strict=True))
     assert losses(again[2]) == [before, after]
+
+
+@pytest.mark.parametrize("parts, how, name, layer_score, iterations", [
+    ("layer", "adaptive", "taylor", "influence", 1), ("layer", "uniform-strict", "wanda", "perplexity", 2),
+    ("sublayer", "measured", "activation", "influence", 1), ("layer", "global", "flap", "influence", 1)])
+def test_layers_and_widths_in_one_recipe_are_two_recipes_after_each_other(parts, how, name, layer_score, iterations,
+                                                                          capsys):
+    model, _ = new(EQUAL, torch.float32)
+    batches, total = text(EQUAL, 4), EQUAL.removable_params()
+    recipe = prune.Prune(keep=.5, structure=f"{parts},ffn,kv", layer_share=.6, layer_score=layer_score, score=name,
+                         allocate=how, iterations=iterations, mend="least-squares", block_size=8)
+    small, _ = prune.cut_in_stages(model, batches, recipe)
+
+    alone = dataclasses.replace(recipe, structure=parts, score=layer_score, allocate="global", mend="none")
+    stats = prune.collect(model, batches, alone)
+    rises = depth.without(model, batches) if layer_score == "perplexity" else None
+    # 2.4 of 8 layers should go: 2 do. Of sub-blocks a mean one costs half a layer: 4.8, 5.
+    budgets = [math.floor(total * part) for part in ([6 / 8] if parts == "layer" else [(1 - .3) + 1 / 32])]
+    less = prune.cut_once(model, stats, alone, budgets[0], damage=rises)
+    gone = [key for key, n in less.config.widths().items() if n == 0]
+    assert len({layer for layer, _ in gone}) == 2 if parts == "layer" else gone
+    share = (1 - less.config.removable_params() / total) / .5
+    assert f"{share:.2f} of what is to go, asked 0.6" in capsys.readouterr().out and abs(share - .6) < .15
+    for i in range(1, iterations + 1):
+        widths = dataclasses.replace(recipe, structure="ffn,kv")
+        stats = prune.collect(less, batches, widths)
+        damage = prune.measure(less, stats, batches, widths) if how == "measured" else None
+        less = prune.cut_once(less, stats, widths, math.floor(total * (.7 - .2 * i / iterations) + 1e-6),
+                              EQUAL.widths(), damage)
+    assert small.config == less.config
+    assert all(torch.equal(p, q) for p, q in zip(small.parameters(), less.parameters(), strict=True))
+
+
+def test_the_share_of_layers_is_rounded_to_the_nearest_and_never_takes_too_much():
+    total = EQUAL.removable_params()
+    for keep in (.3, .5, .52, .8, .97):
+        for share in (0, .1, .25, .5, .77, .99, 1):
+            scores = {(layer, "layer"): layer for layer in range(8)}
+            budget = depth.budget_of_share(EQUAL, keep, share, "layer")
+            widths = depth.widths_for(EQUAL, budget, "global", scores, "layer")
+            gone = sum(widths[layer, "ffn"] == 0 for layer in range(8))
+            exact = 8 * (1 - keep) * share
+            assert abs(gone - exact) <= .5 + 1e-9 or gone == math.floor(8 * (1 - keep) + 1e-9)
+            assert EQUAL.resized(widths).removable_params() >= math.floor(keep * total)
 
 
 def test_printed_loss_is_evals_and_opposite_order_is_worse(command, trained, tmp_path, monkeypatch, capsys):
@@ -159,7 +204,8 @@ def test_the_hold_out_only_measures(command, corpus, monkeypatch):
 
 # -- measured in bfloat16, cut in float32
 
-COMBINATIONS = [(structure, name, how, mend) for structure, row in prune.STRUCTURES.items() if structure != "kv,ffn"
+COMBINATIONS = [(structure, name, how, mend) for structure, row in prune.STRUCTURES.items()
+                if structure != "kv,ffn" and not structure.endswith("layer,ffn,kv")
                 for name in row.score for how in ("global", "measured") if how in row.allocate for mend in row.mend]
 
 
@@ -240,7 +286,7 @@ def test_a_picture_of_the_widths_or_a_sentence(command, tmp_path, monkeypatch, t
 # -- refusals
 
 ALLOWED = {  # structure: scores, allocations, budgets, mending, written out
-    **dict.fromkeys(("ffn", "kv", "ffn,kv", "kv,ffn"), (
+    **dict.fromkeys(("ffn", "kv", "ffn,kv", "kv,ffn", "layer,ffn,kv", "sublayer,ffn,kv"), (
         "sensitivity taylor taylor2 activation wanda flap magnitude random",
         "global standardised uniform uniform-strict middle adaptive measured", "params flops kv_bytes",
         "none bias least-squares")),
@@ -285,6 +331,9 @@ def test_it_refuses_in_a_sentence_and_overwrites_nothing(trained, tmp_path):
             (init | dict(windows=0), "--windows 0 must be at least 1"),
             (init | dict(structure="kv", multiple_of=8), "--multiple-of has no effect"),
             (init | dict(seed=2**64), "--seed .* must be between 0 and"),
+            (init | dict(structure="layer,ffn,kv", layer_share=1.5), "--layer-share 1.5 must be between 0 and 1"),
+            (init | dict(layer_share=.2), "--layer-share has no effect"),
+            (init | dict(structure="layer", layer_score="perplexity"), "--layer-score has no effect"),
             (init | dict(amplitude=.5), "--amplitude has no effect .* leave it out"),
             (init | dict(measured_windows=8), "--measured-windows has no effect .* leave it out"),
             (init | dict(structure="layer", multiple_of=8), "--multiple-of has no effect"),
