@@ -509,9 +509,10 @@ class RunFolder:
         if tokenizer.name != self.identity["tokenizer"]:
             raise UserError(f"the teacher {path} has {tokenizer.vocab_size} tokens of {tokenizer.name!r}, the student "
                             f"those of {self.identity['tokenizer']!r}; give a teacher with the same tokenizer")
-        if teacher.config.block_size < student.config.block_size:
+        window = self.identity.get("block_size") or student.config.block_size
+        if teacher.config.block_size < window:
             raise UserError(f"the teacher {path} was trained with a context of {teacher.config.block_size} tokens, the "
-                            f"student has {student.config.block_size}; give a teacher with at least that")
+                            f"student has {window}; give a teacher with at least that")
         file = newest(path) if Path(path).is_dir() else None
         opened = {"file": str(file or path), "sha256": fingerprint(teacher)}
         before = state.teacher_file

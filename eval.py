@@ -200,7 +200,9 @@ def print_loss(config, model, tokenizer, about):
     context = model.config.block_size
     if not config.data:
         tokens, name = hold_out(config, tokenizer, about)
-        print_line(config, model, tokenizer, about, tokens, name, context, config.windows)
+        # A given model may have been trained on shorter windows than its context.
+        trained = about["run"].get("block_size") if config.block_size is None else None
+        print_line(config, model, tokenizer, about, tokens, name, min(context, trained or context), config.windows)
         return
     # All texts are read before the first is measured, so that a bad one is refused at once.
     texts = {name: read_tokens(name, tokenizer) for name in config.data}

@@ -114,7 +114,7 @@ class Train:
     stage: Literal["all", "enlarge", "prune", "recover"] = "all"    # stop after this stage; the next call goes on
     preset: PresetName = "laptop"            # size of the target
     init: str | None = None                  # instead of a preset: start with this checkpoint, run, HF folder or hub id
-    block_size: int | None = None            # tokens of context; default: the preset's, with --init at most 512
+    block_size: int | None = None            # tokens of a window; default: the preset's context, with --init at most 512
     enlarge_ff: float = 2.6                  # the enlarged model has so many times the target's FFN neurons
     enlarge_kv: float = 1.0                  # the enlarged model has so many times the target's KV groups
     data: str = "stdlib"                     # stdlib; packages; files as text, .jsonl, .parquet; hf:NAME[:CONFIG]
@@ -308,7 +308,8 @@ class Setup:
 
     @property
     def block_size(self):
-        return self.target.block_size
+        """Tokens of a training window. A given model (--init) may have a longer context, and keeps it."""
+        return self.config.block_size or self.target.block_size
 
     @property
     def micro_steps(self):
@@ -658,7 +659,8 @@ def log_eval(setup, state, tag, **about):
     if setup.folder is None:
         return
     measured = evaluate(state.model, setup.corpus.val, setup.byte_lengths, setup.config.eval_windows,
-                        batch=setup.config.micro_batch, rank=setup.rank, world=setup.world)
+                        batch=setup.config.micro_batch, rank=setup.rank, world=setup.world,
+                        block_size=setup.block_size)
     setup.log(tag, state.step, val_loss=measured["loss"], bits_per_byte=measured["bits_per_byte"],
               **shape_record(state), flops_executed=state.flops["executed"], **about)
 
@@ -796,7 +798,8 @@ def open_init(config):
     the plan, do not fit each other."""
     if not config.init:
         return open_tokenizer(config.tokenizer or "bytes"), None, None
-    model, about = checkpoint.load(config.init, "meta", block_size=config.block_size)
+    model, about = checkpoint.load(config.init, "meta")
+    models.with_context(model.config, config.block_size, config.init)      # refuses longer windows than its context
     if about.get("masks") and schedule.prunes(config.plan):
         raise UserError(f"{config.init} is a 2:4 model, whose units cannot be cut while it trains, and plan "
                         f"{config.plan!r} prunes; give --plan scratch")
@@ -829,7 +832,7 @@ def plan_run(config, vocab_size, given=None):
 
     def flops_at_size(size):
         widths = allocate.widths_on_the_way(start, target, size, start.widths())
-        return start.resized(widths).flops_per_token(target.block_size)
+        return start.resized(widths).flops_per_token(config.block_size or target.block_size)
 
     try:
         timeline = schedule.resolve(
@@ -931,7 +934,6 @@ def prepare(config):
     tokenizer, given, cut_before = open_init(config)
     if given:
         config = fit_to(config, given.block_size)
-        given = dataclasses.replace(given, block_size=config.block_size)
     start, target, timeline = plan_run(config, tokenizer.vocab_size, given)
     config = dataclasses.replace(config, tokenizer=tokenizer.name, cuts=len(timeline.events),
                                  dtype=dtype_for(config, start, device))
@@ -939,8 +941,9 @@ def prepare(config):
         # Outside of autocast, in evaluations, samples and cuts, float32 products are rounded to
         # TF32: 10 bits of mantissa to bfloat16's 7. With --dtype float32 they are not.
         torch.set_float32_matmul_precision("high")
-    check_batch(config, target.block_size, world)
-    corpus = load_corpus(config, tokenizer, target.block_size, rank, waiting)
+    window = config.block_size or target.block_size
+    check_batch(config, window, world)
+    corpus = load_corpus(config, tokenizer, window, rank, waiting)
 
     identity = checkpoint.identity_of(config, corpus.fingerprint)
     if given:
@@ -973,7 +976,7 @@ def fresh_state(setup):
     torch.manual_seed(config.seed)
     about = {}
     if config.init:
-        model, about = checkpoint.load(config.init, setup.device, dtype, config.block_size)
+        model, about = checkpoint.load(config.init, setup.device, dtype)
     else:
         model = models.GPT(setup.start).to(setup.device, dtype)
     return State(model, make_optimizer(model, config), prune.everything(setup.start),
