@@ -349,7 +349,7 @@ class State:
     alive: dict                                  # {(layer, kind): indices of live units in the model}
     averages: dict | None = None                 # {(layer, kind): (2, units)}, moving averages of the score
     masks: dict = field(default_factory=dict)    # {parameter name: (out, in) bool} of a 2:4 model
-    teacher: GPT | None = None                   # frozen; it has a file of its own
+    teacher: GPT | None = None                   # frozen, or a top_k.CachedTeacher; it has a file of its own
     step: int = 0                                # optimizer steps done
     teacher_file: dict | None = None             # {"file", "sha256"}; it stays when the teacher is dropped
     dropped: bool = False                        # whether the teacher was dropped, for good
@@ -514,17 +514,21 @@ class RunFolder:
             raise UserError(f"the teacher {path} was trained with a context of {teacher.config.block_size} tokens, the "
                             f"student has {window}; give a teacher with at least that")
         file = newest(path) if Path(path).is_dir() else None
-        opened = {"file": str(file or path), "sha256": fingerprint(teacher)}
+        self.remember_teacher(state, {"file": str(file or path), "sha256": fingerprint(teacher)})
+        if teacher.config.vocab_size != student.config.vocab_size:
+            # Models of one family differ in rows that no token has. The loss is over the others.
+            teacher = without_padding(teacher, tokenizer.vocab_size)
+        state.teacher = freeze(teacher)
+
+    def remember_teacher(self, state, opened):
+        """Put the teacher's {"file", "sha256"} into the state. Raises UserError if it has changed
+        since the run began."""
         before = state.teacher_file
         if before and before["sha256"] != opened["sha256"]:
             raise UserError(f"the teacher {opened['file']} has changed since the run began (sha256 "
                             f"{opened['sha256'][:12]}, then {before['sha256'][:12]}); restore it or begin anew with "
                             "another --out")
         state.teacher_file = opened
-        if teacher.config.vocab_size != student.config.vocab_size:
-            # Models of one family differ in rows that no token has. The loss is over the others.
-            teacher = without_padding(teacher, tokenizer.vocab_size)
-        state.teacher = freeze(teacher)
 
 
 def without_padding(model, rows):

@@ -10,8 +10,11 @@ size V is kept for the backward pass.
 
 IDEA Prune (arXiv 2503.05920) does not publish its distillation loss. The forward KL divergence on
 logits at temperature 1 (Minitron's best, arXiv 2407.14679), mixed with cross-entropy, is our
-choice. Not here: losses on inner layers, cached teachers.
+choice. `top_kd_loss` and `TopK` are the same for a teacher of which only the likeliest tokens are
+known (experiments/teacher.py writes them). Not here: losses on inner layers.
 """
+from typing import NamedTuple
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -24,6 +27,8 @@ import torch.nn.functional as F
 CHUNK_VALUES = {"cpu": 2**21, "cpu, bfloat16": 2**23, "gpu": 2**27}
 # Values that a CPU's cache should hold: 4 MB in float32.
 BLOCK_VALUES = 2**20
+# Sums of probabilities are not taken for smaller: float32 ends there.
+SMALLEST = 1e-37
 # Matrix units read rows whose length is a multiple of this.
 TILE = {"cpu": 1, "cpu, bfloat16": 1, "gpu": 64}
 
@@ -40,7 +45,43 @@ def kd_loss(logits, teacher_logits, targets, kd_weight=0.5, temperature=1.0):
     return (1 - kd_weight) * ce + kd_weight * divergence
 
 
-# -- the same loss in chunks
+class TopK(NamedTuple):
+    """What is known of a teacher's distribution q at each of N tokens: its k likeliest tokens, the sum
+    of all others, and the target. `probs` and `tail` sum to one."""
+    indices: torch.Tensor            # (N, k) int64
+    probs: torch.Tensor              # (N, k)
+    tail: torch.Tensor               # (N,)
+    target_log_probs: torch.Tensor   # (N,)
+    vocab_size: int                  # tokens that q is over
+
+    def map(self, function):
+        """The TopK of what the function makes of each array."""
+        return TopK(*(function(values) for values in self[:4]), self.vocab_size)
+
+    def rows(self, start, stop):
+        return self.map(lambda values: values[start:stop])
+
+
+def top_kd_loss(logits, top, targets, kd_weight=0.5):
+    """`kd_loss` at temperature 1 with what a TopK knows of the teacher. All tokens outside of its k
+    count as one, the tail:
+
+        Σ_k q_k · log(q_k / p_k) + q_tail · log(q_tail / p_tail)
+
+    By the chain rule the full KL is larger by q_tail · KL(q|tail ‖ p|tail), how much teacher and
+    student differ about the tokens of the tail among themselves. So this is a lower bound of the
+    full KL. Its gradient in the logits is p - q̃, and q̃ is q, but gives each token of the tail the
+    share of q_tail that it has of p_tail."""
+    ce = F.cross_entropy(logits, targets)
+    p = logits.softmax(-1)
+    p_top = p.gather(1, top.indices)
+    p_tail = p.scatter(1, top.indices, 0).sum(-1).clamp(min=SMALLEST)
+    # xlogy(0, 0) is 0: nothing is left for the tail where k = V.
+    divergence = torch.xlogy(top.probs, top.probs / p_top).sum(-1) + torch.xlogy(top.tail, top.tail / p_tail)
+    return (1 - kd_weight) * ce + kd_weight * divergence.mean()
+
+
+# -- the same losses in chunks
 
 def kind_of(weight):
     """The key of CHUNK_VALUES and TILE."""
@@ -124,6 +165,30 @@ def token_losses(logits, targets, teacher_logits=None, kd_weight=0.5, temperatur
     return ce, divergence, teacher_ce, gradient
 
 
+def top_token_losses(logits, targets, top, kd_weight=0.5, needs_grad=True):
+    """`token_losses` for `top_kd_loss`: the cross-entropy, KL and teacher's cross-entropy of each
+    token, (N,) each, and the gradient (N, V) or None, formed where the logits were."""
+    indices, q, q_tail, target_log_q, _ = top
+    y = targets[:, None]
+    log_p = torch.log_softmax(logits, -1, out=logits)
+    ce = -log_p.gather(1, y).squeeze(1)
+    log_p_top = log_p.gather(1, indices)
+    # The sum over all others, and not 1 - Σ p_top, which would lose the digits of a small tail.
+    p = log_p.exp_()
+    p_top = p.gather(1, indices)
+    p_tail = p.scatter_(1, indices, 0).sum(-1).clamp(min=SMALLEST)
+    ratio = q_tail / p_tail
+    divergence = (torch.xlogy(q, q) - q * log_p_top).sum(-1) + torch.xlogy(q_tail, ratio)
+    if not needs_grad:
+        return ce, divergence, -target_log_q, None
+
+    # (1 - w) · p + w · (p - q̃) = p - w · q̃
+    gradient = p.mul_(1 - kd_weight * ratio[:, None])
+    gradient.scatter_(1, indices, p_top - kd_weight * q)
+    gradient.scatter_add_(1, y, torch.full_like(gradient[:, :1], kd_weight - 1))
+    return ce, divergence, -target_log_q, gradient
+
+
 @torch.library.custom_op("nanoprune::add_product_", mutates_args={"out"})
 def add_product_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: float) -> None:
     """out (V, C) += alpha · aᵀ b for a (N, V), b (N, C) of one dtype. This is an operator of its
@@ -145,7 +210,7 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, w, targets, teacher_h, teacher_w, kd_weight, temperature, needs_grad,
-                needs_dw):
+                needs_dw, top):
         N = h.size(0)
         V = w.size(0)
         padded_w = operand(w)                                                   # (at least V, C)
@@ -156,6 +221,9 @@ class ChunkedLoss(torch.autograd.Function):
         wide = torch.promote_types(h.dtype, torch.float32)
         dh = torch.empty_like(h) if needs_grad else None
         dw = torch.zeros_like(padded_w, dtype=w.dtype) if needs_dw else None
+        if top is not None:
+            top = top._replace(probs=top.probs.to(wide), tail=top.tail.to(wide),
+                               target_log_probs=top.target_log_probs.to(wide))
         sums = h.new_zeros(3, dtype=wide)
         for a in range(0, N, chunk):
             x = h[a:a + chunk]
@@ -169,9 +237,13 @@ class ChunkedLoss(torch.autograd.Function):
             for b in range(0, len(x), block):
                 rows = slice(b, b + block)
                 logits = product[rows, :V]
-                teacher_logits = None if teacher_h is None else teacher_product[rows, :V].to(wide)
-                *losses, g = token_losses(logits.to(wide), y[rows], teacher_logits, kd_weight,
-                                          temperature, needs_grad)
+                if top is None:
+                    teacher_logits = None if teacher_h is None else teacher_product[rows, :V].to(wide)
+                    *losses, g = token_losses(logits.to(wide), y[rows], teacher_logits, kd_weight,
+                                              temperature, needs_grad)
+                else:
+                    known = top.rows(a + b, a + b + len(logits))
+                    *losses, g = top_token_losses(logits.to(wide), y[rows], known, kd_weight, needs_grad)
                 sums += torch.stack([values.sum() for values in losses])
                 if needs_grad and logits.dtype != wide:
                     logits.copy_(g)
@@ -182,7 +254,8 @@ class ChunkedLoss(torch.autograd.Function):
                 if needs_dw:
                     add_product_(dw, product, x.to(product.dtype), 1 / N)
         parts = sums / N
-        loss = parts[0] if teacher_h is None else (1 - kd_weight) * parts[0] + kd_weight * parts[1]
+        taught = teacher_h is not None or top is not None
+        loss = (1 - kd_weight) * parts[0] + kd_weight * parts[1] if taught else parts[0]
         ctx.mark_non_differentiable(parts)
         if needs_grad:
             ctx.save_for_backward(dh, None if dw is None else dw[:V])
@@ -192,11 +265,11 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx, dloss, _):
         dh, dw = ctx.saved_tensors
         dw = None if dw is None else dw.mul_(dloss)
-        return (dh.mul_(dloss), dw, None, None, None, None, None, None, None)
+        return (dh.mul_(dloss), dw, None, None, None, None, None, None, None, None)
 
 
 def chunked_loss(hidden, weight, targets, teacher_hidden=None, teacher_weight=None, kd_weight=0.5,
-                 temperature=1.0):
+                 temperature=1.0, top=None):
     """Loss of a batch from its last hidden states: cross-entropy without a teacher, `kd_loss` with
     one.
 
@@ -204,16 +277,22 @@ def chunked_loss(hidden, weight, targets, teacher_hidden=None, teacher_weight=No
     C'). If the teacher has fewer rows, the student's last ones are padding, and both distributions
     are over the teacher's. Returns the loss (differentiable in hidden and weight, once) and a detached (3,):
     cross-entropy, temperature² · KL, and the teacher's cross-entropy, all mean nats per token. The
-    last two are 0 without a teacher."""
+    last two are 0 without a teacher.
+
+    `top`, a TopK of arrays (B, T, k) and (B, T), stands for the teacher: the loss is then
+    `top_kd_loss`."""
     if teacher_hidden is not None:
         teacher_hidden = teacher_hidden.detach().flatten(0, 1)
         teacher_weight = teacher_weight.detach()
         if len(teacher_weight) < len(weight):
             weight = weight[:len(teacher_weight)]
+    if top is not None:
+        top = top.map(lambda values: values.flatten(0, 1))
+        weight = weight[:top.vocab_size]
     needs_dw = torch.is_grad_enabled() and weight.requires_grad
     needs_grad = needs_dw or (torch.is_grad_enabled() and hidden.requires_grad)
     return ChunkedLoss.apply(hidden.flatten(0, 1), weight, targets.flatten(), teacher_hidden,
-                             teacher_weight, kd_weight, temperature, needs_grad, needs_dw)
+                             teacher_weight, kd_weight, temperature, needs_grad, needs_dw, top)
 
 
 class Objective(nn.Module):
@@ -225,12 +304,12 @@ class Objective(nn.Module):
         self.kd_weight = kd_weight
         self.temperature = temperature
 
-    def forward(self, x, y, teacher_hidden=None, teacher_weight=None):
+    def forward(self, x, y, teacher_hidden=None, teacher_weight=None, top=None):
         """Token ids x and targets y (B, T); the teacher's hidden states (B, T, C') and projection
-        (V, C'), or neither. Returns what `chunked_loss` returns."""
+        (V, C'), or what is known of it, or nothing. Returns what `chunked_loss` returns."""
         hidden = self.model.hidden(x)
         return chunked_loss(hidden, self.model.head_weight, y, teacher_hidden, teacher_weight,
-                            self.kd_weight, self.temperature)
+                            self.kd_weight, self.temperature, top)
 
 
 # -- the teacher

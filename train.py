@@ -61,6 +61,7 @@ from common import (
     run,
 )
 from eval import evaluate, sample
+from formats import top_k
 from formats.tokenizer import open_tokenizer
 from methods import two_four
 
@@ -142,7 +143,8 @@ class Train:
     uncertainty: bool = False                # multiply the score by its variation (PLATON)
     calibration_windows: int = 64            # windows of text to measure on at each cut (plan adapt, or --score)
     forget_moments: bool = False             # a new optimizer at every cut of adapt, as in Adapt-Pruner's scripts
-    teacher: str | None = None               # a checkpoint; default: the enlarged model at the first cut
+    # a checkpoint, or a folder that experiments.teacher wrote; default: the enlarged model at the first cut
+    teacher: str | None = None
     kd_weight: float = 0.5                   # share of the teacher's KL in the loss
     kd_temperature: float = 1.0              # of the softmax in the teacher's share
     drop_teacher: bool = True                # drop the teacher for good once the student has overtaken it
@@ -167,7 +169,7 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
     timeline = setup.timeline
     stage_starts = [start for _, start, _ in timeline.stages]
     objective = wrap(setup, state.model, objective_of)
-    read_teacher = compile_teacher(setup, state.teacher)
+    read_teacher = teacher_reader(setup, state.teacher)
     clock = Clock(state.seconds, setup.device)
     unread = []                              # steps whose numbers a GPU may still be computing
     first_step = state.step
@@ -206,7 +208,7 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
         if is_first_cut and stage.kd and not config.teacher:
             with clock.part("save"):
                 capture_teacher(setup, state)                          # the enlarged model, frozen
-                read_teacher = compile_teacher(setup, state.teacher)
+                read_teacher = teacher_reader(setup, state.teacher)
         if shrinks:
             with clock.part("score"):
                 scores, importance = score_units(setup, state)
@@ -247,10 +249,7 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
                 # DDP exchanges gradients once a step, behind the last micro-batch.
                 objective.require_backward_grad_sync = micro == setup.micro_steps - 1
             with setup.autocast():
-                from_teacher = ()
-                if teacher:
-                    with torch.no_grad():                              # (B, T, C') and (V, C')
-                        from_teacher = (read_teacher(x), teacher.head_weight)
+                from_teacher = read_teacher(x, state.step, micro) if teacher else ()
                 loss, parts = objective(x, y, *from_teacher)
             (loss / setup.micro_steps).backward()
             means += torch.cat((loss.detach()[None], parts)) / setup.micro_steps
@@ -332,6 +331,10 @@ class Setup:
             y = y.pin_memory()
         return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
+    def first_sample(self, step, micro):
+        """The number of the sample in the first row of `batch(step, micro)`, see data.batch."""
+        return ((step * self.micro_steps + micro) * self.world + self.rank) * self.config.micro_batch
+
     def autocast(self):
         kind = self.device.split(":")[0]
         return torch.autocast(kind, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
@@ -403,20 +406,51 @@ def wrap(setup, model, objective_of=distill.Objective):
     return objective
 
 
-def compile_teacher(setup, teacher):
-    """The function from token ids to the teacher's hidden states."""
+def teacher_reader(setup, teacher):
+    """The function from token ids (B, T), step and micro-step to what the loss takes of the teacher:
+    its hidden states (B, T, C') and projection (V, C'), or a TopK from a cache."""
     if teacher is None:
         return None
-    return torch.compile(teacher.hidden, dynamic=False) if setup.config.compile else teacher.hidden
+
+    def read_cache(x, step, micro):
+        top = teacher.read(setup.first_sample(step, micro), len(x))
+        return None, None, top.map(lambda values: values.to(setup.device))
+
+    @torch.no_grad()
+    def read_model(x, step, micro):
+        return hidden(x), teacher.head_weight
+
+    if isinstance(teacher, top_k.CachedTeacher):
+        return read_cache
+    hidden = torch.compile(teacher.hidden, dynamic=False) if setup.config.compile else teacher.hidden
+    return read_model
 
 
 def open_teacher(setup, state, path):
     """Load the teacher into the state. On a GPU with bfloat16 its matrices are stored in bfloat16:
     autocast would cast them to the same values in every step, as it caches casts only for
     parameters that need gradients."""
+    if top_k.is_cache(path):
+        state.teacher = open_cache(setup, state, path)
+        return
     setup.folder.open_teacher(path, state)
     if setup.config.dtype == "bfloat16" and setup.device.startswith("cuda"):
         distill.halve_matrices(state.teacher)
+
+
+def open_cache(setup, state, path):
+    """The CachedTeacher at `path`. Raises UserError if it does not hold the samples of this run, or
+    has changed since the run began."""
+    config = setup.config
+    if config.kd_temperature != 1:
+        raise UserError(f"--kd-temperature {config.kd_temperature} needs the teacher itself, and {path} holds its "
+                        "likeliest tokens at temperature 1; leave the flag out, or give the model as --teacher")
+    teacher = top_k.CachedTeacher(path)
+    top_k.refuse_another(path, teacher.index, {"tokenizer": config.tokenizer, "fingerprint": setup.corpus.fingerprint,
+                                               "block_size": setup.block_size, "seed": config.seed})
+    teacher.refuse_fewer(config.steps * config.batch_tokens // setup.block_size)
+    setup.folder.remember_teacher(state, {"file": str(path), "sha256": teacher.fingerprint()})
+    return teacher
 
 
 def capture_teacher(setup, state):
@@ -632,10 +666,10 @@ def shape_record(state):
 
 def count_flops(setup, state, teacher, scored):
     """Add the FLOPs of a step: executed (the model as it is, its teacher, scoring) and credited
-    (live units)."""
+    (live units). A teacher that was cached costs none."""
     tokens = setup.config.batch_tokens
     per_token = state.model.config.flops_per_token(setup.block_size)
-    if teacher:
+    if isinstance(teacher, models.GPT):
         per_token += teacher.config.flops_per_token(setup.block_size, backward=False)
     state.flops["executed"] += tokens * per_token
     if scored:
@@ -718,7 +752,9 @@ def peak_lr(config):
 def fit_to(config, context):
     """The settings with the context and the batch for a given model, whose own context has so many
     tokens. What is left open is chosen so that a step is a whole number of micro-batches."""
-    block_size = config.block_size or min(INIT_BLOCK_SIZE, context)
+    if config.block_size is None and context > INIT_BLOCK_SIZE:
+        config = dataclasses.replace(config, block_size=INIT_BLOCK_SIZE)
+    block_size = config.block_size or context
     batch_tokens = config.batch_tokens or USUAL["batch_tokens"]
     micro_batch = config.micro_batch
     if micro_batch is None:
@@ -730,7 +766,7 @@ def fit_to(config, context):
     if config.batch_tokens is None:
         micro_tokens = micro_batch * block_size
         batch_tokens = max(1, round(batch_tokens / micro_tokens)) * micro_tokens
-    return dataclasses.replace(config, block_size=block_size, micro_batch=micro_batch, batch_tokens=batch_tokens)
+    return dataclasses.replace(config, micro_batch=micro_batch, batch_tokens=batch_tokens)
 
 
 def dtype_for(config, model_config, device):

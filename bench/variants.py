@@ -222,7 +222,7 @@ def take_apart(variant, steps):
     setup = variant.setup
     state = variant.state
     objective = train.wrap(setup, state.model, variant.objective_of)
-    read_teacher = train.compile_teacher(setup, state.teacher)
+    read_teacher = train.teacher_reader(setup, state.teacher)
     seconds = dict.fromkeys(PARTS, 0.0)
     clock = train.Clock(seconds, setup.device)
     for step in range(state.step, state.step + steps):
@@ -232,8 +232,7 @@ def take_apart(variant, steps):
             with setup.autocast():
                 taught = ()
                 if state.teacher:
-                    with torch.no_grad():
-                        taught = (read_teacher(x), state.teacher.head_weight)
+                    taught = read_teacher(x, step, micro)
                     clock.lap("teacher")
                 loss, _ = objective(x, y, *taught)
             clock.lap("forward")

@@ -282,6 +282,62 @@ def test_both_distributions_are_over_the_rows_of_a_teacher_with_fewer(student_ro
         assert (ours - plain).abs().max() < 1e-12
 
 
+def known_of(teacher_logits, k, targets):
+    """The TopK of a teacher with these logits, whose targets are not of its k likeliest tokens only."""
+    q = teacher_logits.softmax(-1)
+    probs, indices = q.topk(k)
+    tail = (1 - probs.sum(-1)).clamp(min=0) if k < q.size(-1) else torch.zeros(len(q), dtype=q.dtype)
+    return distill.TopK(indices, probs, tail, q.gather(1, targets[:, None]).squeeze(1).log(), q.size(-1))
+
+
+@pytest.mark.parametrize("k", [1, 4, V])
+@pytest.mark.parametrize("kd_weight", [.3, 1.])
+def test_loss_from_the_likeliest_tokens_is_the_full_one_of_what_is_known(monkeypatch, k, kd_weight):
+    """The full KL to the distribution that shares out the tail as the student does; its gradient by autograd. Where all
+    tokens are known, the full KL to the teacher; else less, by the difference within the tail."""
+    set_sizes(monkeypatch, V * 8, tile=4, block_values=V * 3)
+    hidden, weight, targets, teacher_hidden, teacher_weight = batch()
+    y = targets.flatten()
+    logits = (hidden @ weight.T).flatten(0, 1)
+    teacher_logits = (teacher_hidden @ teacher_weight.T).flatten(0, 1)
+    top = known_of(teacher_logits, k, y)
+    is_top = torch.zeros(21, V).scatter(1, top.indices, 1) == 1
+
+    p = logits.detach().softmax(-1)
+    q = teacher_logits.softmax(-1)
+    shared = torch.where(is_top, q, p * (top.tail / p[~is_top].view(21, -1).sum(-1))[:, None] if k < V else q)
+    expected = kd_loss(logits, shared.log(), y, kd_weight)
+    near(distill.top_kd_loss(logits, top, y, kd_weight).detach(), expected.detach())
+    loss, parts = chunked_loss(hidden, weight, targets, kd_weight=kd_weight,
+                               top=top.map(lambda values: values.view(B, T, *values.shape[1:])))
+    near(loss.detach(), expected.detach())
+    for ours, plain_gradient in zip(torch.autograd.grad(loss / 3, (hidden, weight)),
+                                    torch.autograd.grad(expected, (hidden, weight), retain_graph=True)):
+        near(ours, plain_gradient / 3)
+    for ours, plain_gradient in zip(
+            torch.autograd.grad(distill.top_kd_loss(logits, top, y, kd_weight), (hidden, weight), retain_graph=True),
+            torch.autograd.grad(expected, (hidden, weight))):
+        near(ours, plain_gradient)
+
+    full = kl_divergence(Categorical(logits=teacher_logits), Categorical(logits=logits)).mean().detach()
+    near(parts[2], F.cross_entropy(teacher_logits, y))
+    if k == V:
+        near(parts[1], full)
+    else:
+        rest = [Categorical(logits=x.log().masked_fill(is_top, -1e4)) for x in (q, p)]
+        near(parts[1], full - (top.tail * kl_divergence(*rest)).mean(), 1e-9)
+        assert parts[1] < full
+
+
+def test_a_student_that_leaves_nothing_to_the_tail_has_finite_gradients():
+    logits = torch.tensor([[200., 0., 0., 0.], [0., 0., 0., 200.]])
+    top = distill.TopK(torch.tensor([[0, 1]] * 2), torch.tensor([[.5, .25]] * 2), torch.full((2,), .25), torch.zeros(2),
+                       4)
+    *losses, gradient = distill.top_token_losses(logits, torch.zeros(2, dtype=torch.int64), top)
+    assert all(x.isfinite().all() for x in (*losses, gradient))
+    near(gradient[1], torch.tensor([-.75, -.125, 0., .875]), 1e-6)
+
+
 def test_a_teacher_that_is_overtaken_is_dropped():
     average = None
     for value, expected in ((4.0, 4.0), (2.0, 3.0), (7.0, 5.0), (5.0, 5.0)):

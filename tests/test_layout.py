@@ -13,14 +13,15 @@ ROWS = [      # a file imports only from rows above its own
     "model allocate report experiments.scaling_laws formats.tokenizer_json methods.two_four tasks.own_questions",
     "bench.timing experiments.scaling_curves formats.tokenizer methods.channels methods.mend methods.slicegpt "
     "tasks.questions",
-    "data formats.gguf_vocabulary formats.huggingface formats.llamacpp tasks.probe",
+    "data formats.gguf_vocabulary formats.huggingface formats.llamacpp tasks.probe formats.top_k",
     "score checkpoint formats.gguf_export",
     "eval export methods.depth methods.torch_pruning_peer",
     "methods.measured",
     "prune",
     "train experiments.compare_report experiments.smollm2 experiments.texts",
-    "bench.variants experiments.claims_runs experiments.compare experiments.sweep",
-    "bench.dtypes bench.inference bench.system bench.training experiments.claims_statistics experiments.scaling_runs",
+    "bench.variants experiments.claims_runs experiments.compare experiments.sweep experiments.teacher",
+    "bench.dtypes bench.inference bench.system bench.training experiments.claims_statistics "
+    "experiments.scaling_runs",
     "bench.__main__ experiments.claims_report experiments.precision experiments.scaling",
     "experiments.claims"]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}

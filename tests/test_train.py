@@ -377,9 +377,9 @@ def test_plan_recover_needs_no_other_setting(tmp_path, given, capsys, monkeypatc
     setup, state = train.main(train.Train(**command))
     printed = capsys.readouterr()
     config = report.records(tmp_path / "run")["config"][0]
-    chosen = {name: config[name] for name in ("block_size", "micro_batch", "batch_tokens", "lr", "min_lr", "eval_growth")}
-    assert chosen == dict(block_size=64, micro_batch=2, batch_tokens=256, lr=train.RECOVER_LR,
-                          min_lr=train.RECOVER_LR / 10, eval_growth=2)
+    expected = dict(block_size=None, micro_batch=2, batch_tokens=256, lr=train.RECOVER_LR,
+                    min_lr=train.RECOVER_LR / 10, eval_growth=2)
+    assert {name: config[name] for name in expected} == expected
     assert state.teacher is not None and [r["step"] for r in report.records(tmp_path / "run")["eval"]] == [0, 12]
     assert re.search(r"\n +[\d.]+%|\n? *100%.*\| 12/12 .*tok/s", printed.err) and "\r" not in printed.err
     assert re.search(r" 0\.00\d+ epochs", printed.out)
@@ -387,9 +387,10 @@ def test_plan_recover_needs_no_other_setting(tmp_path, given, capsys, monkeypatc
 
 
 @pytest.mark.parametrize("context, given, expected", [
-    (8192, {}, (512, 4, 4096)), (8192, dict(block_size=8192), (8192, 1, 8192)), (300, {}, (300, 4, 3600)),
-    (64, {}, (64, 16, 4096)), (512, dict(batch_tokens=3072), (512, 2, 3072)), (512, dict(micro_batch=3), (512, 3, 4608)),
-    (512, dict(batch_tokens=1000), (512, 1, 1000))])          # `check_batch` says what does not fit
+    (8192, {}, (512, 4, 4096)), (8192, dict(block_size=8192), (8192, 1, 8192)), (300, {}, (None, 4, 3600)),
+    (64, {}, (None, 16, 4096)), (513, dict(batch_tokens=3072), (512, 2, 3072)),
+    (512, dict(micro_batch=3), (None, 3, 4608)),
+    (512, dict(batch_tokens=1000), (None, 1, 1000))])         # `check_batch` says what does not fit
 def test_batch_of_a_given_model(context, given, expected):
     config = train.resolve(train.Train(init="x", **given), "cpu")
     fitted = train.fit_to(config, context)
