@@ -13,8 +13,10 @@ command. The training gets what the other steps leave: its length follows from t
 a step, so another machine trains on more or fewer tokens, and the card says on how many.
 """
 import dataclasses
+import statistics
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -23,21 +25,38 @@ import torch
 import checkpoint
 import data
 import distill
-import export
 import prune
+import score
 import train
-from common import UserError, append_record, check_choices, check_positive, parse, pick_device, printable, read_records, run
-from experiments import measure, texts
+from common import (
+    UserError,
+    append_record,
+    pick_device,
+    read_records,
+)
+from experiments import candidates, measure, texts
 from experiments.measure import Protocol
-from formats import llamacpp
 from prune import Prune
 from train import Train
 
 # The share of --minutes that the training leaves for the measurements behind it, beside what the
 # measurement of the dense model took.
 RESERVE = 0.03
+MIN_STEPS = 4
 CALIBRATION_WINDOWS = 64             # of CALIBRATION_BLOCK tokens
 CALIBRATION_BLOCK = 256
+MULTIPLE_OF = 32                     # neurons: runtimes and quantizers work in such blocks
+CHOICE_QUESTIONS = 200               # of each file, to choose a recipe by
+SPEED_ROUNDS = 5
+DEFAULT_TEXTS = ("brown", "anarchism", "git")    # of experiments/texts.py, besides Python
+# What is tried. The first is the best of the study (docs/recover.md).
+RECIPES = {
+    "widths": dict(score="taylor", allocate="global"),
+    "widths, by layer": dict(score="taylor", allocate="adaptive"),
+    "layers, then widths": dict(score="taylor", structure="layer,ffn,kv", layer_share=0.25),
+    "layers": dict(score="influence", structure="layer"),
+}
+FIRST = next(iter(RECIPES))
 
 
 @dataclass(frozen=True)
@@ -98,6 +117,7 @@ class Work:
     out: Path
     journal: Journal
     tokenizer: object
+    corpus: data.Corpus
     texts: measure.Texts
     protocol: Protocol
     device: str
@@ -143,7 +163,7 @@ def open_work(config):
     journal = Journal(config.out, {**identity, "fingerprint": corpus.fingerprint,
                                    "weights": checkpoint.fingerprint(model)[:16]})
     config = dataclasses.replace(config, data=names)
-    return Work(config, Path(config.out), journal, tokenizer, test_texts, protocol, device, start), model
+    return Work(config, Path(config.out), journal, tokenizer, corpus, test_texts, protocol, device, start), model
 
 
 # -- the steps
@@ -157,19 +177,40 @@ def measured(work, tag, path, announce):
     return work.journal.once(tag, make, announce)
 
 
-def cut(work):
-    """Cut by the best recipe, in OUT/cut."""
+def cut(work, model):
+    """Cut by the best recipe and repair, in OUT/cut."""
     folder = work.out / "cut"
+    chosen = work.journal.once("choice", lambda: choose(work, model), "trying the recipes")
     if not checkpoint.newest(folder):
-        recipe = choose(work)
+        recipe = dataclasses.replace(recipes(work.config, work.config.data)[chosen["recipe"]], mend="local",
+                                     local_steps=work.config.local_steps, out=str(folder))
         print(f"cut: python prune.py {command_of(recipe)}", flush=True)
         prune.main(recipe)
     return folder
 
 
-def choose(work):
-    """The recipe that goes on, an instance of prune.Prune."""
-    raise NotImplementedError
+def recipes(config, texts):
+    """The recipes to choose from: {name: prune.Prune}."""
+    common = Prune(init=config.model, keep=config.keep, budget=config.budget, data=texts, mend="sequential",
+                   windows=CALIBRATION_WINDOWS, block_size=CALIBRATION_BLOCK, multiple_of=MULTIPLE_OF, seed=config.seed,
+                   device=config.device)
+    named = {name: dataclasses.replace(common, **fields) for name, fields in RECIPES.items()}
+    return named if config.choose else {FIRST: named[FIRST]}
+
+
+def choose(work, model):
+    """The recipe that goes on: the record of its name."""
+    named = recipes(work.config, work.config.data)
+    if len(named) == 1:
+        return {"recipe": FIRST}
+    batches = score.batches(work.corpus.train, CALIBRATION_BLOCK, CALIBRATION_WINDOWS, Prune.micro_batch,
+                            work.config.seed)
+    asked = [question for questions in work.protocol.asked.values() for question in questions[:CHOICE_QUESTIONS]]
+    dtype = prune.measuring_dtype(Prune(), model, work.device)
+    resource = prune.resource_of(next(iter(named.values())), model, work.tokenizer)
+    best, tried = candidates.choose(model, named, batches, work.texts.validation, work.tokenizer, asked, dtype, resource)
+    print(candidates.table(tried, best), flush=True)
+    return {"recipe": best.name, "losses": {candidate.name: candidate.losses for candidate in tried}}
 
 
 def command_of(settings):
@@ -230,3 +271,95 @@ def recover(work):
               flush=True)
     train.main(settings)
     return work.out / "recovered"
+
+
+# -- out
+
+def exports(work, figures):
+    """Write the recovered model for transformers and, where xllamacpp is installed, for llama.cpp."""
+    source = str(work.out / "recovered")
+    export_once(export.Export(source, str(work.out / "hf")), figures)
+    if find_spec("xllamacpp") is None:
+        print("no GGUF: pip install xllamacpp, and run the same command again", flush=True)
+        return {}
+    export_once(export.Export(source, str(work.out / "model.gguf"), "gguf"))
+    export_once(export.Export(source, str(work.out / "model-q8_0.gguf"), "gguf", "q8_0"))
+    dense = work.out / "dense.gguf"
+    export_once(export.Export(work.config.model, str(dense), "gguf"))
+    return work.journal.once("speed", lambda: speeds(work), "measuring llama.cpp's speed")
+
+
+def export_once(config, figures=None):
+    if not Path(config.out).exists():
+        export.main(config, figures)
+
+
+def speeds(work):
+    """Tokens per second of llama.cpp, in rounds that run the files in turns: medians, and ratios to the dense
+    model's within a round."""
+    files = ("dense.gguf", "model.gguf", "model-q8_0.gguf")
+    rates = {name: [] for name in files}
+    for _ in range(SPEED_ROUNDS):
+        for name in files:
+            rates[name].append(llamacpp.speed(str(work.out / name), repeats=1)["decode"])
+    result = {}
+    for name in files:
+        ratios = [rate / dense for rate, dense in zip(rates[name], rates["dense.gguf"])]
+        result[name] = {"decode": statistics.median(rates[name]), "ratio": statistics.median(ratios),
+                        "bytes": (work.out / name).stat().st_size}
+    return {"files": result}
+
+
+def figures_of(work):
+    """The tables of the model card, as Markdown."""
+    records = {label: work.journal.records[tag] for label, tag in
+               (("dense", "dense"), ("cut and repaired", "cut"), ("recovered", "recovered"))}
+    seen = ", ".join(map(measure.short_name, work.config.data))
+    unseen = ", ".join(work.texts.unseen)
+    lines = [measure.table(records), "",
+             f"Perplexity (ppl) in windows of at most {measure.WINDOW:,} tokens, {work.config.windows} windows of each text. "
+             f"Calibrated and trained on other documents of: {seen}. "
+             + (f"Nothing was calibrated or trained on: {unseen}. " if unseen else "")
+             + f"Questions are {', '.join(work.protocol.asked)}, at most {work.config.limit} of each; intervals are paired "
+               "bootstraps over questions, for this one model and seed. The last columns are a generative probe, "
+               f"{work.protocol.probe_items} items of each kind.", "",
+             "Greedy continuations:", "", measure.sample_table(records)]
+    return "\n".join(lines)
+
+
+def speed_lines(record):
+    lines = []
+    for name, result in record.get("files", {}).items():
+        lines.append(f"{name:18} {result['bytes'] / 1e6:7.1f} MB   {result['decode']:6.1f} tokens/s   "
+                     f"{result['ratio']:.2f} of dense")
+    return "\n".join(lines)
+
+
+# -- the command
+
+def check(config):
+    """Raise UserError for settings that mean nothing."""
+    check_choices(config)
+    check_positive(config, ("minutes", "steps", "limit", "windows", "local_steps"))
+    if not 0 < config.keep < 1:
+        raise UserError(f"--keep {config.keep} must be between 0 and 1")
+
+
+def main(config):
+    check(config)
+    work, model = open_work(config)
+    dense = measured(work, "dense", config.model, "measuring the dense model")
+    print(f"that took {dense['seconds']:.0f} s; three such measurements, the cut and the export leave the rest of "
+          f"{config.minutes:g} minutes to the training", flush=True)
+    folder = cut(work, model)
+    del model
+    measured(work, "cut", folder, "measuring the cut model")
+    measured(work, "recovered", recover(work), "measuring the recovered model")
+    figures = figures_of(work)
+    speed = exports(work, figures)
+    print(printable(f"\n{figures}\n{speed_lines(speed)}\n{work.out}: hf, model.gguf, model-q8_0.gguf; "
+                    f"{work.minutes_gone:.0f} minutes of this call"))
+
+
+if __name__ == "__main__":
+    run(lambda: main(parse(Recover)))
