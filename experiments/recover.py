@@ -25,6 +25,7 @@ import torch
 import checkpoint
 import data
 import distill
+import export
 import prune
 import score
 import train
@@ -36,6 +37,7 @@ from common import (
 )
 from experiments import candidates, measure, texts
 from experiments.measure import Protocol
+from formats import llamacpp
 from prune import Prune
 from train import Train
 
