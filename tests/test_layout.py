@@ -14,7 +14,7 @@ ROWS = [      # a file imports only from rows above its own
     "bench.timing experiments.scaling_curves formats.tokenizer methods.channels methods.mend methods.slicegpt",
     "data formats.gguf_vocabulary formats.huggingface formats.llamacpp",
     "score checkpoint formats.gguf_export",
-    "eval export methods.depth methods.torch_pruning_peer",
+    "eval export methods.depth methods.latency methods.torch_pruning_peer",
     "methods.measured",
     "prune",
     "train experiments.compare_report experiments.smollm2",
