@@ -18,7 +18,7 @@ ROWS = [      # a file imports only from rows above its own
     "methods.measured",
     "prune",
     "train experiments.compare_report experiments.smollm2",
-    "bench.variants experiments.claims_runs experiments.compare experiments.sweep",
+    "bench.variants experiments.candidates experiments.claims_runs experiments.compare experiments.sweep",
     "bench.dtypes bench.inference bench.system bench.training experiments.claims_statistics experiments.scaling_runs",
     "bench.__main__ experiments.claims_report experiments.precision experiments.scaling",
     "experiments.claims"]
