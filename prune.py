@@ -35,7 +35,7 @@ import score
 from allocate import ALLOCATIONS, RESOURCES
 from common import UserError, check_choices, has_fast_bfloat16, parse, pick_device, progress, refuse_idle, run
 from eval import dtype_name, evaluate
-from methods import channels, depth, measured, mend, two_four
+from methods import channels, depth, latency, measured, mend, two_four
 from model import GPT, by_unit, coupled
 from score import SCORES
 
@@ -141,7 +141,8 @@ def slice_optimizer(optimizer, large, small, smaller):
 class Prune:
     init: str | None = None       # a checkpoint, run folder, Hugging Face folder or hub id
     keep: float = 0.8             # kept fraction of what all FFN neurons and KV groups cost
-    budget: str = "params"        # params; flops (per token, forward); kv_bytes (per token)
+    # params; flops (per token, forward); kv_bytes (per token); ms (llama.cpp's time of a token, measured)
+    budget: str = "params"
     # ffn, kv (neurons, KV groups); layer, sublayer; layer,ffn,kv (layers first, then widths); channel; 2:4
     structure: str = "ffn,kv"
     score: str = "sensitivity"    # score.SCORES; for layer and sublayer also influence, perplexity
@@ -180,11 +181,12 @@ class Structure:
 BFLOAT16_WIDTH = 128
 
 # Taken from the tables, so that a new row of SCORES or ALLOCATIONS is allowed here at once.
-UNITS = Structure(tuple(SCORES), (*ALLOCATIONS, "measured"), RESOURCES,
+BUDGETS = (*RESOURCES, "ms")
+UNITS = Structure(tuple(SCORES), (*ALLOCATIONS, "measured"), BUDGETS,
                   ("none", "bias", "least-squares"))
 # FLAP's scores sum to 0 in every layer, so they cannot rank layers.
 LAYER_SCORES = [name for name in SCORES if name != "flap"]
-DEPTH = Structure((*LAYER_SCORES, "influence", "perplexity"), ("global", "middle"), RESOURCES)
+DEPTH = Structure((*LAYER_SCORES, "influence", "perplexity"), ("global", "middle"), BUDGETS)
 STRUCTURES = {
     "ffn": UNITS,
     "kv": UNITS,
@@ -289,6 +291,16 @@ def measuring_dtype(recipe, model, device):
         return getattr(torch, recipe.dtype)
     is_faster = has_fast_bfloat16(device) and model.config.d_model >= BFLOAT16_WIDTH
     return torch.bfloat16 if is_faster else torch.float32
+
+
+def resource_of(recipe, model, tokenizer):
+    """What the budget is counted in: a name in RESOURCES or, for --budget ms, decode time measured
+    now (latency.DecodeTime)."""
+    if recipe.budget != "ms":
+        return recipe.budget
+    resource = latency.measure(model.config, tokenizer)
+    print(resource.describe())
+    return resource
 
 
 def in_dtype(model, dtype):
@@ -578,16 +590,17 @@ def cut_and_save(recipe, out):
     corpus = data.load(recipe.data, tokenizer, block_size=T)
     batches = score.batches(corpus.train, T, recipe.windows, recipe.micro_batch, recipe.seed)
     start = model.config
-    total = allocate.total(priced(recipe, model), recipe.budget)
+    resource = resource_of(recipe, model, tokenizer)
+    total = allocate.total(priced(recipe, model), resource)
     # Refuse an impossible budget before the work begins.
     kinds = recipe.structure.split(",")
     if {"ffn", "kv"}.issuperset(kinds):
         budget = math.floor(recipe.keep * total + 1e-6)
-        allocate.split_budget(priced(recipe, model), budget, kinds, recipe.budget)
+        allocate.split_budget(priced(recipe, model), budget, kinds, resource)
 
     print_loss(recipe, model, corpus, "before", dtype)
     begin = time.perf_counter()
-    model, stats = cut_in_stages(model, batches, recipe, dtype)
+    model, stats = cut_in_stages(model, batches, recipe, dtype, resource)
     print(f"calibrated and cut in {time.perf_counter() - begin:.1f} seconds")
     print(table(start, model.config, stats))
     print_loss(recipe, model, corpus, "after", dtype)
@@ -596,9 +609,10 @@ def cut_and_save(recipe, out):
         share = two_four.share(model)
         print(f"2 of each 4 weights are zero in {share:.0%} of the blocks' matrices")
     else:
-        left = allocate.total(priced(recipe, model), recipe.budget)
-        print(f"{left:,} of {total:,} {recipe.budget} kept: {left / total:.4f}, "
-              f"asked {recipe.keep:g}")
+        left = allocate.total(priced(recipe, model), resource)
+        print(f"{left:,} of {total:,} {resource} kept: {left / total:.4f}, asked {recipe.keep:g}")
+    if recipe.budget == "ms":
+        print(latency.report(resource, start, model.config, tokenizer))
     # A model that is more than its GPTConfig (mend.BiasedGPT) does not fit into a checkpoint.
     if type(model) is not GPT:
         print(f"not saved, as {model.evaluation_only}, which no GPTConfig and no runtime has")

@@ -6,7 +6,8 @@
 Most of llama.cpp's architectures have one width for all layers; a model of equal widths becomes one
 of these. Two read a width for each layer: "deci" (NVIDIA's pruned Llamas) and, for models with QK
 norm, "openelm" (Apple's). They know no absent sub-block. It is written as one unit whose weights are
-zero, which adds exactly 0. The library gguf knows the file format and llama.cpp's names.
+zero, which adds exactly 0. A layer without both sub-blocks is left out. The library gguf knows the file
+format and llama.cpp's names.
 
 Not here: the tokenizer (formats/gguf_vocabulary.py); asking llama.cpp (formats/llamacpp.py);
 quantizing (llama-quantize does it, best at widths that 32 divides).
@@ -28,12 +29,19 @@ FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
 
 # -- the architecture
 
+def written_layers(config):
+    """The numbers of the layers that have a sub-block; the first layer if none has."""
+    present = [layer for layer, units in enumerate(zip(config.n_kv_head, config.d_ff)) if any(units)]
+    return present or [0]
+
+
 def widths(config):
     """Query heads, KV heads and neurons of each layer as they are written: three lists, with 1 for an
     absent sub-block."""
-    n_head = [max(1, n) for n in config.n_head]
-    n_kv_head = [max(1, n) for n in config.n_kv_head]
-    d_ff = [max(1, n) for n in config.d_ff]
+    layers = written_layers(config)
+    n_head = [max(1, config.n_head[layer]) for layer in layers]
+    n_kv_head = [max(1, config.n_kv_head[layer]) for layer in layers]
+    d_ff = [max(1, config.d_ff[layer]) for layer in layers]
     return n_head, n_kv_head, d_ff
 
 
@@ -56,8 +64,9 @@ def architecture(config):
     if uneven is None:
         return "qwen3"
     if not config.tie_embeddings:
-        raise UserError(f"layer {uneven} has {layers[uneven]} query heads, KV heads and neurons, layer 0 "
-                        f"{layers[0]}: together with QK norm llama.cpp takes that only in openelm, whose "
+        written = written_layers(config)
+        raise UserError(f"layer {written[uneven]} has {layers[uneven]} query heads, KV heads and neurons, layer "
+                        f"{written[0]} {layers[0]}: together with QK norm llama.cpp takes that only in openelm, whose "
                         "head is the embedding, and this model's is not; prune all layers to one width, "
                         "or export with --to hf")
     return "openelm"
@@ -66,13 +75,14 @@ def architecture(config):
 def add_shapes(writer, config, arch):
     """Add the key-values that say what the tensors are."""
     n_head, n_kv_head, d_ff = widths(config)
+    depth = len(d_ff)
     if arch not in ("deci", "openelm"):          # one number for all layers
         n_head = n_head[0]
         n_kv_head = n_kv_head[0]
         d_ff = d_ff[0]
     writer.add_context_length(config.block_size)
     writer.add_embedding_length(config.d_model)
-    writer.add_block_count(config.n_layer)
+    writer.add_block_count(depth)
     writer.add_vocab_size(config.vocab_size)
     writer.add_feed_forward_length(d_ff)
     writer.add_head_count(n_head)
@@ -104,8 +114,8 @@ def tensors(model, arch):
     if config.rope_scaling:
         yield "rope_freqs.weight", rope_factors(config)
     absent = dict(absent_block(config).named_parameters())
-    for layer, block in enumerate(model.blocks):
-        parameters = {**absent, **dict(block.named_parameters())}
+    for layer, place in enumerate(written_layers(config)):
+        parameters = {**absent, **dict(model.blocks[place].named_parameters())}
         for name, tensor in layer_tensors(parameters, arch, config.head_dim).items():
             if name == "attn.qkv.weight":
                 full_name = f"model.layers.{layer}.self_attn.qkv_proj.weight"

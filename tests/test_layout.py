@@ -15,11 +15,12 @@ ROWS = [      # a file imports only from rows above its own
     "tasks.questions",
     "data formats.gguf_vocabulary formats.huggingface formats.llamacpp tasks.probe formats.top_k",
     "score checkpoint formats.gguf_export",
-    "eval export methods.depth methods.torch_pruning_peer",
+    "eval export methods.depth methods.torch_pruning_peer methods.latency",
     "methods.measured",
     "prune",
     "train experiments.compare_report experiments.smollm2 experiments.texts",
-    "bench.variants experiments.claims_runs experiments.compare experiments.sweep experiments.teacher",
+    "bench.variants experiments.claims_runs experiments.compare experiments.sweep experiments.teacher "
+    "experiments.candidates",
     "bench.dtypes bench.inference bench.system bench.training experiments.claims_statistics "
     "experiments.scaling_runs",
     "bench.__main__ experiments.claims_report experiments.precision experiments.scaling",

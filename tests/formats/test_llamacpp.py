@@ -29,12 +29,15 @@ ALL = dict(qkv_bias=True, rope_scaling=LLAMA3, tie_embeddings=False, rope_theta=
 NO_FIRST = dict(n_head=(0, 2, 3), n_kv_head=(0, 1, 3), d_ff=(0, 32, 160))
 NO_MIDDLE = dict(n_head=(4, 0, 3), n_kv_head=(2, 0, 3), d_ff=(96, 0, 160))
 NO_LAST = dict(n_head=(4, 2, 0), n_kv_head=(2, 1, 0), d_ff=(96, 32, 0))
+NO_ATTENTION = dict(n_head=(4, 2, 0), n_kv_head=(2, 1, 0))
+EVEN_BUT_NO_MIDDLE = dict(n_head=(6, 0, 6), n_kv_head=(2, 0, 2), d_ff=(80, 0, 80))
 NOTHING = dict(n_head=(0, 0, 0), n_kv_head=(0, 0, 0), d_ff=(0, 0, 0))
 CASES = [  # llama.cpp's architecture, and what differs from `shape`
     ("deci", {}), ("deci", dict(qkv_bias=True)), ("deci", dict(rope_scaling=LLAMA3)), ("deci", ALL),
     ("deci", dict(head_dim=32)), ("deci", NO_FIRST), ("deci", NO_MIDDLE), ("deci", NO_LAST), ("deci", NO_MIDDLE | ALL),
     ("deci", dict(n_head=(4, 2, 3), n_kv_head=(1, 1, 1))), ("deci", NO_FIRST | dict(d_ff=(7, 0, 1))),
     ("llama", EVEN), ("llama", EVEN | ALL), ("llama", EVEN | dict(head_dim=32)), ("llama", NOTHING),
+    ("llama", EVEN_BUT_NO_MIDDLE | ALL), ("deci", NO_ATTENTION),
     ("llama", EVEN | dict(qkv_bias=True)), ("llama", EVEN | dict(qkv_bias=True, head_dim=8, rope_scaling=LLAMA3)),
     ("qwen2", EVEN | dict(qkv_bias=True, head_dim=8, tie_embeddings=False)),
     ("qwen3", EVEN | dict(qk_norm=True, tie_embeddings=False)), ("qwen3", EVEN | dict(qk_norm=True, head_dim=32)),
@@ -88,7 +91,7 @@ FAULTS = {
     "rope_freqs missing": (dict(rope_scaling=LLAMA3), lambda name, t: None if "rope_freqs" in name else t),
     "rope_freqs inverted": (dict(rope_scaling=LLAMA3), lambda name, t: 1 / t if "rope_freqs" in name else t),
     "absent FFN not zero": (dict(d_ff=(96, 0, 160)), lambda name, t: t + 1 if name.startswith("blk.1.ffn") else t),
-    "absent attention not zero": (NO_LAST, lambda name, t: t + 1 if name.startswith("blk.2.attn") else t),
+    "absent attention not zero": (NO_ATTENTION, lambda name, t: t + 1 if name.startswith("blk.2.attn") else t),
     "bias left out": (dict(qkv_bias=True), lambda name, t: 0 * t if "attn_v.bias" in name else t),
     "one row wrong": ({}, lambda name, t: torch.cat((t[:-1], -t[-1:])) if name == "blk.2.attn_output.weight" else t),
     "head not the model's": (dict(tie_embeddings=False), lambda name, t: t.flip(0) if name == "output.weight" else t),

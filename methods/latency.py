@@ -1,0 +1,179 @@
+"""Decode time as a budget: what a layer, a neuron and a KV group cost when llama.cpp writes a token.
+
+    python prune.py --init smollm2 --keep 0.8 --budget ms --multiple-of 32      # needs gguf, xllamacpp
+    python -m pytest tests/methods/test_latency.py      # planted costs come out exactly
+
+Models with the shape of the given one, some of them narrower or of half the depth, are written as
+GGUF files in f16. llama.cpp decodes with all of them in turns, and least squares fits
+
+    time of a token = constant + layers · (layer + neurons · neuron + groups · group)
+
+in nanoseconds. The constant (embedding, head, sampling) cannot be removed. What a layer costs
+besides its units (norms, waiting for threads) goes only with the whole layer: export.py leaves
+absent layers out of a GGUF, and writes an absent sub-block of another layer as one unit of zeros.
+The costs are whole numbers, as allocate.py's budgets need them. They hold for this machine, its
+number of threads and a short context. Published methods measure a table of latencies for each layer
+width (ZipLM, arXiv 2302.04089); a straight line is our choice.
+"""
+import dataclasses
+import importlib.util
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common import UserError, progress
+from formats import gguf_export, llamacpp
+from model import GPT
+
+# Tokens in front of those that are timed, tokens that are timed, and how often. The first time does
+# not count (llamacpp.speed).
+PROMPT = 32
+TOKENS = 32
+ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class DecodeTime:
+    """A resource for allocate.py: nanoseconds that llama.cpp takes for a token."""
+    constant: int
+    layer: int                    # of a layer, whatever its widths are
+    neuron: int                   # of one FFN neuron of one layer
+    group: int                    # of one KV group of one layer
+    error: float = 0.0            # how far the fit misses a measured time at most, as a fraction
+
+    def __str__(self):
+        return "ns of a token"
+
+    def unit(self, kind):
+        """What one unit costs."""
+        return self.neuron if kind == "ffn" else self.group
+
+    def of(self, config):
+        """The time of a token of a whole model, predicted."""
+        units = sum(config.n_kv_head) * self.group + sum(config.d_ff) * self.neuron
+        return self.constant + depth_of(config) * self.layer + units
+
+    def describe(self):
+        return (f"llama.cpp's time of a token (f16, {torch.get_num_threads()} threads): "
+                f"{self.constant / 1e6:.2f} ms, and for each layer {self.layer / 1e3:.1f} µs, for 32 of its "
+                f"neurons {32 * self.neuron / 1e3:.1f} µs, for a KV group {self.group / 1e3:.1f} µs; this "
+                f"misses what was measured by {self.error:.1%} at most")
+
+
+def depth_of(config):
+    """The number of layers that have a sub-block."""
+    return sum(1 for units in zip(config.n_kv_head, config.d_ff) if any(units))
+
+
+# -- measure
+
+def shapes(config):
+    """What is measured: [(layers, neurons, KV groups)], all layers of a model alike. The widest layer
+    of `config` gives the largest shape, which comes first."""
+    depth = depth_of(config)
+    neurons = max(config.d_ff)
+    groups = max(config.n_kv_head)
+    narrower = [(depth, round_to_32(neurons * share / 3), groups) for share in (1, 2)]
+    fewer = sorted({groups * share // 4 for share in (1, 2, 3)} - {0, groups})
+    fewer = [(depth, neurons, count) for count in fewer]
+    largest = (depth, neurons, groups)
+    shallow = (max(1, depth // 2), neurons, groups)
+    return list(dict.fromkeys([largest, *narrower, *fewer, shallow]))
+
+
+def round_to_32(neurons):
+    """The nearest multiple of 32, as quantizers and vector units like it; at least one neuron."""
+    return round(neurons / 32) * 32 or max(1, round(neurons))
+
+
+def of_shape(config, shape):
+    """The config with layers of this shape."""
+    depth, neurons, groups = shape
+    widest = config.n_kv_head.index(max(config.n_kv_head))
+    queries = groups * config.queries_per_group(widest)
+    return dataclasses.replace(config, n_head=[queries] * depth, n_kv_head=[groups] * depth,
+                               d_ff=[neurons] * depth)
+
+
+def write(config, tokenizer, path):
+    """Write a model of this config as a GGUF file. Its weights do not matter for its speed."""
+    context = max(config.block_size, PROMPT + TOKENS + 1)
+    with torch.device("meta"):
+        model = GPT(dataclasses.replace(config, block_size=context))
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.01)
+    gguf_export.write_gguf(model, tokenizer, path, "f16")
+
+
+def decode_times(configs, tokenizer, speed=llamacpp.speed, rounds=ROUNDS):
+    """The nanoseconds that llama.cpp takes for a token of models of these configs: [number].
+    `speed(path, …)` measures a file. Raises UserError if xllamacpp is missing.
+
+    Every round measures all models, and times are compared within a round, since whatever else the
+    machine does slows all models of a round alike. The medians over rounds count."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise UserError("decode time is measured in llama.cpp through the package xllamacpp; pip install "
+                        "xllamacpp gguf, or give another --budget")
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{number}.gguf" for number in range(len(configs))]
+        for config, path in zip(configs, paths):
+            write(config, tokenizer, path)
+        times = []
+        for _ in progress(range(rounds), "decode"):
+            rates = [speed(path, prompt=PROMPT, tokens=TOKENS, repeats=1)["decode"] for path in paths]
+            times.append([1e9 / rate for rate in rates])
+    whole = statistics.median(sum(row) for row in times)
+    shares = torch.tensor(times, dtype=torch.float64)
+    shares = shares / shares.sum(1, keepdim=True)                               # (rounds, models)
+    return (whole * shares.quantile(0.5, dim=0)).tolist()
+
+
+# -- fit
+
+def fit(times):
+    """{(layers, neurons, KV groups): nanoseconds} -> DecodeTime, by least squares of the relative
+    errors. What did not vary counts as part of the layer, or of the constant. Raises UserError if a
+    unit would cost nothing, where it varied: the timings are noise."""
+    columns = {"constant": [], "layer": [], "neuron": [], "group": []}
+    for depth, neurons, groups in times:
+        for name, count in zip(columns, (1, depth, depth * neurons, depth * groups)):
+            columns[name].append(count)
+    depths, widths, counts = map(set, zip(*times))
+    varied = {"constant": True, "layer": len(depths) > 1, "neuron": len(widths) > 1, "group": len(counts) > 1}
+    names = [name for name in columns if varied[name]]
+    measured = torch.tensor(list(times.values()), dtype=torch.float64)
+    a = torch.tensor([columns[name] for name in names], dtype=torch.float64).T / measured[:, None]
+    # Columns of one size: the counts differ by a factor of ten thousands.
+    sizes = a.norm(dim=0)
+    solution = torch.linalg.lstsq(a / sizes, torch.ones_like(measured)).solution / sizes
+    error = (a @ solution - 1).abs().max().item()
+    costs = dict.fromkeys(columns, 0) | dict(zip(names, solution.tolist()))
+    for name in ("neuron", "group"):
+        if varied[name] and round(costs[name]) < 1:
+            raise UserError(f"a {name} would cost {costs[name]:.1f} ns of decode time: the timings are "
+                            "noise; try again when the machine is idle, or give another --budget")
+    return DecodeTime(*(max(0, round(cost)) for cost in costs.values()), error)
+
+
+def measure(config, tokenizer, speed=llamacpp.speed, rounds=ROUNDS):
+    """The DecodeTime of models of the shape of `config`."""
+    measured_shapes = shapes(config)
+    configs = [of_shape(config, shape) for shape in measured_shapes]
+    times = decode_times(configs, tokenizer, speed, rounds)
+    return fit(dict(zip(measured_shapes, times)))
+
+
+def report(cost, before, after, tokenizer, speed=llamacpp.speed, rounds=ROUNDS):
+    """A sentence about the decode time of two configs, predicted by `cost` and measured."""
+    times = decode_times([before, after], tokenizer, speed, rounds)
+    predicted = [cost.of(config) for config in (before, after)]
+    phrases = []
+    for start, end in (times, predicted):
+        phrases.append(f"{start / 1e6:.2f} -> {end / 1e6:.2f} ms, {end / start:.3f} of the time")
+    measured_phrase, predicted_phrase = phrases
+    return f"llama.cpp decodes a token in {measured_phrase}; predicted: {predicted_phrase}"
