@@ -199,11 +199,10 @@ def main(config):
     dtype = prune.measuring_dtype(common, model, device)
     tokenizer = tokenizer_of(model, about, config.model)
     T = prune.window_of(common, model)
-    corpus = data.load(common.data, tokenizer, block_size=T)
-    texts = {common.data: corpus.val}
+    corpus = data.load_mixture(common.data, tokenizer, block_size=T)
     batches = score.batches(corpus.train, T, common.windows, common.micro_batch, common.seed)
     resource = prune.resource_of(common, model, tokenizer)
-    winner, candidates = choose(model, recipes, batches, texts, tokenizer, some, dtype, resource)
+    winner, candidates = choose(model, recipes, batches, corpus.domains, tokenizer, some, dtype, resource)
     print(table(candidates, winner))
     print(f"python prune.py --init {shlex.quote(config.model)} {config.common} {winner.name}")
 
