@@ -227,9 +227,9 @@ def teacher_folder(work):
 
 
 def write_teacher(work):
-    """Write the dense model's top-k probabilities for the longest training, if they are not there."""
+    """Write the dense model's top-k probabilities for the longest training, unless the records say so."""
     folder = teacher_folder(work)
-    if (folder / teacher.INDEX).exists():
+    if work.find(tag="teacher"):
         return
     config = work.config
     steps = max(config.steps, *config.longer)
