@@ -202,7 +202,7 @@ def main(config):
     corpus = data.load(common.data, tokenizer, block_size=T)
     texts = {common.data: corpus.val}
     batches = score.batches(corpus.train, T, common.windows, common.micro_batch, common.seed)
-    resource = prune.resource_of(common, model, tokenizer)
+    resource = prune.resource_of(common, model)
     winner, candidates = choose(model, recipes, batches, texts, tokenizer, some, dtype, resource)
     print(table(candidates, winner))
     print(f"python prune.py --init {shlex.quote(config.model)} {config.common} {winner.name}")
