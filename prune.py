@@ -293,12 +293,12 @@ def measuring_dtype(recipe, model, device):
     return torch.bfloat16 if is_faster else torch.float32
 
 
-def resource_of(recipe, model, tokenizer):
+def resource_of(recipe, model):
     """What the budget is counted in: a name in RESOURCES or, for --budget ms, decode time measured
     now (latency.DecodeTime)."""
     if recipe.budget != "ms":
         return recipe.budget
-    resource = latency.measure(model.config, tokenizer)
+    resource = latency.measure(model.config)
     print(resource.describe())
     return resource
 
@@ -457,22 +457,10 @@ def cut_in_stages(model, batches, recipe, dtype=torch.float32, resource=None, co
         damage = measure(model, stats, batches, stage, dtype) if runs_again(stage) else None
         model = cut_once(model, stats, stage, budget, start.widths(), damage, resource)
         if stage.structure != recipe.structure and stage.structure in depth.PARTS:
-            print(went_whole(start, priced(recipe, model), recipe, resource or recipe.budget))
+            share = depth.share_gone(start, priced(recipe, model), recipe.keep, resource or recipe.budget)
+            print(f"went whole: {depth.names_gone(start, model.config)}; {share:.2f} of what is to go, asked "
+                  f"{recipe.layer_share:g}")
     return model, stats
-
-
-def went_whole(before, after, recipe, resource):
-    """A sentence about the layers, or sub-blocks, that a recipe of layers and widths has dropped."""
-    left = after.widths()
-    gone = [key for key, n in before.widths().items() if left[key] < n]
-    if recipe.structure.startswith("layer"):
-        gone = sorted({layer for layer, _ in gone})
-        names = "layers " + " ".join(map(str, gone))
-    else:
-        names = " ".join(f"{layer}.{kind}" for layer, kind in gone)
-    total = allocate.total(before, resource)
-    share = (total - allocate.total(after, resource)) / total / (1 - recipe.keep)
-    return f"went whole: {names}; {share:.2f} of what is to go, asked {recipe.layer_share:g}"
 
 
 def open_model(recipe, device):
@@ -602,7 +590,7 @@ def cut_and_save(recipe, out):
     corpus = data.load_mixture(recipe.data, tokenizer, block_size=T)
     batches = score.batches(corpus.train, T, recipe.windows, recipe.micro_batch, recipe.seed)
     start = model.config
-    resource = resource_of(recipe, model, tokenizer)
+    resource = resource_of(recipe, model)
     total = allocate.total(priced(recipe, model), resource)
     # Refuse an impossible budget before the work begins.
     kinds = recipe.structure.split(",")

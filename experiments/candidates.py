@@ -201,7 +201,7 @@ def main(config):
     T = prune.window_of(common, model)
     corpus = data.load_mixture(common.data, tokenizer, block_size=T)
     batches = score.batches(corpus.train, T, common.windows, common.micro_batch, common.seed)
-    resource = prune.resource_of(common, model, tokenizer)
+    resource = prune.resource_of(common, model)
     winner, candidates = choose(model, recipes, batches, corpus.domains, tokenizer, some, dtype, resource)
     print(table(candidates, winner))
     print(f"python prune.py --init {shlex.quote(config.model)} {config.common} {winner.name}")

@@ -209,7 +209,7 @@ def choose(work, model):
                             work.config.seed)
     asked = [question for questions in work.protocol.asked.values() for question in questions[:CHOICE_QUESTIONS]]
     dtype = prune.measuring_dtype(Prune(), model, work.device)
-    resource = prune.resource_of(next(iter(named.values())), model, work.tokenizer)
+    resource = prune.resource_of(next(iter(named.values())), model)
     best, tried = candidates.choose(model, named, batches, work.texts.validation, work.tokenizer, asked, dtype, resource)
     print(candidates.table(tried, best), flush=True)
     return {"recipe": best.name, "losses": {candidate.name: candidate.losses for candidate in tried}}

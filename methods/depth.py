@@ -148,6 +148,26 @@ def budget_of_share(config, keep, share, structure, resource="params"):
     return math.floor(max(nearest, enough) + 1e-6)
 
 
+def share_gone(before, after, keep, resource="params"):
+    """What has gone from config `before` to config `after`, as a share of what must go until a
+    fraction `keep` of the cost stays."""
+    total = allocate.total(before, resource)
+    return (total - allocate.total(after, resource)) / (total * (1 - keep))
+
+
+def names_gone(before, after):
+    """The layers and sub-blocks that config `after` lacks, as a text: "3, 7, 8.kv"."""
+    left = after.widths()
+    names = []
+    for layer in range(before.n_layer):
+        gone = [kind for _, kind in units_of(before, layer, "layer") if left[layer, kind] == 0]
+        if len(gone) == len(units_of(before, layer, "layer")) > 0:
+            names.append(str(layer))
+        else:
+            names += [f"{layer}.{kind}" for kind in gone]
+    return ", ".join(names)
+
+
 def widths_for(config, budget, how, scores, structure, resource="params"):
     """How many units each layer of `config` keeps when whole parts go, the lowest score first,
     until all units cost at most `budget` of `resource`: {(layer, kind): units}. `how` is "global",

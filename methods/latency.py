@@ -3,21 +3,21 @@
     python prune.py --init smollm2 --keep 0.8 --budget ms --multiple-of 32      # needs gguf, xllamacpp
     python -m pytest tests/methods/test_latency.py      # planted costs come out exactly
 
-Models with the shape of the given one, some of them narrower or of half the depth, are written as
-GGUF files in f16. llama.cpp decodes with all of them in turns, and least squares fits
+Models with layers like those of the given one, narrower ones and some of half the depth are written
+as GGUF files in f16. llama.cpp decodes with all of them in turns, and least squares fits
 
     time of a token = constant + layers · (layer + neurons · neuron + groups · group)
 
-in nanoseconds. The constant (embedding, head, sampling) cannot be removed. What a layer costs
-besides its units (norms, waiting for threads) goes only with the whole layer: export.py leaves
-absent layers out of a GGUF, and writes an absent sub-block of another layer as one unit of zeros.
-The costs are whole numbers, as allocate.py's budgets need them. They hold for this machine, its
-number of threads and a short context. Published methods measure a table of latencies for each layer
-width (ZipLM, arXiv 2302.04089); a straight line is our choice.
+in nanoseconds. The constant (embedding, head, sampling) cannot be removed, so these models have a
+small vocabulary, and it does not drown what can. What a layer costs besides its units (norms,
+waiting for threads) goes only with the whole layer: export.py leaves absent layers out of a GGUF,
+and writes an absent sub-block of another layer as one unit of zeros. The costs are whole numbers, as
+allocate.py's budgets need them. They hold for this machine, its number of threads and a short
+context. ZipLM (arXiv 2302.04089) looks latencies up in a table of layer widths; a straight line is
+our choice.
 """
 import dataclasses
 import importlib.util
-import statistics
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,19 +26,22 @@ import torch
 
 from common import UserError, progress
 from formats import gguf_export, llamacpp
+from formats.tokenizer import open_tokenizer
 from model import GPT
 
 # Tokens in front of those that are timed, tokens that are timed, and how often. The first time does
 # not count (llamacpp.speed).
 PROMPT = 32
 TOKENS = 32
-ROUNDS = 7
+ROUNDS = 8
+# Layers of a measured model: enough to stand out from the constant, and to be more than the caches
+# of a CPU hold where the whole model is.
+DEPTH = 12
 
 
 @dataclass(frozen=True)
 class DecodeTime:
     """A resource for allocate.py: nanoseconds that llama.cpp takes for a token."""
-    constant: int
     layer: int                    # of a layer, whatever its widths are
     neuron: int                   # of one FFN neuron of one layer
     group: int                    # of one KV group of one layer
@@ -52,15 +55,14 @@ class DecodeTime:
         return self.neuron if kind == "ffn" else self.group
 
     def of(self, config):
-        """The time of a token of a whole model, predicted."""
+        """The time of a token in all layers of a model."""
         units = sum(config.n_kv_head) * self.group + sum(config.d_ff) * self.neuron
-        return self.constant + depth_of(config) * self.layer + units
+        return depth_of(config) * self.layer + units
 
     def describe(self):
-        return (f"llama.cpp's time of a token (f16, {torch.get_num_threads()} threads): "
-                f"{self.constant / 1e6:.2f} ms, and for each layer {self.layer / 1e3:.1f} µs, for 32 of its "
-                f"neurons {32 * self.neuron / 1e3:.1f} µs, for a KV group {self.group / 1e3:.1f} µs; this "
-                f"misses what was measured by {self.error:.1%} at most")
+        return (f"llama.cpp's time of a token (f16, {torch.get_num_threads()} threads): {self.layer / 1e3:.1f} µs "
+                f"for a layer, {32 * self.neuron / 1e3:.1f} µs for 32 of its neurons, {self.group / 1e3:.1f} µs "
+                f"for a KV group; this misses what was measured by {self.error:.1%} at most")
 
 
 def depth_of(config):
@@ -73,7 +75,7 @@ def depth_of(config):
 def shapes(config):
     """What is measured: [(layers, neurons, KV groups)], all layers of a model alike. The widest layer
     of `config` gives the largest shape, which comes first."""
-    depth = depth_of(config)
+    depth = min(depth_of(config), DEPTH)
     neurons = max(config.d_ff)
     groups = max(config.n_kv_head)
     narrower = [(depth, round_to_32(neurons * share / 3), groups) for share in (1, 2)]
@@ -90,12 +92,12 @@ def round_to_32(neurons):
 
 
 def of_shape(config, shape):
-    """The config with layers of this shape."""
+    """The config with layers of this shape, and with a vocabulary of bytes."""
     depth, neurons, groups = shape
     widest = config.n_kv_head.index(max(config.n_kv_head))
     queries = groups * config.queries_per_group(widest)
-    return dataclasses.replace(config, n_head=[queries] * depth, n_kv_head=[groups] * depth,
-                               d_ff=[neurons] * depth)
+    return dataclasses.replace(config, vocab_size=256, n_head=[queries] * depth,
+                               n_kv_head=[groups] * depth, d_ff=[neurons] * depth)
 
 
 def write(config, tokenizer, path):
@@ -114,8 +116,8 @@ def decode_times(configs, tokenizer, speed=llamacpp.speed, rounds=ROUNDS):
     """The nanoseconds that llama.cpp takes for a token of models of these configs: [number].
     `speed(path, …)` measures a file. Raises UserError if xllamacpp is missing.
 
-    Every round measures all models, and times are compared within a round, since whatever else the
-    machine does slows all models of a round alike. The medians over rounds count."""
+    Every round measures all models. The fastest round of each counts, since whatever else the
+    machine does can only add to a time."""
     if importlib.util.find_spec("xllamacpp") is None:
         raise UserError("decode time is measured in llama.cpp through the package xllamacpp; pip install "
                         "xllamacpp gguf, or give another --budget")
@@ -123,14 +125,12 @@ def decode_times(configs, tokenizer, speed=llamacpp.speed, rounds=ROUNDS):
         paths = [Path(folder) / f"{number}.gguf" for number in range(len(configs))]
         for config, path in zip(configs, paths):
             write(config, tokenizer, path)
-        times = []
+        highest = [0.0] * len(paths)
         for _ in progress(range(rounds), "decode"):
-            rates = [speed(path, prompt=PROMPT, tokens=TOKENS, repeats=1)["decode"] for path in paths]
-            times.append([1e9 / rate for rate in rates])
-    whole = statistics.median(sum(row) for row in times)
-    shares = torch.tensor(times, dtype=torch.float64)
-    shares = shares / shares.sum(1, keepdim=True)                               # (rounds, models)
-    return (whole * shares.quantile(0.5, dim=0)).tolist()
+            for number, path in enumerate(paths):
+                rates = speed(path, prompt=PROMPT, tokens=TOKENS, repeats=1)
+                highest[number] = max(highest[number], rates["decode"])
+    return [1e9 / rate for rate in highest]
 
 
 # -- fit
@@ -157,23 +157,22 @@ def fit(times):
         if varied[name] and round(costs[name]) < 1:
             raise UserError(f"a {name} would cost {costs[name]:.1f} ns of decode time: the timings are "
                             "noise; try again when the machine is idle, or give another --budget")
-    return DecodeTime(*(max(0, round(cost)) for cost in costs.values()), error)
+    rounded = {name: max(0, round(cost)) for name, cost in costs.items()}
+    return DecodeTime(rounded["layer"], rounded["neuron"], rounded["group"], error)
 
 
-def measure(config, tokenizer, speed=llamacpp.speed, rounds=ROUNDS):
+def measure(config, speed=llamacpp.speed, rounds=ROUNDS):
     """The DecodeTime of models of the shape of `config`."""
     measured_shapes = shapes(config)
     configs = [of_shape(config, shape) for shape in measured_shapes]
-    times = decode_times(configs, tokenizer, speed, rounds)
+    times = decode_times(configs, open_tokenizer("bytes"), speed, rounds)
     return fit(dict(zip(measured_shapes, times)))
 
 
 def report(cost, before, after, tokenizer, speed=llamacpp.speed, rounds=ROUNDS):
-    """A sentence about the decode time of two configs, predicted by `cost` and measured."""
-    times = decode_times([before, after], tokenizer, speed, rounds)
-    predicted = [cost.of(config) for config in (before, after)]
-    phrases = []
-    for start, end in (times, predicted):
-        phrases.append(f"{start / 1e6:.2f} -> {end / 1e6:.2f} ms, {end / start:.3f} of the time")
-    measured_phrase, predicted_phrase = phrases
-    return f"llama.cpp decodes a token in {measured_phrase}; predicted: {predicted_phrase}"
+    """A sentence about the decode time of whole models of two configs, measured, and by how much it
+    should differ by `cost`."""
+    start, end = decode_times([before, after], tokenizer, speed, rounds)
+    predicted = cost.of(before) - cost.of(after)
+    return (f"llama.cpp decodes a token in {start / 1e6:.2f} -> {end / 1e6:.2f} ms, {end / start:.3f} of the "
+            f"time: {(start - end) / 1e6:.2f} ms less, predicted were {predicted / 1e6:.2f}")
