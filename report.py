@@ -92,11 +92,9 @@ def summary(path):
     if "summary" not in run:
         raise UserError(f"{path} is not finished; run the same train.py command again to go on")
     end = run["summary"][0]
-    # A short run on a large corpus is a small part of an epoch.
-    epochs_format = ".2f" if end["epochs"] >= 0.1 else ".2g"
     lines = [f"{end['plan']} / {end['preset']} / seed {end['seed']}: {end['params']:,} parameters, "
-             f"{end['tokens']:,} tokens ({end['tokens'] / end['params']:.0f} per parameter, "
-             f"{end['epochs']:{epochs_format}} epochs), {end['flops_executed']:.3g} FLOPs executed, "
+             f"{end['tokens']:,} tokens ({rounded(end['tokens'] / end['params'], 0)} per parameter, "
+             f"{rounded(end['epochs'], 2)} epochs), {end['flops_executed']:.3g} FLOPs executed, "
              f"{end['flops_credited']:.3g} credited",
              "",
              "                        step     parameters   val loss (nats/token)   bits per byte"]
@@ -112,6 +110,13 @@ def summary(path):
         lines += [f"-- {sample['when']} (step {sample['step']}): {sample['prompt'][-40:]!r} goes on",
                   sample["text"], ""]
     return "\n".join(lines)
+
+
+def rounded(value, decimals):
+    """The number with so many decimals; with two digits where these would be zeros, as in a short
+    run of a large model."""
+    text = f"{value:.{decimals}f}"
+    return text if float(text) else f"{value:.2g}"
 
 
 def moments(run):

@@ -2,6 +2,7 @@
 
     python -m experiments.teacher smollm2 --data stdlib --out runs/teacher
     python train.py --init runs/cut --teacher runs/teacher --plan recover
+    python -m experiments.teacher smollm2 --student runs/cut      # writes, and measures what the tail hides
 
 The teacher runs over the samples that train.py reads with the same --data, --seed and --block-size,
 and the --top likeliest tokens of each place are kept (formats/top_k.py has the format). The KL to
@@ -37,6 +38,7 @@ class Teacher:
     batch: int = 4                           # windows per forward pass
     device: str = "auto"                     # auto, cpu, cuda, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # as train.py's
+    student: str | None = None               # also measure which part of the KL to this model the records hold
 
 
 def likeliest(hidden, weight, targets, k):
@@ -69,6 +71,33 @@ def records_of(model, x, y, kind):
     for record in records:
         record["digest"] = top_k.digest_of(record)
     return records
+
+
+@torch.no_grad()
+def held(model, student, x, y, k):
+    """The KL of a student on a batch (B, T): to the k likeliest tokens of the teacher and their tail,
+    and to the whole teacher; mean nats per token."""
+    targets = y.flatten().clamp(min=0)
+    hidden = model.hidden(x).flatten(0, 1)
+    student_hidden = student.hidden(x).flatten(0, 1)
+    V = model.config.vocab_size
+    chunk = distill.chunk_tokens(model.head_weight)
+    known = full = 0.0
+    for a in range(0, len(hidden), chunk):
+        indices, log_probs, tail, target = likeliest(hidden[a:a + chunk], model.head_weight, targets[a:a + chunk], k)
+        top = distill.TopK(indices, log_probs.exp(), tail, target, V)
+        logits = (student_hidden[a:a + chunk] @ student.head_weight[:V].T).float()
+        teacher_logits = (hidden[a:a + chunk] @ model.head_weight.T).float()
+        _, divergence, *_ = distill.top_token_losses(logits.clone(), targets[a:a + chunk], top, needs_grad=False)
+        known += divergence.sum().item()
+        _, divergence, *_ = distill.token_losses(logits, targets[a:a + chunk], teacher_logits, needs_grad=False)
+        full += divergence.sum().item()
+    return known / len(hidden), full / len(hidden)
+
+
+def autocast(settings, device):
+    """As train.py runs a teacher."""
+    return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=settings.dtype == "bfloat16")
 
 
 def open_model(config, device):
@@ -104,6 +133,13 @@ def main(config):
     folder = Path(config.out)
     with checkpoint.locked(folder):
         write(config, settings, model, corpus, identity, folder)
+    if config.student:
+        student, _ = checkpoint.load(config.student, device, torch.float32)
+        x, y = data.batch(corpus.train, T, config.seed, 0, 0, micro_batch=config.batch, micro_steps=1)
+        with autocast(settings, device):
+            known, full = held(model, student, x.to(device), y.to(device), config.top)
+        print(f"on {config.batch * T:,} tokens the KL of {config.student} is {full:.4f} nats per token, to the "
+              f"{config.top} likeliest tokens and their tail {known:.4f} ({known / full:.1%})")
 
 
 def write(config, settings, model, corpus, identity, folder):
@@ -117,14 +153,14 @@ def write(config, settings, model, corpus, identity, folder):
         checkpoint.refuse_existing(folder)
     T = settings.block_size
     kind = top_k.record_type(identity)
-    device = model.embed.weight.device
+    device = str(model.embed.weight.device)
     start = time.perf_counter()
     before = samples
     needed = max(samples, -(-config.tokens // T))
     # Batches begin at multiples of --batch. One of which the folder holds a part is read again.
     for step in progress(range(samples // config.batch, -(-needed // config.batch)), "teacher"):
         x, y = data.batch(corpus.train, T, config.seed, step, 0, micro_batch=config.batch, micro_steps=1)
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+        with autocast(settings, device):
             records = records_of(model, x.to(device), y.to(device), kind)
         first = step * config.batch
         records = records[:needed - first]

@@ -8,6 +8,7 @@ import torch
 
 import checkpoint
 import data
+import distill
 import model as models
 import train
 from common import Damaged, UserError, read_records
@@ -138,6 +139,23 @@ def test_a_cache_of_other_samples_is_refused(folder, tmp_path, settings, words):
     with pytest.raises(UserError, match=words) as refusal:
         run(folder, tmp_path / "run", f"top-{K}", **settings)
     assert "\n" not in str(refusal.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("k", [K, V])
+def test_the_records_hold_all_but_what_the_tail_hides(folder, k):
+    """The formulas on whole logits in float64."""
+    given, student = (checkpoint.load(folder / name)[0] for name in ("model", "student"))
+    given = checkpoint.without_padding(given, V)
+    x, y = data.batch(data.load().train, T, 0, 0, 0, micro_batch=2, micro_steps=1)
+    known, full = teacher.held(given, student, x, y, k)
+    with torch.no_grad():
+        q = given(x).double().softmax(-1).flatten(0, 1)
+        logits = student(x)[..., :V].double().flatten(0, 1)
+    probs, indices = q.topk(k)
+    top = distill.TopK(indices, probs, (1 - probs.sum(-1)).clamp(min=0), probs[:, 0], V)
+    assert known == pytest.approx(distill.top_kd_loss(logits, top, y.flatten(), 1.).item(), rel=1e-4)
+    assert full == pytest.approx(distill.kd_loss(logits, q.log(), y.flatten(), 1.).item(), rel=1e-4)
+    assert known == pytest.approx(full, rel=1e-5) if k == V else 0 < known < 0.99 * full
 
 
 def test_damage_and_another_teacher_are_told(folder, tmp_path):
