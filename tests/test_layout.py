@@ -13,7 +13,7 @@ ROWS = [      # a file imports only from rows above its own
     "model allocate report experiments.scaling_laws formats.tokenizer_json methods.two_four tasks.questions",
     "bench.timing experiments.scaling_curves formats.tokenizer methods.channels methods.mend methods.slicegpt",
     "data formats.gguf_vocabulary formats.huggingface formats.llamacpp",
-    "score checkpoint formats.gguf_export",
+    "score checkpoint formats.gguf_export methods.local",
     "eval export methods.depth methods.torch_pruning_peer",
     "methods.measured",
     "prune",
