@@ -14,7 +14,7 @@ loop simple:
      rounding, and takes the same next step.
 `choose`, `zero_` and `slice` are all that training needs. The rest is the command: it cuts a given
 model once, or in several --iterations, and saves it. What a unit is worth: score.py. How a budget
-is shared: allocate.py. Whole layers, channels, 2:4, measured damage, mending: methods/. Not here:
+is shared: allocate.py. Whole layers, channels, 2:4, measured damage, mending, local distillation: methods/. Not here:
 training (train.py), all methods compared (experiments/compare.py).
 """
 import copy
@@ -35,7 +35,7 @@ import score
 from allocate import ALLOCATIONS, RESOURCES
 from common import UserError, check_choices, has_fast_bfloat16, parse, pick_device, progress, refuse_idle, run
 from eval import dtype_name, evaluate
-from methods import channels, depth, latency, measured, mend, two_four
+from methods import channels, depth, latency, local, measured, mend, two_four
 from model import GPT, by_unit, coupled
 from score import SCORES
 
@@ -152,7 +152,8 @@ class Prune:
     iterations: int = 1           # cut in so many equal parts, each measured anew
     layer_share: float = 0.5      # of layer,ffn,kv: the part of what goes that whole layers make up, 0 to 1
     layer_score: Literal["influence", "perplexity"] = "influence"    # of layer,ffn,kv: ranks the layers
-    mend: str = "none"            # adjust the kept weights for the removed units: least-squares; bias (FLAP's)
+    mend: str = "none"            # make up for what went: least-squares, sequential, local; bias (FLAP's)
+    local_steps: int = 100        # of mend local: steps of each block against the dense block
     out: str | None = None        # folder; default runs/pruned-NAME-KEEP, or -2-4
     data: tuple[str, ...] = ("stdlib",)    # calibration texts, A:2 B; their hold-outs measure the loss (data.py)
     windows: int = 32             # of the calibration text
@@ -183,10 +184,14 @@ BFLOAT16_WIDTH = 128
 # Taken from the tables, so that a new row of SCORES or ALLOCATIONS is allowed here at once.
 BUDGETS = (*RESOURCES, "ms")
 UNITS = Structure(tuple(SCORES), (*ALLOCATIONS, "measured"), BUDGETS,
-                  ("none", "bias", "least-squares"))
+                  ("none", "bias", "least-squares", "sequential", "local"))
+# Ways of mending that run the cut model beside the dense one, and all that begin with least squares.
+SIDE_BY_SIDE = ("sequential", "local")
+LEAST_SQUARES = ("least-squares", *SIDE_BY_SIDE)
 # FLAP's scores sum to 0 in every layer, so they cannot rank layers.
 LAYER_SCORES = [name for name in SCORES if name != "flap"]
-DEPTH = Structure((*LAYER_SCORES, "influence", "perplexity"), ("global", "middle"), BUDGETS)
+DEPTH = Structure((*LAYER_SCORES, "influence", "perplexity"), ("global", "middle"), BUDGETS,
+                  ("none", "sequential", "local"))
 STRUCTURES = {
     "ffn": UNITS,
     "kv": UNITS,
@@ -228,8 +233,10 @@ def check(recipe):
         idle += ["layer_share", "layer_score"]
     if not runs_again(recipe):
         idle.append("measured_windows")
+    if recipe.mend != "local":
+        idle.append("local_steps")
     refuse_idle(recipe, idle, f"with --structure {recipe.structure} --score {recipe.score} "
-                              f"--allocate {recipe.allocate}")
+                              f"--allocate {recipe.allocate} --mend {recipe.mend}")
 
 
 def check_numbers(recipe):
@@ -244,7 +251,7 @@ def check_numbers(recipe):
         raise UserError("--mend bias makes a model that cannot be cut again; --iterations "
                         f"{recipe.iterations} must be 1")
     for name in ("windows", "measured_windows", "eval_windows", "micro_batch", "multiple_of",
-                 "iterations", "block_size"):
+                 "iterations", "local_steps", "block_size"):
         value = getattr(recipe, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
@@ -321,7 +328,8 @@ def needs(recipe):
         fields.add("channel")
     elif recipe.score in SCORES:
         fields |= SCORES[recipe.score].needs
-    if recipe.mend == "least-squares":
+    measures_mended = recipe.mend in LEAST_SQUARES and recipe.allocate == "measured"
+    if recipe.mend == "least-squares" or measures_mended:
         fields.add("gram")
     elif recipe.mend == "bias":
         fields.add("mean")
@@ -348,9 +356,9 @@ def measure(model, stats, batches, recipe, dtype=torch.float32):
     if recipe.score == "perplexity":
         return depth.without(running, batches, depth.PARTS[recipe.structure])
 
-    # Measure with the same mending as the final cut.
+    # Measure with the same mending as the final cut: of one sub-block, all begin with least squares.
     def reader(name, w, kept):
-        if recipe.mend == "least-squares":
+        if recipe.mend in LEAST_SQUARES:
             return mend.mended(w, stats.gram[name], kept)
         return w[:, kept]
 
@@ -447,15 +455,29 @@ def cut_once(model, stats, recipe, budget, original=None, damage=None, resource=
     return cut(model, alive, recipe.mend, stats)
 
 
+def mend_side_by_side_(recipe, small, model, batches, dtype, is_last):
+    """Mend, in place, a model that was cut from `model` by running both: see mend.mend_sequentially_
+    and local.distil_. Local distillation follows the last cut only."""
+    windows = torch.cat([x for x, _ in batches])
+    mend.mend_sequentially_(small, model, windows, dtype, micro_batch=recipe.micro_batch)
+    if recipe.mend == "local" and is_last:
+        local.distil_(small, model, windows, recipe.local_steps, seed=recipe.seed, dtype=dtype,
+                      micro_batch=recipe.micro_batch)
+
+
 def cut_in_stages(model, batches, recipe, dtype=torch.float32, resource=None, collect=collect):
     """All cuts of the recipe, each measured anew on the model that the last one left: (smaller
     model, statistics of the last calibration pass). A caller that has statistics already hands in
     its own `collect`."""
+    dense = model
     start = priced(recipe, model)
-    for stage, budget in stages(recipe, start, resource):
+    cuts = stages(recipe, start, resource)
+    for number, (stage, budget) in enumerate(cuts, start=1):
         stats = collect(model, batches, stage, dtype)
         damage = measure(model, stats, batches, stage, dtype) if runs_again(stage) else None
         model = cut_once(model, stats, stage, budget, start.widths(), damage, resource)
+        if stage.mend in SIDE_BY_SIDE:
+            mend_side_by_side_(stage, model, dense, batches, dtype, is_last=number == len(cuts))
         if stage.structure != recipe.structure and stage.structure in depth.PARTS:
             share = depth.share_gone(start, priced(recipe, model), recipe.keep, resource or recipe.budget)
             print(f"went whole: {depth.names_gone(start, model.config)}; {share:.2f} of what is to go, asked "
@@ -478,7 +500,7 @@ def open_model(recipe, device):
     if recipe.structure != "channel" and recipe.multiple_of > max(1, widest):
         raise UserError(f"--multiple-of {recipe.multiple_of} is more than the {widest} neurons of the "
                         "widest layer; give at most that")
-    if recipe.mend == "least-squares":
+    if recipe.mend in LEAST_SQUARES:
         check_least_squares(recipe, model.config, T, device)
     return model, about
 
@@ -486,14 +508,14 @@ def open_model(recipe, device):
 def check_least_squares(recipe, config, T, device):
     """Raise UserError if least squares lacks float64, or tokens to fit its matrices to."""
     if device == "mps":
-        raise UserError("--mend least-squares is solved in float64, which Apple's GPUs lack; give "
+        raise UserError(f"--mend {recipe.mend} is solved in float64, which Apple's GPUs lack; give "
                         "--device cpu")
     # With fewer tokens than inputs the Gram matrix has no full rank: the fit would be to noise.
     widest = max(*config.d_ff, config.head_dim * max(config.n_head))
     tokens = recipe.windows * T
     if tokens < widest:
         enough = math.ceil(widest / T / recipe.micro_batch) * recipe.micro_batch
-        raise UserError(f"--mend least-squares fits matrices of {widest:,} inputs to "
+        raise UserError(f"--mend {recipe.mend} fits matrices of {widest:,} inputs to "
                         f"{recipe.windows} windows x {T} = {tokens:,} tokens; give --windows "
                         f"{enough} or, better, several times as many")
 

@@ -1,17 +1,29 @@
 """Mending without training: what is left of a sub-block makes up for the units that went.
 
-    python prune.py --init runs/scratch-laptop-0 --keep 0.5 --mend least-squares      # or bias
+    python prune.py --init runs/scratch-laptop-0 --keep 0.5 --mend sequential    # least-squares, bias
     python -m pytest tests/methods/test_mend.py                # against numpy's least squares
 
-Both ways change only the matrix that reads a sub-block's units, `o` or `down`. Its columns are the
+All ways change only the matrix that reads a sub-block's units, `o` or `down`. Its columns are the
 units' *channels*. Least squares solves for the columns that are left, so that they give what all
-columns gave over the calibration text. FLAP's bias adds the mean output of the columns that went. A
-GPTConfig has no such bias, so that model is a class of its own and for evaluation only.
+columns gave over the calibration text. In one pass all sub-blocks are mended by what the dense
+model's units put out. Sequentially, each one is mended by what its units put out behind the cut
+sub-blocks in front of it, and so also makes up for what these could not. FLAP's bias adds the mean
+output of the columns that went. A GPTConfig has no such bias, so that model is a class of its own
+and for evaluation only. Not here: training the other matrices of a block (methods/local.py).
 """
+import itertools
+
 import torch
 import torch.nn as nn
 
-from model import GPT, reader_of
+from common import UserError, progress
+from model import GPT, reader_of, rotary
+
+# Of sequential least squares: one batch in so many is held out, and chooses one of these dampings.
+HOLD_OUT = 4
+DAMPINGS = (0.01, 0.1, 1, 10)
+# The sub-blocks of a layer, in the order of the forward pass.
+KINDS = ("kv", "ffn")
 
 
 def channels_of(units, each):
@@ -26,7 +38,7 @@ def kept_channels(model, layer, kind, kept):
     return channels_of(kept.to(w.device), w.size(1) // model.config.widths()[layer, kind])
 
 
-# -- least squares
+# -- least squares, all sub-blocks in one pass
 
 def mended(w, gram, kept, damping=0.01):
     """The columns `kept` of the matrix w (C, n), changed so that over the calibration text they
@@ -52,6 +64,105 @@ def mend_by_least_squares_(small, model, alive, gram):
             name = reader_of(model.config, layer, kind)
             channels = kept_channels(model, layer, kind, kept)
             small.get_parameter(name).copy_(mended(model.get_parameter(name), gram[name], channels))
+
+
+# -- least squares, one sub-block after the other
+
+class Walk:
+    """Brings residual streams (B, T, C) of windows of T tokens forward through a model, sub-block by
+    sub-block. Matrices are multiplied in `dtype`; streams stay in the dtype of the weights."""
+    def __init__(self, model, T, dtype=None):
+        weight = model.embed.weight
+        self.dtype = dtype or weight.dtype
+        self.is_cast = self.dtype != weight.dtype
+        self.cos, self.sin = rotary(model.config, 0, T, weight.device, weight.dtype)
+
+    def behind(self, block, stream, kinds=KINDS):
+        """The residual stream behind the sub-blocks of these kinds. An absent one leaves the stream
+        as it is."""
+        # Weights change between two calls, so that no cast of them may be kept.
+        with torch.autocast(stream.device.type, self.dtype, enabled=self.is_cast, cache_enabled=False):
+            if "kv" in kinds and block.attn is not None:
+                stream = stream + block.attn(block.attn_norm(stream), self.cos, self.sin)
+            if "ffn" in kinds and block.ffn is not None:
+                stream = stream + block.ffn(block.ffn_norm(stream))
+        return stream
+
+
+@torch.no_grad()
+def mend_sequentially_(small, model, windows, dtype=None, micro_batch=4):
+    """Refit, in place, each matrix of `small` that reads units, so that behind its sub-block the
+    residual stream comes as near as it can to the one in `model`. `small` is cut from `model`;
+    whole sub-blocks may be gone. `windows` (N, T) are token ids; `dtype` is that of the products.
+
+    The first sub-block comes first, so that the next one sees the stream as it really arrives: X
+    of the cut model, Y of the dense one (the refit of Putri and of Týr-the-Pruner). Memory: the two
+    models' streams of all windows, N · T · C values each, and one Gram matrix."""
+    if len(windows) < HOLD_OUT:
+        raise UserError(f"sequential mending fits to some windows and tries on others, and {len(windows)} are too "
+                        f"few; give --windows {HOLD_OUT} or, better, many more")
+    texts = windows.to(model.embed.weight.device).split(min(micro_batch, len(windows) // HOLD_OUT))
+    walk = Walk(model, windows.size(1), dtype)
+    dense = [model.embed(text) for text in texts]
+    streams = [small.embed(text) for text in texts]
+    places = list(itertools.product(range(model.config.n_layer), KINDS))
+    for layer, kind in progress(places, "mend"):
+        # Run the dense part: where its streams arrive, those of the cut model should.
+        dense = [walk.behind(model.blocks[layer], stream, (kind,)) for stream in dense]
+        if small.config.widths()[layer, kind] > 0:
+            refit_(walk, small, layer, kind, streams, dense)
+        # Run the cut part, mended.
+        streams = [walk.behind(small.blocks[layer], stream, (kind,)) for stream in streams]
+
+
+def token_weights(stream):
+    """1 / mean square of each token's stream: (B, T, C) -> (B, T, 1)."""
+    return 1 / stream.square().mean(-1, keepdim=True).clamp(min=torch.finfo(stream.dtype).tiny)
+
+
+def refit_(walk, small, layer, kind, streams, targets):
+    """Change, in place, the matrix of one sub-block that reads its units' outputs x, by the Δ with the
+    least Σ |e - Δ x|² / |target|² + λ |Δ|². e = target - stream is what is missing behind the
+    sub-block. A token counts by the size of its stream, as the norms behind it see it: the first
+    token's is a hundred times as large as the others, and would be all that counts."""
+    reader = small.get_submodule(reader_of(small.config, layer, kind).removesuffix(".weight"))
+    inputs = []
+    hook = reader.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    sums = {"fit": [0, 0], "held out": [0, 0]}
+    for i, (stream, target) in enumerate(zip(streams, targets)):
+        error = (target - walk.behind(small.blocks[layer], stream, (kind,))).flatten(0, 1)
+        x = inputs.pop().to(error.dtype).flatten(0, 1)
+        weight = token_weights(target).flatten(0, 1)
+        part = sums["held out" if i % HOLD_OUT == HOLD_OUT - 1 else "fit"]
+        part[0] = part[0] + x.T @ (weight * x)                # (n, n)
+        part[1] = part[1] + x.T @ (weight * error)            # (n, C)
+    hook.remove()
+    reader.weight.add_(ridge(*sums["fit"], *sums["held out"]).T)
+
+
+def ridge(gram, cross, held_gram, held_cross):
+    """The change Δᵀ (n, C) by all tokens, with the λ of DAMPINGS · mean diagonal of the Gram matrix
+    (n, n) that does best when it is fitted to one part and tried on the other. 0 if none does better
+    than no change."""
+    best = None
+    least = 0
+    for damping in DAMPINGS:
+        change = solved(gram, cross, damping)
+        # Σ |e - Δ x|² - Σ |e|² over the tokens held out.
+        error = (change * (held_gram.double() @ change - 2 * held_cross.double())).sum().item()
+        if error < least:
+            best = damping
+            least = error
+    if best is None:
+        return torch.zeros_like(cross)
+    return solved(gram + held_gram, cross + held_cross, best)
+
+
+def solved(gram, cross, damping):
+    """(gram + λ I)^-1 cross, in float64."""
+    gram = gram.to(torch.float64, copy=True)
+    gram.diagonal().add_(damping * gram.diagonal().mean())
+    return torch.linalg.solve(gram, cross.double())
 
 
 # -- FLAP's bias

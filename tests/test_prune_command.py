@@ -173,9 +173,22 @@ def test_printed_loss_is_evals_and_opposite_order_is_worse(command, trained, tmp
 def test_least_squares_helps_and_a_bias_changes_the_loss(command):
     """On a model as small as this, FLAP's bias helps with some seeds only; test_mend.py says what it always does."""
     settings = dict(keep=.5, allocate="uniform", windows=32, eval_windows=64, score="wanda")
-    plain, mended, bias = (losses(command(mend, **settings, mend=mend)[2])[1]
-                           for mend in ("none", "least-squares", "bias"))
+    plain, mended, bias, sequential, distilled = (losses(command(mend, **settings, mend=mend)[2])[1] for mend in (
+        "none", "least-squares", "bias", "sequential", "local"))
     assert mended < plain - .02 and bias != plain
+    assert sequential < plain - .02 and distilled < sequential - .005
+
+
+@pytest.mark.parametrize("mend", ["sequential", "local"])
+def test_sub_blocks_that_went_are_made_up_for_and_cuts_look_back_at_the_dense_model(command, mend, trained, monkeypatch):
+    settings = dict(structure="sublayer", score="taylor", keep=.6, windows=32, eval_windows=64)
+    assert losses(command(mend, **settings, mend=mend)[2])[1] < losses(command(**settings)[2])[1] - .02
+    calls = []
+    monkeypatch.setattr(prune.mend, "mend_sequentially_", lambda small, model, *a, **k: calls.append(model.config))
+    monkeypatch.setattr(prune.local, "distil_", lambda small, model, *a, **k: calls.append("distil"))
+    command("twice", keep=.5, iterations=2, mend=mend)
+    dense = checkpoint.load(trained)[0].config
+    assert calls == [dense, dense] + ["distil"] * (mend == "local")
 
 
 def test_what_is_for_evaluation_only_is_measured_and_not_saved(command, tmp_path):
@@ -206,7 +219,8 @@ def test_the_hold_out_only_measures(command, corpus, monkeypatch):
 
 COMBINATIONS = [(structure, name, how, mend) for structure, row in prune.STRUCTURES.items()
                 if structure != "kv,ffn" and not structure.endswith("layer,ffn,kv")
-                for name in row.score for how in ("global", "measured") if how in row.allocate for mend in row.mend]
+                for name in row.score for how in ("global", "measured") if how in row.allocate
+                for mend in row.mend if mend not in prune.SIDE_BY_SIDE]          # those come behind the choice
 
 
 @pytest.mark.parametrize("structure, name, how, mend", COMBINATIONS)
@@ -289,10 +303,10 @@ ALLOWED = {  # structure: scores, allocations, budgets, mending, written out
     **dict.fromkeys(("ffn", "kv", "ffn,kv", "kv,ffn", "layer,ffn,kv", "sublayer,ffn,kv"), (
         "sensitivity taylor taylor2 activation wanda flap magnitude random",
         "global standardised uniform uniform-strict middle adaptive measured", "params flops kv_bytes ms",
-        "none bias least-squares")),
+        "none bias least-squares sequential local")),
     **dict.fromkeys(("layer", "sublayer"), (
         "sensitivity taylor taylor2 activation wanda magnitude random influence perplexity", "global middle",
-        "params flops kv_bytes ms", "none")),
+        "params flops kv_bytes ms", "none sequential local")),
     "channel": ("activation magnitude taylor", "global", "params", "none"),
     "2:4": ("magnitude wanda", "global", "params", "none")}
 
@@ -327,6 +341,8 @@ def test_it_refuses_in_a_sentence_and_overwrites_nothing(trained, tmp_path):
             (init | dict(structure="kv", keep=.1), "less than what stays anyway, as only kv may go"),
             (init | dict(mend="least-squares", windows=1, micro_batch=1, block_size=8),
              "inputs to 1 windows x 8 = 8 tokens; give --windows"),
+            (init | dict(mend="sequential", local_steps=50), "--local-steps has no effect .* --mend sequential; leave"),
+            (init | dict(mend="local", local_steps=0), "--local-steps 0 must be at least 1"),
             (init | dict(multiple_of=0), "--multiple-of 0 must be at least 1"),
             (init | dict(windows=0), "--windows 0 must be at least 1"),
             (init | dict(structure="kv", multiple_of=8), "--multiple-of has no effect"),

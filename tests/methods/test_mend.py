@@ -1,4 +1,4 @@
-"""Mending: least squares is numpy's, and FLAP's bias is the mean of what went."""
+"""Mending: least squares is numpy's, in one pass and sequentially, and FLAP's bias is the mean of what went."""
 import copy
 
 import numpy as np
@@ -12,7 +12,7 @@ import prune
 import score
 from common import UserError
 from methods import mend
-from model import GPT, coupled
+from model import GPT, coupled, reader_of
 
 
 def random_problem(seed, n=9, tokens=200):
@@ -60,6 +60,90 @@ def test_a_mended_cut_changes_only_the_readers_and_comes_nearer(name):
         channels = torch.cat([torch.arange(w.size(1)).view(units, -1)[unit] for unit in alive[layer, kind]])
         error = lambda small: (x[:, channels] @ small.get_parameter(reader).T - x @ w.T).square().mean().item()
         assert error(mended) < .99 * error(plain)
+
+
+def stream_behind(model, layer, kind, windows):
+    """The residual stream behind a sub-block (tokens, C), and the inputs of the matrix that reads its units (tokens,
+    n) or None, by whole forward passes."""
+    block, seen, hooks = model.blocks[layer], {}, []
+    sub_block = block.attn if kind == "kv" else block.ffn
+    hooks.append(block.register_forward_hook(lambda _, args, out: seen.update(before=args[0], after=out)))
+    if block.ffn is not None:
+        hooks.append(block.ffn.register_forward_hook(lambda _, args, out: seen.update(ffn=out)))
+    if sub_block is not None:
+        reader = sub_block.o if kind == "kv" else sub_block.down
+        hooks.append(reader.register_forward_pre_hook(lambda _, args: seen.update(x=args[0].flatten(0, 1))))
+    model(windows)
+    for hook in hooks:
+        hook.remove()
+    stream = seen["after"] if kind == "ffn" else seen["after"] - seen.get("ffn", 0)
+    return stream.flatten(0, 1), seen.get("x")
+
+
+def best(x, error, held):
+    """The change with the ridge that errs least on the rows held out, refitted to all; 0 if none helps."""
+    def fit(rows, damping):
+        n = x.shape[1]
+        pull = np.sqrt(damping * np.square(x[rows]).sum() / n) * np.eye(n)
+        return np.linalg.lstsq(np.vstack([x[rows], pull]), np.vstack([error[rows], np.zeros((n, error.shape[1]))]))[0]
+    missing = {np.inf: np.square(error[held]).sum()} | {damping: np.square(
+        error[held] - x[held] @ fit(~held, damping)).sum() for damping in (.01, .1, 1, 10)}
+    damping = min(missing, key=missing.get)
+    CHOSEN.add(damping)
+    return 0 * x.T @ error if damping == np.inf else fit(held | ~held, damping)
+
+
+CHOSEN = set()
+
+
+@pytest.mark.parametrize("name", WITH_HOLES)
+@torch.no_grad()
+def test_sequential_mending_is_numpys_ridge_one_sub_block_after_the_other(name):
+    """Rows of sqrt(λ) I pull the change to 0. Layer 1 loses its attention; the streams of both models are taken from
+    whole forward passes with the sub-blocks mended so far."""
+    model, _ = new(WITH_HOLES[name])
+    config, windows = model.config, torch.cat([x for x, _ in text(model.config)])
+    alive = {key: torch.arange(n)[::2] for key, n in config.widths().items()} | {(1, "kv"): torch.tensor([]).long()}
+    small, expected = prune.cut(model, alive), prune.cut(model, alive)
+    for layer in range(config.n_layer):
+        for kind in ("kv", "ffn"):
+            target, _ = stream_behind(model, layer, kind, windows)
+            arrived, x = stream_behind(expected, layer, kind, windows)
+            if x is None:
+                continue
+            size = target.square().mean(1, keepdim=True).sqrt()
+            x, error = (x / size).numpy(), ((target - arrived) / size).numpy()
+            held = np.arange(len(x)) // (8 * len(windows) // 4) == 3          # the last of 4 batches
+            change = best(x, error, held)
+            expected.get_parameter(reader_of(config, layer, kind)).data += torch.from_numpy(change).T
+    mend.mend_sequentially_(small, model, windows, micro_batch=5)             # at most a fourth: 3
+    assert name != "all" or len(CHOSEN) > 2
+    for (parameter, p), q in zip(small.named_parameters(), expected.parameters()):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-9, msg=parameter)
+
+
+@pytest.mark.parametrize("name", WITH_HOLES)
+def test_sequential_mending_changes_nothing_where_nothing_went_and_ends_nearer_than_one_pass(name):
+    model, _ = new(WITH_HOLES[name])
+    batches, last = text(model.config, 8), (model.config.n_layer - 1, "ffn")
+    windows = torch.cat([x for x, _ in batches])
+    whole = copy.deepcopy(model)
+    mend.mend_sequentially_(whole, model, windows)
+    assert all((p - q).abs().max() < 1e-12 for p, q in zip(whole.parameters(), model.parameters()))
+    alive = {key: torch.arange(n)[:-2] for key, n in model.config.widths().items() if n > 2}
+    errors = []
+    with torch.no_grad():
+        dense, _ = stream_behind(model, *last, windows)
+        for how in ("none", "least-squares", "sequential"):
+            if how == "sequential":
+                small = prune.cut(model, alive)
+                mend.mend_sequentially_(small, model, windows)
+            else:
+                small = prune.cut(model, alive, how, score.collect(model, batches, {"gram"}))
+            error = stream_behind(small, *last, windows)[0] - dense
+            errors.append((error.square().sum(1) / dense.square().sum(1)).mean().item())
+    none, one_pass, sequential = errors
+    assert sequential < one_pass and sequential < .9 * none
 
 
 @pytest.mark.parametrize("kind", ["ffn", "kv"])
