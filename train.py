@@ -59,6 +59,7 @@ from common import (
     run,
 )
 from eval import evaluate, sample
+from formats.origin import hand_on
 from formats.tokenizer import open_tokenizer
 from methods import two_four
 
@@ -731,11 +732,11 @@ def refuse_idle_flags(config):
 
 
 def open_init(config):
-    """The run's Tokenizer, the GPTConfig of --init, and what prune.py wrote of the cut that made it
-    (the last two None without --init). Raises UserError if model and tokenizer, or a 2:4 model and
-    the plan, do not fit each other."""
+    """The run's Tokenizer, the GPTConfig of --init, what prune.py wrote of the cut that made it, and
+    its origin (the last three None without --init). Raises UserError if model and tokenizer, or a
+    2:4 model and the plan, do not fit each other."""
     if not config.init:
-        return open_tokenizer(config.tokenizer or "bytes"), None, None
+        return open_tokenizer(config.tokenizer or "bytes"), None, None, None
     model, about = checkpoint.load(config.init, "meta", block_size=config.block_size)
     if about.get("masks") and schedule.prunes(config.plan):
         raise UserError(f"{config.init} is a 2:4 model, whose units cannot be cut while it trains, and plan "
@@ -746,7 +747,7 @@ def open_init(config):
     else:
         tokenizer = checkpoint.tokenizer_of(model, about, config.init)
     cut = {key: value for key, value in about.get("run", {}).items() if key in ("cut_from", "recipe")}
-    return tokenizer, model.config, cut or None
+    return tokenizer, model.config, cut or None, hand_on(about)
 
 
 def plan_run(config, vocab_size, given=None):
@@ -867,7 +868,7 @@ def prepare(config):
     rank, world, device, waiting = join_processes(config.device)
     config = resolve(config, device)
     refuse_idle_flags(config)
-    tokenizer, given, cut_before = open_init(config)
+    tokenizer, given, cut_before, origin = open_init(config)
     start, target, timeline = plan_run(config, tokenizer.vocab_size, given)
     config = dataclasses.replace(config, tokenizer=tokenizer.name, cuts=len(timeline.events),
                                  dtype=dtype_for(config, start, device))
@@ -884,7 +885,7 @@ def prepare(config):
         identity["start"] = json.loads(json.dumps(asdict(start)))
     defaults = {setting.name: setting.default for setting in dataclasses.fields(config)}
     folder = checkpoint.RunFolder(run_path(config), identity, defaults, config.batch_tokens, tokenizer.files,
-                                  writes=rank == 0)
+                                  writes=rank == 0, origin=origin)
     setup = Setup(config, timeline, start, target, corpus, corpus.tokenizer.byte_lengths(), device, rank, world, folder,
                   cut_before, waiting)
     if calibration_needs(config):

@@ -10,15 +10,17 @@ LESSON = "model schedule score allocate prune distill train data checkpoint eval
 PACKAGES = ("methods", "formats", "tasks", "experiments", "bench")
 ROWS = [      # a file imports only from rows above its own
     "common schedule distill bench.gpt2_peer formats.modeling_nanoprune",
-    "model allocate report experiments.scaling_laws formats.tokenizer_json methods.two_four tasks.questions",
-    "bench.timing experiments.scaling_curves formats.tokenizer methods.channels methods.mend methods.slicegpt",
+    "model allocate report experiments.scaling_laws formats.tokenizer_json formats.origin methods.two_four "
+    "tasks.questions",
+    "bench.timing experiments.scaling_curves formats.tokenizer formats.model_card methods.channels methods.mend "
+    "methods.slicegpt",
     "data formats.gguf_vocabulary formats.huggingface formats.llamacpp",
     "score checkpoint formats.gguf_export",
     "eval export methods.depth methods.torch_pruning_peer",
     "methods.measured",
     "prune",
     "train experiments.compare_report experiments.smollm2",
-    "bench.variants experiments.claims_runs experiments.compare experiments.sweep",
+    "bench.variants experiments.claims_runs experiments.glassllm experiments.compare experiments.sweep",
     "bench.dtypes bench.inference bench.system bench.training experiments.claims_statistics experiments.scaling_runs",
     "bench.__main__ experiments.claims_report experiments.precision experiments.scaling",
     "experiments.claims"]
