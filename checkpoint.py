@@ -41,7 +41,7 @@ from common import (
     write_atomic,
 )
 from distill import freeze
-from formats import huggingface
+from formats import huggingface, origin
 from formats.tokenizer import FILES, has_tokenizer, open_tokenizer
 from model import GPT, check_values, config_from, with_context
 
@@ -166,11 +166,14 @@ def load(path, device="cpu", dtype=None, block_size=None):
     `dtype` None keeps the stored one. With the device "meta" no weights are read, only their
     config. `block_size` is the context that is wanted, at most the trained one; None takes all.
     `about` holds what `save` was given besides the model; for a Hugging Face folder {"huggingface":
-    its config.json, "tokenizer_files"}. Raises UserError for a file that is missing, truncated, of
-    another version or of another shape than it says."""
+    its config.json, "tokenizer_files", "origin": see formats/origin.py}. Raises UserError for a file
+    that is missing, truncated, of another version or of another shape than it says."""
     folder = find(path)
     if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        return huggingface.load(folder, device, dtype, block_size)
+        model, about = huggingface.load(folder, device, dtype, block_size)
+        if folder != Path(path):
+            about["origin"]["name"] = str(path)      # a hub id; the folder's name is a hash
+        return model, about
     model, about = load_ours(folder, device, dtype, block_size)
     return model if dtype is None else model.to(dtype), about
 
@@ -183,7 +186,7 @@ def find(path):
     if local.exists() or not could_be_a_hub_id:
         return local
     import huggingface_hub
-    files = ["*config.json", "model*.safetensors*", *FILES, "additional_chat_templates/*", "README.md"]
+    files = ["*config.json", "model*.safetensors*", *FILES, "additional_chat_templates/*", "README.md", *origin.LEGAL]
     try:
         folder = Path(huggingface_hub.snapshot_download(str(path), allow_patterns=files))
         if not list(folder.glob("*.safetensors")):
@@ -263,6 +266,7 @@ def open_file(file, device, dtype, block_size):
     if not isinstance(state.get("run", {}), dict):
         raise UserError(f"{file} has {state['run']!r:.60} where the settings of its run should be; use a file that "
                         "train.py or prune.py wrote")
+    state["origin"] = origin.of_checkpoint(file, state)
     return model.to(device), state
 
 
@@ -372,6 +376,7 @@ class RunFolder:
     batch_tokens: int
     tokenizer_files: dict
     writes: bool                  # only one process of a run does
+    origin: dict | None = None    # where the model of --init comes from
     background: Background = field(default_factory=Background)      # writes the newest checkpoint
 
     @property
@@ -394,7 +399,7 @@ class RunFolder:
         held = {name: getattr(state, name) for name in PLAIN}
         held |= {"run": self.identity, "optimizer": state.optimizer.state_dict(), "alive": listed(state.alive),
                  "averages": listed(state.averages), "masks": masks, "tokenizer_files": self.tokenizer_files,
-                 "records": self.seal_records(), "provenance": provenance()}
+                 "origin": self.origin, "records": self.seal_records(), "provenance": provenance()}
         content = content_of(state.model, held)
         if saves_in_background(state.model):
             self.background.start(self.write_and_rotate, path, on_host(content))
@@ -496,7 +501,7 @@ class RunFolder:
         self.background.wait()
         path = self.path / "teacher.pt"
         if self.writes:
-            save(path, model, run=self.identity, step=step, tokenizer_files=self.tokenizer_files)
+            save(path, model, run=self.identity, step=step, tokenizer_files=self.tokenizer_files, origin=self.origin)
         return path
 
     def open_teacher(self, path, state):

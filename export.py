@@ -12,7 +12,7 @@ Qwen2ForCausalLM or Qwen3ForCausalLM. A model of other widths brings its class a
 Every output is written under a temporary name, loaded by the runtime that it is for, and compared
 with our logits in float32. Only then is it renamed: what has the final name is whole and checked. A
 DeciLM folder is checked in transformers, through the same class; vLLM itself is not run. Not here:
-quantization (llama.cpp's own llama-quantize does it).
+quantization to fewer than 8 bits (llama.cpp's own llama-quantize does it).
 """
 import copy
 import importlib.util
@@ -26,8 +26,9 @@ from typing import Literal
 import torch
 
 import checkpoint
-from common import UserError, check_choices, first_line, parse, run
-from formats import gguf_export, huggingface, llamacpp
+from common import UserError, check_choices, first_line, parse, printable, run
+from formats import gguf_export, huggingface, llamacpp, origin
+from formats.model_card import model_card
 from formats.tokenizer import from_files, has_tokenizer, special_ids
 
 RUNTIME = {"hf": "transformers", "deci": "transformers", "gguf": "xllamacpp"}
@@ -43,24 +44,58 @@ class Export:
     checkpoint: str               # what to export: ckpt_*.pt, a run folder, a Hugging Face folder or a hub id
     out: str                      # the file (gguf) or folder (hf, deci) to write; it must not exist
     to: Literal["hf", "gguf", "deci"] = "hf"
-    # of the matrices; auto: as stored (float64 as float32)
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    # of the matrices; auto: that of the Hugging Face folder that the model was made of, else as stored
+    # (float64 as float32); q8_0, 8.5 bits a weight: with --to gguf only
+    dtype: Literal["auto", "float32", "float16", "bfloat16", "q8_0"] = "auto"
     unchecked: bool = False       # if the runtime that would check the result is not installed, go on without it
+
+
+# -- reading
+
+def load(config):
+    """The model in the dtype that it is to be written in: -> (GPT, about). Raises UserError for a
+    weight that this dtype does not hold."""
+    name = config.dtype
+    if name == "auto":
+        # A cut model is stored in float32, whatever it was made of.
+        _, about = checkpoint.load(config.checkpoint, "meta")
+        name = None if "huggingface" in about else origin_of(about)["dtype"]
+    if name == "q8_0":
+        name = "float32"                     # what is rounded to 8 bits is rounded once
+    dtype = None if name is None else getattr(torch, name)
+    model, about = checkpoint.load(config.checkpoint, "cpu", dtype)
+    if model.embed.weight.dtype == torch.float64:
+        # Read again, which refuses what float32 does not hold.
+        model, about = checkpoint.load(config.checkpoint, "cpu", torch.float32)
+    return model, about
+
+
+def origin_of(about):
+    """Where the model comes from, by formats/origin.py, also if nothing is known of it."""
+    return about.get("origin") or origin.NOTHING
 
 
 # -- writing
 
-def write(config, model, about, path):
-    """Write the model to `path`: -> a phrase about its layout. Raises UserError if no runtime
-    computes this model."""
+def write(config, model, about, path, figures=None):
+    """Write the model to `path`: -> a phrase about its layout. `figures` is Markdown for its model
+    card. Raises UserError if no runtime computes this model."""
     checkpoint.refuse_evaluation_only(model)
     if config.to == "gguf":
-        dtype = GGUF_DTYPE[model.embed.weight.dtype]
+        dtype = gguf_dtype(config, model)
         tokenizer = checkpoint.tokenizer_of(model, about, config.checkpoint)
         source = Path(config.checkpoint).resolve()
         name = source.parent.name if source.is_file() else source.name
-        gguf_export.write_gguf(model, tokenizer, path, dtype, name, about.get("license"))
-        return f"GGUF, architecture {gguf_export.architecture(model.config)}, {dtype}"
+        known = origin_of(about)
+        # A folder that is exported as it is has no other model behind it.
+        base_model = None if "huggingface" in about else known["name"]
+        gguf_export.write_gguf(model, tokenizer, path, dtype, name, known["license"], base_model)
+        layout = f"GGUF, architecture {gguf_export.architecture(model.config)}, {dtype}"
+        rest = gguf_export.not_quantized(model)
+        if dtype == "q8_0" and rest:
+            layout += (f", with {len(rest)} matrices in f16, as 32 does not divide their rows ({rest[0]}; cut with "
+                       "--multiple-of 32)")
+        return layout
 
     if config.to == "deci":
         family = "nemotron-nas"
@@ -69,14 +104,34 @@ def write(config, model, about, path):
     files, special = tokenizer_files(model, about, config.checkpoint)
     path.mkdir(parents=True)
     huggingface.save(path, model, family, files, special)
+    write_card(config, model, about, path, files, figures)
 
     written = json.loads((path / "config.json").read_text())
-    layout = written["architectures"][0]
+    layout = f"{written['architectures'][0]}, {written['torch_dtype']}"
     if "auto_map" in written:
         layout += ", with its code: load it with trust_remote_code=True"
     if not has_tokenizer(files):
         layout += ", WITHOUT a tokenizer: it came without one, or tiktoken's has no tokenizer.json"
     return layout
+
+
+def gguf_dtype(config, model):
+    """The type of the matrices of a GGUF file."""
+    return "q8_0" if config.dtype == "q8_0" else GGUF_DTYPE[model.embed.weight.dtype]
+
+
+def write_card(config, model, about, path, files, figures):
+    """Write README.md and the legal texts into the folder, if the checkpoint says what it was made of."""
+    known = origin.hand_on(about)
+    if known is None and figures is None:
+        return
+    known = known or origin.NOTHING
+    origin.write(path, known)
+    has_chat = "chat_template.jinja" in files or '"chat_template"' in files.get("tokenizer_config.json", "")
+    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    own_code = (path / huggingface.OWN_FILE.name).exists()
+    text = model_card(printable(Path(config.out).name), model.config, known, dtype, own_code, has_chat, figures)
+    (path / "README.md").write_text(text, encoding="utf-8")
 
 
 def tokenizer_files(model, about, source):
@@ -117,7 +172,9 @@ def check(config, model, about, path, installed):
     exact = copy.deepcopy(model).float()
     if config.to == "gguf":
         tokenizer = checkpoint.tokenizer_of(model, about, config.checkpoint)
-        dtype = GGUF_DTYPE[model.embed.weight.dtype]
+        dtype = gguf_dtype(config, model)
+        if dtype == "q8_0":
+            exact = gguf_export.as_in_q8_0(model)
         difference = llamacpp.check_gguf(path, exact, dtype=dtype, tokenizer=tokenizer)
         return f"the same in xllamacpp: log-probabilities at most {difference:.1e} apart"
     difference = check_transformers(path, exact)
@@ -174,8 +231,11 @@ def in_transformers(folder):
 
 # -- the command
 
-def main(config):
+def main(config, figures=None):
+    """Export by the settings. `figures` is Markdown for the model card of a folder, or None."""
     check_choices(config)
+    if config.dtype == "q8_0" and config.to != "gguf":
+        raise UserError(f"--dtype q8_0 is a type of GGUF files, and --to {config.to} writes none; give --to gguf")
     out = Path(config.out)
     if out.exists():
         raise UserError(f"{out} is there already; give another place or delete it")
@@ -185,15 +245,10 @@ def main(config):
         raise UserError(f"{runtime}, which would check the result, is not installed: pip install "
                         f"{runtime}, or go on without the check by --unchecked")
 
-    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-    model, about = checkpoint.load(config.checkpoint, "cpu", dtype)
-    if model.embed.weight.dtype == torch.float64:
-        # Read again, which refuses what float32 does not hold.
-        model, about = checkpoint.load(config.checkpoint, "cpu", torch.float32)
-
+    model, about = load(config)
     beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        layout = write(config, model, about, beside)
+        layout = write(config, model, about, beside, figures)
         checked = check(config, model, about, beside, installed)
         os.replace(beside, out)
     finally:

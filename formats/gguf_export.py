@@ -10,8 +10,9 @@ zero, which adds exactly 0. A layer without both sub-blocks is left out. The lib
 format and llama.cpp's names.
 
 Not here: the tokenizer (formats/gguf_vocabulary.py); asking llama.cpp (formats/llamacpp.py);
-quantizing (llama-quantize does it, best at widths that 32 divides).
+quantizing to fewer than 8 bits (llama-quantize does it, best at widths that 256 divides).
 """
+import copy
 import dataclasses
 import errno
 
@@ -24,7 +25,11 @@ from model import Block, rotary
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 # llama.cpp's names for such files.
-FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
+FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+
+# q8_0 stores 32 neighbours of a row as integers of 8 bits and one scale in f16: 34 bytes.
+Q8_BLOCK = 32
+Q8_BYTES = 34
 
 
 # -- the architecture
@@ -167,17 +172,21 @@ def rope_factors(config):
 
 # -- the file
 
-def write_gguf(model, tokenizer, path, dtype="f16", name=None, license=None):
+def write_gguf(model, tokenizer, path, dtype="f16", name=None, license=None, base_model=None):
     """Write the model with its tokenizer to `path`, whole or not at all. One converted tensor at a time
     is in memory.
 
-    dtype: f32, f16 or bf16 for matrices; norms and biases stay f32. `name` and `license` are written
-    where they are known. Raises UserError if llama.cpp has
-    no architecture or no tokenizer for it, if the vocabulary is larger than the embedding, or if a
-    weight is too large for f16."""
-    if dtype not in DTYPES:
-        raise UserError(f"a GGUF is written in {', '.join(DTYPES)}, not {dtype!r}; llama-quantize makes "
+    dtype: f32, f16, bf16 or q8_0 for matrices, see `kind_of`; norms and biases stay f32. `name`, `license` and
+    `base_model`, the name of the model that this one was made of, are written where they are known.
+    Raises UserError if llama.cpp has no architecture or no tokenizer for it, if the vocabulary is
+    larger than the embedding, if a weight is too large for f16, or if 32 does not divide d_model in
+    q8_0."""
+    if dtype not in FILE_TYPES:
+        raise UserError(f"a GGUF is written in {', '.join(FILE_TYPES)}, not {dtype!r}; llama-quantize makes "
                         "others of it")
+    if dtype == "q8_0" and model.config.d_model % Q8_BLOCK:
+        raise UserError(f"q8_0 stores blocks of {Q8_BLOCK} weights, and the model's rows of {model.config.d_model} are "
+                        f"no multiple; cut channels with --multiple-of {Q8_BLOCK}, or give --dtype float16")
     gguf = import_gguf()
     arch = architecture(model.config)
 
@@ -187,12 +196,18 @@ def write_gguf(model, tokenizer, path, dtype="f16", name=None, license=None):
             writer.add_name(name)
         if license:
             writer.add_license(license)
+        if base_model:
+            writer.add_base_model_count(1)
+            writer.add_base_model_name(0, base_model)
         writer.add_file_type(getattr(gguf.LlamaFileType, FILE_TYPES[dtype]))
         add_shapes(writer, model.config, arch)
         add_vocabulary(writer, tokenizer, model.config.vocab_size)
         for tensor_name, tensor in tensors(model, arch):
-            kind = dtype if tensor.dim() == 2 else "f32"
-            size = tensor.numel() * DTYPES[kind].itemsize
+            kind = kind_of(tensor, dtype)
+            if kind == "q8_0":
+                size = tensor.numel() // Q8_BLOCK * Q8_BYTES
+            else:
+                size = tensor.numel() * DTYPES[kind].itemsize
             writer.add_tensor_info(tensor_name, tensor.shape, None, size, gguf.GGMLQuantizationType[kind.upper()])
         try:
             writer.write_header_to_file()
@@ -207,12 +222,50 @@ def write_gguf(model, tokenizer, path, dtype="f16", name=None, license=None):
     write_atomic(path, write)
 
 
+def kind_of(tensor, dtype):
+    """The type of a tensor in a file of `dtype`: norms and biases are f32. In q8_0 a matrix whose rows no
+    whole number of blocks makes is f16, as llama-quantize has it."""
+    if tensor.dim() != 2:
+        return "f32"
+    if dtype == "q8_0" and tensor.shape[1] % Q8_BLOCK:
+        return "f16"
+    return dtype
+
+
+def not_quantized(model):
+    """The names of the matrices that a q8_0 file has in f16."""
+    return [name for name, p in model.named_parameters() if kind_of(p, "q8_0") == "f16"]
+
+
+def quantized(tensor):
+    """A matrix -> the bytes of q8_0, a NumPy array."""
+    gguf = import_gguf()
+    return gguf.quants.quantize(tensor.detach().to("cpu", torch.float32).numpy(), gguf.GGMLQuantizationType.Q8_0)
+
+
+def as_in_q8_0(model):
+    """A copy of the model in float32 that computes with what a q8_0 file holds. (Blocks lie along rows, so
+    the order of the rows does not matter.)"""
+    gguf = import_gguf()
+    rounded = copy.deepcopy(model).float()
+    for p in rounded.parameters():
+        kind = kind_of(p, "q8_0")
+        if kind == "q8_0":
+            weights = gguf.quants.dequantize(quantized(p), gguf.GGMLQuantizationType.Q8_0)
+            p.data = torch.from_numpy(weights)
+        else:
+            p.data = p.data.to(DTYPES[kind]).float()
+    return rounded
+
+
 def convert(name, tensor, dtype):
-    """A tensor -> its bytes in `dtype` if it is a matrix, else in f32."""
-    kind = dtype if tensor.dim() == 2 else "f32"
+    """A tensor -> its bytes in a file of `dtype`."""
+    kind = kind_of(tensor, dtype)
+    if kind == "q8_0":
+        return quantized(tensor)
     converted = tensor.detach().to("cpu", DTYPES[kind]).contiguous()
     if not converted.isfinite().all():
-        raise UserError(f"{name} has an entry of {tensor.abs().max():g}, which {dtype} does not hold; give "
+        raise UserError(f"{name} has an entry of {tensor.abs().max():g}, which {kind} does not hold; give "
                         "bf16 or f32")
     return converted.view(torch.uint8).numpy()
 

@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 from common import UserError, read_pickled_tensors
+from formats import origin
 from formats.tokenizer import check_files, read_files, read_json
 from model import GPT, MOST_LAYERS, check_values, config_from, with_context
 
@@ -366,27 +367,36 @@ def refuse_adapter(folder):
                         "merge the two by peft's merge_and_unload() and save_pretrained(), and give that folder")
 
 
-def read_license(folder):
-    """The name of the license in the first lines of a folder's README.md, as the hub has it, or None."""
-    if not (folder / "README.md").is_file():
+def stored_dtype(folder):
+    """The name of the dtype of the stored embedding, such as "bfloat16"; None for a folder without
+    weights."""
+    if not any((folder / name).is_file() for name in WEIGHTS):
         return None
-    beginning = (folder / "README.md").read_bytes()[:4096].decode(errors="replace")
-    license = re.match(r"---\r?\n(?:(?!---).*\n)*?license: *([\w.-]+) *\r?\n", beginning)
-    return license[1] if license else None
+    file, name = tensor_files(folder).get(NAMES["embed.weight"], (None, None))
+    if file is None:
+        return None
+    if file.suffix == ".bin":
+        kind = read_bin(file)[name].dtype
+    else:
+        with open_shard(file) as shard:
+            kind = DTYPES.get(shard.get_slice(name).get_dtype())
+    return str(kind).removeprefix("torch.") if kind in DTYPES.values() else None
 
 
 def load(folder, device, dtype, block_size):
     """Open a Hugging Face folder: -> (GPT, {"huggingface": config.json, "tokenizer_files": {file
-    name: content}, "license": its name or None}).
+    name: content}, "origin": see formats/origin.py}).
 
     `dtype` None keeps the stored one. With the device "meta" no weights are read. `block_size` is
     the context that is wanted; None takes all. Raises UserError if the model is not ours to
     compute, or if a file is missing or broken."""
     refuse_adapter(folder)
     hf = read_json((folder / "config.json").read_bytes(), folder / "config.json")
-    about = {"huggingface": hf, "tokenizer_files": read_files(folder), "license": read_license(folder)}
+    about = {"huggingface": hf, "tokenizer_files": read_files(folder)}
     with torch.device("meta"):
         model = GPT(with_context(read_config(hf, folder, block_size), block_size, folder))
+    params = model.config.num_params()["total"]
+    about["origin"] = origin.read(folder, folder.resolve().name, stored_dtype(folder), params)
     if str(device) == "meta":
         return model, about
 

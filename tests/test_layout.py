@@ -11,9 +11,9 @@ PACKAGES = ("methods", "formats", "tasks", "experiments", "bench")
 ROWS = [      # a file imports only from rows above its own
     "common schedule bench.gpt2_peer formats.modeling_nanoprune tasks.statistics",
     "model distill allocate report experiments.scaling_laws formats.tokenizer_json methods.two_four "
-    "tasks.own_questions",
+    "tasks.own_questions formats.origin",
     "bench.timing experiments.scaling_curves formats.tokenizer methods.channels methods.mend methods.slicegpt "
-    "tasks.questions",
+    "tasks.questions formats.model_card",
     "data formats.gguf_vocabulary formats.huggingface formats.llamacpp tasks.probe formats.top_k",
     "score checkpoint formats.gguf_export methods.local",
     "eval export methods.depth methods.torch_pruning_peer methods.latency",
@@ -21,7 +21,7 @@ ROWS = [      # a file imports only from rows above its own
     "prune",
     "train experiments.compare_report experiments.smollm2 experiments.texts",
     "bench.variants experiments.claims_runs experiments.compare experiments.sweep experiments.teacher "
-    "experiments.candidates experiments.measure",
+    "experiments.candidates experiments.measure experiments.glassllm",
     "bench.dtypes bench.inference bench.system bench.training experiments.claims_statistics "
     "experiments.scaling_runs experiments.recover experiments.recover_report",
     "bench.__main__ experiments.claims_report experiments.precision experiments.recover_study experiments.scaling",

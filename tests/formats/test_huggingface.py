@@ -22,7 +22,7 @@ import checkpoint
 import export
 import prune
 from common import UserError
-from formats import gguf_vocabulary, huggingface
+from formats import gguf_vocabulary, huggingface, origin
 from formats.tokenizer import open_tokenizer
 from model import GPT, GPTConfig
 
@@ -454,7 +454,7 @@ def chat_model(folder, generation, **config):
 def pruned(folder, out):
     """What prune.py makes of a folder, without the cut."""
     model, about = checkpoint.load(folder)
-    prune.save(prune.Prune(), model, out, checkpoint.tokenizer_of(model, about, folder), "", about["license"])
+    prune.save(prune.Prune(), model, out, checkpoint.tokenizer_of(model, about, folder), "", origin.hand_on(about))
     return out
 
 

@@ -1,6 +1,7 @@
 """formats/gguf_export.py, gguf_vocabulary.py and llamacpp.py: llama.cpp itself is the oracle of values and tokens."""
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -140,6 +141,35 @@ def test_rounded_files_hold_the_rounded_matrices_and_pass_by_their_tolerance(dty
     assert check_gguf(path, model.float(), dtype="f32") <= 1e-3
 
 
+@pytest.mark.parametrize("changes", [dict(d_model=64, d_ff=(96, 33, 0)), EVEN | dict(d_model=64, qk_norm=True)])
+def test_q8_0_is_the_library_s_and_what_llama_cpp_computes_with(changes, tmp_path):
+    model, path = wild(shape(**changes)), tmp_path / "model.gguf"
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5 if p.dim() == 2 else 1)
+    write_gguf(model.bfloat16(), BYTES, path, "q8_0")
+    kind = gguf.GGMLQuantizationType.Q8_0
+    read = {t.name: t for t in gguf.GGUFReader(path).tensors}
+    for name, tensor in gguf_export.tensors(model, gguf_export.architecture(model.config)):
+        plain, fits = tensor.detach().float().numpy(), tensor.shape[-1] % 32 == 0
+        expected = gguf.quants.quantize(plain, kind) if fits else plain.astype("float16")
+        expected, type_name = (plain, "F32") if tensor.dim() == 1 else (expected, "Q8_0" if fits else "F16")
+        assert read[name].tensor_type.name == type_name and read[name].data.tobytes() == expected.tobytes(), name
+        assert read[name].shape.tolist() == list(reversed(tensor.shape))
+    rounded = gguf_export.as_in_q8_0(model)
+    for p, q in zip(model.parameters(), rounded.parameters()):
+        assert (p.float() - q).abs().max() <= p.float().abs().max() / 225      # half a step of 1/127, and f16's scale
+    server, prompts = open_server(path, 140), llamacpp.random_prompts(model.config, 16)
+    to_file, to_model = (statistics.median(gap.nats for gap in llamacpp.gaps(server, peer, prompts, 16))
+                         for peer in (rounded, model.float()))
+    assert to_file < to_model < 0.1
+    assert check_gguf(path, rounded, dtype="q8_0", tokenizer=BYTES) < 0.5
+    with torch.no_grad():
+        rounded.blocks[0].attn.q.weight.copy_(rounded.blocks[0].attn.q.weight.flip(0))
+    with pytest.raises(UserError, match="is not the model: .* nats apart .median., more than 0.5"):
+        check_gguf(path, rounded, dtype="q8_0")
+
+
 # -- tokens
 
 TEXTS = [
@@ -276,7 +306,7 @@ PATTERNS = [  # near to known ones: an alternative left out, which nothing else 
 
 def test_other_dtypes_and_unknown_word_rules_are_refused(tmp_path):
     for dtype in ("q4_k", "float16", ""):
-        with pytest.raises(UserError, match=f"written in f32, f16, bf16, not '{dtype}'; llama-quantize"):
+        with pytest.raises(UserError, match=f"written in f32, f16, bf16, q8_0, not '{dtype}'; llama-quantize"):
             write_gguf(GPT(shape()), BYTES, tmp_path / "model.gguf", dtype)
     ranks = {bytes([b]): b for b in range(256)}
     assert len(PATTERNS) > 30
