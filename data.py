@@ -38,6 +38,8 @@ HOLD_OUT = 20                        # one document in so many is held out (our 
 SHARD_TOKENS = 2**25                 # a shard is written when this many wait: 134 MB as uint32
 BLOCK_CHARACTERS = 2**20             # what a thread tokenizes at a time, in whole documents
 FORMAT = {"magic": "nanoprune tokens", "version": 1}
+CONTEXT_ONLY = 2**31                 # this bit of a stored token says that no loss counts it
+IGNORED = -100                       # a target that no loss counts
 
 # Sources that are the .py files of a folder of sysconfig's, without these folders inside.
 PYTHON = {"stdlib": "stdlib", "packages": "purelib"}
@@ -626,8 +628,23 @@ def batch(tokens, block_size, seed, step, micro, rank=0, *, world=1, micro_batch
     starts = (window * block_size).tolist()
     # T + 1 tokens, as the targets are the inputs one token later.
     rows = np.stack([tokens[start:start + block_size + 1] for start in starts])   # (micro_batch, T+1)
-    rows = torch.from_numpy(rows.astype(np.int64))
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    return inputs_and_targets(torch.from_numpy(rows.astype(np.int64)))
+
+
+def inputs_and_targets(rows):
+    """Stored tokens (B, T + 1) int64 -> x, y: (B, T). Targets that are CONTEXT_ONLY are IGNORED."""
+    tokens = rows & (CONTEXT_ONLY - 1)
+    y = tokens[:, 1:].masked_fill(rows[:, 1:] >= CONTEXT_ONLY, IGNORED)
+    return tokens[:, :-1].contiguous(), y
+
+
+def counted(targets, *hidden):
+    """Targets (B, T) and hidden states (B, T, C) without the targets that are IGNORED, as one row. If
+    all count, they are returned as they are."""
+    is_counted = targets != IGNORED
+    if is_counted.all():
+        return targets, *hidden
+    return targets[is_counted][None], *(states[is_counted][None] for states in hidden)
 
 
 def epochs(tokens, block_size, samples):

@@ -35,9 +35,10 @@ import score
 from allocate import ALLOCATIONS, RESOURCES
 from common import UserError, check_choices, has_fast_bfloat16, parse, pick_device, progress, refuse_idle, run
 from eval import dtype_name, evaluate
-from methods import channels, depth, measured, mend, two_four
+from methods import channels, depth, margin, measured, mend, self_text, two_four
 from model import GPT, by_unit, coupled
-from score import SCORES
+from score import GRADIENTS, SCORES
+from tasks.questions import read_questions
 
 
 def everything(config):
@@ -150,7 +151,9 @@ class Prune:
     iterations: int = 1           # cut in so many equal parts, each measured anew
     mend: str = "none"            # adjust the kept weights for the removed units: least-squares; bias (FLAP's)
     out: str | None = None        # folder; default runs/pruned-NAME-KEEP, or -2-4
-    data: str = "stdlib"          # calibration text; its hold-out measures the loss (data.py)
+    data: str = "stdlib"          # calibration text; its hold-out measures the loss (data.py); self: the model's own
+    prompts: str | None = None    # of data self: a prompt a line, or .jsonl with a field "prompt"
+    choices: str | None = None    # questions whose margin the gradients are of, and not the text's loss
     windows: int = 32             # of the calibration text
     measured_windows: int = 4     # of those, for allocate measured and score perplexity
     eval_windows: int = 32        # of the hold-out, before and after
@@ -218,6 +221,10 @@ def check(recipe):
         idle += ["keep", "iterations"]
     if not runs_again(recipe):
         idle.append("measured_windows")
+    if GRADIENTS.isdisjoint(needs(recipe)):
+        idle.append("choices")
+    if recipe.data != "self":
+        refuse_idle(recipe, ["prompts"], f"with --data {recipe.data}")
     refuse_idle(recipe, idle, f"with --structure {recipe.structure} --score {recipe.score} "
                               f"--allocate {recipe.allocate}")
 
@@ -295,11 +302,18 @@ def needs(recipe):
     return fields
 
 
-def collect(model, batches, recipe, dtype=torch.float32):
-    """The recipe's statistics of one calibration pass, which runs in `dtype`."""
+def collect(model, batches, recipe, dtype=torch.float32, questions=()):
+    """The recipe's statistics of one calibration pass, which runs in `dtype`. If there are
+    `questions` (margin.batches), the gradients are those of their margin."""
     readers = two_four.MATRICES if recipe.structure == "2:4" else score.READERS
     running = in_dtype(model, dtype)
-    stats = score.collect(running, progress(batches, "calibrate"), needs(recipe), readers)
+    fields = needs(recipe)
+    of_margin = fields & GRADIENTS if questions else set()
+    stats = score.collect(running, progress(batches, "calibrate"), fields - of_margin, readers)
+    if of_margin:
+        judged = score.collect(running, progress(questions, "questions"), of_margin, loss=margin.loss)
+        for name in of_margin:
+            setattr(stats, name, getattr(judged, name))
     stats.seed = recipe.seed
     return stats
 
@@ -426,6 +440,15 @@ def check_least_squares(recipe, config, T, device):
                         f"{enough} or, better, several times as many")
 
 
+def text_for(recipe, model, tokenizer, dtype):
+    """The corpus to calibrate and measure on. For --data self the model writes it, as it is now."""
+    T = window_of(recipe, model)
+    if recipe.data == "self":
+        running = in_dtype(model, dtype)
+        return self_text.load(running, tokenizer, recipe.windows, T, recipe.seed, recipe.prompts)
+    return data.load(recipe.data, tokenizer, block_size=T)
+
+
 def print_loss(recipe, model, corpus, when, dtype):
     """Print the size and the hold-out's loss, computed in `dtype`."""
     running = in_dtype(model, dtype)
@@ -477,6 +500,9 @@ def save(recipe, model, out, tokenizer, fingerprint, license=None):
     masks = two_four.pack(two_four.masks(model)) if recipe.structure == "2:4" else None
     about = {"tokenizer": tokenizer.name, "data": recipe.data, "fingerprint": fingerprint,
              "cut_from": recipe.init, "recipe": dataclasses.asdict(recipe)}
+    # Nobody else can read the hold-out of a text that this model's original wrote.
+    if recipe.data == "self":
+        del about["data"]
     checkpoint.save(out / "ckpt_00000000.pt", model, step=0, tokenizer_files=tokenizer.files,
                     masks=masks, license=license, run=about)
 
@@ -503,7 +529,10 @@ def cut_and_save(recipe, out):
     recipe = dataclasses.replace(recipe, dtype=str(dtype).removeprefix("torch."))
     tokenizer = checkpoint.tokenizer_of(model, about, recipe.init)
     T = window_of(recipe, model)
-    corpus = data.load(recipe.data, tokenizer, block_size=T)
+    corpus = text_for(recipe, model, tokenizer, dtype)
+    questions = ()
+    if recipe.choices is not None:
+        questions = margin.batches(model, tokenizer, read_questions(recipe.choices))
     batches = score.batches(corpus.train, T, recipe.windows, recipe.micro_batch, recipe.seed)
     start = model.config
     total = allocate.total(priced(recipe, model), recipe.budget)
@@ -519,12 +548,18 @@ def cut_and_save(recipe, out):
         # Each iteration takes an equal part of what goes, and measures anew before.
         keep = 1 - (1 - recipe.keep) * i / recipe.iterations
         budget = math.floor(total * keep + 1e-6)
-        stats = collect(model, batches, recipe, dtype)
+        if recipe.data == "self" and i > 1:
+            fresh = text_for(recipe, model, tokenizer, dtype)
+            batches = score.batches(fresh.train, T, recipe.windows, recipe.micro_batch, recipe.seed)
+        stats = collect(model, batches, recipe, dtype, questions)
         damage = measure(model, stats, batches, recipe, dtype) if runs_again(recipe) else None
         model = cut_once(model, stats, recipe, budget, start.widths(), damage)
     print(f"calibrated and cut in {time.perf_counter() - begin:.1f} seconds")
     print(table(start, model.config, stats))
     print_loss(recipe, model, corpus, "after", dtype)
+    if recipe.data == "self":
+        print("the loss is that of text which the whole model wrote: its rise is the KL divergence of the cut model "
+              "from the whole one, on such text")
 
     if recipe.structure == "2:4":
         share = two_four.share(model)

@@ -11,10 +11,10 @@ PACKAGES = ("methods", "formats", "tasks", "experiments", "bench")
 ROWS = [      # a file imports only from rows above its own
     "common schedule distill bench.gpt2_peer formats.modeling_nanoprune",
     "model allocate report experiments.scaling_laws formats.tokenizer_json methods.two_four tasks.questions",
-    "bench.timing experiments.scaling_curves formats.tokenizer methods.channels methods.mend methods.slicegpt",
-    "data formats.gguf_vocabulary formats.huggingface formats.llamacpp",
+    "bench.timing experiments.scaling_curves formats.tokenizer methods.channels methods.margin methods.mend",
+    "data formats.gguf_vocabulary formats.huggingface formats.llamacpp methods.slicegpt",
     "score checkpoint formats.gguf_export",
-    "eval export methods.depth methods.torch_pruning_peer",
+    "eval export methods.depth methods.self_text methods.torch_pruning_peer",
     "methods.measured",
     "prune",
     "train experiments.compare_report experiments.smollm2",
