@@ -3,6 +3,7 @@
     python data.py                                  # this Python's standard library, as bytes
     python data.py --source "tests/*.py"            # your own files; also hf:NAME, --tokenizer gpt2
     python data.py --source packages                # the Python sources of the installed packages
+    python train.py --data stdlib:2 texts/*.jsonl   # a mixture, two windows of stdlib to one of each file
 
 1. A corpus is a row of documents. Each is closed by the tokenizer's end-of-text token. One document
    in twenty is held out (`val`). A hash decides which, not chance, so the choice is the same on
@@ -11,17 +12,19 @@
    into shards: files that are mapped into memory, so that a corpus may be larger than memory.
 3. Training reads windows that do not overlap, in a shuffled order. The order is computed and not
    stored, see `permute`. So there is nothing to save or resume, and any number of devices sees the
-   same global batches.
+   same global batches. A mixture takes its windows from several corpora in turn, see `Mixture`.
 
 A text file is one document and is read in pieces, if its tokenizer says that a line ends a word
 (`splits_at_lines`). With another tokenizer it is read whole, and takes several times its size.
 
-Not done here: cleaning, removing duplicates, mixing sources, keeping attention within a document.
+Not done here: cleaning, removing duplicates, keeping attention within a document. A document that
+stands in two sources of a mixture may be held out of one of them only.
 """
 import codecs
 import hashlib
 import itertools
 import json
+import math
 import os
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +43,7 @@ BLOCK_CHARACTERS = 2**20             # what a thread tokenizes at a time, in who
 FORMAT = {"magic": "nanoprune tokens", "version": 1}
 CONTEXT_ONLY = 2**31                 # this bit of a stored token says that no loss counts it
 IGNORED = -100                       # a target that no loss counts
+HEAVIEST = 1000                      # the largest weight of a part of a mixture
 
 # Sources that are the .py files of a folder of sysconfig's, without these folders inside.
 PYTHON = {"stdlib": "stdlib", "packages": "purelib"}
@@ -464,17 +468,121 @@ def open_shard(path, tok):
     return np.memmap(path, tok.dtype, mode="r", offset=256)
 
 
+# -- mixtures
+
+class Mixture:
+    """Several rows of tokens whose windows take turns. With weights 2 and 1 the parts follow each other
+    as A B A, A B A, …; each part has its own shuffle and its own epochs. So a batch stays a pure
+    function of (seed, step, micro, rank), and adding tokens to one part moves nothing in the others.
+
+    parts    [(N_i,) tokens]
+    weights  whole numbers, one a part; divided by their common divisor
+    pattern  (period,) the part of each window of a turn; period is the sum of the weights"""
+
+    def __init__(self, parts, weights):
+        divisor = math.gcd(*weights)
+        self.parts = list(parts)
+        self.weights = [weight // divisor for weight in weights]
+        # Window k of a part with weight w stands at (k + 1/2) / w of a turn: as evenly as can be.
+        part = np.repeat(np.arange(len(self.parts)), self.weights)
+        rank = np.concatenate([np.arange(weight) for weight in self.weights])
+        order = np.argsort((rank + 0.5) / np.take(self.weights, part), kind="stable")
+        self.pattern = part[order]
+        self.ranks = rank[order]
+
+    def __len__(self):
+        return sum(map(len, self.parts))
+
+    def of_part(self, index, samples):
+        """Numbers of samples of the mixture (N,) -> which of them are of this part, (N,) bool, and
+        which samples of the part these are."""
+        turn, place = np.divmod(samples, len(self.pattern))
+        is_of_part = self.pattern[place] == index
+        own = turn * self.weights[index] + self.ranks[place]
+        return is_of_part, own[is_of_part]
+
+    def windows(self, block_size, what):
+        """-> the number of samples before one of the parts repeats itself."""
+        repeats = []
+        for index, (part, weight) in enumerate(zip(self.parts, self.weights)):
+            turn, rank = divmod(windows(part, block_size, what), weight)
+            repeats.append(turn * len(self.pattern) + int(np.flatnonzero(self.pattern == index)[rank]))
+        return min(repeats)
+
+
+def weights_of(names):
+    """The names of a mixture's sources, "NAME" or "NAME:WEIGHT", or one name -> {name: weight}. An end
+    of digits is a weight, unless a file has this name. Raises UserError for a weight that is not
+    between 1 and HEAVIEST, or a name that stands twice."""
+    weights = {}
+    for entry in [names] if isinstance(names, str) else names:
+        name, _, digits = entry.rpartition(":")
+        weight = 1
+        if name and digits.isdecimal() and not Path(entry).exists():
+            weight = int(digits)
+        else:
+            name = entry
+        if not 1 <= weight <= HEAVIEST:
+            raise UserError(f"the weight in --data {entry} must be a whole number between 1 and {HEAVIEST}")
+        if name in weights:
+            raise UserError(f"--data names {name} twice; give one name with a weight, as {name}:2")
+        weights[name] = weight
+    return weights
+
+
+def recorded(names):
+    """Sources as records and checkpoints hold them: one as its name, several as a list."""
+    if isinstance(names, str):
+        return names
+    return names[0] if len(names) == 1 else list(names)
+
+
 # -- corpora
 
 @dataclass(frozen=True)
 class Corpus:
-    train: Shards                    # len() and [start:stop] -> (N,) uint16 or uint32
-    val: Shards
+    train: Shards | Mixture          # len() and [start:stop] -> (N,) uint16 or uint32
+    val: Shards                      # of a mixture: the hold-outs of all parts, one after the other
     tokenizer: Tokenizer
     fingerprint: str                 # 16 hex digits of sha256 over side, name and content of all
                                      # documents; equal for all tokenizers
     documents: tuple[int, int]       # in train, in val; a single document that was cut is in both
     folder: Path | None              # of its shards, itself a source for `load`; None: in memory
+    name: str = ""                   # the source
+    parts: tuple["Corpus", ...] = () # of a mixture
+
+    @property
+    def domains(self):
+        """{source: tokens of its hold-out}"""
+        return {part.name: part.val for part in self.parts or (self,)}
+
+    @property
+    def shares(self):
+        """{source: its share of the training windows}"""
+        if not self.parts:
+            return {self.name: 1.0}
+        period = len(self.train.pattern)
+        return {part.name: weight / period for part, weight in zip(self.parts, self.train.weights)}
+
+
+def load_mixture(names, tokenizer="bytes", *, block_size=1, opened=None, **options):
+    """-> the Corpus of one source or of several, see `weights_of` and `load`. `opened`: {name: Corpus}
+    of sources that are not loaded."""
+    weights = weights_of(names)
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer = open_tokenizer(tokenizer)
+    parts = dict(opened or {})
+    for name in weights:
+        parts[name] = parts.get(name) or load(name, tokenizer, block_size=block_size, **options)
+    parts = tuple(parts[name] for name in weights)
+    if len(parts) == 1:
+        return parts[0]
+    train = Mixture([part.train for part in parts], weights.values())
+    val = Shards([*itertools.chain.from_iterable(part.val.parts for part in parts)])
+    prints = [part.fingerprint for part in parts]
+    fingerprint = sha256(json.dumps([prints, train.weights]))[:16]
+    documents = np.sum([part.documents for part in parts], axis=0).tolist()
+    return Corpus(train, val, tokenizer, fingerprint, tuple(documents), None, " ".join(names), parts)
 
 
 def load(source="stdlib", tokenizer_name="bytes", cache="data_cache", workers=0, *, field="text",
@@ -497,14 +605,14 @@ def load(source="stdlib", tokenizer_name="bytes", cache="data_cache", workers=0,
         if (field, split, stream) != ("text", "train", False):
             raise UserError(f"{source} holds finished tokens, on which --field, --split and --stream have no effect: "
                             "leave them out")
-        return check(open_shards(folder, tok), block_size)
+        return check(open_shards(folder, tok, str(source)), block_size)
     source = open_source(source, field, split, stream, tok.splits_at_lines)
     # Reading the standard library as bytes takes no longer than reading its shards.
     folder = None
     if cache is not None and (source.name != "stdlib" or tok.name != "bytes"):
         folder = Path(cache).expanduser() / cache_key(source, tok)
         if (folder / "index.json").exists():
-            return check(open_shards(folder, tok), block_size)
+            return check(open_shards(folder, tok, source.name), block_size)
     shards = {"train": [], "val": []}
 
     def flush(side, tokens):
@@ -523,7 +631,7 @@ def load(source="stdlib", tokenizer_name="bytes", cache="data_cache", workers=0,
                  "fingerprint": fingerprint, "shards": numbers}
         write_atomic(folder / "index.json", lambda file: file.write(json.dumps(index).encode()))
     corpus = Corpus(Shards(shards["train"]), Shards(shards["val"]), tok, fingerprint, tuple(counts),
-                    folder)
+                    folder, source.name)
     return check(corpus, block_size)
 
 
@@ -539,8 +647,8 @@ def cache_key(source, tok):
     return sha256(json.dumps(key))[:16]
 
 
-def open_shards(folder, tok):
-    """A folder that `load` finished -> Corpus. Raises UserError if it is unfinished, damaged, or of
+def open_shards(folder, tok, name):
+    """A folder that `load` finished -> Corpus, called `name`. Raises UserError if it is unfinished, damaged, or of
     another tokenizer."""
     try:
         index = json.loads((folder / "index.json").read_bytes())
@@ -551,7 +659,7 @@ def open_shards(folder, tok):
         for side in ("train", "val"):
             paths = [folder / f"{side}_{i:03d}.bin" for i in range(index["shards"][side])]
             sides.append(Shards([open_shard(path, tok) for path in paths]))
-        return Corpus(*sides, tok, index["fingerprint"], tuple(index["documents"]), folder)
+        return Corpus(*sides, tok, index["fingerprint"], tuple(index["documents"]), folder, name)
     except (ValueError, KeyError, TypeError, FileNotFoundError) as problem:
         raise UserError(f"{folder} is unfinished or damaged ({problem}): delete it and tokenize "
                         "again") from problem
@@ -569,7 +677,9 @@ def check(corpus, block_size):
 
 def windows(tokens, block_size, what="the corpus"):
     """-> the number of windows that do not overlap; the last target of one is the next one's first
-    input. Raises UserError if there is none."""
+    input. Of a mixture, the number before a part repeats itself. Raises UserError if there is none."""
+    if isinstance(tokens, Mixture):
+        return tokens.windows(block_size, what)
     if len(tokens) <= block_size:
         raise UserError(f"{what} has {len(tokens)} tokens, a window needs block_size + 1 = "
                         f"{block_size + 1}: give more text or a smaller block size")
@@ -613,22 +723,35 @@ def batch(tokens, block_size, seed, step, micro, rank=0, *, world=1, micro_batch
     """-> x, y: (micro_batch, T) int64 on the CPU, with T = block_size; y[:, t] follows x[:, t].
 
     Row b is sample step·(micro_steps·world·micro_batch) + (micro·world + rank)·micro_batch + b of an
-    endless row of epochs. An epoch holds every window once; windows begin at multiples of T. A last
-    window that is not whole is left out (our choice)."""
+    endless row. Processes take samples in order: the global batch is the same for any number of them.
+    `tokens`: (N,), or a Mixture, whose parts each have an endless row."""
     import torch
-    n = windows(tokens, block_size)
     first = step * (micro_steps * world * micro_batch) + (micro * world + rank) * micro_batch
-    # Samples have numbers, and processes take them in order: the global batch is the same for any
-    # number of processes.
-    epoch, place = np.divmod(np.arange(first, first + micro_batch), n)
+    samples = np.arange(first, first + micro_batch)
+    if isinstance(tokens, Mixture):
+        rows = np.empty((micro_batch, block_size + 1), np.int64)
+        for index, part in enumerate(tokens.parts):
+            is_of_part, own = tokens.of_part(index, samples)
+            if own.size:
+                rows[is_of_part] = read_samples(part, block_size, (seed, index), own)
+    else:
+        rows = read_samples(tokens, block_size, seed, samples)
+    return inputs_and_targets(torch.from_numpy(rows))
+
+
+def read_samples(tokens, block_size, seed, samples):
+    """The windows of these numbers (N,) in the endless row of epochs of `tokens`: (N, T + 1) int64. An
+    epoch holds every window once; windows begin at multiples of T. A last window that is not whole is
+    left out (our choice)."""
+    n = windows(tokens, block_size)
+    epoch, place = np.divmod(samples, n)
     window = np.empty_like(place)
     for number in np.unique(epoch):  # nearly always one
         rows = epoch == number
         window[rows] = permute(place[rows], n, seed, number)
     starts = (window * block_size).tolist()
     # T + 1 tokens, as the targets are the inputs one token later.
-    rows = np.stack([tokens[start:start + block_size + 1] for start in starts])   # (micro_batch, T+1)
-    return inputs_and_targets(torch.from_numpy(rows.astype(np.int64)))
+    return np.stack([tokens[start:start + block_size + 1] for start in starts]).astype(np.int64)
 
 
 def inputs_and_targets(rows):
@@ -647,9 +770,10 @@ def counted(targets, *hidden):
     return targets[is_counted][None], *(states[is_counted][None] for states in hidden)
 
 
-def epochs(tokens, block_size, samples):
-    """How many times over the corpus `samples` windows are."""
-    return samples / windows(tokens, block_size)
+def epochs(corpus, block_size, samples):
+    """How many times over the training text of each source `samples` windows are: {source: number}."""
+    parts = corpus.parts or (corpus,)
+    return {part.name: samples * corpus.shares[part.name] / windows(part.train, block_size) for part in parts}
 
 
 # -- the command

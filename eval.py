@@ -152,12 +152,12 @@ def read_text(config, tokenizer, about):
     if "data" not in trained:
         raise UserError(f"{config.checkpoint} does not say what it was trained on; give a text by "
                         "--data")
-    corpus = data.load(trained["data"], tokenizer)
+    corpus = data.load_mixture(trained["data"], tokenizer)
     if corpus.fingerprint != trained["fingerprint"]:
         raise UserError(f"{trained['data']!r} here (fingerprint {corpus.fingerprint}) is not the "
                         f"corpus that the model was trained on ({trained['fingerprint']}), so its "
                         "hold-out may have been trained on; give a text by --data")
-    return corpus.val, f"hold-out of {trained['data']}"
+    return corpus.val, f"hold-out of {corpus.name}"
 
 
 def dtype_name(model):

@@ -151,7 +151,8 @@ class Prune:
     iterations: int = 1           # cut in so many equal parts, each measured anew
     mend: str = "none"            # adjust the kept weights for the removed units: least-squares; bias (FLAP's)
     out: str | None = None        # folder; default runs/pruned-NAME-KEEP, or -2-4
-    data: str = "stdlib"          # calibration text; its hold-out measures the loss (data.py); self: the model's own
+    # calibration texts, A:2 B (data.py), self: the model's own (methods/self_text.py); their hold-outs measure the loss
+    data: tuple[str, ...] = ("stdlib",)
     prompts: str | None = None    # of data self: a prompt a line, or .jsonl with a field "prompt"
     choices: str | None = None    # questions whose margin the gradients are of, and not the text's loss
     windows: int = 32             # of the calibration text
@@ -223,8 +224,8 @@ def check(recipe):
         idle.append("measured_windows")
     if GRADIENTS.isdisjoint(needs(recipe)):
         idle.append("choices")
-    if recipe.data != "self":
-        refuse_idle(recipe, ["prompts"], f"with --data {recipe.data}")
+    if not writes_itself(recipe):
+        refuse_idle(recipe, ["prompts"], "without --data self")
     refuse_idle(recipe, idle, f"with --structure {recipe.structure} --score {recipe.score} "
                               f"--allocate {recipe.allocate}")
 
@@ -440,24 +441,43 @@ def check_least_squares(recipe, config, T, device):
                         f"{enough} or, better, several times as many")
 
 
+def writes_itself(recipe):
+    """Whether the model that is cut writes calibration text."""
+    return "self" in data.weights_of(recipe.data)
+
+
 def text_for(recipe, model, tokenizer, dtype):
     """The corpus to calibrate and measure on. For --data self the model writes it, as it is now."""
     T = window_of(recipe, model)
-    if recipe.data == "self":
+    opened = {}
+    if writes_itself(recipe):
+        weights = data.weights_of(recipe.data)
+        # No more windows than the mixture takes of them.
+        windows = math.ceil(recipe.windows / sum(weights.values())) * weights["self"]
         running = in_dtype(model, dtype)
-        return self_text.load(running, tokenizer, recipe.windows, T, recipe.seed, recipe.prompts)
-    return data.load(recipe.data, tokenizer, block_size=T)
+        opened["self"] = self_text.load(running, tokenizer, windows, T, recipe.seed, recipe.prompts)
+    return data.load_mixture(recipe.data, tokenizer, block_size=T, opened=opened)
 
 
-def print_loss(recipe, model, corpus, when, dtype):
-    """Print the size and the hold-out's loss, computed in `dtype`."""
+def print_losses(recipe, model, corpus, when, dtype):
+    """Print the size and the loss of each source's hold-out, computed in `dtype`."""
     running = in_dtype(model, dtype)
-    result = evaluate(running, corpus.val, corpus.tokenizer.byte_lengths(), recipe.eval_windows,
-                      batch=recipe.micro_batch, block_size=window_of(recipe, model), show_progress=True)
     params = model.config.num_params()["total"]
-    print(f"{when:6} {params:13,} parameters   {result['loss']:.4f} nats per token   "
-          f"perplexity {result['perplexity']:.2f}   "
-          f"(hold-out of {recipe.data}, {result['tokens']:,} tokens, {dtype_name(running)})")
+    for name, tokens in corpus.domains.items():
+        result = evaluate(running, tokens, corpus.tokenizer.byte_lengths(), recipe.eval_windows,
+                          batch=recipe.micro_batch, block_size=window_of(recipe, model), show_progress=True)
+        print(f"{when:6} {params:13,} parameters   {result['loss']:.4f} nats per token   "
+              f"perplexity {result['perplexity']:.2f}   "
+              f"(hold-out of {name}, {result['tokens']:,} tokens, {dtype_name(running)})")
+
+
+def calibrated_on(recipe, corpus, T):
+    """A sentence that names the text which decided the cut."""
+    sources = " and ".join(f"{name} ({share:.0%})" for name, share in corpus.shares.items())
+    if len(corpus.shares) == 1:
+        sources = corpus.name
+    return (f"the cut was decided on {recipe.windows} windows of {T} tokens of {sources}; other kinds of text may have "
+            "lost more than the hold-outs above tell")
 
 
 def table(before, after, stats):
@@ -500,8 +520,8 @@ def save(recipe, model, out, tokenizer, fingerprint, license=None):
     masks = two_four.pack(two_four.masks(model)) if recipe.structure == "2:4" else None
     about = {"tokenizer": tokenizer.name, "data": recipe.data, "fingerprint": fingerprint,
              "cut_from": recipe.init, "recipe": dataclasses.asdict(recipe)}
-    # Nobody else can read the hold-out of a text that this model's original wrote.
-    if recipe.data == "self":
+    # Nobody else can read the hold-out of a text that the whole model wrote.
+    if writes_itself(recipe):
         del about["data"]
     checkpoint.save(out / "ckpt_00000000.pt", model, step=0, tokenizer_files=tokenizer.files,
                     masks=masks, license=license, run=about)
@@ -512,6 +532,8 @@ def main(recipe):
         raise UserError("say what to cut by --init: a checkpoint, a run folder, a Hugging Face folder "
                         "or a hub id")
     check(recipe)
+    # As files record it.
+    recipe = dataclasses.replace(recipe, data=data.recorded(recipe.data))
     name = "2-4" if recipe.structure == "2:4" else f"{recipe.keep:g}"
     out = Path(recipe.out or f"runs/pruned-{Path(recipe.init).name}-{name}")
     checkpoint.refuse_existing(out)
@@ -542,13 +564,13 @@ def cut_and_save(recipe, out):
         kinds = recipe.structure.split(",")
         allocate.split_budget(priced(recipe, model), budget, kinds, recipe.budget)
 
-    print_loss(recipe, model, corpus, "before", dtype)
+    print_losses(recipe, model, corpus, "before", dtype)
     begin = time.perf_counter()
     for i in range(1, recipe.iterations + 1):
         # Each iteration takes an equal part of what goes, and measures anew before.
         keep = 1 - (1 - recipe.keep) * i / recipe.iterations
         budget = math.floor(total * keep + 1e-6)
-        if recipe.data == "self" and i > 1:
+        if i > 1 and writes_itself(recipe):
             fresh = text_for(recipe, model, tokenizer, dtype)
             batches = score.batches(fresh.train, T, recipe.windows, recipe.micro_batch, recipe.seed)
         stats = collect(model, batches, recipe, dtype, questions)
@@ -556,10 +578,11 @@ def cut_and_save(recipe, out):
         model = cut_once(model, stats, recipe, budget, start.widths(), damage)
     print(f"calibrated and cut in {time.perf_counter() - begin:.1f} seconds")
     print(table(start, model.config, stats))
-    print_loss(recipe, model, corpus, "after", dtype)
-    if recipe.data == "self":
-        print("the loss is that of text which the whole model wrote: its rise is the KL divergence of the cut model "
-              "from the whole one, on such text")
+    print_losses(recipe, model, corpus, "after", dtype)
+    print(calibrated_on(recipe, corpus, T))
+    if writes_itself(recipe):
+        print("the text of self was written by the whole model: on it the loss rises by the KL divergence of the cut "
+              "model from the whole one, as far as the tokens tell")
 
     if recipe.structure == "2:4":
         share = two_four.share(model)

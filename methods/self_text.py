@@ -169,7 +169,7 @@ def load(model, tokenizer, windows, T, seed, prompts=None, cache="data_cache"):
     border = windows * T
     train = data.Shards([text[:border + 1]])
     val = data.Shards([text[border:]])
-    return data.Corpus(train, val, tokenizer, digest, (windows, held_out), None)
+    return data.Corpus(train, val, tokenizer, digest, (windows, held_out), None, "self")
 
 
 def written_now(model, tokenizer, tokens, T, seed, prompts):

@@ -17,7 +17,7 @@ ROWS = [      # a file imports only from rows above its own
     "eval export methods.depth methods.self_text methods.torch_pruning_peer",
     "methods.measured",
     "prune",
-    "train experiments.compare_report experiments.smollm2",
+    "train experiments.compare_report experiments.smollm2 experiments.texts",
     "bench.variants experiments.claims_runs experiments.compare experiments.sweep",
     "bench.dtypes bench.inference bench.system bench.training experiments.claims_statistics experiments.scaling_runs",
     "bench.__main__ experiments.claims_report experiments.precision experiments.scaling",

@@ -120,11 +120,12 @@ def saved(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoint.save(tmp_path / "model" / "ckpt_00000000.pt", model, step=0, tokenizer_files={},
                     run={"tokenizer": "bytes"})
-    return dict(init=str(tmp_path / "model"), data="self", windows=8, micro_batch=4, eval_windows=2, device="cpu",
+    return dict(init=str(tmp_path / "model"), data=("self",), windows=8, micro_batch=4, eval_windows=2, device="cpu",
                 dtype="float32")
 
 
-def test_a_model_that_is_cut_in_steps_writes_anew_at_each(saved, monkeypatch, capsys):
+def test_a_model_that_is_cut_in_steps_writes_anew_at_each(saved, monkeypatch, capsys, tmp_path):
+    (tmp_path / "other.txt").write_text("a text of another kind " * 30)
     writers = []
     write = self_text.write
     monkeypatch.setattr(self_text, "write", lambda model, *a: (writers.append(model.config.widths()), write(
@@ -133,16 +134,20 @@ def test_a_model_that_is_cut_in_steps_writes_anew_at_each(saved, monkeypatch, ca
     evaluate = prune.evaluate
     monkeypatch.setattr(prune, "evaluate", lambda model, tokens, *a, **k: (measured.append(tokens), evaluate(
         model, tokens, *a, **k))[1])
-    for structure in (dict(score="taylor"), dict(structure="sublayer", score="perplexity")):
+    for flags in (dict(score="taylor"),
+                  dict(structure="sublayer", score="perplexity", data=("other.txt", "self:3"))):
         writers.clear()
         measured.clear()
-        prune.main(prune.Prune(**saved, **structure, keep=.5, iterations=2, out=structure["score"]))
-        cut = checkpoint.load(structure["score"])[0].config.widths()
+        prune.main(prune.Prune(**saved | flags, keep=.5, iterations=2, out=flags["score"]))
+        cut = checkpoint.load(flags["score"])[0].config.widths()
         sizes = [sum(widths.values()) for widths in writers]
         assert sum(CONFIG.widths().values()) > sizes[-1] > sum(cut.values())
         # Before and after are measured on the whole model's text.
-        assert measured[0] is measured[1]
-        assert "hold-out of self" in capsys.readouterr().out
+        half = len(measured) // 2
+        assert all(before is after for before, after in zip(measured[:half], measured[half:], strict=True))
+        said = capsys.readouterr().out
+        assert said.count("hold-out of self") == 2 and "the loss rises by the KL divergence" in said
+    assert half == 2 and "of other.txt (25%) and self (75%)" in said
     with pytest.raises(UserError, match="does not say what it was trained on; give a text by --data"):
         evaluation.main(evaluation.Eval("taylor", device="cpu"))
 
@@ -166,10 +171,11 @@ def test_refusals(saved, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "long.txt").write_text("ab\nabcdefghi\n")
     (tmp_path / "wrong.jsonl").write_text('{"prompt": "a"}\n{"text": "a"}\n')
+    stdlib = dict(prompts="long.txt", data=("stdlib",))
     for flags, sentence in ((dict(prompts="empty.txt"), "empty.txt holds no prompts"),
                             (dict(prompts="long.txt"), "prompt 2 of long.txt has 9 tokens, and must have 1 to 8"),
                             (dict(prompts="wrong.jsonl"), "wrong.jsonl:2 has no prompt"),
-                            (dict(prompts="long.txt", data="stdlib"), "--prompts has no effect with --data stdlib")):
+                            (stdlib, "--prompts has no effect without --data self")):
         with pytest.raises(UserError, match=sentence):
             prune.main(prune.Prune(**{**saved, **flags}, out="cut"))
         assert not (tmp_path / "cut").exists()
