@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import checkpoint
 import data
-from common import UserError, parse, pick_device, progress, run, write_atomic
+from common import UserError, has_fast_bfloat16, parse, pick_device, progress, run, write_atomic
 
 # Texts at a time. SmolLM2-135M in bfloat16 on one core with AVX512-BF16 writes 211, 245 and 323
 # tokens a second with 16, 32 and 64 of them.
@@ -66,15 +66,15 @@ def read_prompts(path):
 
 
 def encode_prompts(path, tokenizer, T):
-    """The prompts of a file as ids. Raises UserError for a prompt that leaves less than half of a text
-    of T tokens to its answer."""
-    prompts = []
+    """The prompts of a file: {ids: prompt}. Raises UserError for a prompt that leaves less than half of
+    a text of T tokens to its answer."""
+    prompts = {}
     for number, prompt in enumerate(read_prompts(path), 1):
-        ids = [*tokenizer.opening, *tokenizer.encode(prompt).tolist()]
+        ids = (*tokenizer.opening, *tokenizer.encode(prompt).tolist())
         if not 0 < len(ids) <= T // 2:
             raise UserError(f"prompt {number} of {path} has {len(ids)} tokens, and must have 1 to {T // 2}, half of a "
                             f"window of {T}; shorten it, or give a larger --block-size")
-        prompts.append(ids)
+        prompts[ids] = prompt
     return prompts
 
 
@@ -82,10 +82,10 @@ def encode_prompts(path, tokenizer, T):
 
 def write(model, tokenizer, tokens, T, seed, prompts=None):
     """Texts that the model writes, of at least so many tokens in all: [(prompt ids, ids)], each text
-    with at most T tokens. `prompts` are lists of ids; they are answered in an order that the seed
+    with at most T tokens. `prompts` are tuples of ids; they are answered in an order that the seed
     shuffles, again and again. Without prompts a text begins with the token that opens a document."""
     is_answer = prompts is not None
-    prompts = prompts or [[prefix_of(tokenizer)]]
+    prompts = list(prompts or [(prefix_of(tokenizer),)])
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
     generator = torch.Generator(model.embed.weight.device).manual_seed(seed)
     end = tokenizer.eot if is_answer else None
@@ -155,7 +155,7 @@ def load(model, tokenizer, windows, T, seed, prompts=None, cache="data_cache"):
     held_out = max(1, windows // HOLD_OUT)
     tokens = (windows + held_out) * T
     key = [FORMAT, checkpoint.fingerprint(model), tokenizer.name, tokenizer.vocab_size, tokenizer.eot, tokenizer.bos,
-           tokens, T, seed, prompts, BATCH]
+           tokens, T, seed, None if prompts is None else list(prompts), BATCH]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     path = None if cache is None else Path(cache).expanduser() / f"self-{digest}.bin"
     if path and path.exists():
@@ -192,21 +192,22 @@ class Write:
     block_size: int | None = None    # tokens of a text; default: the model's context, at most 512
     seed: int = 0
     device: str = "auto"             # auto, cpu, cuda, mps
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    # auto: bfloat16 where it is faster
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
-def rows_of(texts, tokenizer, has_prompts):
-    """Texts as the rows of a file. Special tokens are left out, as no document can spell one: a text
-    without prompt is divided there."""
+def rows_of(texts, tokenizer, prompts):
+    """Texts as the rows of a file; `prompts` is {ids: prompt} or None. Special tokens are left out, as
+    no document can spell one, and texts without a prompt are divided there."""
     special = {tokenizer.eot, *tokenizer.specials.values()}
     rows = []
     for prompt, ids in texts:
-        if has_prompts:
-            ids = [i for i in ids if i not in special]
-            rows.append({"prompt": prompt, "completion": tokenizer.decode(ids)})
+        if prompts is None:
+            rows += [{"text": tokenizer.decode(document)} for document in divided(ids, special)]
             continue
-        for document in divided(ids, special):
-            rows.append({"text": tokenizer.decode(document)})
+        answer = tokenizer.decode(i for i in ids if i not in special)
+        if answer:
+            rows.append({"prompt": prompts[prompt], "completion": answer})
     return rows
 
 
@@ -227,7 +228,11 @@ def main(settings):
     if settings.tokens < 1 or not 0 <= settings.seed < 2**63:
         raise UserError(f"--tokens {settings.tokens} must be at least 1, --seed {settings.seed} between 0 and "
                         f"{2**63 - 1}")
-    model, about = checkpoint.load(settings.model, pick_device(settings.device), getattr(torch, settings.dtype))
+    device = pick_device(settings.device)
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if has_fast_bfloat16(device) else "float32"
+    model, about = checkpoint.load(settings.model, device, getattr(torch, dtype))
     tokenizer = checkpoint.tokenizer_of(model, about, settings.model)
     T = settings.block_size or min(512, model.config.block_size)
     if not 2 <= T <= model.config.block_size:
@@ -235,11 +240,7 @@ def main(settings):
     prompts = None if settings.prompts is None else encode_prompts(settings.prompts, tokenizer, T)
     begin = time.perf_counter()
     texts = write(model, tokenizer, settings.tokens, T, settings.seed, prompts)
-    if prompts is not None:
-        # As the file has them.
-        spelled = dict(zip(map(tuple, prompts), read_prompts(settings.prompts)))
-        texts = [(spelled[tuple(prompt)], ids) for prompt, ids in texts]
-    rows = rows_of(texts, tokenizer, prompts is not None)
+    rows = rows_of(texts, tokenizer, prompts)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     write_atomic(settings.out, lambda file: file.write(lines.encode()))
     seconds = time.perf_counter() - begin
