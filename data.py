@@ -41,6 +41,8 @@ HOLD_OUT = 20                        # one document in so many is held out (our 
 SHARD_TOKENS = 2**25                 # a shard is written when this many wait: 134 MB as uint32
 BLOCK_CHARACTERS = 2**20             # what a thread tokenizes at a time, in whole documents
 FORMAT = {"magic": "nanoprune tokens", "version": 1}
+CONTEXT_ONLY = 2**31                 # this bit of a stored token says that no loss counts it
+IGNORED = -100                       # a target that no loss counts
 HEAVIEST = 1000                      # the largest weight of a part of a mixture
 
 # Sources that are the .py files of a folder of sysconfig's, without these folders inside.
@@ -563,12 +565,16 @@ class Corpus:
         return {part.name: weight / period for part, weight in zip(self.parts, self.train.weights)}
 
 
-def load_mixture(names, tokenizer="bytes", *, block_size=1, **options):
-    """-> the Corpus of one source or of several, see `weights_of` and `load`."""
+def load_mixture(names, tokenizer="bytes", *, block_size=1, opened=None, **options):
+    """-> the Corpus of one source or of several, see `weights_of` and `load`. `opened`: {name: Corpus}
+    of sources that are not loaded."""
     weights = weights_of(names)
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = open_tokenizer(tokenizer)
-    parts = tuple(load(name, tokenizer, block_size=block_size, **options) for name in weights)
+    parts = dict(opened or {})
+    for name in weights:
+        parts[name] = parts.get(name) or load(name, tokenizer, block_size=block_size, **options)
+    parts = tuple(parts[name] for name in weights)
     if len(parts) == 1:
         return parts[0]
     train = Mixture([part.train for part in parts], weights.values())
@@ -730,8 +736,7 @@ def batch(tokens, block_size, seed, step, micro, rank=0, *, world=1, micro_batch
                 rows[is_of_part] = read_samples(part, block_size, (seed, index), own)
     else:
         rows = read_samples(tokens, block_size, seed, samples)
-    rows = torch.from_numpy(rows)
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    return inputs_and_targets(torch.from_numpy(rows))
 
 
 def read_samples(tokens, block_size, seed, samples):
@@ -747,6 +752,22 @@ def read_samples(tokens, block_size, seed, samples):
     starts = (window * block_size).tolist()
     # T + 1 tokens, as the targets are the inputs one token later.
     return np.stack([tokens[start:start + block_size + 1] for start in starts]).astype(np.int64)
+
+
+def inputs_and_targets(rows):
+    """Stored tokens (B, T + 1) int64 -> x, y: (B, T). Targets that are CONTEXT_ONLY are IGNORED."""
+    tokens = rows & (CONTEXT_ONLY - 1)
+    y = tokens[:, 1:].masked_fill(rows[:, 1:] >= CONTEXT_ONLY, IGNORED)
+    return tokens[:, :-1].contiguous(), y
+
+
+def counted(targets, *hidden):
+    """Targets (B, T) and hidden states (B, T, C) without the targets that are IGNORED, as one row. If
+    all count, they are returned as they are."""
+    is_counted = targets != IGNORED
+    if is_counted.all():
+        return targets, *hidden
+    return targets[is_counted][None], *(states[is_counted][None] for states in hidden)
 
 
 def epochs(corpus, block_size, samples):

@@ -131,8 +131,10 @@ def evaluate(model, tokens, byte_lengths, windows=256, stride=0, batch=32, rank=
     for first in progress(batches, "evaluate", show_progress):
         rows = np.stack([tokens[start:start + T + 1] for start in starts[first:first + batch].tolist()])
         rows = torch.from_numpy(rows.astype(np.int64)).to(device)               # (B, T + 1)
-        hidden = model.hidden(rows[:, :-1])                                     # (B, T, C)
-        for states, targets in counted_parts(hidden, rows[:, 1:], stride, first == 0):
+        x, y = data.inputs_and_targets(rows)
+        hidden = model.hidden(x)                                                # (B, T, C)
+        for states, targets in counted_parts(hidden, y, stride, first == 0):
+            targets, states = data.counted(targets, states)
             loss, _ = chunked_loss(states, model.head_weight, targets)
             nats += loss.item() * targets.numel()
             counted += targets.numel()

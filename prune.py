@@ -19,6 +19,7 @@ training (train.py), all methods compared (experiments/compare.py).
 """
 import copy
 import dataclasses
+import functools
 import math
 import time
 from dataclasses import dataclass
@@ -36,9 +37,10 @@ from allocate import ALLOCATIONS, RESOURCES
 from common import UserError, check_choices, has_fast_bfloat16, parse, pick_device, progress, refuse_idle, run
 from eval import dtype_name, evaluate
 from formats.origin import hand_on
-from methods import channels, depth, latency, local, measured, mend, two_four
+from methods import channels, depth, latency, local, margin, measured, mend, self_text, two_four
 from model import GPT, by_unit, coupled
-from score import SCORES
+from score import GRADIENTS, SCORES
+from tasks.questions import read_questions
 
 
 def everything(config):
@@ -156,7 +158,10 @@ class Prune:
     mend: str = "none"            # make up for what went: least-squares, sequential, local; bias (FLAP's)
     local_steps: int = 100        # of mend local: steps of each block against the dense block
     out: str | None = None        # folder; default runs/pruned-NAME-KEEP, or -2-4
-    data: tuple[str, ...] = ("stdlib",)    # calibration texts, A:2 B; their hold-outs measure the loss (data.py)
+    # calibration texts, A:2 B (data.py), self: the model's own (methods/self_text.py); their hold-outs measure the loss
+    data: tuple[str, ...] = ("stdlib",)
+    prompts: str | None = None    # of data self: a prompt a line, or .jsonl with a field "prompt"
+    choices: str | None = None    # questions whose margin the gradients are of, and not the text's loss
     windows: int = 32             # of the calibration text
     measured_windows: int = 4     # of those, for allocate measured and score perplexity
     eval_windows: int = 32        # of the hold-out, before and after
@@ -236,6 +241,10 @@ def check(recipe):
         idle.append("measured_windows")
     if recipe.mend != "local":
         idle.append("local_steps")
+    if GRADIENTS.isdisjoint(needs(recipe)):
+        idle.append("choices")
+    if not writes_itself(recipe):
+        refuse_idle(recipe, ["prompts"], "without --data self")
     refuse_idle(recipe, idle, f"with --structure {recipe.structure} --score {recipe.score} "
                               f"--allocate {recipe.allocate} --mend {recipe.mend}")
 
@@ -337,11 +346,18 @@ def needs(recipe):
     return fields
 
 
-def collect(model, batches, recipe, dtype=torch.float32):
-    """The recipe's statistics of one calibration pass, which runs in `dtype`."""
+def collect(model, batches, recipe, dtype=torch.float32, questions=()):
+    """The recipe's statistics of one calibration pass, which runs in `dtype`. If there are
+    `questions` (margin.batches), the gradients are those of their margin."""
     readers = two_four.MATRICES if recipe.structure == "2:4" else score.READERS
     running = in_dtype(model, dtype)
-    stats = score.collect(running, progress(batches, "calibrate"), needs(recipe), readers)
+    fields = needs(recipe)
+    of_margin = fields & GRADIENTS if questions else set()
+    stats = score.collect(running, progress(batches, "calibrate"), fields - of_margin, readers)
+    if of_margin:
+        judged = score.collect(running, progress(questions, "questions"), of_margin, loss=margin.loss)
+        for name in of_margin:
+            setattr(stats, name, getattr(judged, name))
     stats.seed = recipe.seed
     return stats
 
@@ -466,14 +482,16 @@ def mend_side_by_side_(recipe, small, model, batches, dtype, is_last):
                       micro_batch=recipe.micro_batch)
 
 
-def cut_in_stages(model, batches, recipe, dtype=torch.float32, resource=None, collect=collect):
+def cut_in_stages(model, batches, recipe, dtype=torch.float32, resource=None, collect=collect, written_anew=None):
     """All cuts of the recipe, each measured anew on the model that the last one left: (smaller
     model, statistics of the last calibration pass). A caller that has statistics already hands in
-    its own `collect`."""
+    its own `collect`. `written_anew(smaller model)` returns the batches behind the first cut."""
     dense = model
     start = priced(recipe, model)
     cuts = stages(recipe, start, resource)
     for number, (stage, budget) in enumerate(cuts, start=1):
+        if written_anew and number > 1:
+            batches = written_anew(model)
         stats = collect(model, batches, stage, dtype)
         damage = measure(model, stats, batches, stage, dtype) if runs_again(stage) else None
         model = cut_once(model, stats, stage, budget, start.widths(), damage, resource)
@@ -519,6 +537,24 @@ def check_least_squares(recipe, config, T, device):
         raise UserError(f"--mend {recipe.mend} fits matrices of {widest:,} inputs to "
                         f"{recipe.windows} windows x {T} = {tokens:,} tokens; give --windows "
                         f"{enough} or, better, several times as many")
+
+
+def writes_itself(recipe):
+    """Whether the model that is cut writes calibration text."""
+    return "self" in data.weights_of(recipe.data)
+
+
+def text_for(recipe, model, tokenizer, dtype):
+    """The corpus to calibrate and measure on. For --data self the model writes it, as it is now."""
+    T = window_of(recipe, model)
+    opened = {}
+    if writes_itself(recipe):
+        weights = data.weights_of(recipe.data)
+        # No more windows than the mixture takes of them.
+        windows = math.ceil(recipe.windows / sum(weights.values())) * weights["self"]
+        running = in_dtype(model, dtype)
+        opened["self"] = self_text.load(running, tokenizer, windows, T, recipe.seed, recipe.prompts)
+    return data.load_mixture(recipe.data, tokenizer, block_size=T, opened=opened)
 
 
 def print_losses(recipe, model, corpus, when, dtype):
@@ -582,6 +618,9 @@ def save(recipe, model, out, tokenizer, fingerprint, origin=None):
     masks = two_four.pack(two_four.masks(model)) if recipe.structure == "2:4" else None
     about = {"tokenizer": tokenizer.name, "data": recipe.data, "fingerprint": fingerprint,
              "cut_from": recipe.init, "recipe": dataclasses.asdict(recipe)}
+    # Nobody else can read the hold-out of a text that the whole model wrote.
+    if writes_itself(recipe):
+        del about["data"]
     checkpoint.save(out / "ckpt_00000000.pt", model, step=0, tokenizer_files=tokenizer.files,
                     masks=masks, origin=origin, run=about)
 
@@ -610,7 +649,10 @@ def cut_and_save(recipe, out):
     recipe = dataclasses.replace(recipe, dtype=str(dtype).removeprefix("torch."))
     tokenizer = checkpoint.tokenizer_of(model, about, recipe.init)
     T = window_of(recipe, model)
-    corpus = data.load_mixture(recipe.data, tokenizer, block_size=T)
+    corpus = text_for(recipe, model, tokenizer, dtype)
+    questions = ()
+    if recipe.choices is not None:
+        questions = margin.batches(model, tokenizer, read_questions(recipe.choices))
     batches = score.batches(corpus.train, T, recipe.windows, recipe.micro_batch, recipe.seed)
     start = model.config
     resource = resource_of(recipe, model)
@@ -623,11 +665,21 @@ def cut_and_save(recipe, out):
 
     print_losses(recipe, model, corpus, "before", dtype)
     begin = time.perf_counter()
-    model, stats = cut_in_stages(model, batches, recipe, dtype, resource)
+
+    def written_anew(smaller):
+        fresh = text_for(recipe, smaller, tokenizer, dtype)
+        return score.batches(fresh.train, T, recipe.windows, recipe.micro_batch, recipe.seed)
+
+    collect_both = functools.partial(collect, questions=questions)
+    model, stats = cut_in_stages(model, batches, recipe, dtype, resource, collect_both,
+                                 written_anew if writes_itself(recipe) else None)
     print(f"calibrated and cut in {time.perf_counter() - begin:.1f} seconds")
     print(table(start, model.config, stats))
     print_losses(recipe, model, corpus, "after", dtype)
     print(calibrated_on(recipe, corpus, T))
+    if writes_itself(recipe):
+        print("the text of self was written by the whole model: on it the loss rises by the KL divergence of the cut "
+              "model from the whole one, as far as the tokens tell")
 
     if recipe.structure == "2:4":
         share = two_four.share(model)

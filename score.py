@@ -66,14 +66,22 @@ class Stats:
     channel: dict = field(default_factory=dict)
 
 
-def collect(model, batches, needs, readers=READERS):
+def cross_entropy(model, x, y):
+    """The mean loss in nats of the targets y (B, T) that count, behind the tokens x (B, T)."""
+    hidden = model.hidden(x)
+    y, hidden = data.counted(y.to(hidden.device), hidden)
+    loss, _ = chunked_loss(hidden, model.head_weight, y)
+    return loss
+
+
+def collect(model, batches, needs, readers=READERS, loss=cross_entropy):
     """One pass over `batches`, an iterable of token ids (x, y), each (B, T). Returns Stats with the
-    fields in `needs`.
+    fields in `needs`. Gradients are those of loss(model, x, y), and y is whatever it reads.
 
     Memory: the weights, the sums that were asked for, and the activations of one batch. Gradients
-    are freed one by one as they come. A batch's loss is its mean in nats per token. The model may
-    be of bfloat16: sums are in float32 at least. `readers`: ends of the names of the matrices whose
-    inputs are taken. The model, its gradients and their flags are left as they were."""
+    are freed one by one as they come. The model may be of bfloat16: sums are in float32 at least.
+    `readers`: ends of the names of the matrices whose inputs are taken. The model, its gradients and
+    their flags are left as they were."""
     stats = Stats()
     device = model.embed.weight.device
     backward = not GRADIENTS.isdisjoint(needs)
@@ -87,12 +95,13 @@ def collect(model, batches, needs, readers=READERS):
         # The hooks do the work while the model runs: nothing is kept but their sums.
         for x, y in batches:
             with torch.set_grad_enabled(backward):
-                hidden = model.hidden(x.to(device))
                 if backward:
-                    loss, _ = chunked_loss(hidden, model.head_weight, y.to(device))
-                    loss.backward()
+                    loss(model, x.to(device), y).backward()
+                else:
+                    model.hidden(x.to(device))
             stats.tokens += x.numel()
-            stats.windows += len(x)
+            # Rows of a text are independent samples, those of another loss are not.
+            stats.windows += len(x) if loss is cross_entropy else 1
             count += 1
     return averaged(stats, model.config, count)
 

@@ -13,10 +13,10 @@ ROWS = [      # a file imports only from rows above its own
     "model distill allocate report experiments.scaling_laws formats.tokenizer_json methods.two_four "
     "tasks.own_questions formats.origin",
     "bench.timing experiments.scaling_curves formats.tokenizer methods.channels methods.mend methods.slicegpt "
-    "tasks.questions formats.model_card",
-    "data formats.gguf_vocabulary formats.huggingface formats.llamacpp tasks.probe formats.top_k",
+    "tasks.questions formats.model_card ",
+    "data formats.gguf_vocabulary formats.huggingface formats.llamacpp tasks.probe formats.top_k methods.margin",
     "score checkpoint formats.gguf_export methods.local",
-    "eval export methods.depth methods.torch_pruning_peer methods.latency",
+    "eval export methods.depth methods.torch_pruning_peer methods.latency methods.self_text",
     "methods.measured",
     "prune",
     "train experiments.compare_report experiments.smollm2 experiments.texts",
