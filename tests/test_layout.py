@@ -9,8 +9,9 @@ ROOT = Path(__file__).parent.parent
 LESSON = "model schedule score allocate prune distill train data checkpoint eval export report common".split()
 PACKAGES = ("methods", "formats", "tasks", "experiments", "bench")
 ROWS = [      # a file imports only from rows above its own
-    "common schedule bench.gpt2_peer formats.modeling_nanoprune",
-    "model distill allocate report experiments.scaling_laws formats.tokenizer_json methods.two_four tasks.questions",
+    "common",
+    "schedule distill bench.gpt2_peer formats.chat formats.modeling_nanoprune",
+    "model allocate report experiments.scaling_laws formats.tokenizer_json methods.two_four tasks.questions",
     "bench.timing experiments.scaling_curves formats.tokenizer methods.channels methods.mend methods.slicegpt",
     "data formats.gguf_vocabulary formats.huggingface formats.llamacpp",
     "score checkpoint formats.gguf_export",
