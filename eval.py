@@ -15,8 +15,9 @@ block_size - s tokens of context. Tokens behind the last window are left out.
 
 A loss is the mean over the counted tokens; of chats only the answers count (formats/chat.py). The
 model runs in the dtype of its weights, and the log-softmax in float32 (float64 for float64 weights).
-The dtype is printed with the loss: compare only losses of one dtype, as bfloat16 moves them by about 0.001. With --dtype auto the weights are as
-stored, except on a CPU: there float16 becomes float32, and so does bfloat16 where it is not faster.
+The dtype is printed with the loss: compare only losses of one dtype, as bfloat16 moves them by about
+0.001. With --dtype auto the weights are as stored, except on a CPU: there float16 becomes float32,
+and so does bfloat16 where it is not faster.
 Bits per byte divides by the UTF-8 bytes that the counted tokens stand for. Multiple-choice questions
 and lm_eval's tasks are scored by tasks/questions.py.
 """
