@@ -26,6 +26,9 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import tyro
 from tqdm import tqdm
 
+# A target that does not count, as torch's cross-entropy has it.
+IGNORED = -100
+
 
 class UserError(Exception):
     """Something that the user can mend: one sentence with the numbers and the remedy."""

@@ -3,25 +3,30 @@
     python data.py                                  # this Python's standard library, as bytes
     python data.py --source "tests/*.py"            # your own files; also hf:NAME, --tokenizer gpt2
     python data.py --source packages                # the Python sources of the installed packages
+    python train.py --data stdlib:2 texts/*.jsonl   # a mixture, two windows of stdlib to one of each file
 
 1. A corpus is a row of documents. Each is closed by the tokenizer's end-of-text token. One document
    in twenty is held out (`val`). A hash decides which, not chance, so the choice is the same on
    every machine and for every tokenizer; `fingerprint` records it.
 2. The standard library as bytes stays in memory. Every other corpus is tokenized once, in threads,
    into shards: files that are mapped into memory, so that a corpus may be larger than memory.
-3. Training reads windows that do not overlap, in a shuffled order. The order is computed and not
+3. A row may also be a chat, or a prompt with its completion (formats/chat.py). Then tokens that are only
+   context carry the bit CONTEXT_ONLY, and are no targets.
+4. Training reads windows that do not overlap, in a shuffled order. The order is computed and not
    stored, see `permute`. So there is nothing to save or resume, and any number of devices sees the
-   same global batches.
+   same global batches. A mixture takes its windows from several corpora in turn, see `Mixture`.
 
 A text file is one document and is read in pieces, if its tokenizer says that a line ends a word
 (`splits_at_lines`). With another tokenizer it is read whole, and takes several times its size.
 
-Not done here: cleaning, removing duplicates, mixing sources, keeping attention within a document.
+Not done here: cleaning, removing duplicates, keeping attention within a document. A document that
+stands in two sources of a mixture may be held out of one of them only.
 """
 import codecs
 import hashlib
 import itertools
 import json
+import math
 import os
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -31,13 +36,16 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UserError, first_line, parse, printable, run, write_atomic
+from common import IGNORED, UserError, first_line, parse, printable, run, write_atomic
+from formats import chat
 from formats.tokenizer import Tokenizer, open_tokenizer
 
 HOLD_OUT = 20                        # one document in so many is held out (our choice)
 SHARD_TOKENS = 2**25                 # a shard is written when this many wait: 134 MB as uint32
 BLOCK_CHARACTERS = 2**20             # what a thread tokenizes at a time, in whole documents
+CONTEXT_ONLY = 2**31                 # the bit of a stored token (uint32) that is no target
 FORMAT = {"magic": "nanoprune tokens", "version": 1}
+HEAVIEST = 1000                      # the largest weight of a part of a mixture
 
 # Sources that are the .py files of a folder of sysconfig's, without these folders inside.
 PYTHON = {"stdlib": "stdlib", "packages": "purelib"}
@@ -65,8 +73,9 @@ class Source:
 
     def documents(self):
         """One pass over (name, pieces), without empty texts; the pieces joined are the text. A row has no
-        name, another file its path relative to `root`. Raises UserError if a row has no text in
-        `field` or a file is not UTF-8; of Python's own sources such a file is left out."""
+        name, another file its path relative to `root`. A chat is one piece, a Chat. Raises UserError if a
+        row has neither a text in `field` nor a chat, or a file is not UTF-8; of Python's own sources such
+        a file is left out."""
         if self.is_dataset:
             rows = dataset_rows(self.name, self.field, self.split, self.stream)
             yield from self.texts_of_rows(self.name, rows)
@@ -89,11 +98,19 @@ class Source:
         for number, row in rows:
             fields = ", ".join(row) if isinstance(row, dict) else "none"
             text = row.get(self.field) if isinstance(row, dict) else None
+            row_chat = None if isinstance(text, str) else chat.chat_of(row)
+            if row_chat:
+                text = Chat(json.dumps(row_chat))
             if not isinstance(text, str):
                 raise UserError(f"{where}:{number} has no text in field {self.field!r} (its fields: "
-                                f"{fields}): mend it or prepare it with python data.py --field NAME")
+                                f"{fields}), nor messages with roles, nor prompt and completion: mend it or "
+                                "prepare it with python data.py --field NAME")
             if text:
                 yield None, [text]
+
+
+class Chat(str):
+    """A chat as JSON. It becomes text with the tokenizer's template, when it is encoded."""
 
 
 @dataclass(frozen=True)
@@ -254,12 +271,19 @@ def file_rows(path, field):
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             # If the field is missing all columns are read, for the error to list them.
-            columns = [field] if field in table.schema_arrow.names else None
+            columns = columns_of(field, table.schema_arrow.names)
             batches = table.iter_batches(batch_size=1024, columns=columns)
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
             yield from enumerate(rows, 1)
     except (pyarrow.ArrowException, OSError, ValueError, LookupError, MemoryError) as problem:
         raise UserError(f"{path} is not a whole parquet file ({first_line(problem)}): get it again") from problem
+
+
+def columns_of(field, names):
+    """The columns to read of those with these names; None: all."""
+    if field in names:
+        return [field]
+    return [name for name in ("messages", "prompt", "completion") if name in names] or None
 
 
 def dataset_rows(source, field, split, stream):
@@ -275,8 +299,9 @@ def dataset_rows(source, field, split, stream):
         else:
             rows = datasets.load_dataset(name, config or None, split=split, streaming=stream)
         # Where the columns are known, the other ones are not read.
-        if field in (rows.column_names or []):
-            rows = rows.select_columns([field])
+        columns = columns_of(field, rows.column_names or [])
+        if columns:
+            rows = rows.select_columns(columns)
         yield from enumerate(rows, 1)
     except Exception as problem:     # `datasets` passes on whatever readers, hub and network raise
         raise UserError(f"cannot load {source} split {split!r} ({type(problem).__name__}: "
@@ -328,6 +353,7 @@ def hold_out(source):
 
     numbers = []
     sides = set()
+    pieces = []
     for name, pieces in source.documents():
         numbers.append(number_of(name, pieces))
         sides.add(numbers[-1] % HOLD_OUT == 0)
@@ -336,6 +362,8 @@ def hold_out(source):
     if not numbers:
         raise UserError(f"{source.name!r} holds no text: give a source with at least one document "
                         "that is not empty")
+    if len(numbers) == 1 and isinstance(pieces, list) and isinstance(pieces[0], Chat):
+        raise UserError(f"{source.name!r} is one chat, of which no part can be held out: give two or more")
     if len(numbers) == 1:
         return last_tenth
     if len(set(numbers)) == 1:
@@ -389,7 +417,8 @@ def blocks(source, counts, digest):
                 if piece is not None:
                     text_digest.update(encoded(piece))
                     characters[side] += len(piece)
-                if characters[side] >= BLOCK_CHARACTERS:
+                # What follows a chat must know whether its last token counts.
+                if characters[side] >= BLOCK_CHARACTERS and not isinstance(piece, Chat):
                     yield side, texts[side]
                     texts[side] = []
                     characters[side] = 0
@@ -402,10 +431,27 @@ def blocks(source, counts, digest):
 
 
 def encode_block(tok, pieces):
-    """Pieces of texts -> (N,) their tokens, with the end-of-text token where there is None."""
+    """Pieces of texts -> (N,) their tokens, with the end-of-text token where there is None. Behind a
+    token that is only context, the end of a text is only context, too."""
     end = np.array([tok.eot], tok.dtype)
-    encoded_pieces = iter(tok.encode_batch([piece for piece in pieces if piece is not None]))
-    return np.concatenate([end if piece is None else next(encoded_pieces) for piece in pieces])
+    encoded_pieces = iter(tok.encode_batch([piece for piece in pieces if type(piece) is str]))
+    parts = []
+    for piece in pieces:
+        if isinstance(piece, Chat):
+            ids, is_context = chat.encode(tok, json.loads(piece))
+            parts.append(ids.astype("<u4") | np.where(is_context, CONTEXT_ONLY, 0).astype("<u4"))
+        elif piece is not None:
+            parts.append(next(encoded_pieces))
+        elif parts and len(parts[-1]) and parts[-1][-1] >= CONTEXT_ONLY:
+            parts.append(end.astype("<u4") | np.uint32(CONTEXT_ONLY))
+        else:
+            parts.append(end)
+    return np.concatenate(parts)
+
+
+def without_marks(tokens):
+    """Stored tokens as a tokenizer knows them."""
+    return tokens & np.uint32(CONTEXT_ONLY - 1) if tokens.dtype.itemsize == 4 else tokens
 
 
 # -- shards
@@ -434,45 +480,146 @@ class Shards:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
-def header(tok, tokens):
+def header(tok, dtype, tokens):
     """A shard's first 256 bytes, JSON padded with blanks; the tokens follow, little-endian."""
-    content = {**FORMAT, "dtype": tok.dtype.str, "tokens": tokens, "tokenizer": tok.name}
+    content = {**FORMAT, "dtype": dtype.str, "tokens": tokens, "tokenizer": tok.name}
     return json.dumps(content).encode().ljust(256)
 
 
 def write_shard(path, tok, tokens):
     def write(file):
-        file.write(header(tok, len(tokens)))
+        file.write(header(tok, tokens.dtype, len(tokens)))
         tokens.tofile(file)
 
     write_atomic(path, write)
 
 
 def open_shard(path, tok):
-    """-> (N,) memory map, read-only. Raises UserError if the header is not the one for this length
-    and tokenizer."""
+    """-> (N,) memory map, read-only: in the tokenizer's dtype, or uint32 if it holds chats. Raises
+    UserError if the header is not the one for this length and tokenizer."""
     with open(path, "rb") as file:
         first = file.read(256)
         size = file.seek(0, os.SEEK_END)
     # The header says how many tokens follow, so a file that was cut short cannot pass.
-    tokens, rest = divmod(size - 256, tok.dtype.itemsize)
-    if rest or first != header(tok, tokens):
-        raise UserError(f"shard {path} ({size:,} bytes) is cut short or of another version, it begins "
-                        f"{first.strip()!r}: delete {path.parent} and run again")
-    return np.memmap(path, tok.dtype, mode="r", offset=256)
+    for dtype in (tok.dtype, np.dtype("<u4")):
+        tokens, rest = divmod(size - 256, dtype.itemsize)
+        if not rest and first == header(tok, dtype, tokens):
+            return np.memmap(path, dtype, mode="r", offset=256)
+    raise UserError(f"shard {path} ({size:,} bytes) is cut short or of another version, it begins "
+                    f"{first.strip()!r}: delete {path.parent} and run again")
+
+
+# -- mixtures
+
+class Mixture:
+    """Several rows of tokens whose windows take turns. With weights 2 and 1 the parts follow each other
+    as A B A, A B A, …; each part has its own shuffle and its own epochs. So a batch stays a pure
+    function of (seed, step, micro, rank), and adding tokens to one part moves nothing in the others.
+
+    parts    [(N_i,) tokens]
+    weights  whole numbers, one a part; divided by their common divisor
+    pattern  (period,) the part of each window of a turn; period is the sum of the weights"""
+
+    def __init__(self, parts, weights):
+        divisor = math.gcd(*weights)
+        self.parts = list(parts)
+        self.weights = [weight // divisor for weight in weights]
+        # Window k of a part with weight w stands at (k + 1/2) / w of a turn: as evenly as can be.
+        part = np.repeat(np.arange(len(self.parts)), self.weights)
+        rank = np.concatenate([np.arange(weight) for weight in self.weights])
+        order = np.argsort((rank + 0.5) / np.take(self.weights, part), kind="stable")
+        self.pattern = part[order]
+        self.ranks = rank[order]
+
+    def __len__(self):
+        return sum(map(len, self.parts))
+
+    def of_part(self, index, samples):
+        """Numbers of samples of the mixture (N,) -> which of them are of this part, (N,) bool, and
+        which samples of the part these are."""
+        turn, place = np.divmod(samples, len(self.pattern))
+        is_of_part = self.pattern[place] == index
+        own = turn * self.weights[index] + self.ranks[place]
+        return is_of_part, own[is_of_part]
+
+    def windows(self, block_size, what):
+        """-> the number of samples before one of the parts repeats itself."""
+        repeats = []
+        for index, (part, weight) in enumerate(zip(self.parts, self.weights)):
+            turn, rank = divmod(windows(part, block_size, what), weight)
+            repeats.append(turn * len(self.pattern) + int(np.flatnonzero(self.pattern == index)[rank]))
+        return min(repeats)
+
+
+def weights_of(names):
+    """The names of a mixture's sources, "NAME" or "NAME:WEIGHT", or one name -> {name: weight}. An end
+    of digits is a weight, unless a file has this name. Raises UserError for a weight that is not
+    between 1 and HEAVIEST, or a name that stands twice."""
+    weights = {}
+    for entry in [names] if isinstance(names, str) else names:
+        name, _, digits = entry.rpartition(":")
+        weight = 1
+        if name and digits.isdecimal() and not Path(entry).exists():
+            weight = int(digits)
+        else:
+            name = entry
+        if not 1 <= weight <= HEAVIEST:
+            raise UserError(f"the weight in --data {entry} must be a whole number between 1 and {HEAVIEST}")
+        if name in weights:
+            raise UserError(f"--data names {name} twice; give one name with a weight, as {name}:2")
+        weights[name] = weight
+    return weights
+
+
+def recorded(names):
+    """Sources as records and checkpoints hold them: one as its name, several as a list."""
+    if isinstance(names, str):
+        return names
+    return names[0] if len(names) == 1 else list(names)
 
 
 # -- corpora
 
 @dataclass(frozen=True)
 class Corpus:
-    train: Shards                    # len() and [start:stop] -> (N,) uint16 or uint32
-    val: Shards
+    train: Shards | Mixture          # len() and [start:stop] -> (N,) uint16 or uint32
+    val: Shards                      # of a mixture: the hold-outs of all parts, one after the other
     tokenizer: Tokenizer
     fingerprint: str                 # 16 hex digits of sha256 over side, name and content of all
                                      # documents; equal for all tokenizers
     documents: tuple[int, int]       # in train, in val; a single document that was cut is in both
     folder: Path | None              # of its shards, itself a source for `load`; None: in memory
+    name: str = ""                   # the source
+    parts: tuple["Corpus", ...] = () # of a mixture
+
+    @property
+    def domains(self):
+        """{source: tokens of its hold-out}"""
+        return {part.name: part.val for part in self.parts or (self,)}
+
+    @property
+    def shares(self):
+        """{source: its share of the training windows}"""
+        if not self.parts:
+            return {self.name: 1.0}
+        period = len(self.train.pattern)
+        return {part.name: weight / period for part, weight in zip(self.parts, self.train.weights)}
+
+
+def load_mixture(names, tokenizer="bytes", *, block_size=1, **options):
+    """-> the Corpus of one source or of several, see `weights_of` and `load`."""
+    weights = weights_of(names)
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer = open_tokenizer(tokenizer)
+    parts = tuple(load(name, tokenizer, block_size=block_size, **options) for name in weights)
+    if len(parts) == 1:
+        return parts[0]
+    train = Mixture([part.train for part in parts], weights.values())
+    val = Shards([*itertools.chain.from_iterable(part.val.parts for part in parts)])
+    prints = [part.fingerprint for part in parts]
+    fingerprint = sha256(json.dumps([prints, train.weights]))[:16]
+    documents = np.sum([part.documents for part in parts], axis=0).tolist()
+    return Corpus(train, val, tokenizer, fingerprint, tuple(documents), None, " ".join(names), parts)
 
 
 def load(source="stdlib", tokenizer_name="bytes", cache="data_cache", workers=0, *, field="text",
@@ -495,14 +642,14 @@ def load(source="stdlib", tokenizer_name="bytes", cache="data_cache", workers=0,
         if (field, split, stream) != ("text", "train", False):
             raise UserError(f"{source} holds finished tokens, on which --field, --split and --stream have no effect: "
                             "leave them out")
-        return check(open_shards(folder, tok), block_size)
+        return check(open_shards(folder, tok, str(source)), block_size)
     source = open_source(source, field, split, stream, tok.splits_at_lines)
     # Reading the standard library as bytes takes no longer than reading its shards.
     folder = None
     if cache is not None and (source.name != "stdlib" or tok.name != "bytes"):
         folder = Path(cache).expanduser() / cache_key(source, tok)
         if (folder / "index.json").exists():
-            return check(open_shards(folder, tok), block_size)
+            return check(open_shards(folder, tok, source.name), block_size)
     shards = {"train": [], "val": []}
 
     def flush(side, tokens):
@@ -521,7 +668,7 @@ def load(source="stdlib", tokenizer_name="bytes", cache="data_cache", workers=0,
                  "fingerprint": fingerprint, "shards": numbers}
         write_atomic(folder / "index.json", lambda file: file.write(json.dumps(index).encode()))
     corpus = Corpus(Shards(shards["train"]), Shards(shards["val"]), tok, fingerprint, tuple(counts),
-                    folder)
+                    folder, source.name)
     return check(corpus, block_size)
 
 
@@ -534,11 +681,14 @@ def cache_key(source, tok):
         stat = path.stat()
         files.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
     key = [FORMAT, source.name, files, source.field, source.split, tok.name, tok.vocab_size, tok.eot]
+    has_rows = source.is_dataset or any(path.suffix in ROWS for path in source.files)
+    if has_rows and tok.chat_template:
+        key.append([tok.chat_template.text, tok.chat_template.tokens])
     return sha256(json.dumps(key))[:16]
 
 
-def open_shards(folder, tok):
-    """A folder that `load` finished -> Corpus. Raises UserError if it is unfinished, damaged, or of
+def open_shards(folder, tok, name):
+    """A folder that `load` finished -> Corpus, called `name`. Raises UserError if it is unfinished, damaged, or of
     another tokenizer."""
     try:
         index = json.loads((folder / "index.json").read_bytes())
@@ -549,7 +699,7 @@ def open_shards(folder, tok):
         for side in ("train", "val"):
             paths = [folder / f"{side}_{i:03d}.bin" for i in range(index["shards"][side])]
             sides.append(Shards([open_shard(path, tok) for path in paths]))
-        return Corpus(*sides, tok, index["fingerprint"], tuple(index["documents"]), folder)
+        return Corpus(*sides, tok, index["fingerprint"], tuple(index["documents"]), folder, name)
     except (ValueError, KeyError, TypeError, FileNotFoundError) as problem:
         raise UserError(f"{folder} is unfinished or damaged ({problem}): delete it and tokenize "
                         "again") from problem
@@ -567,7 +717,9 @@ def check(corpus, block_size):
 
 def windows(tokens, block_size, what="the corpus"):
     """-> the number of windows that do not overlap; the last target of one is the next one's first
-    input. Raises UserError if there is none."""
+    input. Of a mixture, the number before a part repeats itself. Raises UserError if there is none."""
+    if isinstance(tokens, Mixture):
+        return tokens.windows(block_size, what)
     if len(tokens) <= block_size:
         raise UserError(f"{what} has {len(tokens)} tokens, a window needs block_size + 1 = "
                         f"{block_size + 1}: give more text or a smaller block size")
@@ -608,31 +760,53 @@ def permute(index, n, seed, epoch):
 
 
 def batch(tokens, block_size, seed, step, micro, rank=0, *, world=1, micro_batch, micro_steps):
-    """-> x, y: (micro_batch, T) int64 on the CPU, with T = block_size; y[:, t] follows x[:, t].
+    """-> x, y: (micro_batch, T) int64 on the CPU, with T = block_size; y[:, t] follows x[:, t], and is
+    IGNORED where it is only context.
 
     Row b is sample step·(micro_steps·world·micro_batch) + (micro·world + rank)·micro_batch + b of an
-    endless row of epochs. An epoch holds every window once; windows begin at multiples of T. A last
-    window that is not whole is left out (our choice)."""
+    endless row. Processes take samples in order: the global batch is the same for any number of them.
+    `tokens`: (N,), or a Mixture, whose parts each have an endless row."""
     import torch
-    n = windows(tokens, block_size)
     first = step * (micro_steps * world * micro_batch) + (micro * world + rank) * micro_batch
-    # Samples have numbers, and processes take them in order: the global batch is the same for any
-    # number of processes.
-    epoch, place = np.divmod(np.arange(first, first + micro_batch), n)
+    samples = np.arange(first, first + micro_batch)
+    if isinstance(tokens, Mixture):
+        rows = np.empty((micro_batch, block_size + 1), np.int64)
+        for index, part in enumerate(tokens.parts):
+            is_of_part, own = tokens.of_part(index, samples)
+            if own.size:
+                rows[is_of_part] = read_samples(part, block_size, (seed, index), own)
+    else:
+        rows = read_samples(tokens, block_size, seed, samples)
+    return inputs_and_targets(torch.from_numpy(rows))
+
+
+def inputs_and_targets(rows):
+    """Stored tokens (B, T + 1) int64 -> x, y: (B, T) each. x has no marks; y is IGNORED where there is
+    one."""
+    x = rows[:, :-1] & (CONTEXT_ONLY - 1)
+    y = rows[:, 1:].contiguous()
+    return x, y.masked_fill(y >= CONTEXT_ONLY, IGNORED)
+
+
+def read_samples(tokens, block_size, seed, samples):
+    """The windows of these numbers (N,) in the endless row of epochs of `tokens`: (N, T + 1) int64. An
+    epoch holds every window once; windows begin at multiples of T. A last window that is not whole is
+    left out (our choice)."""
+    n = windows(tokens, block_size)
+    epoch, place = np.divmod(samples, n)
     window = np.empty_like(place)
     for number in np.unique(epoch):  # nearly always one
         rows = epoch == number
         window[rows] = permute(place[rows], n, seed, number)
     starts = (window * block_size).tolist()
     # T + 1 tokens, as the targets are the inputs one token later.
-    rows = np.stack([tokens[start:start + block_size + 1] for start in starts])   # (micro_batch, T+1)
-    rows = torch.from_numpy(rows.astype(np.int64))
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    return np.stack([tokens[start:start + block_size + 1] for start in starts]).astype(np.int64)
 
 
-def epochs(tokens, block_size, samples):
-    """How many times over the corpus `samples` windows are."""
-    return samples / windows(tokens, block_size)
+def epochs(corpus, block_size, samples):
+    """How many times over the training text of each source `samples` windows are: {source: number}."""
+    parts = corpus.parts or (corpus,)
+    return {part.name: samples * corpus.shares[part.name] / windows(part.train, block_size) for part in parts}
 
 
 # -- the command
@@ -656,7 +830,7 @@ def main(settings):
     for side, tokens, count in zip(("train", "val"), (corpus.train, corpus.val), corpus.documents):
         size = count_bytes(tokens, corpus.tokenizer)
         print(f"{side:5} {count:10,} documents {len(tokens):14,} tokens {size:14,} bytes of text")
-    beginning = corpus.tokenizer.decode(corpus.val[:800])[:200]
+    beginning = corpus.tokenizer.decode(without_marks(corpus.val[:800]))[:200]
     print(f"fingerprint {corpus.fingerprint}; the hold-out begins:\n{printable(beginning)}\n"
           f"train on it: python train.py --data {corpus.folder or settings.source} "
           f"--tokenizer {settings.tokenizer}")
@@ -667,7 +841,7 @@ def count_bytes(tokens, tokenizer):
     lengths = tokenizer.byte_lengths()
     total = 0
     for start in range(0, len(tokens), 2**20):
-        total += int(lengths[tokens[start:start + 2**20]].sum())
+        total += int(lengths[without_marks(tokens[start:start + 2**20])].sum())
     return total
 
 

@@ -10,14 +10,17 @@ size V is kept for the backward pass.
 
 IDEA Prune (arXiv 2503.05920) does not publish its distillation loss. The forward KL divergence on
 logits at temperature 1 (Minitron's best, arXiv 2407.14679), mixed with cross-entropy, is our
-choice. `top_kd_loss` and `TopK` are the same for a teacher of which only the likeliest tokens are
-known (experiments/teacher.py writes them). Not here: losses on inner layers.
+choice. A target may be IGNORED: all means are over the targets that count, and if none does the loss
+and its gradient are 0. `top_kd_loss` and `TopK` are for a teacher of which only the likeliest tokens
+are known (experiments/teacher.py writes them). Not here: losses on inner layers.
 """
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from common import IGNORED
 
 # Logits per chunk, by the dtype of the product: 42, 170 and 2,688 tokens at V = 49,152. Seconds of
 # the loss alone on one thread for 2^21, 2^22, 2^23 and 2^24: in bfloat16 at V = 49,152, C = 576
@@ -35,13 +38,16 @@ TILE = {"cpu": 1, "cpu, bfloat16": 1, "gpu": 64}
 
 def kd_loss(logits, teacher_logits, targets, kd_weight=0.5, temperature=1.0):
     """(1 - kd_weight) · cross-entropy + kd_weight · temperature² · KL(teacher ‖ student), mean nats
-    per token, for logits (N, V), teacher_logits (N, V) and targets (N,). The factor temperature²
-    keeps the size of the gradient independent of the temperature (Hinton et al., arXiv
+    per target that counts, for logits (N, V), teacher_logits (N, V) and targets (N,). The factor
+    temperature² keeps the size of the gradient independent of the temperature (Hinton et al., arXiv
     1503.02531)."""
-    ce = F.cross_entropy(logits, targets)
+    counts = targets != IGNORED
+    count = counts.sum().clamp(min=1)
+    ce = F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED) / count
     log_p = F.log_softmax(logits / temperature, -1)
     log_q = F.log_softmax(teacher_logits / temperature, -1)
-    divergence = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
+    divergences = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+    divergence = (divergences * counts).sum() / count * temperature**2
     return (1 - kd_weight) * ce + kd_weight * divergence
 
 
@@ -72,13 +78,15 @@ def top_kd_loss(logits, top, targets, kd_weight=0.5):
     student differ about the tokens of the tail among themselves. So this is a lower bound of the
     full KL. Its gradient in the logits is p - q̃, and q̃ is q, but gives each token of the tail the
     share of q_tail that it has of p_tail."""
-    ce = F.cross_entropy(logits, targets)
+    counts = targets != IGNORED
+    count = counts.sum().clamp(min=1)
+    ce = F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED) / count
     p = logits.softmax(-1)
     p_top = p.gather(1, top.indices)
     p_tail = p.scatter(1, top.indices, 0).sum(-1).clamp(min=SMALLEST)
     # xlogy(0, 0) is 0: nothing is left for the tail where k = V.
     divergence = torch.xlogy(top.probs, top.probs / p_top).sum(-1) + torch.xlogy(top.tail, top.tail / p_tail)
-    return (1 - kd_weight) * ce + kd_weight * divergence.mean()
+    return (1 - kd_weight) * ce + kd_weight * (divergence * counts).sum() / count
 
 
 # -- the same losses in chunks
@@ -225,6 +233,11 @@ class ChunkedLoss(torch.autograd.Function):
             top = top._replace(probs=top.probs.to(wide), tail=top.tail.to(wide),
                                target_log_probs=top.target_log_probs.to(wide))
         sums = h.new_zeros(3, dtype=wide)
+        # Losses and gradients of IGNORED targets are multiplied by 0, those of the others by `scale`,
+        # which is 1 if all count. Nothing here waits for a GPU to count them.
+        counts = (targets != IGNORED).to(wide)                                  # (N,), 0 or 1
+        scale = N / counts.sum().clamp(min=1)
+        targets = targets.clamp(min=0)
         for a in range(0, N, chunk):
             x = h[a:a + chunk]
             y = targets[a:a + chunk]
@@ -244,7 +257,7 @@ class ChunkedLoss(torch.autograd.Function):
                 else:
                     known = top.rows(a + b, a + b + len(logits))
                     *losses, g = top_token_losses(logits.to(wide), y[rows], known, kd_weight, needs_grad)
-                sums += torch.stack([values.sum() for values in losses])
+                sums += torch.stack([(values * counts[a:a + chunk][rows]).sum() for values in losses])
                 if needs_grad and logits.dtype != wide:
                     logits.copy_(g)
             # Chain rule at once, so that the gradient g in the logits can go: dh = g w / N and
@@ -252,20 +265,22 @@ class ChunkedLoss(torch.autograd.Function):
             if needs_grad:
                 dh[a:a + chunk] = (product @ padded_w) / N
                 if needs_dw:
-                    add_product_(dw, product, x.to(product.dtype), 1 / N)
-        parts = sums / N
+                    counted_x = x * counts[a:a + chunk, None].to(x.dtype)
+                    add_product_(dw, product, counted_x.to(product.dtype), 1 / N)
+        parts = sums / N * scale
         taught = teacher_h is not None or top is not None
         loss = (1 - kd_weight) * parts[0] + kd_weight * parts[1] if taught else parts[0]
         ctx.mark_non_differentiable(parts)
         if needs_grad:
-            ctx.save_for_backward(dh, None if dw is None else dw[:V])
+            ctx.save_for_backward(dh, None if dw is None else dw[:V], counts, scale)
         return loss.clone(), parts
 
     @staticmethod
     def backward(ctx, dloss, _):
-        dh, dw = ctx.saved_tensors
+        dh, dw, counts, scale = ctx.saved_tensors
+        dloss = dloss * scale
         dw = None if dw is None else dw.mul_(dloss)
-        return (dh.mul_(dloss), dw, None, None, None, None, None, None, None, None)
+        return (dh.mul_(dloss * counts[:, None]), dw, None, None, None, None, None, None, None, None)
 
 
 def chunked_loss(hidden, weight, targets, teacher_hidden=None, teacher_weight=None, kd_weight=0.5,
@@ -276,8 +291,8 @@ def chunked_loss(hidden, weight, targets, teacher_hidden=None, teacher_weight=No
     hidden (B, T, C), weight (V, C), targets (B, T), teacher_hidden (B, T, C'), teacher_weight (V,
     C'). If the teacher has fewer rows, the student's last ones are padding, and both distributions
     are over the teacher's. Returns the loss (differentiable in hidden and weight, once) and a detached (3,):
-    cross-entropy, temperature² · KL, and the teacher's cross-entropy, all mean nats per token. The
-    last two are 0 without a teacher.
+    cross-entropy, temperature² · KL, and the teacher's cross-entropy, all mean nats per target that
+    counts, or 0 if none does. The last two are 0 without a teacher.
 
     `top`, a TopK of arrays (B, T, k) and (B, T), stands for the teacher: the loss is then
     `top_kd_loss`."""

@@ -150,7 +150,7 @@ class Prune:
     iterations: int = 1           # cut in so many equal parts, each measured anew
     mend: str = "none"            # adjust the kept weights for the removed units: least-squares; bias (FLAP's)
     out: str | None = None        # folder; default runs/pruned-NAME-KEEP, or -2-4
-    data: str = "stdlib"          # calibration text; its hold-out measures the loss (data.py)
+    data: tuple[str, ...] = ("stdlib",)    # calibration texts, A:2 B; their hold-outs measure the loss (data.py)
     windows: int = 32             # of the calibration text
     measured_windows: int = 4     # of those, for allocate measured and score perplexity
     eval_windows: int = 32        # of the hold-out, before and after
@@ -426,15 +426,25 @@ def check_least_squares(recipe, config, T, device):
                         f"{enough} or, better, several times as many")
 
 
-def print_loss(recipe, model, corpus, when, dtype):
-    """Print the size and the hold-out's loss, computed in `dtype`."""
+def print_losses(recipe, model, corpus, when, dtype):
+    """Print the size and the loss of each source's hold-out, computed in `dtype`."""
     running = in_dtype(model, dtype)
-    result = evaluate(running, corpus.val, corpus.tokenizer.byte_lengths(), recipe.eval_windows,
-                      batch=recipe.micro_batch, block_size=window_of(recipe, model), show_progress=True)
     params = model.config.num_params()["total"]
-    print(f"{when:6} {params:13,} parameters   {result['loss']:.4f} nats per token   "
-          f"perplexity {result['perplexity']:.2f}   "
-          f"(hold-out of {recipe.data}, {result['tokens']:,} tokens, {dtype_name(running)})")
+    for name, tokens in corpus.domains.items():
+        result = evaluate(running, tokens, corpus.tokenizer.byte_lengths(), recipe.eval_windows,
+                          batch=recipe.micro_batch, block_size=window_of(recipe, model), show_progress=True)
+        print(f"{when:6} {params:13,} parameters   {result['loss']:.4f} nats per token   "
+              f"perplexity {result['perplexity']:.2f}   "
+              f"(hold-out of {name}, {result['tokens']:,} tokens, {dtype_name(running)})")
+
+
+def calibrated_on(recipe, corpus, T):
+    """A sentence that names the text which decided the cut."""
+    sources = " and ".join(f"{name} ({share:.0%})" for name, share in corpus.shares.items())
+    if len(corpus.shares) == 1:
+        sources = corpus.name
+    return (f"the cut was decided on {recipe.windows} windows of {T} tokens of {sources}; other kinds of text may have "
+            "lost more than the hold-outs above tell")
 
 
 def table(before, after, stats):
@@ -486,6 +496,8 @@ def main(recipe):
         raise UserError("say what to cut by --init: a checkpoint, a run folder, a Hugging Face folder "
                         "or a hub id")
     check(recipe)
+    # As files record it.
+    recipe = dataclasses.replace(recipe, data=data.recorded(recipe.data))
     name = "2-4" if recipe.structure == "2:4" else f"{recipe.keep:g}"
     out = Path(recipe.out or f"runs/pruned-{Path(recipe.init).name}-{name}")
     checkpoint.refuse_existing(out)
@@ -503,7 +515,7 @@ def cut_and_save(recipe, out):
     recipe = dataclasses.replace(recipe, dtype=str(dtype).removeprefix("torch."))
     tokenizer = checkpoint.tokenizer_of(model, about, recipe.init)
     T = window_of(recipe, model)
-    corpus = data.load(recipe.data, tokenizer, block_size=T)
+    corpus = data.load_mixture(recipe.data, tokenizer, block_size=T)
     batches = score.batches(corpus.train, T, recipe.windows, recipe.micro_batch, recipe.seed)
     start = model.config
     total = allocate.total(priced(recipe, model), recipe.budget)
@@ -513,7 +525,7 @@ def cut_and_save(recipe, out):
         kinds = recipe.structure.split(",")
         allocate.split_budget(priced(recipe, model), budget, kinds, recipe.budget)
 
-    print_loss(recipe, model, corpus, "before", dtype)
+    print_losses(recipe, model, corpus, "before", dtype)
     begin = time.perf_counter()
     for i in range(1, recipe.iterations + 1):
         # Each iteration takes an equal part of what goes, and measures anew before.
@@ -524,7 +536,8 @@ def cut_and_save(recipe, out):
         model = cut_once(model, stats, recipe, budget, start.widths(), damage)
     print(f"calibrated and cut in {time.perf_counter() - begin:.1f} seconds")
     print(table(start, model.config, stats))
-    print_loss(recipe, model, corpus, "after", dtype)
+    print_losses(recipe, model, corpus, "after", dtype)
+    print(calibrated_on(recipe, corpus, T))
 
     if recipe.structure == "2:4":
         share = two_four.share(model)

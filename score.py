@@ -241,8 +241,12 @@ def divide(sums, count):
 def batches(tokens, block_size, windows, micro_batch, seed, flag="--windows"):
     """So many windows of `tokens` (N,), chosen by `seed`, as a list of (x, y), each (micro_batch,
     block_size). Raises UserError, which names the `flag`, if the text holds fewer windows or if
-    they do not fill whole batches."""
-    if data.windows(tokens, block_size, "the calibration text") < windows:
+    they do not fill whole batches. Those of a Mixture take turns."""
+    available = data.windows(tokens, block_size, "the calibration text")
+    if available < windows and isinstance(tokens, data.Mixture):
+        raise UserError(f"a text of the mixture is over after {available} of {windows} windows of {block_size}: give "
+                        f"more of it, a smaller weight to it, or fewer {flag}")
+    if available < windows:
         raise UserError(f"the calibration text has {len(tokens):,} tokens, {windows} windows of "
                         f"{block_size} need {windows * block_size + 1:,}: give more text, or fewer "
                         f"{flag}")

@@ -118,7 +118,8 @@ class Train:
     block_size: int | None = None            # tokens of context; default: the preset's, with --init at most 512
     enlarge_ff: float = 2.6                  # the enlarged model has so many times the target's FFN neurons
     enlarge_kv: float = 1.0                  # the enlarged model has so many times the target's KV groups
-    data: str = "stdlib"                     # stdlib; packages; files as text, .jsonl, .parquet; hf:NAME[:CONFIG]
+    # stdlib; packages; files as text, .jsonl, .parquet; hf:NAME[:CONFIG]; or several of them, as A:2 B
+    data: tuple[str, ...] = ("stdlib",)
     tokenizer: str | None = None             # bytes, a tiktoken encoding, a folder; default: bytes, or that of --init
     out: str | None = None                   # run folder; default runs/PLAN-PRESET-SEED, or --init's name for PRESET
     seed: int = 0                            # of the initial weights and the order of the data
@@ -240,7 +241,8 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
             group["lr"] = lr
 
         # 4. Forward and backward over the micro-batches: cross-entropy, or a mix with distillation.
-        # `means` adds up the loss, cross-entropy, KL and the teacher's cross-entropy.
+        # `means` adds up the loss, cross-entropy, KL and the teacher's cross-entropy. Each micro-batch
+        # counts alike, however many of its targets are IGNORED, as in transformers before 4.46.
         teacher = state.teacher if stage.kd else None
         means = setup.zeros(4)
         for micro in range(setup.micro_steps):
@@ -688,13 +690,24 @@ def count_calibration(setup, state):
 
 
 def log_eval(setup, state, tag, **about):
-    """Record the loss of the hold-out."""
+    """Record the loss of the hold-out. In a mixture the sources share the windows, and the loss is the
+    mean of theirs, weighted as their training text is."""
     if setup.folder is None:
         return
-    measured = evaluate(state.model, setup.corpus.val, setup.byte_lengths, setup.config.eval_windows,
-                        batch=setup.config.micro_batch, rank=setup.rank, world=setup.world)
-    setup.log(tag, state.step, val_loss=measured["loss"], bits_per_byte=measured["bits_per_byte"],
-              **shape_record(state), flops_executed=state.flops["executed"], **about)
+    corpus = setup.corpus
+    windows = max(1, setup.config.eval_windows // len(corpus.domains))
+    val_losses = {}
+    bits_per_byte = 0.0
+    for name, tokens in corpus.domains.items():
+        measured = evaluate(state.model, tokens, setup.byte_lengths, windows, batch=setup.config.micro_batch,
+                            rank=setup.rank, world=setup.world)
+        val_losses[name] = measured["loss"]
+        bits_per_byte += corpus.shares[name] * measured["bits_per_byte"]
+    val_loss = sum(corpus.shares[name] * loss for name, loss in val_losses.items())
+    if len(val_losses) > 1:
+        about["val_losses"] = val_losses
+    setup.log(tag, state.step, val_loss=val_loss, bits_per_byte=bits_per_byte, **shape_record(state),
+              flops_executed=state.flops["executed"], **about)
 
 
 def log_sample(setup, state, when):
@@ -702,7 +715,7 @@ def log_sample(setup, state, when):
     if setup.folder is None or setup.rank > 0:
         return
     tokenizer = setup.corpus.tokenizer
-    prompt = setup.corpus.val[:setup.block_size // 2]
+    prompt = data.without_marks(setup.corpus.val[:setup.block_size // 2])
     [text] = sample(state.model, tokenizer, [prompt], SAMPLE_TOKENS, seed=setup.config.seed)
     setup.log("sample", state.step, when=when, prompt=tokenizer.decode(prompt), text=text)
 
@@ -735,7 +748,7 @@ def resolve(config, device):
         filled["enlarge_share"] = 0.0        # a pretrained model is the enlarged one
     if config.compile is None:
         filled["compile"] = on_gpu
-    config = dataclasses.replace(config, **filled)
+    config = dataclasses.replace(config, **filled, data=data.recorded(config.data))
     check_ranges(config)
     return config
 
@@ -931,7 +944,7 @@ def load_corpus(config, tokenizer, block_size, rank, waiting):
     """The corpus. The first process prepares it for all."""
     if rank > 0:
         dist.barrier(waiting)
-    corpus = data.load(config.data, tokenizer, block_size=block_size)
+    corpus = data.load_mixture(config.data, tokenizer, block_size=block_size)
     if rank == 0 and waiting is not None:
         dist.barrier(waiting)
     return corpus
@@ -1087,11 +1100,12 @@ def finish(setup, state):
     log_sample(setup, state, "recovered")
     last = report.records(setup.folder.path)["eval"][-1]
     final = {key: last[key] for key in ("val_loss", "bits_per_byte", "params", "n_kv_head", "d_ff")}
+    epochs = data.epochs(setup.corpus, setup.block_size, config.steps * config.batch_tokens / setup.block_size)
+    if len(epochs) > 1:
+        final |= {"val_losses": last["val_losses"], "epochs_of": epochs}
     pruning = sum(state.seconds[part] for part in ("score", "cut", "slice"))
     setup.log("summary", state.step, plan=config.plan, preset=size_name(config),
-              seed=config.seed, **final,
-              epochs=data.epochs(setup.corpus.train, setup.block_size, config.steps * config.batch_tokens
-                                 / setup.block_size),
+              seed=config.seed, **final, epochs=max(epochs.values()),
               flops_executed=state.flops["executed"], flops_credited=state.flops["credited"], seconds=state.seconds,
               peak_bytes=peak_memory(setup.device), pruning_share=pruning / sum(state.seconds.values()),
               device=setup.device)

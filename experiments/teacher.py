@@ -105,8 +105,7 @@ def open_model(config, device):
     they belong to."""
     model, about = checkpoint.load(config.model, device, torch.float32)
     tokenizer = checkpoint.tokenizer_of(model, about, config.model)
-    source = config.data[0] if len(config.data) == 1 else config.data
-    settings = train.Train(data=source, block_size=config.block_size, dtype=config.dtype, init=config.model)
+    settings = train.Train(data=config.data, block_size=config.block_size, dtype=config.dtype, init=config.model)
     settings = train.fit_to(settings, model.config.block_size)
     block_size = settings.block_size or model.config.block_size
     if block_size > model.config.block_size:

@@ -74,7 +74,8 @@ def test_an_epoch_holds_every_window_once_and_y_is_the_next_token():
             assert (y == x + 1).all()
             seen += x[:, 0].tolist()
         assert sorted(seen) == list(range(0, 1000, 10))
-    assert data.epochs(tokens, block_size, 250) == 2.5
+    corpus = data.Corpus(tokens, tokens, None, "", (1, 1), None, "text")
+    assert data.epochs(corpus, block_size, 250) == {"text": 2.5}
 
 
 def test_global_batch_is_the_same_for_any_world_and_crosses_epochs():
@@ -94,6 +95,61 @@ def test_batch_is_pure_and_depends_on_seed_and_step():
         return data.batch(np.arange(5000), 10, seed, step, 0, micro_batch=8, micro_steps=1)[0].tolist()
     assert first(0, 3) == first(0, 3)
     assert len({str(first(seed, step)) for seed in (0, 1) for step in (0, 1, 2)}) == 6
+
+
+@pytest.mark.parametrize("weights, turn", [((2, 1), "ABA"), ((4, 2), "ABA"), ((1, 1, 1), "ABC"), ((1, 3), "BABB"),
+                                           ((2, 3), "BABAB")])
+def test_a_mixture_takes_turns_and_each_part_is_read_as_it_is_alone(weights, turn):
+    sizes = (71, 211, 101)                                     # 7, 21 and 10 windows: all of them begin anew
+    parts = [np.arange(10_000 * i, 10_000 * i + sizes[i]) for i in range(len(weights))]
+    mixture = data.Mixture(parts, weights)
+    own = dict.fromkeys(range(len(parts)), 0)
+    rows = []
+    for sample in range(60):
+        part = "ABC".index(turn[sample % len(turn)])
+        x, y = data.batch(parts[part], 10, (5, part), own[part], 0, micro_batch=1, micro_steps=1)
+        rows.append(x[0].tolist() + y[0, -1:].tolist())
+        own[part] += 1
+    for world, micro_steps, micro_batch in [(1, 1, 12), (2, 3, 2), (3, 1, 4)]:
+        read = [data.batch(mixture, 10, 5, step, micro, rank, world=world, micro_batch=micro_batch,
+                           micro_steps=micro_steps)
+                for step in range(5) for micro in range(micro_steps) for rank in range(world)]
+        assert [row + last[-1:] for x, y in read for row, last in zip(x.tolist(), y.tolist())] == rows
+    repeats = data.windows(mixture, 10)                        # before a part begins anew, and not one later
+    firsts = [row[0] for row in rows]
+    assert len(set(firsts[:repeats])) == repeats and len(set(firsts[:repeats + 1])) == repeats
+
+
+def test_sources_of_a_mixture(folder, tmp_path):
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": f"row {i} " * 9}) + "\n" for i in range(90)))
+    names = (f"{folder}:4", f"{tmp_path}/b.jsonl:2")
+    mixed = data.load_mixture(names, cache=tmp_path / "cache")
+    parts = [data.load(name[:-2], cache=tmp_path / "cache") for name in names]
+    assert list(mixed.domains) == [part.name for part in parts] == [str(folder), f"{tmp_path}/b.jsonl"]
+    assert [list(tokens[:]) for tokens in mixed.domains.values()] == [list(part.val[:]) for part in parts]
+    assert mixed.val[:].tolist() == np.concatenate([part.val[:] for part in parts]).tolist()
+    assert mixed.train.weights == [2, 1] and list(mixed.shares.values()) == [2 / 3, 1 / 3]
+    assert mixed.documents == tuple(np.add(parts[0].documents, parts[1].documents))
+    fingerprints = {data.load_mixture(entries, cache=tmp_path / "cache").fingerprint
+                    for entries in (names, names[::-1], (names[0], parts[1].name), names[:1])}
+    assert len(fingerprints) == 4 and mixed.fingerprint in fingerprints and parts[0].fingerprint in fingerprints
+    assert data.recorded(names) == list(names) and data.recorded(("stdlib",)) == data.recorded("stdlib") == "stdlib"
+    assert data.load_mixture(("stdlib",)).fingerprint == data.load("stdlib").fingerprint
+
+
+@pytest.mark.parametrize("names, message", [
+    (("a:0", "b"), "weight in --data a:0 must be a whole number between 1 and 1000"),
+    (("a", "a:2"), "names a twice; give one name with a weight, as a:2")])
+def test_weights_that_mean_nothing_are_refused(names, message):
+    with pytest.raises(UserError, match=message):
+        data.weights_of(names)
+
+
+def test_a_name_that_ends_in_digits_is_a_file_if_there_is_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert data.weights_of(("notes:3", "hf:a/b:c", "x:y:7")) == {"notes": 3, "hf:a/b:c": 1, "x:y": 7}
+    (tmp_path / "notes:3").write_text("text")
+    assert data.weights_of(("notes:3", "notes:3:2")[:1]) == {"notes:3": 1}
 
 
 def test_shards_read_like_one_array():

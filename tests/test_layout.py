@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent.parent
 LESSON = "model schedule score allocate prune distill train data checkpoint eval export report common".split()
 PACKAGES = ("methods", "formats", "tasks", "experiments", "bench")
 ROWS = [      # a file imports only from rows above its own
-    "common schedule distill bench.gpt2_peer formats.modeling_nanoprune",
+    "common",
+    "schedule distill bench.gpt2_peer formats.chat formats.modeling_nanoprune",
     "model allocate report experiments.scaling_laws formats.tokenizer_json methods.two_four tasks.questions",
     "bench.timing experiments.scaling_curves formats.tokenizer methods.channels methods.mend methods.slicegpt",
     "data formats.gguf_vocabulary formats.huggingface formats.llamacpp formats.top_k",
@@ -17,7 +18,7 @@ ROWS = [      # a file imports only from rows above its own
     "eval export methods.depth methods.torch_pruning_peer",
     "methods.measured",
     "prune",
-    "train experiments.compare_report experiments.smollm2",
+    "train experiments.compare_report experiments.smollm2 experiments.texts",
     "bench.variants experiments.claims_runs experiments.compare experiments.sweep experiments.teacher",
     "bench.dtypes bench.inference bench.system bench.training experiments.claims_statistics experiments.scaling_runs",
     "bench.__main__ experiments.claims_report experiments.precision experiments.scaling",

@@ -1,0 +1,80 @@
+"""Mixtures through train.py, prune.py and eval.py: what is recorded of each source, and that one source stays as it
+was."""
+import json
+
+import pytest
+
+import checkpoint
+import data
+import eval as evaluation
+import prune
+import train
+from common import UserError, parse
+
+TOY = dict(plan="scratch", preset="toy", steps=6, batch_tokens=256, micro_batch=2, eval_windows=8, eval_every=3,
+           save_every=3, device="cpu")
+CUT = dict(windows=8, eval_windows=4, block_size=32, micro_batch=2, device="cpu")
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    """Two sources: counting, and one letter again and again."""
+    monkeypatch.chdir(tmp_path)
+    for name, row in (("a.jsonl", "one two three {} "), ("b.jsonl", "{} zzzzzzzzzzzzzz ")):
+        (tmp_path / name).write_text("".join(json.dumps({"text": 30 * row.format(i)}) + "\n" for i in range(60)))
+    return ("a.jsonl:3", "b.jsonl")
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_and_a_cut_know_their_sources(texts, tmp_path, capsys):
+    train.main(train.Train(**TOY, data=texts, out="run", stage="all"), quiet=True)
+    config, *_, summary = records(tmp_path / "run")
+    assert config["data"] == list(texts) and list(summary["val_losses"]) == ["a.jsonl", "b.jsonl"]
+    model, about = checkpoint.load("run", "cpu")
+    corpus = data.load_mixture(texts)
+    losses = [evaluation.evaluate(model, tokens, corpus.tokenizer.byte_lengths(), 4, batch=2)["loss"]
+              for tokens in corpus.domains.values()]
+    assert list(summary["val_losses"].values()) == pytest.approx(losses, abs=1e-6)
+    assert summary["val_loss"] == pytest.approx((3 * losses[0] + losses[1]) / 4, abs=1e-6)
+    windows = [data.windows(part.train, 64) for part in corpus.parts]         # of 6 · 256 / 64 = 24
+    assert list(summary["epochs_of"].values()) == [18 / windows[0], 6 / windows[1]]
+    assert summary["epochs"] == max(summary["epochs_of"].values())
+
+    # The same run again is finished, with other data it is another run.
+    train.main(train.Train(**TOY, data=texts, out="run"), quiet=True)
+    for other in (texts[::-1], ("a.jsonl", "b.jsonl"), ("a.jsonl",)):
+        with pytest.raises(UserError, match="data|fingerprint"):
+            train.main(train.Train(**TOY, data=other, out="run"), quiet=True)
+
+    capsys.readouterr()
+    prune.main(prune.Prune(init="run", data=texts, out="cut", keep=0.5, **CUT))
+    output = capsys.readouterr().out
+    for when in ("before", "after"):
+        for name in ("a.jsonl", "b.jsonl"):
+            assert sum(line.startswith(when) and f"hold-out of {name}" in line for line in output.splitlines()) == 1
+    assert "8 windows of 32 tokens of a.jsonl (75%) and b.jsonl (25%)" in output
+    _, about = checkpoint.load("cut", "cpu")
+    assert about["run"]["data"] == about["run"]["recipe"]["data"] == list(texts)
+    evaluation.main(parse(evaluation.Eval, ["cut"]))
+    assert "hold-out of a.jsonl" in capsys.readouterr().out
+
+
+def test_one_source_is_recorded_as_ever(texts, tmp_path):
+    train.main(train.Train(**TOY, data=("a.jsonl",), out="run"), quiet=True)
+    train.main(train.Train(**TOY, data="a.jsonl", out="as text"), quiet=True)
+    runs = [records(tmp_path / name) for name in ("run", "as text")]
+    assert [run[0]["data"] for run in runs] == ["a.jsonl"] * 2 and not any("val_losses" in record for record in runs[0])
+    assert [record["val_loss"] for record in runs[0] if record["tag"] == "eval"] == [
+        record["val_loss"] for record in runs[1] if record["tag"] == "eval"]
+    prune.main(prune.Prune(init="run", data=("a.jsonl",), out="cut", **CUT))
+    _, about = checkpoint.load("cut", "cpu")
+    assert about["run"]["recipe"]["data"] == about["run"]["data"] == "a.jsonl"
+
+
+def test_a_part_that_is_too_short_for_the_windows_is_named(texts):
+    mixture = data.load_mixture(texts).train
+    with pytest.raises(UserError, match=r"is over after \d+ of 9000 windows"):
+        prune.score.batches(mixture, 32, 9000, 2, 0)
