@@ -78,13 +78,15 @@ def top_kd_loss(logits, top, targets, kd_weight=0.5):
     student differ about the tokens of the tail among themselves. So this is a lower bound of the
     full KL. Its gradient in the logits is p - q̃, and q̃ is q, but gives each token of the tail the
     share of q_tail that it has of p_tail."""
-    ce = F.cross_entropy(logits, targets)
+    counts = targets != IGNORED
+    count = counts.sum().clamp(min=1)
+    ce = F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED) / count
     p = logits.softmax(-1)
     p_top = p.gather(1, top.indices)
     p_tail = p.scatter(1, top.indices, 0).sum(-1).clamp(min=SMALLEST)
     # xlogy(0, 0) is 0: nothing is left for the tail where k = V.
     divergence = torch.xlogy(top.probs, top.probs / p_top).sum(-1) + torch.xlogy(top.tail, top.tail / p_tail)
-    return (1 - kd_weight) * ce + kd_weight * divergence.mean()
+    return (1 - kd_weight) * ce + kd_weight * (divergence * counts).sum() / count
 
 
 # -- the same losses in chunks

@@ -363,6 +363,15 @@ def test_loss_from_the_likeliest_tokens_is_the_full_one_of_what_is_known(monkeyp
             torch.autograd.grad(expected, (hidden, weight))):
         near(ours, plain_gradient)
 
+    some = torch.where(torch.arange(21) % 3 == 0, distill.IGNORED, y)                # context only
+    loss, _ = chunked_loss(hidden, weight, some.view(B, T), kd_weight=kd_weight,
+                           top=top.map(lambda values: values.view(B, T, *values.shape[1:])))
+    expected = kd_loss((hidden @ weight.T).flatten(0, 1), shared.log(), some, kd_weight)
+    near(loss.detach(), expected.detach())
+    for ours, plain_gradient in zip(torch.autograd.grad(loss, (hidden, weight)),
+                                    torch.autograd.grad(expected, (hidden, weight))):
+        near(ours, plain_gradient)
+
     full = kl_divergence(Categorical(logits=teacher_logits), Categorical(logits=logits)).mean().detach()
     near(parts[2], F.cross_entropy(teacher_logits, y))
     if k == V:

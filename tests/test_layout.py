@@ -10,21 +10,21 @@ LESSON = "model schedule score allocate prune distill train data checkpoint eval
 PACKAGES = ("methods", "formats", "tasks", "experiments", "bench")
 ROWS = [      # a file imports only from rows above its own
     "common schedule bench.gpt2_peer formats.modeling_nanoprune tasks.statistics",
-    "model distill allocate report experiments.scaling_laws formats.tokenizer_json methods.two_four "
-    "tasks.own_questions formats.origin",
-    "bench.timing experiments.scaling_curves formats.tokenizer methods.channels methods.mend methods.slicegpt "
-    "tasks.questions formats.model_card ",
-    "data formats.gguf_vocabulary formats.huggingface formats.llamacpp tasks.probe formats.top_k methods.margin",
-    "score checkpoint formats.gguf_export methods.local",
-    "eval export methods.depth methods.torch_pruning_peer methods.latency methods.self_text",
-    "methods.measured",
-    "prune",
-    "train experiments.compare_report experiments.smollm2 experiments.texts",
-    "bench.variants experiments.claims_runs experiments.compare experiments.sweep experiments.teacher "
-    "experiments.candidates experiments.measure experiments.glassllm",
+    "allocate distill model report experiments.scaling_laws experiments.texts formats.chat formats.origin "
+    "formats.tokenizer_json methods.two_four tasks.own_questions",
+    "bench.timing experiments.scaling_curves formats.model_card formats.tokenizer formats.top_k "
+    "methods.channels methods.mend methods.slicegpt tasks.questions",
+    "data formats.gguf_vocabulary formats.huggingface formats.llamacpp methods.local methods.margin tasks.probe",
+    "checkpoint score formats.gguf_export",
+    "eval export methods.depth methods.latency methods.self_text methods.torch_pruning_peer",
+    "experiments.measure methods.measured",
+    "prune experiments.recover_report",
+    "train experiments.candidates experiments.compare_report experiments.smollm2",
+    "bench.variants experiments.claims_runs experiments.compare experiments.glassllm experiments.recover "
+    "experiments.sweep experiments.teacher",
     "bench.dtypes bench.inference bench.system bench.training experiments.claims_statistics "
-    "experiments.scaling_runs experiments.recover experiments.recover_report",
-    "bench.__main__ experiments.claims_report experiments.precision experiments.recover_study experiments.scaling",
+    "experiments.recover_study experiments.scaling_runs",
+    "bench.__main__ experiments.claims_report experiments.precision experiments.scaling",
     "experiments.claims"]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 FILES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file

@@ -20,7 +20,7 @@ import report
 import train
 from bench.__main__ import Bench
 from common import parse, read_records
-from experiments import claims, claims_statistics, compare, compare_report, scaling, smollm2
+from experiments import claims, claims_statistics, compare, compare_report, scaling, smollm2, teacher
 from formats import huggingface
 from formats.tokenizer import open_tokenizer
 from model import GPT, GPTConfig
@@ -51,7 +51,8 @@ for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
 SETTINGS = {         # the settings that a command reads
     "train.py": train.Train, "eval.py": evaluation.Eval, "prune.py": prune.Prune, "export.py": export.Export,
     "report.py": report.Report, "data.py": data.Prepare, "experiments.compare": compare.Compare,
-    "experiments.smollm2": smollm2.SmolLM2, "tasks.own_questions": own_questions.OwnQuestions, "bench": Bench}
+    "experiments.smollm2": smollm2.SmolLM2, "tasks.own_questions": own_questions.OwnQuestions, "bench": Bench,
+    "experiments.teacher": teacher.Teacher}
 SUBCOMMANDS = {"experiments.claims": claims.COMMANDS, "experiments.scaling": scaling.COMMANDS}
 SHELL = ("python3 -m venv", "pip ", "tar ")
 

@@ -83,7 +83,7 @@ def test_a_run_with_all_tokens_cached_is_the_run_with_the_model(folder, tmp_path
     setup, few = run(folder, tmp_path / "few", f"top-{K}")
     assert few.flops["executed"] == few.flops["credited"] < live.flops["executed"]
     assert few.judged["teacher"] == pytest.approx(live.judged["teacher"], abs=1e-4)
-    assert any(record["tag"] == "step" or record["tag"] == "summary" for record in read_records(setup.folder.metrics))
+    assert any("seconds" in record for record in read_records(setup.folder.metrics))     # it came to its end
 
 
 @pytest.mark.parametrize("world, micro_batch", [(1, 2), (2, 1), (2, 2), (4, 1)])
