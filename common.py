@@ -27,6 +27,10 @@ import tyro
 from tqdm import tqdm
 
 
+# A target that does not count, as torch's cross-entropy has it.
+IGNORED = -100
+
+
 class UserError(Exception):
     """Something that the user can mend: one sentence with the numbers and the remedy."""
 

@@ -34,15 +34,14 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UserError, first_line, parse, printable, run, write_atomic
+from common import IGNORED, UserError, first_line, parse, printable, run, write_atomic
 from formats.tokenizer import Tokenizer, open_tokenizer
 
 HOLD_OUT = 20                        # one document in so many is held out (our choice)
 SHARD_TOKENS = 2**25                 # a shard is written when this many wait: 134 MB as uint32
 BLOCK_CHARACTERS = 2**20             # what a thread tokenizes at a time, in whole documents
+CONTEXT_ONLY = 2**31                 # the bit of a stored token (uint32) that is no target
 FORMAT = {"magic": "nanoprune tokens", "version": 1}
-CONTEXT_ONLY = 2**31                 # this bit of a stored token says that no loss counts it
-IGNORED = -100                       # a target that no loss counts
 HEAVIEST = 1000                      # the largest weight of a part of a mixture
 
 # Sources that are the .py files of a folder of sysconfig's, without these folders inside.
@@ -739,6 +738,14 @@ def batch(tokens, block_size, seed, step, micro, rank=0, *, world=1, micro_batch
     return inputs_and_targets(torch.from_numpy(rows))
 
 
+def inputs_and_targets(rows):
+    """Stored tokens (B, T + 1) int64 -> x, y: (B, T) each. x has no marks; y is IGNORED where there is
+    one."""
+    x = rows[:, :-1] & (CONTEXT_ONLY - 1)
+    y = rows[:, 1:].contiguous()
+    return x, y.masked_fill(y >= CONTEXT_ONLY, IGNORED)
+
+
 def read_samples(tokens, block_size, seed, samples):
     """The windows of these numbers (N,) in the endless row of epochs of `tokens`: (N, T + 1) int64. An
     epoch holds every window once; windows begin at multiples of T. A last window that is not whole is
@@ -752,22 +759,6 @@ def read_samples(tokens, block_size, seed, samples):
     starts = (window * block_size).tolist()
     # T + 1 tokens, as the targets are the inputs one token later.
     return np.stack([tokens[start:start + block_size + 1] for start in starts]).astype(np.int64)
-
-
-def inputs_and_targets(rows):
-    """Stored tokens (B, T + 1) int64 -> x, y: (B, T). Targets that are CONTEXT_ONLY are IGNORED."""
-    tokens = rows & (CONTEXT_ONLY - 1)
-    y = tokens[:, 1:].masked_fill(rows[:, 1:] >= CONTEXT_ONLY, IGNORED)
-    return tokens[:, :-1].contiguous(), y
-
-
-def counted(targets, *hidden):
-    """Targets (B, T) and hidden states (B, T, C) without the targets that are IGNORED, as one row. If
-    all count, they are returned as they are."""
-    is_counted = targets != IGNORED
-    if is_counted.all():
-        return targets, *hidden
-    return targets[is_counted][None], *(states[is_counted][None] for states in hidden)
 
 
 def epochs(corpus, block_size, samples):

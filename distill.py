@@ -10,11 +10,14 @@ size V is kept for the backward pass.
 
 IDEA Prune (arXiv 2503.05920) does not publish its distillation loss. The forward KL divergence on
 logits at temperature 1 (Minitron's best, arXiv 2407.14679), mixed with cross-entropy, is our
-choice. Not here: losses on inner layers, cached teachers.
+choice. A target may be IGNORED: all means are over the targets that count, and if none does the loss
+and its gradient are 0. Not here: losses on inner layers, cached teachers.
 """
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from common import IGNORED
 
 # Logits per chunk, by the dtype of the product: 42, 170 and 2,688 tokens at V = 49,152. Seconds of
 # the loss alone on one thread for 2^21, 2^22, 2^23 and 2^24: in bfloat16 at V = 49,152, C = 576
@@ -30,13 +33,16 @@ TILE = {"cpu": 1, "cpu, bfloat16": 1, "gpu": 64}
 
 def kd_loss(logits, teacher_logits, targets, kd_weight=0.5, temperature=1.0):
     """(1 - kd_weight) · cross-entropy + kd_weight · temperature² · KL(teacher ‖ student), mean nats
-    per token, for logits (N, V), teacher_logits (N, V) and targets (N,). The factor temperature²
-    keeps the size of the gradient independent of the temperature (Hinton et al., arXiv
+    per target that counts, for logits (N, V), teacher_logits (N, V) and targets (N,). The factor
+    temperature² keeps the size of the gradient independent of the temperature (Hinton et al., arXiv
     1503.02531)."""
-    ce = F.cross_entropy(logits, targets)
+    counts = targets != IGNORED
+    count = counts.sum().clamp(min=1)
+    ce = F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED) / count
     log_p = F.log_softmax(logits / temperature, -1)
     log_q = F.log_softmax(teacher_logits / temperature, -1)
-    divergence = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
+    divergences = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+    divergence = (divergences * counts).sum() / count * temperature**2
     return (1 - kd_weight) * ce + kd_weight * divergence
 
 
@@ -157,6 +163,11 @@ class ChunkedLoss(torch.autograd.Function):
         dh = torch.empty_like(h) if needs_grad else None
         dw = torch.zeros_like(padded_w, dtype=w.dtype) if needs_dw else None
         sums = h.new_zeros(3, dtype=wide)
+        # Losses and gradients of IGNORED targets are multiplied by 0, those of the others by `scale`,
+        # which is 1 if all count. Nothing here waits for a GPU to count them.
+        counts = (targets != IGNORED).to(wide)                                  # (N,), 0 or 1
+        scale = N / counts.sum().clamp(min=1)
+        targets = targets.clamp(min=0)
         for a in range(0, N, chunk):
             x = h[a:a + chunk]
             y = targets[a:a + chunk]
@@ -172,7 +183,7 @@ class ChunkedLoss(torch.autograd.Function):
                 teacher_logits = None if teacher_h is None else teacher_product[rows, :V].to(wide)
                 *losses, g = token_losses(logits.to(wide), y[rows], teacher_logits, kd_weight,
                                           temperature, needs_grad)
-                sums += torch.stack([values.sum() for values in losses])
+                sums += torch.stack([(values * counts[a:a + chunk][rows]).sum() for values in losses])
                 if needs_grad and logits.dtype != wide:
                     logits.copy_(g)
             # Chain rule at once, so that the gradient g in the logits can go: dh = g w / N and
@@ -180,19 +191,21 @@ class ChunkedLoss(torch.autograd.Function):
             if needs_grad:
                 dh[a:a + chunk] = (product @ padded_w) / N
                 if needs_dw:
-                    add_product_(dw, product, x.to(product.dtype), 1 / N)
-        parts = sums / N
+                    counted_x = x * counts[a:a + chunk, None].to(x.dtype)
+                    add_product_(dw, product, counted_x.to(product.dtype), 1 / N)
+        parts = sums / N * scale
         loss = parts[0] if teacher_h is None else (1 - kd_weight) * parts[0] + kd_weight * parts[1]
         ctx.mark_non_differentiable(parts)
         if needs_grad:
-            ctx.save_for_backward(dh, None if dw is None else dw[:V])
+            ctx.save_for_backward(dh, None if dw is None else dw[:V], counts, scale)
         return loss.clone(), parts
 
     @staticmethod
     def backward(ctx, dloss, _):
-        dh, dw = ctx.saved_tensors
+        dh, dw, counts, scale = ctx.saved_tensors
+        dloss = dloss * scale
         dw = None if dw is None else dw.mul_(dloss)
-        return (dh.mul_(dloss), dw, None, None, None, None, None, None, None)
+        return (dh.mul_(dloss * counts[:, None]), dw, None, None, None, None, None, None, None)
 
 
 def chunked_loss(hidden, weight, targets, teacher_hidden=None, teacher_weight=None, kd_weight=0.5,
@@ -203,8 +216,8 @@ def chunked_loss(hidden, weight, targets, teacher_hidden=None, teacher_weight=No
     hidden (B, T, C), weight (V, C), targets (B, T), teacher_hidden (B, T, C'), teacher_weight (V,
     C'). If the teacher has fewer rows, the student's last ones are padding, and both distributions
     are over the teacher's. Returns the loss (differentiable in hidden and weight, once) and a detached (3,):
-    cross-entropy, temperature² · KL, and the teacher's cross-entropy, all mean nats per token. The
-    last two are 0 without a teacher."""
+    cross-entropy, temperature² · KL, and the teacher's cross-entropy, all mean nats per target that
+    counts, or 0 if none does. The last two are 0 without a teacher."""
     if teacher_hidden is not None:
         teacher_hidden = teacher_hidden.detach().flatten(0, 1)
         teacher_weight = teacher_weight.detach()

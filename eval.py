@@ -32,6 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 import data
 from checkpoint import load, tokenizer_of
 from common import (
+    IGNORED,
     UserError,
     check_choices,
     has_fast_bfloat16,
@@ -125,8 +126,8 @@ def evaluate(model, tokens, byte_lengths, windows=256, stride=0, batch=32, rank=
         x, y = data.inputs_and_targets(rows)
         hidden = model.hidden(x)                                                # (B, T, C)
         for states, targets in counted_parts(hidden, y, stride, first == 0):
-            targets, states = data.counted(targets, states)
             loss, _ = chunked_loss(states, model.head_weight, targets)
+            targets = targets[targets != IGNORED]
             nats += loss.item() * targets.numel()
             counted += targets.numel()
             counted_bytes += int(byte_lengths[targets.cpu().numpy()].sum())

@@ -224,6 +224,50 @@ def test_loss_is_a_mean_over_tokens():
         near(stats, torch.tensor([n, n, 1.0]).log(), 1e-5)
 
 
+@pytest.mark.parametrize("taught", [True, False])
+@pytest.mark.parametrize("name", DTYPES)
+def test_means_are_over_the_targets_that_count(monkeypatch, name, taught):
+    """As if the tokens in front of the others were not there; in chunks that hold some, all and none of them."""
+    set_sizes(monkeypatch, V * 4, block_values=V * 3)
+    stream, weights, autocast, tolerance = DTYPES[name]
+    hidden, weight, targets, *teacher = (x.detach() for x in batch())
+    hidden = hidden.to(stream).requires_grad_()
+    weight = weight.to(weights).requires_grad_()
+    teacher = [teacher[0].to(stream), teacher[1].to(weights)] if taught else []
+    flat = targets.flatten().clone()
+    flat[:9] = distill.IGNORED                                 # two chunks, and a part of the third
+    flat[-2] = distill.IGNORED
+    chosen = flat != distill.IGNORED
+    some = [hidden.detach().flatten(0, 1)[None, chosen].double().requires_grad_(),
+            weight.detach().double().requires_grad_(), flat[None, chosen]]
+    if taught:
+        some += [teacher[0].flatten(0, 1)[None, chosen].double(), teacher[1].double()]
+    expected, parts = plain(*some), plain_parts(*some)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss, stats = chunked_loss(hidden, weight, flat.view_as(targets), *teacher)
+    near(loss.detach().double(), expected.detach(), tolerance), near(stats.double(), parts.detach(), tolerance)
+    dh, dw = torch.autograd.grad(loss / 3, (hidden, weight))
+    expected_dh, expected_dw = torch.autograd.grad(expected / 3, some[:2])
+    near(dh.flatten(0, 1)[chosen].double(), expected_dh[0], tolerance), near(dw.double(), expected_dw, tolerance)
+    assert not dh.flatten(0, 1)[~chosen].any()
+    if taught:
+        logits, teacher_logits = ((h.detach().double().flatten(0, 1) @ w.detach().double().T)
+                                  for h, w in ((hidden, weight), teacher))
+        near(kd_loss(logits, teacher_logits, flat), expected.detach())
+
+
+@pytest.mark.parametrize("taught", [True, False])
+def test_without_a_target_that_counts_loss_and_gradients_are_zero(taught):
+    hidden, weight, targets, *teacher = batch()
+    none = torch.full_like(targets, distill.IGNORED)
+    loss, stats = chunked_loss(hidden, weight, none, *(teacher if taught else ()))
+    loss.backward()
+    assert loss == 0 and not stats.any() and not hidden.grad.any() and not weight.grad.any()
+    if taught:
+        logits = (hidden @ weight.T).flatten(0, 1).detach()
+        assert kd_loss(logits, logits + 1, none.flatten()) == 0
+
+
 def test_the_teacher_takes_no_gradient():
     hidden, weight, targets, teacher_hidden, teacher_weight = batch()
     teacher_hidden.requires_grad_(), teacher_weight.requires_grad_()
