@@ -26,7 +26,6 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import tyro
 from tqdm import tqdm
 
-
 # A target that does not count, as torch's cross-entropy has it.
 IGNORED = -100
 

@@ -10,7 +10,9 @@
    every machine and for every tokenizer; `fingerprint` records it.
 2. The standard library as bytes stays in memory. Every other corpus is tokenized once, in threads,
    into shards: files that are mapped into memory, so that a corpus may be larger than memory.
-3. Training reads windows that do not overlap, in a shuffled order. The order is computed and not
+3. A row may also be a chat, or a prompt with its completion (formats/chat.py). Then tokens that are only
+   context carry the bit CONTEXT_ONLY, and are no targets.
+4. Training reads windows that do not overlap, in a shuffled order. The order is computed and not
    stored, see `permute`. So there is nothing to save or resume, and any number of devices sees the
    same global batches. A mixture takes its windows from several corpora in turn, see `Mixture`.
 
@@ -35,6 +37,7 @@ from pathlib import Path
 import numpy as np
 
 from common import IGNORED, UserError, first_line, parse, printable, run, write_atomic
+from formats import chat
 from formats.tokenizer import Tokenizer, open_tokenizer
 
 HOLD_OUT = 20                        # one document in so many is held out (our choice)
@@ -70,8 +73,9 @@ class Source:
 
     def documents(self):
         """One pass over (name, pieces), without empty texts; the pieces joined are the text. A row has no
-        name, another file its path relative to `root`. Raises UserError if a row has no text in
-        `field` or a file is not UTF-8; of Python's own sources such a file is left out."""
+        name, another file its path relative to `root`. A chat is one piece, a Chat. Raises UserError if a
+        row has neither a text in `field` nor a chat, or a file is not UTF-8; of Python's own sources such
+        a file is left out."""
         if self.is_dataset:
             rows = dataset_rows(self.name, self.field, self.split, self.stream)
             yield from self.texts_of_rows(self.name, rows)
@@ -94,11 +98,19 @@ class Source:
         for number, row in rows:
             fields = ", ".join(row) if isinstance(row, dict) else "none"
             text = row.get(self.field) if isinstance(row, dict) else None
+            row_chat = None if isinstance(text, str) else chat.chat_of(row)
+            if row_chat:
+                text = Chat(json.dumps(row_chat))
             if not isinstance(text, str):
                 raise UserError(f"{where}:{number} has no text in field {self.field!r} (its fields: "
-                                f"{fields}): mend it or prepare it with python data.py --field NAME")
+                                f"{fields}), nor messages with roles, nor prompt and completion: mend it or "
+                                "prepare it with python data.py --field NAME")
             if text:
                 yield None, [text]
+
+
+class Chat(str):
+    """A chat as JSON. It becomes text with the tokenizer's template, when it is encoded."""
 
 
 @dataclass(frozen=True)
@@ -259,12 +271,19 @@ def file_rows(path, field):
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             # If the field is missing all columns are read, for the error to list them.
-            columns = [field] if field in table.schema_arrow.names else None
+            columns = columns_of(field, table.schema_arrow.names)
             batches = table.iter_batches(batch_size=1024, columns=columns)
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
             yield from enumerate(rows, 1)
     except (pyarrow.ArrowException, OSError, ValueError, LookupError, MemoryError) as problem:
         raise UserError(f"{path} is not a whole parquet file ({first_line(problem)}): get it again") from problem
+
+
+def columns_of(field, names):
+    """The columns to read of those with these names; None: all."""
+    if field in names:
+        return [field]
+    return [name for name in ("messages", "prompt", "completion") if name in names] or None
 
 
 def dataset_rows(source, field, split, stream):
@@ -280,8 +299,9 @@ def dataset_rows(source, field, split, stream):
         else:
             rows = datasets.load_dataset(name, config or None, split=split, streaming=stream)
         # Where the columns are known, the other ones are not read.
-        if field in (rows.column_names or []):
-            rows = rows.select_columns([field])
+        columns = columns_of(field, rows.column_names or [])
+        if columns:
+            rows = rows.select_columns(columns)
         yield from enumerate(rows, 1)
     except Exception as problem:     # `datasets` passes on whatever readers, hub and network raise
         raise UserError(f"cannot load {source} split {split!r} ({type(problem).__name__}: "
@@ -333,6 +353,7 @@ def hold_out(source):
 
     numbers = []
     sides = set()
+    pieces = []
     for name, pieces in source.documents():
         numbers.append(number_of(name, pieces))
         sides.add(numbers[-1] % HOLD_OUT == 0)
@@ -341,6 +362,8 @@ def hold_out(source):
     if not numbers:
         raise UserError(f"{source.name!r} holds no text: give a source with at least one document "
                         "that is not empty")
+    if len(numbers) == 1 and isinstance(pieces, list) and isinstance(pieces[0], Chat):
+        raise UserError(f"{source.name!r} is one chat, of which no part can be held out: give two or more")
     if len(numbers) == 1:
         return last_tenth
     if len(set(numbers)) == 1:
@@ -394,7 +417,8 @@ def blocks(source, counts, digest):
                 if piece is not None:
                     text_digest.update(encoded(piece))
                     characters[side] += len(piece)
-                if characters[side] >= BLOCK_CHARACTERS:
+                # What follows a chat must know whether its last token counts.
+                if characters[side] >= BLOCK_CHARACTERS and not isinstance(piece, Chat):
                     yield side, texts[side]
                     texts[side] = []
                     characters[side] = 0
@@ -407,10 +431,27 @@ def blocks(source, counts, digest):
 
 
 def encode_block(tok, pieces):
-    """Pieces of texts -> (N,) their tokens, with the end-of-text token where there is None."""
+    """Pieces of texts -> (N,) their tokens, with the end-of-text token where there is None. Behind a
+    token that is only context, the end of a text is only context, too."""
     end = np.array([tok.eot], tok.dtype)
-    encoded_pieces = iter(tok.encode_batch([piece for piece in pieces if piece is not None]))
-    return np.concatenate([end if piece is None else next(encoded_pieces) for piece in pieces])
+    encoded_pieces = iter(tok.encode_batch([piece for piece in pieces if type(piece) is str]))
+    parts = []
+    for piece in pieces:
+        if isinstance(piece, Chat):
+            ids, is_context = chat.encode(tok, json.loads(piece))
+            parts.append(ids.astype("<u4") | np.where(is_context, CONTEXT_ONLY, 0).astype("<u4"))
+        elif piece is not None:
+            parts.append(next(encoded_pieces))
+        elif parts and len(parts[-1]) and parts[-1][-1] >= CONTEXT_ONLY:
+            parts.append(end.astype("<u4") | np.uint32(CONTEXT_ONLY))
+        else:
+            parts.append(end)
+    return np.concatenate(parts)
+
+
+def without_marks(tokens):
+    """Stored tokens as a tokenizer knows them."""
+    return tokens & np.uint32(CONTEXT_ONLY - 1) if tokens.dtype.itemsize == 4 else tokens
 
 
 # -- shards
@@ -439,32 +480,33 @@ class Shards:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
-def header(tok, tokens):
+def header(tok, dtype, tokens):
     """A shard's first 256 bytes, JSON padded with blanks; the tokens follow, little-endian."""
-    content = {**FORMAT, "dtype": tok.dtype.str, "tokens": tokens, "tokenizer": tok.name}
+    content = {**FORMAT, "dtype": dtype.str, "tokens": tokens, "tokenizer": tok.name}
     return json.dumps(content).encode().ljust(256)
 
 
 def write_shard(path, tok, tokens):
     def write(file):
-        file.write(header(tok, len(tokens)))
+        file.write(header(tok, tokens.dtype, len(tokens)))
         tokens.tofile(file)
 
     write_atomic(path, write)
 
 
 def open_shard(path, tok):
-    """-> (N,) memory map, read-only. Raises UserError if the header is not the one for this length
-    and tokenizer."""
+    """-> (N,) memory map, read-only: in the tokenizer's dtype, or uint32 if it holds chats. Raises
+    UserError if the header is not the one for this length and tokenizer."""
     with open(path, "rb") as file:
         first = file.read(256)
         size = file.seek(0, os.SEEK_END)
     # The header says how many tokens follow, so a file that was cut short cannot pass.
-    tokens, rest = divmod(size - 256, tok.dtype.itemsize)
-    if rest or first != header(tok, tokens):
-        raise UserError(f"shard {path} ({size:,} bytes) is cut short or of another version, it begins "
-                        f"{first.strip()!r}: delete {path.parent} and run again")
-    return np.memmap(path, tok.dtype, mode="r", offset=256)
+    for dtype in (tok.dtype, np.dtype("<u4")):
+        tokens, rest = divmod(size - 256, dtype.itemsize)
+        if not rest and first == header(tok, dtype, tokens):
+            return np.memmap(path, dtype, mode="r", offset=256)
+    raise UserError(f"shard {path} ({size:,} bytes) is cut short or of another version, it begins "
+                    f"{first.strip()!r}: delete {path.parent} and run again")
 
 
 # -- mixtures
@@ -643,6 +685,9 @@ def cache_key(source, tok):
         stat = path.stat()
         files.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
     key = [FORMAT, source.name, files, source.field, source.split, tok.name, tok.vocab_size, tok.eot]
+    has_rows = source.is_dataset or any(path.suffix in ROWS for path in source.files)
+    if has_rows and tok.chat_template:
+        key.append([tok.chat_template.text, tok.chat_template.tokens])
     return sha256(json.dumps(key))[:16]
 
 
@@ -719,7 +764,8 @@ def permute(index, n, seed, epoch):
 
 
 def batch(tokens, block_size, seed, step, micro, rank=0, *, world=1, micro_batch, micro_steps):
-    """-> x, y: (micro_batch, T) int64 on the CPU, with T = block_size; y[:, t] follows x[:, t].
+    """-> x, y: (micro_batch, T) int64 on the CPU, with T = block_size; y[:, t] follows x[:, t], and is
+    IGNORED where it is only context.
 
     Row b is sample step·(micro_steps·world·micro_batch) + (micro·world + rank)·micro_batch + b of an
     endless row. Processes take samples in order: the global batch is the same for any number of them.
@@ -788,7 +834,7 @@ def main(settings):
     for side, tokens, count in zip(("train", "val"), (corpus.train, corpus.val), corpus.documents):
         size = count_bytes(tokens, corpus.tokenizer)
         print(f"{side:5} {count:10,} documents {len(tokens):14,} tokens {size:14,} bytes of text")
-    beginning = corpus.tokenizer.decode(corpus.val[:800])[:200]
+    beginning = corpus.tokenizer.decode(without_marks(corpus.val[:800]))[:200]
     print(f"fingerprint {corpus.fingerprint}; the hold-out begins:\n{printable(beginning)}\n"
           f"train on it: python train.py --data {corpus.folder or settings.source} "
           f"--tokenizer {settings.tokenizer}")
@@ -799,7 +845,7 @@ def count_bytes(tokens, tokenizer):
     lengths = tokenizer.byte_lengths()
     total = 0
     for start in range(0, len(tokens), 2**20):
-        total += int(lengths[tokens[start:start + 2**20]].sum())
+        total += int(lengths[without_marks(tokens[start:start + 2**20])].sum())
     return total
 
 

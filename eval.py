@@ -13,10 +13,11 @@ the same. With --stride s, a window starts every s tokens over the whole text. T
 counts all of its predictions, every other window its last s, so that each of these has at least
 block_size - s tokens of context. Tokens behind the last window are left out.
 
-A loss is the mean over the counted tokens. The model runs in the dtype of its weights, and the
-log-softmax in float32 (float64 for float64 weights). The dtype is printed with the loss: compare
-only losses of one dtype, as bfloat16 moves them by about 0.001. With --dtype auto the weights are as
-stored, except on a CPU: there float16 becomes float32, and so does bfloat16 where it is not faster.
+A loss is the mean over the counted tokens; of chats only the answers count (formats/chat.py). The
+model runs in the dtype of its weights, and the log-softmax in float32 (float64 for float64 weights).
+The dtype is printed with the loss: compare only losses of one dtype, as bfloat16 moves them by about
+0.001. With --dtype auto the weights are as stored, except on a CPU: there float16 becomes float32,
+and so does bfloat16 where it is not faster.
 Bits per byte divides by the UTF-8 bytes that the counted tokens stand for. Multiple-choice questions
 and lm_eval's tasks are scored by tasks/questions.py.
 """
@@ -139,6 +140,8 @@ def evaluate(model, tokens, byte_lengths, windows=256, stride=0, batch=32, rank=
         counted = int(sums[1])
         counted_bytes = int(sums[2])
 
+    if not counted:
+        raise UserError("no answer is among the windows, all of their tokens are only context; give more windows")
     loss = nats / counted
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": counted,
             "bits_per_byte": nats / math.log(2) / max(1, counted_bytes)}

@@ -222,7 +222,8 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
             group["lr"] = lr
 
         # 4. Forward and backward over the micro-batches: cross-entropy, or a mix with distillation.
-        # `means` adds up the loss, cross-entropy, KL and the teacher's cross-entropy.
+        # `means` adds up the loss, cross-entropy, KL and the teacher's cross-entropy. Each micro-batch
+        # counts alike, however many of its targets are IGNORED, as in transformers before 4.46.
         teacher = state.teacher if stage.kd else None
         means = setup.zeros(4)
         for micro in range(setup.micro_steps):
@@ -656,7 +657,7 @@ def log_sample(setup, state, when):
     if setup.folder is None or setup.rank > 0:
         return
     tokenizer = setup.corpus.tokenizer
-    prompt = setup.corpus.val[:setup.block_size // 2]
+    prompt = data.without_marks(setup.corpus.val[:setup.block_size // 2])
     [text] = sample(state.model, tokenizer, [prompt], SAMPLE_TOKENS, seed=setup.config.seed)
     setup.log("sample", state.step, when=when, prompt=tokenizer.decode(prompt), text=text)
 

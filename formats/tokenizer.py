@@ -15,8 +15,8 @@ read by the library `sentencepiece`. The ids are those of transformers, with thr
 
 A file that somebody sends runs no code. Only the files in FILES are read, from the folder itself.
 
-Not done here: WordPiece, whose tokens do not say where blanks were; chat templates; what a
-post-processor, truncation or padding does to ids.
+Not done here: WordPiece, whose tokens do not say where blanks were; what a post-processor, truncation
+or padding does to ids. What chat templates do: formats/chat.py.
 """
 import functools
 import hashlib
@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from common import UserError
+from formats.chat import Template
 from formats.tokenizer_json import (
     BLANK,
     BYTE_PIECE,
@@ -92,6 +93,36 @@ class Tokenizer:
     def encode_batch(self, texts):
         """List of str -> list of (N,) arrays."""
         return [self.encode(text) for text in texts]
+
+    def encode_with_places(self, text, special=False):
+        """-> what `encode` returns, and where each token begins and ends in the text, (N,) each, in
+        characters. Raises UserError if the tokens do not add up to the text."""
+        ids = self.encode(text, special)
+        text = replace_surrogates(text)
+        character_of_byte = np.repeat(np.arange(len(text)), [len(character.encode()) for character in text])
+        sizes = np.array([len(self.token_bytes(int(token))) for token in ids], int)
+        ends = sizes.cumsum()
+        if sizes.sum() != len(character_of_byte) or not sizes.all():
+            raise UserError(f"the tokenizer {self.name!r} changes texts, so that prompts and answers cannot be told "
+                            "apart; give a folder with a tokenizer.json")
+        return ids, character_of_byte[ends - sizes], character_of_byte[ends - 1] + 1
+
+    @functools.cached_property
+    def chat_template(self):
+        """The Template of the files, or None. Raises UserError if it is damaged."""
+        config = read_json(self.files.get("tokenizer_config.json", "{}"), f"{self.name}: tokenizer_config.json")
+        text = self.files.get("chat_template.jinja", config.get("chat_template"))
+        if isinstance(text, list):               # of templates with names
+            named = [entry for entry in text if isinstance(entry, dict) and entry.get("name") == "default"]
+            text = named[0].get("template") if named else None
+        if not isinstance(text, str):
+            return None
+        tokens = {}
+        for key, token in config.items():
+            token = token.get("content") if isinstance(token, dict) else token
+            if key.endswith("_token") and isinstance(token, str):
+                tokens[key] = token
+        return Template(text, tokens, self.name)
 
     def decode(self, ids):
         """Sequence of ids -> str. Bytes that are not UTF-8 become U+FFFD. A blank that `encode` put
@@ -237,6 +268,14 @@ class HuggingFace(Tokenizer):
     def ids(self, text, special):
         backend = self.unguarded if special else self.backend
         return backend.encode(text, add_special_tokens=False).ids
+
+    def encode_with_places(self, text, special=False):
+        backend = self.unguarded if special else self.backend
+        encoding = backend.encode(replace_surrogates(text), add_special_tokens=False)
+        begins, ends = np.array(encoding.offsets, int).reshape(-1, 2).T
+        # The library may leave out a token's first blank. The tokens of one character all have its place.
+        begins = np.minimum(begins, np.concatenate([[0], ends])[:-1])
+        return np.asarray(encoding.ids).astype(self.dtype), begins, ends
 
     def encode_batch(self, texts):
         # The library encodes the texts of a batch in parallel, on all cores.

@@ -10,7 +10,7 @@ LESSON = "model schedule score allocate prune distill train data checkpoint eval
 PACKAGES = ("methods", "formats", "tasks", "experiments", "bench")
 ROWS = [      # a file imports only from rows above its own
     "common",
-    "schedule distill bench.gpt2_peer formats.modeling_nanoprune",
+    "schedule distill bench.gpt2_peer formats.chat formats.modeling_nanoprune",
     "model allocate report experiments.scaling_laws formats.tokenizer_json methods.two_four tasks.questions",
     "bench.timing experiments.scaling_curves formats.tokenizer methods.channels methods.margin methods.mend",
     "data formats.gguf_vocabulary formats.huggingface formats.llamacpp methods.slicegpt",
