@@ -69,8 +69,7 @@ class Stats:
 def cross_entropy(model, x, y):
     """The mean loss in nats of the targets y (B, T) that count, behind the tokens x (B, T)."""
     hidden = model.hidden(x)
-    y, hidden = data.counted(y.to(hidden.device), hidden)
-    loss, _ = chunked_loss(hidden, model.head_weight, y)
+    loss, _ = chunked_loss(hidden, model.head_weight, y.to(hidden.device))
     return loss
 
 

@@ -18,7 +18,6 @@ import math
 import torch
 
 import allocate
-import data
 from common import UserError, progress
 from distill import chunked_loss
 from model import rotary
@@ -95,8 +94,8 @@ def reruns(model, x, y, every=1):
         stream = block(streams[layer], cos, sin)
         for later in model.blocks[layer + 1:]:
             stream = later(stream, cos, sin)
-        y, hidden, whole = data.counted(targets, model.norm(stream)[:, ::every], dense)
-        _, parts = chunked_loss(hidden, model.head_weight, y, whole, model.head_weight)
+        hidden = model.norm(stream)[:, ::every]
+        _, parts = chunked_loss(hidden, model.head_weight, targets, dense, model.head_weight)
         loss, divergence, _ = parts.tolist()
         return loss, divergence
     return run

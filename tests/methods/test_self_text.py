@@ -12,7 +12,7 @@ import data
 import eval as evaluation
 import prune
 import score
-from common import UserError
+from common import IGNORED, UserError
 from formats.tokenizer import open_tokenizer
 from methods import self_text
 from model import GPTConfig
@@ -101,7 +101,7 @@ def test_prompts_give_no_gradient(prompts):
     stats = score.collect(model, batches, {"grad"})
     total = 0
     for x, y in batches:
-        assert (y == data.IGNORED).any() and x.min() >= 0
+        assert (y == IGNORED).any() and x.min() >= 0
         log_p = model(x).log_softmax(-1)
         losses = [-log_p[b, t, y[b, t]] for b in range(4) for t in range(T) if y[b, t] >= 0]
         total = total + sum(losses) / len(losses) / len(batches)
@@ -111,7 +111,7 @@ def test_prompts_give_no_gradient(prompts):
     # Evaluation and perplexity without a layer leave them out, too.
     result = evaluation.evaluate(model, corpus.val, BYTES.byte_lengths(), 2, block_size=T)
     x, y = data.inputs_and_targets(torch.from_numpy(corpus.val[:].astype(np.int64)).unfold(0, T + 1, T))
-    expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=data.IGNORED)
+    expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORED)
     assert result["loss"] == pytest.approx(expected.item()) and result["tokens"] == (y >= 0).sum()
 
 
