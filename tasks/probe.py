@@ -7,9 +7,9 @@ Questions with choices hide what a cut destroys: a model that lost its arithmeti
 likelier of four endings. Here it answers by greedy decoding behind a few solved examples, which base
 and instruct models continue alike. An answer is right if it is the expected text exactly.
 
-    sums       "12 + 7 = 19": two numbers below 100
-    copying    "kite mora 7 -> kite mora 7": a row of random words and numbers, written again
-    brackets   "( [ { = } ] )": closing a nest of brackets in the right order
+    sums       "12 + 37 = 49": two numbers from 10 to 49
+    copying    "river apple stone -> river apple stone": a row of three to seven words, written again
+    brackets   "( [ { = } ] )": closing two to four brackets in the right order
     phrases    "The capital of France is Paris": our own list of proverbs, sayings and facts
     lines      the last word of a line, behind the lines before it, of a text that is given
 
@@ -170,22 +170,18 @@ def solved(make, random_source):
 
 
 def make_sum(random_source):
-    first = random_source.randint(10, 99)
-    second = random_source.randint(1, 99)
+    first = random_source.randint(10, 49)
+    second = random_source.randint(10, 49)
     return f"{first} + {second} =", str(first + second)
 
 
 def make_copy(random_source):
-    row = []
-    for _ in range(random_source.randint(6, 10)):
-        is_word = random_source.random() < 0.5
-        row.append(random_source.choice(WORDS) if is_word else str(random_source.randint(10, 99)))
-    text = " ".join(row)
-    return text + " ->", text
+    row = " ".join(random_source.sample(WORDS, random_source.randint(3, 7)))
+    return f"{row} ->", row
 
 
 def make_brackets(random_source):
-    opening = random_source.choices(list(BRACKETS), k=random_source.randint(2, 5))
+    opening = random_source.choices(list(BRACKETS), k=random_source.randint(2, 4))
     closing = [BRACKETS[bracket] for bracket in reversed(opening)]
     return " ".join(opening) + " =", " ".join(closing)
 

@@ -21,7 +21,7 @@ def solve(kind, line):
     """The answer, without the code under test."""
     if kind == "sums":
         first, second = map(int, re.fullmatch(r"(\d+) \+ (\d+) =", line).groups())
-        assert 10 <= first < 100 and 1 <= second < 100
+        assert 10 <= min(first, second) and max(first, second) < 50
         return str(first + second)
     if kind == "copying":
         return line.removesuffix(" ->")
