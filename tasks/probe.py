@@ -7,16 +7,17 @@ Questions with choices hide what a cut destroys: a model that lost its arithmeti
 likelier of four endings. Here it answers by greedy decoding behind a few solved examples, which base
 and instruct models continue alike. An answer is right if it is the expected text exactly.
 
-    sums       "12 + 7 = 19": two numbers below 100
-    copying    "kite mora 7 -> kite mora 7": a row of random words and numbers, written again
-    brackets   "( [ { = } ] )": closing a nest of brackets in the right order
+    sums       "Question: What is 12 + 37? Answer: 49": two numbers from 10 to 49
+    copying    "river apple stone -> river apple stone": a row of three to seven words, written again
+    brackets   "( [ { = } ] )": closing two to four brackets in the right order
     phrases    "The capital of France is Paris": our own list of proverbs, sayings and facts
-    lines      the last word of a line, behind the lines before it, of a text that is given
+    lines      the last word of a line of a text that is given, behind what stands before it
 
 The difficulties were chosen on SmolLM2-135M-Instruct, so that it is neither perfect nor helpless.
 Items are drawn from a seed: they are the same for every model, so that two models can be compared
 item by item (tasks/statistics.py).
 """
+import itertools
 import random
 import re
 from collections import Counter
@@ -27,8 +28,9 @@ from tasks.questions import Encoder, Options, complete_all
 from tasks.statistics import wilson
 
 SHOTS = 4                            # solved examples in front of an item
-LINES_BEFORE = 8                     # lines of context in front of the line whose last word is hidden
-LEAST_CONTEXT = 3                    # words in front of the hidden one, in its line
+CONTEXT = 400                        # characters of a text in front of the hidden word of a line
+BLANK = re.compile(r"\s")
+LEAST_WORDS = 3                      # words in front of the hidden one in its line
 
 BRACKETS = {"(": ")", "[": "]", "{": "}", "<": ">"}
 WORDS = """apple river stone garden yellow winter music paper silver window bridge candle forest market
@@ -170,22 +172,19 @@ def solved(make, random_source):
 
 
 def make_sum(random_source):
-    first = random_source.randint(10, 99)
-    second = random_source.randint(1, 99)
-    return f"{first} + {second} =", str(first + second)
+    first = random_source.randint(10, 49)
+    second = random_source.randint(10, 49)
+    # SmolLM2 solves twice as many of these as of "12 + 37 =".
+    return f"Question: What is {first} + {second}? Answer:", str(first + second)
 
 
 def make_copy(random_source):
-    row = []
-    for _ in range(random_source.randint(6, 10)):
-        is_word = random_source.random() < 0.5
-        row.append(random_source.choice(WORDS) if is_word else str(random_source.randint(10, 99)))
-    text = " ".join(row)
-    return text + " ->", text
+    row = " ".join(random_source.sample(WORDS, random_source.randint(3, 7)))
+    return f"{row} ->", row
 
 
 def make_brackets(random_source):
-    opening = random_source.choices(list(BRACKETS), k=random_source.randint(2, 5))
+    opening = random_source.choices(list(BRACKETS), k=random_source.randint(2, 4))
     closing = [BRACKETS[bracket] for bracket in reversed(opening)]
     return " ".join(opening) + " =", " ".join(closing)
 
@@ -206,18 +205,25 @@ def phrase_items(count, random_source):
 
 
 def line_items(text, count, random_source):
-    """At most `count` lines of a text, the last word of each hidden. Only letters, digits and
-    underscores count as a word: punctuation that ends a line is left off."""
-    lines = text.splitlines()
+    """At most `count` lines of a text, the last word of each hidden, behind CONTEXT characters of the
+    text. Only letters, digits and underscores count as a word: punctuation that ends a line is left
+    off."""
+    lines = text.splitlines(keepends=True)
+    starts = [0, *itertools.accumulate(map(len, lines))]
     items = []
-    for number in random_source.sample(range(1, len(lines)), max(0, len(lines) - 1)):
+    for number in random_source.sample(range(len(lines)), len(lines)):
         if len(items) == count:
             break
         last = re.fullmatch(r"(.*\S)\s+(\w+)\W*", lines[number])
-        if not last or len(last[1].split()) < LEAST_CONTEXT:
+        if not last or len(last[1].split()) < LEAST_WORDS:
             continue
-        before = lines[max(0, number - LINES_BEFORE):number]
-        items.append(Item("\n".join((*before, last[1])), last[2], is_word=True))
+        end = starts[number] + len(last[1])
+        start = max(0, end - CONTEXT)
+        # The context begins with a whole word, unless that is longer.
+        blank = BLANK.search(text, start, end)
+        if start and blank:
+            start = blank.end()
+        items.append(Item(text[start:end], last[2], is_word=True))
     return items
 
 
@@ -232,7 +238,7 @@ def make_items(count=100, seed=0, text=None):
     if text is not None:
         items["lines"] = line_items(text, count, random.Random(f"lines {seed}"))
         if not items["lines"]:
-            raise UserError(f"the text has no line of {LEAST_CONTEXT + 1} words whose last word could be asked for; "
+            raise UserError(f"the text has no line of {LEAST_WORDS + 1} words whose last word could be asked for; "
                             "give a longer text, or --probe without --data")
     return items
 

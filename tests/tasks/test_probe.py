@@ -11,6 +11,7 @@ from tasks import probe
 
 CONFIG = GPTConfig(vocab_size=256, block_size=512, d_model=16, head_dim=8, n_head=(2,), n_kv_head=(1,), d_ff=(8,))
 TEXT = "\n".join(f"the {word} is seen in the {word}." for word in probe.WORDS)
+SIGNS = {"sums": " Answer:", "copying": " ->", "brackets": " ="}
 
 
 def last_line(item):
@@ -20,8 +21,8 @@ def last_line(item):
 def solve(kind, line):
     """The answer, without the code under test."""
     if kind == "sums":
-        first, second = map(int, re.fullmatch(r"(\d+) \+ (\d+) =", line).groups())
-        assert 10 <= first < 100 and 1 <= second < 100
+        first, second = map(int, re.fullmatch(r"Question: What is (\d+) \+ (\d+)\? Answer:", line).groups())
+        assert 10 <= min(first, second) and max(first, second) < 50
         return str(first + second)
     if kind == "copying":
         return line.removesuffix(" ->")
@@ -43,9 +44,13 @@ def test_items_and_their_examples_are_right_and_the_same_every_time():
         for item in of_kind:
             assert item.answer == solve(kind, last_line(item))
             # What stands before is solved as well, and does not hold the item itself.
-            for line in item.prompt.split("\n")[:-1] if kind in ("sums", "copying", "brackets") else ():
-                question, sign, answer = line.partition(" ->" if kind == "copying" else " =")
+            for line in item.prompt.split("\n")[:-1] if kind in SIGNS else ():
+                question, sign, answer = line.partition(SIGNS[kind])
                 assert answer.strip() == solve(kind, question + sign)
+    for item in items["lines"]:
+        assert f"\n{item.prompt} {item.answer}.\n".replace("\n", " ") in f" {TEXT} ".replace("\n", " ")
+        assert len(item.prompt) <= 400
+        assert len(item.prompt) > 380 or TEXT.startswith(item.prompt)
     assert len(set(probe.PHRASES)) == len(probe.PHRASES) >= 100
 
 
@@ -93,5 +98,6 @@ def test_what_cannot_be_probed_is_refused():
     short = GPT(GPTConfig(**{**CONFIG.__dict__, "block_size": 64}))
     with pytest.raises(UserError, match="--probe needs a context of .* tokens for its .*, the model has 64"):
         probe.probe(short, Bytes(), 2)
+    assert [item.answer for item in probe.make_items(2, text="a b " + "x" * 999 + " end\n")["lines"]] == ["end"]
     with pytest.raises(UserError, match="no line of 4 words whose last word"):
         probe.make_items(2, text="one\ntwo words\n")
