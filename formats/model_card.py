@@ -8,6 +8,7 @@ strings or between backticks, and begin no line. Not here: figures, which are th
 origin is kept (formats/origin.py).
 """
 import json
+from pathlib import Path
 
 from formats.origin import NOTHING
 
@@ -74,9 +75,17 @@ def changes(config, origin):
              f"query heads and {span(config.d_ff)} neurons each, and an embedding of {config.vocab_size:,} tokens in "
              f"{config.d_model} dimensions.", ""]
     for number, step in enumerate(origin["steps"], start=1):
+        step = {name: without_folder(value) for name, value in step.items()}
         lines += [f"{number}. {sentence(step)} The settings:", "",
                   "   ```json", f"   {json.dumps(step)}", "   ```", ""]
     return "\n".join(lines)
+
+
+def without_folder(value):
+    """A setting as a card may tell it: of an absolute path the last part, as the rest is its writer's own."""
+    if isinstance(value, list):
+        return [without_folder(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def span(widths):
@@ -89,9 +98,9 @@ def span(widths):
 def sentence(step):
     """A step in words, as far as its settings say."""
     if step.get("command") == "prune.py":
+        mended = "" if step.get("mend", "none") == "none" else f", mended by {inline(step['mend'])}"
         return (f"Cut to {inline(step.get('keep'))} of its {inline(step.get('budget', 'params'))} by score "
-                f"{inline(step.get('score'))}, calibrated on {words(step.get('data'))}, mended by "
-                f"{inline(step.get('mend', 'none'))} (`prune.py`).")
+                f"{inline(step.get('score'))}, calibrated on {words(step.get('data'))}{mended} (`prune.py`).")
     taught = f", taught by {inline(step['teacher'])}" if step.get("teacher") else ""
     return (f"Trained by plan {inline(step.get('plan'))} on {tokens(step)} of {words(step.get('data'))}{taught} "
             "(`train.py`).")

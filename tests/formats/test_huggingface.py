@@ -585,7 +585,8 @@ def test_a_hub_id_is_fetched_or_the_network_blamed(tmp_path, monkeypatch):
     import huggingface_hub
     oracle("smollm2").save_pretrained(tmp_path / "copy")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(tmp_path / "copy"))
-    assert checkpoint.load("somebody/SmolLM2-135M")[0].config.vocab_size == 61
+    model, about = checkpoint.load("somebody/SmolLM2-135M")
+    assert model.config.vocab_size == 61 and about["origin"]["name"] == "somebody/SmolLM2-135M"
 
     def offline(name, allow_patterns):
         raise ConnectionError("no route")
