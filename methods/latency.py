@@ -82,8 +82,9 @@ def shapes(config):
     fewer = sorted({groups * share // 4 for share in (1, 2, 3)} - {0, groups})
     fewer = [(depth, neurons, count) for count in fewer]
     largest = (depth, neurons, groups)
-    shallow = (max(1, depth // 2), neurons, groups)
-    return list(dict.fromkeys([largest, *narrower, *fewer, shallow]))
+    half = max(1, depth // 2)
+    shallow = [(half, neurons, groups), (half, narrower[0][1], max(1, groups // 4))]
+    return list(dict.fromkeys([largest, *narrower, *fewer, *shallow]))
 
 
 def round_to_32(neurons):
@@ -145,20 +146,31 @@ def fit(times):
             columns[name].append(count)
     depths, widths, counts = map(set, zip(*times))
     varied = {"constant": True, "layer": len(depths) > 1, "neuron": len(widths) > 1, "group": len(counts) > 1}
-    names = [name for name in columns if varied[name]]
-    measured = torch.tensor(list(times.values()), dtype=torch.float64)
-    a = torch.tensor([columns[name] for name in names], dtype=torch.float64).T / measured[:, None]
-    # Columns of one size: the counts differ by a factor of ten thousands.
-    sizes = a.norm(dim=0)
-    solution = torch.linalg.lstsq(a / sizes, torch.ones_like(measured)).solution / sizes
-    error = (a @ solution - 1).abs().max().item()
-    costs = dict.fromkeys(columns, 0) | dict(zip(names, solution.tolist()))
+    columns = {name: counts for name, counts in columns.items() if varied[name]}
+    costs, error = least_squares(columns, list(times.values()))
+    # Nothing is quicker for having more layers, or a vocabulary: below 0 there is noise only.
+    for name in ("layer", "constant"):
+        if costs.get(name, 0) < 0:
+            del columns[name]
+            costs, error = least_squares(columns, list(times.values()))
     for name in ("neuron", "group"):
         if varied[name] and round(costs[name]) < 1:
             raise UserError(f"a {name} would cost {costs[name]:.1f} ns of decode time: the timings are "
                             "noise; try again when the machine is idle, or give another --budget")
-    rounded = {name: max(0, round(cost)) for name, cost in costs.items()}
-    return DecodeTime(rounded["layer"], rounded["neuron"], rounded["group"], error)
+    layer, neuron, group = (max(0, round(costs.get(name, 0))) for name in ("layer", "neuron", "group"))
+    return DecodeTime(layer, neuron, group, error)
+
+
+def least_squares(columns, times):
+    """({name: cost}, the largest relative error) of the costs that explain times (n,) best, in relative
+    errors. `columns` are {name: how often each time holds this cost, (n,)}."""
+    times = torch.tensor(times, dtype=torch.float64)
+    a = torch.tensor(list(columns.values()), dtype=torch.float64).T / times[:, None]
+    # Columns of one size: the counts differ by a factor of ten thousands.
+    sizes = a.norm(dim=0)
+    solution = torch.linalg.lstsq(a / sizes, torch.ones_like(times)).solution / sizes
+    error = (a @ solution - 1).abs().max().item()
+    return dict(zip(columns, solution.tolist())), error
 
 
 def measure(config, speed=llamacpp.speed, rounds=ROUNDS):
