@@ -228,21 +228,19 @@ def check(recipe):
     check_numbers(recipe)
 
     # A flag that nothing will read is a mistake.
-    idle = []
-    if recipe.allocate != "adaptive":
-        idle.append("amplitude")
-    if recipe.structure in ("kv", "layer", "sublayer", "2:4"):
-        idle.append("multiple_of")
-    if recipe.structure == "2:4":
-        idle += ["keep", "iterations"]
-    if len(parts_of(recipe)) == 1:
-        idle += ["layer_share", "layer_score"]
-    if not runs_again(recipe):
-        idle.append("measured_windows")
-    if recipe.mend != "local":
-        idle.append("local_steps")
-    if GRADIENTS.isdisjoint(needs(recipe)):
-        idle.append("choices")
+    has_layers_and_widths = len(parts_of(recipe)) > 1
+    is_read = {
+        "keep": recipe.structure != "2:4",
+        "iterations": recipe.structure != "2:4",
+        "amplitude": recipe.allocate == "adaptive",
+        "multiple_of": recipe.structure not in ("kv", "layer", "sublayer", "2:4"),
+        "layer_share": has_layers_and_widths,
+        "layer_score": has_layers_and_widths,
+        "measured_windows": runs_again(recipe),
+        "local_steps": recipe.mend == "local",
+        "choices": not GRADIENTS.isdisjoint(needs(recipe)),
+    }
+    idle = [name for name, has_reader in is_read.items() if not has_reader]
     if not writes_itself(recipe):
         refuse_idle(recipe, ["prompts"], "without --data self")
     refuse_idle(recipe, idle, f"with --structure {recipe.structure} --score {recipe.score} "

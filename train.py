@@ -116,7 +116,7 @@ class Train:
     stage: Literal["all", "enlarge", "prune", "recover"] = "all"    # stop after this stage; the next call goes on
     preset: PresetName = "laptop"            # size of the target
     init: str | None = None                  # instead of a preset: start with this checkpoint, run, HF folder or hub id
-    block_size: int | None = None            # tokens of a window; default: the preset's context, with --init at most 512
+    block_size: int | None = None            # tokens of a window; default: the preset's, with --init at most 512
     enlarge_ff: float = 2.6                  # the enlarged model has so many times the target's FFN neurons
     enlarge_kv: float = 1.0                  # the enlarged model has so many times the target's KV groups
     # stdlib; packages; files as text, .jsonl, .parquet; hf:NAME[:CONFIG]; or several of them, as A:2 B

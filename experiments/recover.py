@@ -32,8 +32,13 @@ import train
 from common import (
     UserError,
     append_record,
+    check_choices,
+    check_positive,
+    parse,
     pick_device,
+    printable,
     read_records,
+    run,
 )
 from experiments import candidates, measure, texts
 from experiments.measure import Protocol
@@ -210,7 +215,8 @@ def choose(work, model):
     asked = [question for questions in work.protocol.asked.values() for question in questions[:CHOICE_QUESTIONS]]
     dtype = prune.measuring_dtype(Prune(), model, work.device)
     resource = prune.resource_of(next(iter(named.values())), model)
-    best, tried = candidates.choose(model, named, batches, work.texts.validation, work.tokenizer, asked, dtype, resource)
+    best, tried = candidates.choose(model, named, batches, work.texts.validation, work.tokenizer, asked, dtype,
+                                    resource)
     print(candidates.table(tried, best), flush=True)
     return {"recipe": best.name, "losses": {candidate.name: candidate.losses for candidate in tried}}
 
@@ -316,17 +322,18 @@ def figures_of(work):
     """The tables of the model card, as Markdown."""
     records = {label: work.journal.records[tag] for label, tag in
                (("dense", "dense"), ("cut and repaired", "cut"), ("recovered", "recovered"))}
+    protocol = work.protocol
     seen = ", ".join(map(measure.short_name, work.config.data))
-    unseen = ", ".join(work.texts.unseen)
-    lines = [measure.table(records), "",
-             f"Perplexity (ppl) in windows of at most {measure.WINDOW:,} tokens, {work.config.windows} windows of each text. "
-             f"Calibrated and trained on other documents of: {seen}. "
-             + (f"Nothing was calibrated or trained on: {unseen}. " if unseen else "")
-             + f"Questions are {', '.join(work.protocol.asked)}, at most {work.config.limit} of each; intervals are paired "
-               "bootstraps over questions, for this one model and seed. The last columns are a generative probe, "
-               f"{work.protocol.probe_items} items of each kind.", "",
-             "Greedy continuations:", "", measure.sample_table(records)]
-    return "\n".join(lines)
+    remarks = [f"Perplexity (ppl) is over {protocol.windows} windows of at most {measure.WINDOW:,} tokens of each text.",
+               f"The model was calibrated and trained on other documents of {seen}."]
+    if work.texts.unseen:
+        remarks.append(f"It was neither calibrated nor trained on {', '.join(work.texts.unseen)}.")
+    remarks += [f"Questions: {', '.join(protocol.asked)}, at most {protocol.limit} of each.",
+                "Intervals are paired bootstraps over these questions, for one model and one seed.",
+                f"The last columns are a generative probe of {protocol.probe_items} items of each kind."]
+    parts = [measure.table(records), " ".join(remarks), "Greedy continuations:",
+             measure.sample_table(records)]
+    return "\n\n".join(parts)
 
 
 def speed_lines(record):

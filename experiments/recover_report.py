@@ -96,7 +96,8 @@ def paired_table(records, keep):
             difference = pair.difference
             line.append(f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]")
         lines.append(line)
-    return markdown(["ours minus", "nats per token, mean of texts", "questions, acc_norm [95 %]", "probe [95 %]"], lines)
+    columns = ["ours minus", "nats per token, mean of texts", "questions, acc_norm [95 %]", "probe [95 %]"]
+    return markdown(columns, lines)
 
 
 def ablation_table(records):
@@ -189,8 +190,10 @@ def write(path):
     for keep in config["keeps"]:
         if main_rows(records, keep):
             parts += [f"## keep {keep:g}", "", methods_table(records, keep), "", paired_table(records, keep), ""]
-    parts += ["## Ours with one part changed", "", ablation_table(records), "", "## Over tokens", "", curve_text(records), "",
-              "## In llama.cpp", "", speed_table(records), "", "## Samples", "", samples(records)]
+    sections = {"Ours with one part changed": ablation_table, "Over tokens": curve_text, "In llama.cpp": speed_table,
+                "Samples": samples}
+    for title, section in sections.items():
+        parts += [f"## {title}", "", section(records), ""]
     text = "\n".join(parts)
     folder = Path(path).with_suffix("")
     write_atomic(folder / "report.md", lambda file: file.write(f"{text}\n".encode()))
