@@ -324,7 +324,7 @@ def figures_of(work):
                (("dense", "dense"), ("cut and repaired", "cut"), ("recovered", "recovered"))}
     protocol = work.protocol
     seen = ", ".join(map(measure.short_name, work.config.data))
-    remarks = [f"Perplexity (ppl) is over {protocol.windows} windows of at most {measure.WINDOW:,} tokens of each text.",
+    remarks = [f"Perplexity (ppl) is over {protocol.windows} windows of {measure.WINDOW:,} tokens of each text.",
                f"The model was calibrated and trained on other documents of {seen}."]
     if work.texts.unseen:
         remarks.append(f"It was neither calibrated nor trained on {', '.join(work.texts.unseen)}.")
