@@ -21,7 +21,7 @@ from model import GPT, reader_of, rotary
 
 # Of sequential least squares: one batch in so many is held out, and chooses one of these dampings.
 HOLD_OUT = 4
-DAMPINGS = (0.01, 0.1, 1, 10)
+DAMPINGS = (0.01, 0.1, 1, 10, 100)
 # The sub-blocks of a layer, in the order of the forward pass.
 KINDS = ("kv", "ffn")
 

@@ -87,7 +87,7 @@ def best(x, error, held):
         pull = np.sqrt(damping * np.square(x[rows]).sum() / n) * np.eye(n)
         return np.linalg.lstsq(np.vstack([x[rows], pull]), np.vstack([error[rows], np.zeros((n, error.shape[1]))]))[0]
     missing = {np.inf: np.square(error[held]).sum()} | {damping: np.square(
-        error[held] - x[held] @ fit(~held, damping)).sum() for damping in (.01, .1, 1, 10)}
+        error[held] - x[held] @ fit(~held, damping)).sum() for damping in (.01, .1, 1, 10, 100)}
     damping = min(missing, key=missing.get)
     CHOSEN.add(damping)
     return 0 * x.T @ error if damping == np.inf else fit(held | ~held, damping)
