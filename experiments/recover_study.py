@@ -77,6 +77,7 @@ class Row:
     name: str
     keep: float
     recipe: Prune
+    data: tuple[str, ...] = ()    # what the cut is calibrated on; default: the study's texts
     until: str = "recovered"      # cut, local or recovered
     repaired: bool = True         # local distillation before the training
     plan: str = "recover"         # or scratch: cross-entropy alone
@@ -85,18 +86,14 @@ class Row:
 
     def folder(self, work, stage):
         """Where the model of a stage is kept. Rows that agree up to a stage share it."""
-        words = [f"{self.keep:g}", prune_words(self.recipe)]
+        recipe = self.recipe
+        words = [f"{self.keep:g}", recipe.structure.replace(",", "+"), recipe.score, recipe.allocate, recipe.mend]
+        words += [Path(name).stem for name in self.data]
         if stage != "cut":
             words.append("local" if self.repaired else "not-repaired")
         if stage == "recovered":
             words += [self.plan, "cached" if self.cached else "live", f"{self.steps or work.config.steps}"]
         return Path(work.config.runs) / "-".join(words)
-
-
-def prune_words(recipe):
-    """A name for a recipe as a part of a path."""
-    calibrated = "".join(Path(name).stem[0] for name in recipe.data)
-    return "-".join((recipe.structure.replace(",", "+"), recipe.score, recipe.allocate, recipe.mend, calibrated))
 
 
 @dataclass(frozen=True)
@@ -157,9 +154,9 @@ def open_work(config):
 def make_cut(work, row, folder):
     """Cut the dense model: -> what it took."""
     config = work.config
-    sources = row.recipe.data if row.recipe.data != Prune.data else config.data
     iterations = round((1 - row.keep) / ADAPT_STEP) if row.recipe.allocate == "adaptive" else 1
-    recipe = dataclasses.replace(row.recipe, init=config.model, keep=row.keep, data=sources, out=str(folder),
+    recipe = dataclasses.replace(row.recipe, init=config.model, keep=row.keep, data=row.data or config.data,
+                                 out=str(folder),
                                  windows=config.windows, block_size=BLOCK_SIZE, seed=config.seed, eval_windows=4,
                                  iterations=iterations)
     start = time.perf_counter()
@@ -252,14 +249,10 @@ def ablations(config):
     """Ours with one part changed, at the first kept fraction. What only changes the cut ends there."""
     keep = config.keeps[0]
     prose = tuple(name for name in config.data if name != "stdlib")
-    changed = {
-        "calibrated on code": dict(data=("stdlib",)),
-        "calibrated on prose": dict(data=prose),
-        "calibrated on its own text": dict(data=("self",)),
-        "one-pass least squares": dict(mend="least-squares"),
-        "not mended": dict(mend="none"),
-    }
-    result = [Row(name, keep, dataclasses.replace(OURS, **fields), until="cut") for name, fields in changed.items()]
+    texts = {"calibrated on code": ("stdlib",), "calibrated on prose": prose, "calibrated on its own text": ("self",)}
+    mends = {"one-pass least squares": "least-squares", "not mended": "none"}
+    result = [Row(name, keep, OURS, data=sources, until="cut") for name, sources in texts.items()]
+    result += [Row(name, keep, dataclasses.replace(OURS, mend=mend), until="cut") for name, mend in mends.items()]
     result += [Row("no local repair", keep, OURS, repaired=False),
                Row("cross-entropy alone", keep, OURS, plan="scratch"),
                Row("live teacher", keep, OURS, cached=False)]
