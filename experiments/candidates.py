@@ -2,7 +2,7 @@
 
     python -m experiments.candidates smollm2 --questions questions.jsonl
     python -m experiments.candidates smollm2 --common="--keep 0.6 --multiple-of 32" \\
-        --recipes "--score flap --allocate standardised" "--structure layer,ffn,kv --layer-share 0.25"
+        --recipes="--score flap --allocate standardised; --structure layer,ffn,kv --layer-share 0.25"
 
 Every candidate is a recipe of prune.py. All cut the same model by the same calibration text.
 Statistics of the uncut model are collected once for all of them, and so are those of a model that
@@ -46,7 +46,7 @@ RECIPES = (
 class Candidates:
     model: str                    # a checkpoint, run folder, Hugging Face folder or hub id
     common: str = "--keep 0.8 --multiple-of 32 --mend least-squares"    # flags of prune.py for all candidates
-    recipes: tuple[str, ...] = RECIPES    # flags of prune.py for each
+    recipes: str | None = None    # flags of prune.py for each, with a ; between two; default: RECIPES
     questions: str | None = None  # a file: JSON lines of query, choices, gold, or a BIG-bench task.json
     limit: int | None = None      # number of questions; default: all
 
@@ -187,7 +187,8 @@ def main(config):
     if config.questions is None:
         refuse_idle(config, ["limit"], "without --questions")
     recipes = {}
-    for flags in config.recipes:
+    for flags in config.recipes.split(";") if config.recipes else RECIPES:
+        flags = flags.strip()
         words = ["--init", config.model, *shlex.split(config.common), *shlex.split(flags)]
         recipes[flags] = parse(prune.Prune, words)
         prune.check(recipes[flags])

@@ -1,10 +1,12 @@
 """Candidates: sharing statistics changes nothing, and the winner is the rule's."""
 import dataclasses
+import re
 
 import pytest
 import torch
 from helpers import EQUAL, close, new, text
 
+import checkpoint
 import prune
 import score
 from common import UserError, parse
@@ -67,6 +69,24 @@ def test_the_lowest_loss_wins_unless_questions_say_clearly_otherwise():
     assert candidates.best([better, second]) is better and candidates.best([hardly, second]) is second
     assert candidates.best([better, second, row("much", 3.0, [1] * 100)]).name == "much"
     assert candidates.best([row("first", 2.0, []), row("second", 1.9, [])]).name == "second"
+
+
+def test_the_command_prints_the_table_and_the_winners_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, file = tmp_path / "model", tmp_path / "text.txt"
+    checkpoint.save(folder / "ckpt_00000000.pt", new(dataclasses.replace(EQUAL, vocab_size=256), torch.float32)[0],
+                    run={"tokenizer": "bytes"})
+    file.write_text("Some words, and some more of them. " * 400)
+    flags = ["--score random", "--structure layer,ffn,kv --score wanda --layer-share 0.5"]
+    common = f"--keep 0.5 --windows 4 --eval-windows 2 --block-size 8 --device cpu --data {file}"
+    argv = [str(folder), f"--common={common}", f"--recipes={'; '.join(flags)}"]
+    candidates.main(parse(candidates.Candidates, argv, verbatim=("common", "recipes")))
+    said = capsys.readouterr().out
+    assert all(f"  {words}\n" in said for words in flags)
+    winner = re.search(r"^-> .*  (--.*)$", said, re.M)[1]
+    assert said.endswith(f"python prune.py --init {folder} {common} {winner}\n")
+    recipe = parse(prune.Prune, said.splitlines()[-1].split()[2:])
+    assert recipe.keep == .5 and recipe.init == str(folder)
 
 
 def test_what_is_no_cut_of_units_is_refused():
