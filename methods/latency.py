@@ -3,8 +3,8 @@
     python prune.py --init smollm2 --keep 0.8 --budget ms --multiple-of 32      # needs gguf, xllamacpp
     python -m pytest tests/methods/test_latency.py      # planted costs come out exactly
 
-Models with layers like those of the given one, narrower ones and some of half the depth are written
-as GGUF files in f16. llama.cpp decodes with all of them in turns, and least squares fits
+Models with layers like those of the given one, narrower ones and shallower ones are written as GGUF
+files in f16. llama.cpp decodes with all of them in turns, and least squares fits
 
     time of a token = constant + layers · (layer + neurons · neuron + groups · group)
 
@@ -18,6 +18,7 @@ our choice.
 """
 import dataclasses
 import importlib.util
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +35,9 @@ from model import GPT
 PROMPT = 32
 TOKENS = 32
 ROUNDS = 8
-# Layers of a measured model: enough to stand out from the constant, and to be more than the caches
-# of a CPU hold where the whole model is.
-DEPTH = 12
+# Bytes of the largest measured model. With few layers the smallest ones would fit into a CPU's cache,
+# decode at another speed, and bend the line (by 33 % with 6 of SmolLM2's 30 layers).
+MOST_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,16 @@ def depth_of(config):
 def shapes(config):
     """What is measured: [(layers, neurons, KV groups)], all layers of a model alike. The widest layer
     of `config` gives the largest shape, which comes first."""
-    depth = min(depth_of(config), DEPTH)
     neurons = max(config.d_ff)
     groups = max(config.n_kv_head)
-    narrower = [(depth, round_to_32(neurons * share / 3), groups) for share in (1, 2)]
+    in_f16 = 2 * of_shape(config, (1, neurons, groups)).removable_params()
+    depth = min(depth_of(config), max(4, MOST_BYTES // in_f16))
+    narrower = [(depth, round_to_32(neurons * share / 4), groups) for share in (2, 3)]
     fewer = sorted({groups * share // 4 for share in (1, 2, 3)} - {0, groups})
     fewer = [(depth, neurons, count) for count in fewer]
     largest = (depth, neurons, groups)
-    half = max(1, depth // 2)
-    shallow = [(half, neurons, groups), (half, narrower[0][1], max(1, groups // 4))]
+    less = math.ceil(depth * 2 / 3)
+    shallow = [(less, neurons, groups), (less, narrower[0][1], max(1, groups // 4))]
     return list(dict.fromkeys([largest, *narrower, *fewer, *shallow]))
 
 
