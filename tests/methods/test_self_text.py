@@ -167,6 +167,17 @@ def test_rows_for_training_are_read_as_others(saved, prompts, tmp_path):
         self_text.main(self_text.Write(**settings, out="own.jsonl"))
 
 
+def test_a_chat_model_answers_as_in_a_chat(model, prompts):
+    chat = type(BYTES)()
+    chat.files = {"chat_template.jinja": "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+                                         "{% if add_generation_prompt %}a:{% endif %}"}
+    ids = self_text.encode_prompts(prompts, chat, 24)
+    assert ids == {tuple(b"u:ab;a:"): "ab", tuple(b"u:abcde;a:"): "abcde"}
+    texts = [(tuple(b"u:ab;a:"), [*b"yes", 0]), (tuple(b"u:ab;a:"), [*b"no end"]), (tuple(b"u:abcde;a:"), [0])]
+    assert self_text.rows_of(texts, chat, ids) == [
+        {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "yes"}]}]
+
+
 def test_refusals(saved, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "long.txt").write_text("ab\nabcdefghi\n")
