@@ -200,7 +200,7 @@ def written_now(model, tokenizer, tokens, T, seed, prompts):
 @dataclass(frozen=True)
 class Write:
     model: str                       # a checkpoint, run folder, Hugging Face folder or hub id
-    out: str                         # .jsonl file of rows {"text"}; with --prompts {"prompt", "completion"} or chats
+    out: str = "own.jsonl"           # file of rows {"text"}; with --prompts {"prompt", "completion"} or chats
     tokens: int = 2**17              # at least so many, prompts included
     prompts: str | None = None       # a prompt a line, or .jsonl with a field "prompt"
     block_size: int | None = None    # tokens of a text; default: the model's context, at most 512

@@ -12,7 +12,7 @@ import data
 import eval as evaluation
 import prune
 import score
-from common import IGNORED, UserError
+from common import IGNORED, UserError, parse
 from formats.tokenizer import open_tokenizer
 from methods import self_text
 from model import GPTConfig
@@ -154,7 +154,8 @@ def test_a_model_that_is_cut_in_steps_writes_anew_at_each(saved, monkeypatch, ca
 
 def test_rows_for_training_are_read_as_others(saved, prompts, tmp_path):
     settings = dict(model=saved["init"], tokens=2000, device="cpu", dtype="float32")
-    self_text.main(self_text.Write(**settings, out="own.jsonl"))
+    argv = [saved["init"], *"--tokens 2000 --device cpu --dtype float32 --out own.jsonl".split()]
+    self_text.main(parse(self_text.Write, argv))
     rows = [json.loads(line) for line in open("own.jsonl")]
     assert all(row["text"] and "\0" not in row["text"] for row in rows)
     assert data.load("own.jsonl", BYTES, cache=None).documents[0] > 100
