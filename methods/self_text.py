@@ -16,7 +16,8 @@ distribution. Then the loss that a cut adds on held-out text of this kind estima
 between the whole model and the cut one. Without prompts a text begins with the token that opens a
 document and ends with the window: behind an end-of-text token the model goes on to the next document,
 or to the next turn of a chat, as in the text that it was trained on. With prompts a text ends with
-its end-of-text token. Not done here: choosing good or difficult texts (SSGR, arXiv 2511.18864).
+its end-of-text token, and a model with a chat template gets each prompt as a user's message. Not done
+here: choosing good or difficult texts (SSGR, arXiv 2511.18864).
 """
 import hashlib
 import json
@@ -65,12 +66,25 @@ def read_prompts(path):
     return [prompt for _, prompt in rows]
 
 
+def prompt_ids(prompt, tokenizer):
+    """A prompt as a tuple of ids: as a user says it, if the tokenizer has a chat template."""
+    template = tokenizer.chat_template
+    if template is None:
+        return (*tokenizer.opening, *tokenizer.encode(prompt).tolist())
+    text, _ = template.render(messages_of(prompt), add_generation_prompt=True)
+    return tuple(tokenizer.encode(text, special=True).tolist())
+
+
+def messages_of(prompt):
+    return [{"role": "user", "content": prompt}]
+
+
 def encode_prompts(path, tokenizer, T):
     """The prompts of a file: {ids: prompt}. Raises UserError for a prompt that leaves less than half of
     a text of T tokens to its answer."""
     prompts = {}
     for number, prompt in enumerate(read_prompts(path), 1):
-        ids = (*tokenizer.opening, *tokenizer.encode(prompt).tolist())
+        ids = prompt_ids(prompt, tokenizer)
         if not 0 < len(ids) <= T // 2:
             raise UserError(f"prompt {number} of {path} has {len(ids)} tokens, and must have 1 to {T // 2}, half of a "
                             f"window of {T}; shorten it, or give a larger --block-size")
@@ -186,7 +200,7 @@ def written_now(model, tokenizer, tokens, T, seed, prompts):
 @dataclass(frozen=True)
 class Write:
     model: str                       # a checkpoint, run folder, Hugging Face folder or hub id
-    out: str                         # .jsonl file of rows {"text"}, or {"prompt", "completion"} with --prompts
+    out: str = "own.jsonl"           # file of rows {"text"}; with --prompts {"prompt", "completion"} or chats
     tokens: int = 2**17              # at least so many, prompts included
     prompts: str | None = None       # a prompt a line, or .jsonl with a field "prompt"
     block_size: int | None = None    # tokens of a text; default: the model's context, at most 512
@@ -198,7 +212,8 @@ class Write:
 
 def rows_of(texts, tokenizer, prompts):
     """Texts as the rows of a file; `prompts` is {ids: prompt} or None. Special tokens are left out, as
-    no document can spell one, and texts without a prompt are divided there."""
+    no document can spell one, and texts without a prompt are divided there. An answer that has no end
+    is left out of chats, as the template would put one there."""
     special = {tokenizer.eot, *tokenizer.specials.values()}
     rows = []
     for prompt, ids in texts:
@@ -206,8 +221,10 @@ def rows_of(texts, tokenizer, prompts):
             rows += [{"text": tokenizer.decode(document)} for document in divided(ids, special)]
             continue
         answer = tokenizer.decode(i for i in ids if i not in special)
-        if answer:
+        if answer and tokenizer.chat_template is None:
             rows.append({"prompt": prompts[prompt], "completion": answer})
+        elif answer and ids[-1] == tokenizer.eot:
+            rows.append({"messages": [*messages_of(prompts[prompt]), {"role": "assistant", "content": answer}]})
     return rows
 
 

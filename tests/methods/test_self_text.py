@@ -12,7 +12,7 @@ import data
 import eval as evaluation
 import prune
 import score
-from common import IGNORED, UserError
+from common import IGNORED, UserError, parse
 from formats.tokenizer import open_tokenizer
 from methods import self_text
 from model import GPTConfig
@@ -154,7 +154,8 @@ def test_a_model_that_is_cut_in_steps_writes_anew_at_each(saved, monkeypatch, ca
 
 def test_rows_for_training_are_read_as_others(saved, prompts, tmp_path):
     settings = dict(model=saved["init"], tokens=2000, device="cpu", dtype="float32")
-    self_text.main(self_text.Write(**settings, out="own.jsonl"))
+    argv = [saved["init"], *"--tokens 2000 --device cpu --dtype float32 --out own.jsonl".split()]
+    self_text.main(parse(self_text.Write, argv))
     rows = [json.loads(line) for line in open("own.jsonl")]
     assert all(row["text"] and "\0" not in row["text"] for row in rows)
     assert data.load("own.jsonl", BYTES, cache=None).documents[0] > 100
@@ -165,6 +166,17 @@ def test_rows_for_training_are_read_as_others(saved, prompts, tmp_path):
     assert self_text.read_prompts("rows.jsonl") == ["ab"]
     with pytest.raises(UserError, match="own.jsonl is there already"):
         self_text.main(self_text.Write(**settings, out="own.jsonl"))
+
+
+def test_a_chat_model_answers_as_in_a_chat(model, prompts):
+    chat = type(BYTES)()
+    chat.files = {"chat_template.jinja": "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+                                         "{% if add_generation_prompt %}a:{% endif %}"}
+    ids = self_text.encode_prompts(prompts, chat, 24)
+    assert ids == {tuple(b"u:ab;a:"): "ab", tuple(b"u:abcde;a:"): "abcde"}
+    texts = [(tuple(b"u:ab;a:"), [*b"yes", 0]), (tuple(b"u:ab;a:"), [*b"no end"]), (tuple(b"u:abcde;a:"), [0])]
+    assert self_text.rows_of(texts, chat, ids) == [
+        {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "yes"}]}]
 
 
 def test_refusals(saved, tmp_path):
