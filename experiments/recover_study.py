@@ -17,6 +17,7 @@ embedding channels. Not here: the command for one model (experiments/recover.py)
 (experiments/recover_report.py).
 """
 import dataclasses
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,10 +156,9 @@ def make_cut(work, row, folder):
     """Cut the dense model: -> what it took."""
     config = work.config
     iterations = round((1 - row.keep) / ADAPT_STEP) if row.recipe.allocate == "adaptive" else 1
-    recipe = dataclasses.replace(row.recipe, init=config.model, keep=row.keep, data=row.data or config.data,
-                                 out=str(folder),
-                                 windows=config.windows, block_size=BLOCK_SIZE, seed=config.seed, eval_windows=4,
-                                 iterations=iterations)
+    recipe = dataclasses.replace(row.recipe, init=config.model, out=str(folder), keep=row.keep, seed=config.seed,
+                                 data=row.data or config.data, windows=config.windows, block_size=BLOCK_SIZE,
+                                 iterations=iterations, eval_windows=4)
     start = time.perf_counter()
     prune.main(recipe)
     return {"seconds": time.perf_counter() - start}
@@ -202,7 +202,10 @@ def run_row(work, row):
         folder = row.folder(work, stage)
         about = dict(tag="model", folder=folder.name, stage=stage)
         if not work.find(**about):
-            # A folder without a record was measured by nobody: it is made again, or trained on.
+            # A folder without a record was measured by nobody. A training goes on where it was; what
+            # takes a minute or two is made again.
+            if stage != "recovered":
+                shutil.rmtree(folder, ignore_errors=True)
             cost = make(work, row, folder)
             model, _ = checkpoint.load(folder, "cpu", torch.float32)
             # Local repair is a step on the way, so its answers are not asked for.
@@ -250,10 +253,10 @@ def ablations(config):
     keep = config.keeps[0]
     prose = tuple(name for name in config.data if name != "stdlib")
     texts = {"calibrated on code": ("stdlib",), "calibrated on prose": prose, "calibrated on its own text": ("self",)}
-    mends = {"one-pass least squares": "least-squares", "not mended": "none"}
     result = [Row(name, keep, OURS, data=sources, until="cut") for name, sources in texts.items()]
-    result += [Row(name, keep, dataclasses.replace(OURS, mend=mend), until="cut") for name, mend in mends.items()]
-    result += [Row("no local repair", keep, OURS, repaired=False),
+    result += [Row("one-pass least squares", keep, dataclasses.replace(OURS, mend="least-squares"), until="cut"),
+               Row("not mended", keep, dataclasses.replace(OURS, mend="none")),
+               Row("no local repair", keep, OURS, repaired=False),
                Row("cross-entropy alone", keep, OURS, plan="scratch"),
                Row("live teacher", keep, OURS, cached=False)]
     return result

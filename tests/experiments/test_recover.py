@@ -137,6 +137,15 @@ def test_every_row_is_measured_behind_every_stage_and_only_once(small, monkeypat
 
     recover_study.main(config)
     assert read_records("study.jsonl") == records
+
+    # Killed between a stage and its record: the stage is made again, to the same answers.
+    lines = Path("study.jsonl").read_text().splitlines(keepends=True)
+    Path("study.jsonl").write_text("".join(lines[:-3]))
+    recover_study.main(config)
+    for before, after in zip(records, read_records("study.jsonl"), strict=True):
+        assert before.get("losses") == after.get("losses")
+
+    records = read_records("study.jsonl")
     recover_study.main(dataclasses.replace(config, part="tokens"))
     added = read_records("study.jsonl")[len(records):]
     assert [record["cost"]["tokens"] for record in added] == [records[0]["tokens"] // 2]
