@@ -148,14 +148,15 @@ class Prune:
     budget: str = "params"
     # ffn, kv (neurons, KV groups); layer, sublayer; layer,ffn,kv (layers first, then widths); channel; 2:4
     structure: str = "ffn,kv"
-    score: str = "sensitivity"    # score.SCORES; for layer and sublayer also influence, perplexity
+    score: str = "taylor"         # score.SCORES; for layer and sublayer also influence, perplexity
     allocate: str = "global"      # allocate.ALLOCATIONS, or measured
     amplitude: float = 1.0        # of allocate adaptive: how far the layers' shares differ
     multiple_of: int = 1          # of neurons, or channels; runtimes like 32, quantizers 256
     iterations: int = 1           # cut in so many equal parts, each measured anew
     layer_share: float = 0.5      # of layer,ffn,kv: the part of what goes that whole layers make up, 0 to 1
     layer_score: Literal["influence", "perplexity"] = "influence"    # of layer,ffn,kv: ranks the layers
-    mend: str = "none"            # make up for what went: least-squares, sequential, local; bias (FLAP's)
+    # make up for what went: none, least-squares, sequential, local; bias (FLAP's). default: sequential for widths
+    mend: str | None = None
     local_steps: int = 100        # of mend local: steps of each block against the dense block
     out: str | None = None        # folder; default runs/pruned-NAME-KEEP, or -2-4
     # calibration texts, A:2 B (data.py), self: the model's own (methods/self_text.py); their hold-outs measure the loss
@@ -222,7 +223,7 @@ def check(recipe):
     for flag in ("score", "allocate", "budget", "mend"):
         value = getattr(recipe, flag)
         allowed = getattr(STRUCTURES[recipe.structure], flag)
-        if value not in allowed:
+        if value is not None and value not in allowed:
             raise UserError(f"--{flag} {value!r} with --structure {recipe.structure} must be one of "
                             f"{', '.join(allowed)}")
     check_numbers(recipe)
@@ -243,8 +244,9 @@ def check(recipe):
     idle = [name for name, has_reader in is_read.items() if not has_reader]
     if not writes_itself(recipe):
         refuse_idle(recipe, ["prompts"], "without --data self")
-    refuse_idle(recipe, idle, f"with --structure {recipe.structure} --score {recipe.score} "
-                              f"--allocate {recipe.allocate} --mend {recipe.mend}")
+    words = [f"--{flag} {getattr(recipe, flag)}" for flag in ("structure", "score", "allocate", "mend")
+             if getattr(recipe, flag) is not None]
+    refuse_idle(recipe, idle, f"with {' '.join(words)}")
 
 
 def check_numbers(recipe):
@@ -270,6 +272,17 @@ def check_numbers(recipe):
         if windows % recipe.micro_batch or windows > recipe.windows:
             raise UserError(f"--measured-windows {windows} must be a multiple of --micro-batch "
                             f"{recipe.micro_batch} and at most --windows {recipe.windows}")
+
+
+def with_mend(recipe, device):
+    """The recipe with a way of mending where it names none. Widths are mended by sequential least
+    squares, the best that was measured (docs/recover.md), except on Apple's GPUs, which lack float64.
+    Nothing else is mended: it was not measured."""
+    if recipe.mend is not None:
+        return recipe
+    has_widths = STRUCTURES[recipe.structure] is UNITS
+    usual = "sequential" if has_widths and torch.device(device).type != "mps" else "none"
+    return dataclasses.replace(recipe, mend=usual)
 
 
 def parts_of(recipe):
@@ -485,6 +498,7 @@ def cut_in_stages(model, batches, recipe, dtype=torch.float32, resource=None, co
     model, statistics of the last calibration pass). A caller that has statistics already hands in
     its own `collect`. `written_anew(smaller model)` returns the batches behind the first cut."""
     dense = model
+    recipe = with_mend(recipe, model.embed.weight.device)
     start = priced(recipe, model)
     cuts = stages(recipe, start, resource)
     for number, (stage, budget) in enumerate(cuts, start=1):
@@ -641,6 +655,7 @@ def main(recipe):
 def cut_and_save(recipe, out):
     """`main`, with the folder `out` held."""
     device = pick_device(recipe.device)
+    recipe = with_mend(recipe, device)
     model, about = open_model(recipe, device)
     dtype = measuring_dtype(recipe, model, device)
     # The file of the smaller model will say it.

@@ -87,7 +87,7 @@ def kd(**settings):
 def cut(init, share=.5, allocation="uniform-strict", score="sensitivity"):
     """A model of another kind, cut once and trained on."""
     return Kind("scratch", init=init, share=share,
-                cut=dict(structure="ffn", allocate=allocation, score=score))
+                cut=dict(structure="ffn", score=score, allocate=allocation, mend="none"))
 
 
 def window(enlarge_share, prune_share):

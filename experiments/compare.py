@@ -475,7 +475,7 @@ def cost(subject, windows=16, rounds=3):
     rows = []
     for name in ("flap", "taylor", "sensitivity", "taylor2"):
         backward = name != "flap"
-        recipe = Prune(score=name, allocate="global")
+        recipe = Prune(score=name, allocate="global", mend="none")
         ratios = []
         for _ in range(rounds):
             plain = seconds_and_memory(plain_passes, backward)

@@ -19,30 +19,32 @@ from report import markdown
 
 # -- what is compared
 
-FFN = functools.partial(Prune, structure="ffn")
+# None of them mends what it cut, FLAP apart.
+Cut = functools.partial(Prune, mend="none")
+FFN = functools.partial(Cut, structure="ffn")
 PUBLISHED = {  # score and allocation are the method's own
-    "random": Prune(score="random", allocate="uniform"),
-    "magnitude": Prune(score="magnitude", allocate="uniform"),
-    "Wanda-sp": Prune(score="wanda", allocate="uniform"),
+    "random": Cut(score="random", allocate="uniform"),
+    "magnitude": Cut(score="magnitude", allocate="uniform"),
+    "Wanda-sp": Cut(score="wanda", allocate="uniform"),
     "Wanda-sp, FFN": FFN(score="wanda", allocate="uniform"),
     "FLAP": Prune(score="flap", allocate="global", mend="bias"),
-    "LLM-Pruner": Prune(score="taylor", allocate="middle"),
+    "LLM-Pruner": Cut(score="taylor", allocate="middle"),
     "LLM-Pruner, FFN": FFN(score="taylor", allocate="middle"),
-    "LLM-Pruner, channels": Prune(score="taylor", structure="channel"),
-    "Minitron, width": Prune(score="activation", allocate="uniform"),
+    "LLM-Pruner, channels": Cut(score="taylor", structure="channel"),
+    "Minitron, width": Cut(score="activation", allocate="uniform"),
     "Minitron, FFN": FFN(score="activation", allocate="uniform"),
-    "Minitron, channels": Prune(score="activation", structure="channel"),
+    "Minitron, channels": Cut(score="activation", structure="channel"),
     # Adapt-Pruner's iterations are those that ADAPT_STEP gives.
-    "Adapt-Pruner": Prune(score="taylor", allocate="adaptive", iterations=20),
+    "Adapt-Pruner": Cut(score="taylor", allocate="adaptive", iterations=20),
     "Adapt-Pruner, FFN": FFN(score="taylor", allocate="adaptive", iterations=20),
-    "ShortGPT": Prune(score="influence", structure="layer"),
-    "Shortened LLaMA, PPL": Prune(score="perplexity", structure="layer", measured_windows=16),
-    "Shortened LLaMA, Taylor+": Prune(score="taylor", structure="layer", allocate="middle"),
+    "ShortGPT": Cut(score="influence", structure="layer"),
+    "Shortened LLaMA, PPL": Cut(score="perplexity", structure="layer", measured_windows=16),
+    "Shortened LLaMA, Taylor+": Cut(score="taylor", structure="layer", allocate="middle"),
     "SliceGPT": None,                 # these two have no recipe of prune.py
     "torch-pruning": None,
 }
-HALF = {"2:4, magnitude": Prune(score="magnitude", structure="2:4"),
-        "2:4, Wanda": Prune(score="wanda", structure="2:4")}
+HALF = {"2:4, magnitude": Cut(score="magnitude", structure="2:4"),
+        "2:4, Wanda": Cut(score="wanda", structure="2:4")}
 DEPTH = ("ShortGPT", "Shortened LLaMA, PPL", "Shortened LLaMA, Taylor+")
 # The methods that Adapt-Pruner is compared with.
 RIVALS = ("LLM-Pruner", "LLM-Pruner, FFN", "FLAP", "Wanda-sp", "Wanda-sp, FFN", "SliceGPT")

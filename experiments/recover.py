@@ -212,7 +212,9 @@ def choose(work, model):
         return {"recipe": FIRST}
     batches = score.batches(work.corpus.train, CALIBRATION_BLOCK, CALIBRATION_WINDOWS, Prune.micro_batch,
                             work.config.seed)
-    asked = [question for questions in work.protocol.asked.values() for question in questions[:CHOICE_QUESTIONS]]
+    asked = []
+    for questions in work.protocol.asked.values():
+        asked += questions[:CHOICE_QUESTIONS]
     dtype = prune.measuring_dtype(Prune(), model, work.device)
     resource = prune.resource_of(next(iter(named.values())), model)
     best, tried = candidates.choose(model, named, batches, work.texts.validation, work.tokenizer, asked, dtype,

@@ -46,10 +46,10 @@ SPEED_ROUNDS = 5
 OURS = Prune(score="taylor", allocate="global", mend="sequential")
 CUTS = {
     "ours": OURS,
-    "LLM-Pruner": Prune(score="taylor", allocate="middle"),
-    "Minitron": Prune(score="activation", allocate="uniform"),
-    "ShortGPT": Prune(score="influence", structure="layer"),
-    "Adapt-Pruner": Prune(score="taylor", allocate="adaptive"),
+    "LLM-Pruner": Prune(score="taylor", allocate="middle", mend="none"),
+    "Minitron": Prune(score="activation", allocate="uniform", mend="none"),
+    "ShortGPT": Prune(score="influence", structure="layer", mend="none"),
+    "Adapt-Pruner": Prune(score="taylor", allocate="adaptive", mend="none"),
 }
 
 
@@ -245,7 +245,10 @@ def write_teacher(work):
 
 def rows(config):
     """Every method at every kept fraction."""
-    return [Row(name, keep, recipe) for keep in config.keeps for name, recipe in CUTS.items()]
+    result = []
+    for keep in config.keeps:
+        result += [Row(name, keep, recipe) for name, recipe in CUTS.items()]
+    return result
 
 
 def ablations(config):

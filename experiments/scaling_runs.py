@@ -73,9 +73,9 @@ PRESETS = {
 }
 CUTS = {  # the settings of prune.py; the depth cuts take 1, 2 and 3 layers of 8
     "control": None,
-    "width-0.15": dict(structure="ffn", allocate="uniform", keep=1 - .15),
-    "width-0.25": dict(structure="ffn", allocate="uniform", keep=1 - .25),
-    "width-0.35": dict(structure="ffn", allocate="uniform", keep=1 - .35),
+    "width-0.15": dict(structure="ffn", score="sensitivity", allocate="uniform", mend="none", keep=1 - .15),
+    "width-0.25": dict(structure="ffn", score="sensitivity", allocate="uniform", mend="none", keep=1 - .25),
+    "width-0.35": dict(structure="ffn", score="sensitivity", allocate="uniform", mend="none", keep=1 - .35),
     "depth-0.125": dict(structure="layer", score="influence", keep=1 - .125),
     "depth-0.25": dict(structure="layer", score="influence", keep=1 - .25),
     "depth-0.375": dict(structure="layer", score="influence", keep=1 - .375),

@@ -160,13 +160,13 @@ def test_the_share_of_layers_is_rounded_to_the_nearest_and_never_takes_too_much(
 
 
 def test_printed_loss_is_evals_and_opposite_order_is_worse(command, trained, tmp_path, monkeypatch, capsys):
-    settings = dict(keep=.5, windows=16, eval_windows=64, block_size=64)
+    settings = dict(keep=.5, mend="none", windows=16, eval_windows=64, block_size=64)
     before, after = losses(command(**settings)[2])
     evaluation.main(evaluation.Eval(str(tmp_path / "cut"), windows=64, device="cpu"))      # the same hold-out
     assert f"{after:.4f} nats per token" in capsys.readouterr().out
-    right = score.SCORES["sensitivity"]
+    right = score.SCORES["taylor"]
     opposite = lambda model, stats: {key: -s for key, s in right.function(model, stats).items()}
-    monkeypatch.setitem(score.SCORES, "sensitivity", score.Score(opposite, right.needs))
+    monkeypatch.setitem(score.SCORES, "taylor", score.Score(opposite, right.needs))
     assert before < after < losses(command("worst", **settings)[2])[1] - .1
 
 
@@ -325,6 +325,18 @@ def test_check_allows_exactly_what_has_a_meaning():
             except UserError as refusal:
                 assert not meant and "\n" not in str(refusal), recipe
     assert {*score.SCORES} == {*ALLOWED["ffn"][0].split()} and {*allocate.ALLOCATIONS, "measured"} == {*ways[:-1]}
+
+
+def test_widths_are_mended_unless_told_otherwise(command):
+    settings = dict(keep=.5, windows=16, block_size=8)
+    usual, about, said = command("usual", **settings)
+    assert about["run"]["recipe"]["mend"] == "sequential"
+    assert losses(said) == losses(command("same", **settings, mend="sequential")[2])
+    # Neither layers nor a device without float64.
+    layers = prune.Prune(structure="layer", score="influence")
+    for recipe, device in ((layers, "cpu"), (prune.Prune(), "mps")):
+        assert prune.with_mend(recipe, device).mend == "none"
+    assert prune.with_mend(prune.Prune(mend="none"), "cpu").mend == "none"
 
 
 def test_it_refuses_in_a_sentence_and_overwrites_nothing(trained, tmp_path):

@@ -20,9 +20,23 @@ import report
 import train
 from bench.__main__ import Bench
 from common import parse, read_records
-from experiments import claims, claims_statistics, compare, compare_report, scaling, smollm2, teacher
+from experiments import (
+    candidates,
+    claims,
+    claims_statistics,
+    compare,
+    compare_report,
+    glassllm,
+    recover,
+    recover_study,
+    scaling,
+    smollm2,
+    teacher,
+    texts,
+)
 from formats import huggingface
 from formats.tokenizer import open_tokenizer
+from methods import self_text
 from model import GPT, GPTConfig
 from tasks import own_questions
 
@@ -52,7 +66,9 @@ SETTINGS = {         # the settings that a command reads
     "train.py": train.Train, "eval.py": evaluation.Eval, "prune.py": prune.Prune, "export.py": export.Export,
     "report.py": report.Report, "data.py": data.Prepare, "experiments.compare": compare.Compare,
     "experiments.smollm2": smollm2.SmolLM2, "tasks.own_questions": own_questions.OwnQuestions, "bench": Bench,
-    "experiments.teacher": teacher.Teacher}
+    "experiments.teacher": teacher.Teacher, "experiments.texts": texts.Texts, "experiments.recover": recover.Recover,
+    "experiments.recover_study": recover_study.Study, "experiments.candidates": candidates.Candidates,
+    "experiments.glassllm": glassllm.Glass, "methods.self_text": self_text.Write}
 SUBCOMMANDS = {"experiments.claims": claims.COMMANDS, "experiments.scaling": scaling.COMMANDS}
 SHELL = ("python3 -m venv", "pip ", "tar ")
 

@@ -44,8 +44,8 @@ def small(monkeypatch, folder):
 
 
 def recovery(**changes):
-    settings = dict(out="recovered", keep=.7, steps=2, data=("animals.jsonl", "stdlib"), unseen=("weather.jsonl",), limit=8,
-                    windows=1, local_steps=2, device="cpu")
+    settings = dict(out="recovered", keep=.7, steps=2, data=("animals.jsonl", "stdlib"), unseen=("weather.jsonl",),
+                    limit=8, windows=1, local_steps=2, device="cpu")
     return recover.Recover("dense", **{**settings, **changes})
 
 
@@ -84,7 +84,7 @@ def test_the_table_compares_each_model_with_the_first():
 def test_one_command_recovers_exports_and_goes_on(small, capsys, monkeypatch):
     recover.main(recovery())
     said = capsys.readouterr().out
-    for text in ("dense", "cut and repaired", "recovered", "weather ppl", "trained on other documents of animals, stdlib"):
+    for text in ("dense", "cut and repaired", "recovered", "weather ppl", "other documents of animals, stdlib"):
         assert text in said
     model, about = checkpoint.load("recovered/recovered")
     dense, _ = checkpoint.load("dense")
@@ -125,8 +125,8 @@ def test_the_training_gets_the_minutes_that_are_left(small, monkeypatch):
 
 def test_every_row_is_measured_behind_every_stage_and_only_once(small, monkeypatch):
     config = recover_study.Study(
-        "dense", out="study.jsonl", runs="study", keeps=(.7,), data=("animals.jsonl", "stdlib"), unseen=("weather.jsonl",),
-        limit=8, eval_windows=1, windows=8, steps=2, longer=(1,), local_steps=1, part="rows")
+        "dense", out="study.jsonl", runs="study", keeps=(.7,), data=("animals.jsonl", "stdlib"),
+        unseen=("weather.jsonl",), limit=8, eval_windows=1, windows=8, steps=2, longer=(1,), local_steps=1, part="rows")
     monkeypatch.setattr(recover_study, "CUTS", {name: recover_study.CUTS[name] for name in ("ours", "ShortGPT")})
     recover_study.main(config)
     records = read_records("study.jsonl")
