@@ -44,6 +44,7 @@ from experiments import candidates, measure, texts
 from experiments.measure import Protocol
 from formats import llamacpp
 from prune import Prune
+from tasks import questions
 from train import Train
 
 # The share of --minutes that the training leaves for the measurements behind it, beside what the
@@ -81,7 +82,7 @@ class Recover:
     limit: int = 500              # questions of each file
     windows: int = 8              # of 2,048 tokens of each text, for its perplexity
     choose: bool = True           # try RECIPES and go on with the best; without: the first of them
-    local_steps: int = 100        # of local distillation of each block
+    local_steps: int = 32         # of local distillation of each block
     seed: int = 0
     device: str = "auto"          # auto, cpu, cuda, mps
 
@@ -212,9 +213,11 @@ def choose(work, model):
         return {"recipe": FIRST}
     batches = score.batches(work.corpus.train, CALIBRATION_BLOCK, CALIBRATION_WINDOWS, Prune.micro_batch,
                             work.config.seed)
+    # Questions that are not reported: those behind the first `limit` of each file.
+    limit = work.protocol.limit
     asked = []
-    for questions in work.protocol.asked.values():
-        asked += questions[:CHOICE_QUESTIONS]
+    for file in work.protocol.questions:
+        asked += questions.read_questions(file)[limit:limit + CHOICE_QUESTIONS]
     dtype = prune.measuring_dtype(Prune(), model, work.device)
     resource = prune.resource_of(next(iter(named.values())), model)
     best, tried = candidates.choose(model, named, batches, work.texts.validation, work.tokenizer, asked, dtype,
