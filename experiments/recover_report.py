@@ -58,28 +58,33 @@ def cells(record, dense):
     """The numbers of a measurement as they stand in a row of a table."""
     numbers = [f"{math.exp(loss):.2f}" for loss in record["losses"].values()]
     if "questions" not in record:
-        return numbers + [""] * (3 + len(dense["probe"]))
+        return [*numbers, "", "", ""]
+    accuracy, normed = (measure.share(record, "questions", metric) for metric in ("acc", "acc_norm"))
     ratio = measure.against(record, dense)
-    numbers += [f"{measure.share(record, 'questions', 'acc'):.3f}", f"{measure.share(record, 'questions'):.3f}",
-                f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"]
-    return numbers + [f"{np.mean(measure.flags(result)):.2f}" for result in record["probe"].values()]
+    probe = [f"{np.mean(measure.flags(result)):.2f}" for result in record["probe"].values()]
+    return [*numbers, f"{accuracy:.3f}, {normed:.3f}", f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]",
+            ", ".join(probe)]
 
 
 def head(dense, first):
-    return [*first, *[f"{name} ppl" for name in dense["losses"]], "acc", "acc_norm", "acc_norm / dense's [95 %]",
-            *dense["probe"]]
+    texts = [f"{name} ppl" for name in dense["losses"]]
+    return [*first, *texts, "acc, acc_norm", "acc_norm, of dense [95 %]", ", ".join(dense["probe"])]
+
+
+def named(name, record):
+    return f"{name}, {record['params'] / 1e6:.2f}M"
 
 
 def methods_table(records, keep):
     """Every method behind every stage."""
     dense = dense_of(records)
-    lines = [["dense", "", f"{dense['params']:,}", "", *cells(dense, dense)]]
+    lines = [[named("dense", dense), "", "", *cells(dense, dense)]]
     for name, stages in main_rows(records, keep).items():
         for stage, record in stages.items():
             minutes = f"{record['cost']['seconds'] / 60:.1f}"
-            lines.append([name if stage == "cut" else "", STAGE_NAMES[stage], f"{record['params']:,}", minutes,
+            lines.append([named(name, record) if stage == "cut" else "", STAGE_NAMES[stage], minutes,
                           *cells(record, dense)])
-    return markdown(head(dense, ["", "", "parameters", "minutes"]), lines)
+    return markdown(head(dense, ["", "", "minutes"]), lines)
 
 
 def paired_table(records, keep):
