@@ -291,8 +291,8 @@ def pick_device(name):
 
 
 def has_fast_bfloat16(device):
-    """Whether the device multiplies bfloat16 matrices several times as fast as float32 ones: NVIDIA's
-    GPUs since Ampere, and CPUs with AVX512-BF16 or AMX. Others imitate bfloat16 and lose time."""
+    """Whether the device's hardware multiplies bfloat16 matrices: GPUs that PyTorch says so of (NVIDIA's
+    since Ampere), and CPUs with AVX512-BF16 or AMX. Where it is imitated, bfloat16 loses time."""
     import torch
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -404,6 +404,11 @@ def test_what_speed_md_says_is_what_the_records_say():
                 how = f"{dtype}, compiled" if compiled else dtype
                 line = f"| {shape}, V = {V:,}, {threads} | {how} | {int(cells[0]):,} | {' | '.join(cells[1:])} |"
                 assert line in text, line
+    behind = []
+    for threads in (1, 2):
+        behind += values("dtypes", "÷ transformers'", shape="4x256", V=256, threads=threads, dtype="bfloat16",
+                         compiled=True, model="ours")
+    assert f"compiled, ours reaches {' and '.join(behind)} of its speed" in text
     chosen = []
     for shape in ("4x16", "toy", "laptop", "8x64", "12x128", "12x192", "4x256"):
         chosen += values("dtypes", "÷ ours in float32, eager", shape=shape, V=256, threads=1, dtype="bfloat16",
