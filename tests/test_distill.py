@@ -290,6 +290,7 @@ class Scaled(torch.nn.Module):
 @pytest.mark.parametrize("autocast, dtype, tolerance", [(False, torch.float64, 1e-10), (True, torch.float32, 0.03)])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_loss_is_one_graph_with_the_same_gradients(monkeypatch, backend, autocast, dtype, tolerance):
+    torch._dynamo.reset()                       # of graphs that other tests compiled
     set_sizes(monkeypatch, V * 8, block_values=V * 3)
     hidden, weight, *rest = batch(dtype)
     for taught in (rest, rest[:1]):

@@ -297,7 +297,7 @@ def test_progress_is_said_every_5_seconds_in_a_log(monkeypatch, capsys):
     def lines(items, name):
         for _ in progress(range(items), name):
             seconds[0] += 1
-        return [line for line in capsys.readouterr().err.split("\r") if name in line]
+        return [line for line in capsys.readouterr().err.splitlines() if name in line]
     assert not lines(4, "short")
     assert 3 <= len(lines(20, "long")) <= 4
 

@@ -70,7 +70,7 @@ SETTINGS = {         # the settings that a command reads
     "experiments.recover_study": recover_study.Study, "experiments.candidates": candidates.Candidates,
     "experiments.glassllm": glassllm.Glass, "methods.self_text": self_text.Write}
 SUBCOMMANDS = {"experiments.claims": claims.COMMANDS, "experiments.scaling": scaling.COMMANDS}
-SHELL = ("python3 -m venv", "pip ", "tar ")
+SHELL = ("python3 -m venv", "pip ", "tar ", "llama-cli ")
 
 
 def program_of(command):
