@@ -162,23 +162,38 @@ def has_documents(name):
 
 
 def read_documents(name):
-    """The texts of a file or folder, [str]. Raises UserError if there are none."""
+    """The documents of a file or folder, [str]; a chat is a data.Chat. Raises UserError if there are
+    none."""
     if not has_documents(name):
         return [data.read_text(name)]
     source = data.open_source(name, field="text", split="train", stream=False)
-    texts = ["".join(pieces) for _, pieces in source.documents()]
-    if not texts:
+    documents = []
+    for _, pieces in source.documents():
+        pieces = list(pieces)
+        is_chat = isinstance(pieces[0], data.Chat)
+        documents.append(pieces[0] if is_chat else "".join(pieces))
+    if not documents:
         raise UserError(f"{name} holds no text; give another file")
-    return texts
+    return documents
 
 
 def read_tokens(name, tokenizer):
     """The token ids (N,) of a text file; or of a file of rows or a folder, with the end-of-text token
-    behind each document."""
-    parts = []
-    for ids in tokenizer.encode_batch(read_documents(name)):
-        parts += [ids, np.array([tokenizer.eot], ids.dtype)]
-    return np.concatenate(parts) if has_documents(name) else parts[0]
+    behind each document. Tokens of chats that are no answers are marked (data.CONTEXT_ONLY)."""
+    pieces = []
+    for document in read_documents(name):
+        pieces.append(document)
+        if has_documents(name):
+            pieces.append(None)
+    return data.encode_block(tokenizer, pieces)
+
+
+def read_lines(name):
+    """The text of a file or folder as one string. Raises UserError if it holds chats."""
+    documents = read_documents(name)
+    if any(isinstance(document, data.Chat) for document in documents):
+        raise UserError(f"{name} holds chats, and --probe continues lines of a text; give a text")
+    return "\n".join(documents)
 
 
 def hold_out(config, tokenizer, about):
@@ -306,7 +321,7 @@ def print_answers(config, model, tokenizer):
     if config.multiple_choice:
         answers |= questions.print_choices(config, model, tokenizer)
     if config.probe:
-        text = "\n".join(read_documents(config.data[0])) if config.data else None
+        text = read_lines(config.data[0]) if config.data else None
         answers |= probe.print_probe(config, model, tokenizer, text)
     if config.tasks:
         questions.print_tasks(config, model, tokenizer)

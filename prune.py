@@ -520,10 +520,16 @@ def open_model(recipe, device):
     """The model in float32, as (GPT, what its file says besides). Raises UserError if the recipe
     cannot cut it."""
     model, about = checkpoint.load(recipe.init, device, torch.float32)
-    T = window_of(recipe, model)
     if about.get("masks"):
         raise UserError(f"{recipe.init} is 2:4 already, and what is cut from it would be no "
                         "longer; cut first")
+    check_fits(recipe, model, device)
+    return model, about
+
+
+def check_fits(recipe, model, device):
+    """Raise UserError if this model cannot be cut by the recipe."""
+    T = window_of(recipe, model)
     if T > model.config.block_size:
         raise UserError(f"{recipe.init} was trained with a context of {model.config.block_size} "
                         f"tokens, not {T}; ask for at most that")
@@ -533,7 +539,6 @@ def open_model(recipe, device):
                         "widest layer; give at most that")
     if recipe.mend in LEAST_SQUARES:
         check_least_squares(recipe, model.config, T, device)
-    return model, about
 
 
 def check_least_squares(recipe, config, T, device):
@@ -586,8 +591,9 @@ def calibrated_on(recipe, corpus, T):
     sources = " and ".join(f"{name} ({share:.0%})" for name, share in corpus.shares.items())
     if len(corpus.shares) == 1:
         sources = corpus.name
-    return (f"the cut was decided on {recipe.windows} windows of {T} tokens of {sources}; other kinds of text may have "
-            "lost more than the hold-outs above tell")
+    questions = f" and, by gradients, on the questions of {recipe.choices}" if recipe.choices else ""
+    return (f"the cut was decided on {recipe.windows} windows of {T} tokens of {sources}{questions}; other kinds of "
+            "text may have lost more than the hold-outs above tell")
 
 
 def table(before, after, stats):

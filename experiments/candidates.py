@@ -29,6 +29,9 @@ from eval import evaluate
 from model import GPT
 from tasks import questions
 
+# Settings that all candidates have in common, as they are cut by the same text.
+SHARED = ("init", "data", "prompts", "choices", "windows", "block_size", "micro_batch", "eval_windows", "seed",
+          "device", "dtype", "budget")
 # In standard errors: by how much a candidate must answer better than the one with the lowest loss.
 CLEARLY = 2
 RECIPES = (
@@ -110,6 +113,8 @@ def choose(model, recipes, batches, texts, tokenizer, some=(), dtype=torch.float
     for recipe in recipes.values():
         if recipe.structure in ("channel", "2:4"):
             raise UserError(f"candidates cut layers or widths, not --structure {recipe.structure}; leave it out")
+    device = model.embed.weight.device
+    recipes = {name: prune.with_mend(recipe, device) for name, recipe in recipes.items()}
     calibration = Calibration(model.config, recipes.values())
     candidates = []
     for name, recipe in recipes.items():
@@ -182,21 +187,37 @@ def table(candidates, winner):
 
 # -- the command
 
-def main(config):
-    check_positive(config, ["limit"])
-    if config.questions is None:
-        refuse_idle(config, ["limit"], "without --questions")
+def read_recipes(config):
+    """What all candidates have in common, and {flags: recipe}. Raises UserError if a recipe means
+    nothing, or changes what all must share."""
+    common = parse(prune.Prune, ["--init", config.model, *shlex.split(config.common)])
+    if common.choices is not None or prune.writes_itself(common):
+        raise UserError("candidates are calibrated on given texts; leave --choices and --data self out")
     recipes = {}
     for flags in config.recipes.split(";") if config.recipes else RECIPES:
         flags = flags.strip()
         words = ["--init", config.model, *shlex.split(config.common), *shlex.split(flags)]
-        recipes[flags] = parse(prune.Prune, words)
-        prune.check(recipes[flags])
-    common = parse(prune.Prune, ["--init", config.model, *shlex.split(config.common)])
+        recipe = parse(prune.Prune, words)
+        prune.check(recipe)
+        for name in SHARED:
+            if getattr(recipe, name) != getattr(common, name):
+                raise UserError(f"all candidates share --{name.replace('_', '-')}; take it out of {flags!r} and give "
+                                "it in --common")
+        recipes[flags] = recipe
+    return common, recipes
+
+
+def main(config):
+    check_positive(config, ["limit"])
+    if config.questions is None:
+        refuse_idle(config, ["limit"], "without --questions")
+    common, recipes = read_recipes(config)
     some = questions.read_questions(config.questions)[:config.limit] if config.questions else ()
 
     device = pick_device(common.device)
     model, about = prune.open_model(common, device)
+    for recipe in recipes.values():
+        prune.check_fits(prune.with_mend(recipe, device), model, device)
     dtype = prune.measuring_dtype(common, model, device)
     tokenizer = tokenizer_of(model, about, config.model)
     T = prune.window_of(common, model)

@@ -2,7 +2,7 @@
 
     python -m experiments.glassllm fetch glass        # a Hugging Face folder of 852,608 parameters (2 MB)
     python prune.py --init glass --keep 0.6 --data brown.jsonl --out runs/cut
-    python train.py --init runs/cut --teacher glass --plan kd --data brown.jsonl --steps 300 --lr 1e-3
+    python train.py --init runs/cut --teacher glass --plan recover --data brown.jsonl --steps 300 --lr 1e-3
 
 The package (MIT, 3 MB) is a Transformer in NumPy, trained on Lewis Carroll (en) or Machado de Assis
 (pt), with a context of 128 tokens. Its layers are Llama's, stored as (in, out); its rotary positions

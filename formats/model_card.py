@@ -13,6 +13,13 @@ from pathlib import Path
 from formats.origin import NOTHING
 
 PROJECT = "nanoprune"
+# What prune.py's --budget counts, in words.
+RESOURCES = {
+    "params": "parameters in blocks",
+    "flops": "FLOPs in blocks",
+    "kv_bytes": "KV cache",
+    "ms": "decode time",
+}
 
 
 def model_card(title, config, origin=NOTHING, dtype="float32", own_code=False, has_chat=False, figures=None):
@@ -99,8 +106,12 @@ def sentence(step):
     """A step in words, as far as its settings say."""
     if step.get("command") == "prune.py":
         mended = "" if step.get("mend", "none") == "none" else f", mended by {inline(step['mend'])}"
-        return (f"Cut to {inline(step.get('keep'))} of its {inline(step.get('budget', 'params'))} by score "
-                f"{inline(step.get('score'))}, calibrated on {words(step.get('data'))}{mended} (`prune.py`).")
+        kept = f"Cut to {inline(step.get('keep'))} of its {RESOURCES.get(str(step.get('budget')), 'budget')}"
+        # Half of the weights are zero there, whatever the setting of the kept fraction.
+        if step.get("structure") == "2:4":
+            kept = "Two of each four weights were set to zero"
+        return (f"{kept} (structure {inline(step.get('structure'))}) by score {inline(step.get('score'))}, calibrated "
+                f"on {words(step.get('data'))}{mended} (`prune.py`).")
     taught = f", taught by {inline(step['teacher'])}" if step.get("teacher") else ""
     return (f"Trained by plan {inline(step.get('plan'))} on {tokens(step)} of {words(step.get('data'))}{taught} "
             "(`train.py`).")

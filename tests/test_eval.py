@@ -149,6 +149,20 @@ def test_rows_are_the_documents_that_data_py_counts(tmp_path):
             evaluation.read_tokens(str(tmp_path / "rows.jsonl"), tokenizer)
 
 
+def test_of_chats_the_answers_count(tmp_path):
+    """As data.py marks them; and no line of a chat is continued."""
+    tokenizer = open_tokenizer("bytes")
+    rows = [{"prompt": "two", "completion": answer} for answer in ("2", "zwei")]
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokens = evaluation.read_tokens(str(file), tokenizer)
+    counted = bytes(tokens[tokens < data.CONTEXT_ONLY].tolist())
+    end = bytes([tokenizer.eot])
+    assert counted == b"2" + end + b"zwei" + end and len(tokens) == len(counted) + 6
+    with pytest.raises(UserError, match="holds chats, and --probe continues lines"):
+        evaluation.read_lines(str(file))
+
+
 def test_several_texts_in_windows_of_2048_where_they_are_long_enough(tmp_path, model, capsys, monkeypatch):
     save(tmp_path / "m.pt", GPT(GPTConfig(**{**CONFIG.__dict__, "block_size": 64})), run={"tokenizer": "bytes"})
     monkeypatch.setattr(evaluation, "WINDOW", 32)

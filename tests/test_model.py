@@ -275,7 +275,8 @@ def test_save_and_load_round_trip_bitwise(tmp_path):
         save(tmp_path / "ckpt_00000010.pt", wrapped, **state)
         found, other = load(tmp_path)                                # the newest
         assert found.config == model.config and type(found) is GPT and all(p.requires_grad for p in found.parameters())
-        assert list(found.state_dict()) == list(model.state_dict()) and set(other) == {"format", "digest", "origin", *state}
+        assert list(found.state_dict()) == list(model.state_dict())
+        assert set(other) == {"format", "digest", "origin", *state}
         assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), model.state_dict().values()))
         assert {k: other[k] for k in ("step", "plan", "shares")} == {k: state[k] for k in ("step", "plan", "shares")}
         moments = [o["state"][3]["exp_avg"] for o in (other["optimizer"], state["optimizer"])]

@@ -78,7 +78,7 @@ def test_the_command_prints_the_table_and_the_winners_command(tmp_path, capsys, 
                     run={"tokenizer": "bytes"})
     file.write_text("Some words, and some more of them. " * 400)
     flags = ["--score random", "--structure layer,ffn,kv --score wanda --layer-share 0.5"]
-    common = f"--keep 0.5 --windows 4 --eval-windows 2 --block-size 8 --device cpu --data {file}"
+    common = f"--keep 0.5 --windows 8 --eval-windows 2 --block-size 8 --device cpu --data {file}"
     argv = [str(folder), f"--common={common}", f"--recipes={'; '.join(flags)}"]
     candidates.main(parse(candidates.Candidates, argv, verbatim=("common", "recipes")))
     said = capsys.readouterr().out
@@ -87,6 +87,23 @@ def test_the_command_prints_the_table_and_the_winners_command(tmp_path, capsys, 
     assert said.endswith(f"python prune.py --init {folder} {common} {winner}\n")
     recipe = parse(prune.Prune, said.splitlines()[-1].split()[2:])
     assert recipe.keep == .5 and recipe.init == str(folder)
+
+
+def test_default_mending_calibrates_for_itself_and_what_all_share_stays_in_common(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, file = tmp_path / "model", tmp_path / "text.txt"
+    checkpoint.save(folder / "ckpt_00000000.pt", new(dataclasses.replace(EQUAL, vocab_size=256), torch.float32)[0],
+                    run={"tokenizer": "bytes"})
+    file.write_text("Some words, and some more of them. " * 400)
+    common = f"--keep 0.5 --windows 8 --eval-windows 2 --block-size 8 --device cpu --data {file}"
+    candidates.main(candidates.Candidates(str(folder), f"{common} --measured-windows 4", "--allocate measured"))
+    for wrong, sentence in (
+            (dict(recipes="--score wanda --windows 4"), "all candidates share --windows; take it out of .*wanda"),
+            (dict(common=f"{common} --choices own"), "leave --choices and --data self out"),
+            (dict(common="--keep 0.5 --data self"), "leave --choices and --data self out"),
+            (dict(common="--keep 0.5 --windows 4 --block-size 1"), "inputs to 4 windows x 1 = 4 tokens")):
+        with pytest.raises(UserError, match=sentence):
+            candidates.main(candidates.Candidates(str(folder), **{"common": common, **wrong}))
 
 
 def test_what_is_no_cut_of_units_is_refused():

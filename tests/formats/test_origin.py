@@ -76,7 +76,7 @@ def test_a_recovered_model_is_exported_as_its_source_was(recovered, capsys):
         "base_model": "small chat", "license": "other", "license_name": "ours", "license_link": "https://a.b/c",
         "library_name": "transformers", "pipeline_tag": "text-generation",
         "tags": ["nanoprune", "pruned", "conversational"]}
-    assert "1. Cut to `0.75` of its `params`" in text
+    assert "1. Cut to `0.75` of its parameters in blocks (structure `ffn`)" in text
     assert "2. Trained by plan `kd` on 512 tokens of `text.txt`, taught by `small chat` (`train.py`)" in text
     assert str(recovered) not in text
     again, about = checkpoint.load(out)
