@@ -176,6 +176,7 @@ def sample_table(records):
         lines.append(f"**{' '.join(prompt.split())}**\n")
         for label, record in records.items():
             if "samples" in record:
-                lines.append(f"- {label}: {' '.join(record['samples'][number].split())}")
+                words = " ".join(record["samples"][number].split()).replace("`", "'")
+                lines.append(f"- {label}: `{words}`")
         lines.append("")
     return "\n".join(lines)

@@ -87,22 +87,34 @@ def methods_table(records, keep):
     return markdown(head(dense, ["", "", "minutes"]), lines)
 
 
+def compared(first, second, parts):
+    """First minus second: the mean loss, and the share of right answers of each part, paired."""
+    cells = [f"{measure.mean_loss(first) - measure.mean_loss(second):+.3f}"]
+    for part in parts:
+        pair = statistics.paired(measure.correct_answers(first, part), measure.correct_answers(second, part))
+        difference = pair.difference
+        cells.append(f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]")
+    return cells
+
+
 def paired_table(records, keep):
     """Ours against each other method behind the training: difference in questions and probe items."""
     rows = {name: stages["recovered"] for name, stages in main_rows(records, keep).items() if "recovered" in stages}
     if OURS not in rows:
         return ""
     ours = rows.pop(OURS)
-    lines = []
-    for name, record in rows.items():
-        line = [name, f"{measure.mean_loss(ours) - measure.mean_loss(record):+.3f}"]
-        for part in ("questions", "probe"):
-            pair = statistics.paired(measure.correct_answers(ours, part), measure.correct_answers(record, part))
-            difference = pair.difference
-            line.append(f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]")
-        lines.append(line)
-    columns = ["ours minus", "nats per token, mean of texts", "questions, acc_norm [95 %]", "probe [95 %]"]
-    return markdown(columns, lines)
+    lines = [[name, *compared(ours, record, ("questions", "probe"))] for name, record in rows.items()]
+    return markdown(["ours minus", "nats per token, mean of texts", "acc_norm [95 %]", "probe [95 %]"], lines)
+
+
+def cost_line(records, keep):
+    """What the training behind the cuts took."""
+    rows = [stages["recovered"] for stages in main_rows(records, keep).values() if "recovered" in stages]
+    if not rows:
+        return ""
+    flops = [record["cost"]["flops"] / 1e12 for record in rows]
+    return (f"Every row was trained on {rows[0]['cost']['tokens']:,} tokens, which took {min(flops):.0f} to "
+            f"{max(flops):.0f} TFLOPs without the teacher's.")
 
 
 def ablation_table(records):
@@ -111,11 +123,16 @@ def ablation_table(records):
     config = config_of(records)
     keep = config["keeps"][0]
     ours = main_rows(records, keep).get(OURS, {})
-    lines = [["ours", STAGE_NAMES[stage], *cells(record, dense)] for stage, record in ours.items() if stage != "local"]
-    for record in models(records):
-        if record["name"] not in config["methods"] and record["stage"] in ("cut", "recovered"):
-            lines.append([record["name"], STAGE_NAMES[record["stage"]], *cells(record, dense)])
-    return markdown(head(dense, ["", ""]), lines)
+    lines = []
+    for stage in ("cut", "recovered"):
+        if stage not in ours:
+            continue
+        lines.append([OURS, STAGE_NAMES[stage], *cells(ours[stage], dense), "", ""])
+        for record in models(records):
+            if record["name"] not in config["methods"] and record["stage"] == stage:
+                lines.append([record["name"], STAGE_NAMES[stage], *cells(record, dense),
+                              *compared(ours[stage], record, ["questions"])])
+    return markdown([*head(dense, ["", ""]), "ours minus this, nats", "ours minus this, acc_norm [95 %]"], lines)
 
 
 def speed_table(records):
@@ -186,25 +203,31 @@ def picture(records, path):
 
 # -- the page
 
-def write(path):
-    """Write the report of a file of records into a folder beside it, and return its text. The
-    report of results/recover.jsonl is results/recover/report.md."""
-    records = read_records(path)
+def text(records):
+    """The whole report, as Markdown."""
     config = config_of(records)
     parts = [f"# Recovery of {dense_of(records)['params']:,} parameters", ""]
     for keep in config["keeps"]:
         if main_rows(records, keep):
-            parts += [f"## keep {keep:g}", "", methods_table(records, keep), "", paired_table(records, keep), ""]
+            parts += [f"## keep {keep:g}", "", methods_table(records, keep), "", cost_line(records, keep), "",
+                      paired_table(records, keep), ""]
     sections = {"Ours with one part changed": ablation_table, "Over tokens": curve_text, "In llama.cpp": speed_table,
                 "Samples": samples}
     for title, section in sections.items():
         parts += [f"## {title}", "", section(records), ""]
-    text = "\n".join(parts)
+    return "\n".join(parts)
+
+
+def write(path):
+    """Write the report of a file of records into a folder beside it, and return its text. The
+    report of results/recover.jsonl is results/recover/report.md."""
+    records = read_records(path)
+    report = text(records)
     folder = Path(path).with_suffix("")
-    write_atomic(folder / "report.md", lambda file: file.write(f"{text}\n".encode()))
+    write_atomic(folder / "report.md", lambda file: file.write(f"{report}\n".encode()))
     if curve(records):
         picture(records, folder / "recovery.png")
-    return text
+    return report
 
 
 def samples(records):

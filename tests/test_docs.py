@@ -25,6 +25,7 @@ from experiments import (
     claims_statistics,
     compare,
     compare_report,
+    recover_report,
     scaling_curves,
     scaling_laws,
 )
@@ -69,9 +70,21 @@ def adaptive_table():
     return report.markdown(("score", "FFN neurons and KV groups", "FFN neurons only"), rows)
 
 
+def recovery(part, *args):
+    """A part of the report of the recovery study."""
+    return part(read_records(RESULTS / "recover.jsonl"), *args)
+
+
+def recovery_of_methods(keep):
+    parts = (recover_report.methods_table, recover_report.cost_line, recover_report.paired_table)
+    return "\n\n".join(recovery(part, keep) for part in parts)
+
+
 GENERATED = {        # (page, name of the part): function that returns its text
     ("pruning.md", "experiments/compare.py overview"): overview,
     ("pruning.md", "tests/test_docs.py adaptive"): adaptive_table,
+    ("recover.md", "experiments/recover_report.py keep 0.8"): lambda: recovery_of_methods(0.8),
+    ("recover.md", "experiments/recover_report.py ablations"): lambda: recovery(recover_report.ablation_table),
     ("scaling.md", "results/scaling/report.md errors"): lambda: scaling_table("| cut | law"),
     ("scaling.md", "results/scaling/report.md constants"): lambda: scaling_table("| cut | points"),
 }
@@ -95,6 +108,12 @@ def test_a_generated_part_is_what_the_records_say(name, part):
 def test_comparison_report_is_what_the_records_say():
     written = (RESULTS / "smollm2" / "report.md").read_text()
     assert compare_report.report(compare.read(RESULTS / "smollm2.jsonl"), 0.8) + "\n" == written
+
+
+def test_recovery_report_is_what_the_records_say():
+    written = (RESULTS / "recover" / "report.md").read_text()
+    assert recover_report.text(read_records(RESULTS / "recover.jsonl")) + "\n" == written
+    assert (RESULTS / "recover" / "recovery.png").exists()
 
 
 # -- claims
