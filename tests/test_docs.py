@@ -25,6 +25,8 @@ from experiments import (
     claims_statistics,
     compare,
     compare_report,
+    measure,
+    recover,
     recover_report,
     scaling_curves,
     scaling_laws,
@@ -75,6 +77,16 @@ def recovery(part, *args):
     return part(read_records(RESULTS / "recover.jsonl"), *args)
 
 
+def one_command(part):
+    """A part of what one run of experiments/recover.py measured."""
+    records = {record["tag"]: record for record in read_records(RESULTS / "recover-smollm2.jsonl")}
+    if part == "speed":
+        return f"```text\n{recover.speed_lines(records['speed'])}\n```"
+    stages = {"dense": "dense", "cut and repaired": "cut", "recovered": "recovered"}
+    measured = {label: records[tag] for label, tag in stages.items()}
+    return measure.table(measured) if part == "table" else measure.sample_table(measured)
+
+
 def recovery_of_methods(keep):
     parts = (recover_report.methods_table, recover_report.cost_line, recover_report.paired_table)
     return "\n\n".join(recovery(part, keep) for part in parts)
@@ -83,6 +95,9 @@ def recovery_of_methods(keep):
 GENERATED = {        # (page, name of the part): function that returns its text
     ("pruning.md", "experiments/compare.py overview"): overview,
     ("pruning.md", "tests/test_docs.py adaptive"): adaptive_table,
+    ("recover.md", "results/recover-smollm2.jsonl"): lambda: one_command("table"),
+    ("recover.md", "results/recover-smollm2.jsonl speed"): lambda: one_command("speed"),
+    ("recover.md", "results/recover-smollm2.jsonl samples"): lambda: one_command("samples"),
     ("recover.md", "experiments/recover_report.py keep 0.8"): lambda: recovery_of_methods(0.8),
     ("recover.md", "experiments/recover_report.py ablations"): lambda: recovery(recover_report.ablation_table),
     ("scaling.md", "results/scaling/report.md errors"): lambda: scaling_table("| cut | law"),
