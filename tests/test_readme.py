@@ -27,6 +27,7 @@ from experiments import (
     compare,
     compare_report,
     glassllm,
+    measure,
     recover,
     recover_study,
     scaling,
@@ -279,16 +280,22 @@ def test_findings_about_the_claims():
 
 
 def test_findings_about_a_pretrained_model():
-    mending, width = bullets()[4:6]
+    mending, width, recovered = bullets()[4:7]
     published = min(perplexity(name, 0.8) for name in compare_report.PUBLISHED)
     lower = 1 - perplexity("taylor / measured / mended", 0.8) / published
     assert f"{100 * lower:.0f} % below" in mending
     depth = min(perplexity(name, 0.8) for name in compare_report.DEPTH)
     assert f"{published:.2f} against {depth:.2f}" in width
+    records = {record["tag"]: record for record in read_records(RESULTS / "recover-smollm2.jsonl")}
+    left = measure.against(records["recovered"], records["dense"])
+    assert f"{left.value:.3f} [{left.low:.3f}, {left.high:.3f}] of" in recovered
+    sums = [records[stage]["probe"]["sums"].count("1") for stage in ("recovered", "dense")]
+    assert "{} of 100 two-digit sums against {}".format(*sums) in recovered
 
 
 def test_findings_about_laws_and_speed():
-    law, cutting = bullets()[6:]
+    law = bullets()[7]
+    cutting = (ROOT / "docs" / "speed.md").read_text()
     table = (RESULTS / "scaling" / "report.md").read_text()
     row = re.search(r"\| width \| p2 \|.*", table)[0].split("|")
     assert f"to {row[5].split()[0]} nats on average" in law
@@ -296,7 +303,7 @@ def test_findings_about_laws_and_speed():
         for row in record["rows"]:
             key = "prune stage ÷ none (a cut per 15 steps, a score per 5)"
             if key in row and row["shape"] == "135m":
-                assert f"{row[key]:.3f} times" in cutting
+                assert f"{row[key]:.3f}" in cutting
 
 
 def test_default_run_is_what_the_records_say():
