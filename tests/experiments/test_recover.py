@@ -150,6 +150,6 @@ def test_every_row_is_measured_behind_every_stage_and_only_once(small, monkeypat
     added = read_records("study.jsonl")[len(records):]
     assert [record["cost"]["tokens"] for record in added] == [records[0]["tokens"] // 2]
     report = recover_report.write("study.jsonl")
-    assert "| ShortGPT | cut |" in report and "ours minus" in report
+    assert "| ShortGPT, 0.03M | cut |" in report and "ours minus" in report
     with pytest.raises(UserError, match="holds another study .steps is 2 there and 3 here"):
         recover_study.main(dataclasses.replace(config, steps=3))
