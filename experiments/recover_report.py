@@ -161,18 +161,22 @@ def curve(records):
 
 
 def curve_text(records):
-    """The power law fitted over tokens, and what it says that coming near the dense model takes."""
+    """Every length of training; the power law fitted over them, and what it says that coming near the
+    dense model takes."""
     points = curve(records)
+    dense = dense_of(records)
+    rows = [[f"{tokens:,}", f"{measure.mean_loss(record):.3f}", *cells(record, dense)] for tokens, record in points]
+    lines = [markdown(head(dense, ["tokens", "nats, mean of texts"]), rows), ""]
     if len(points) < 4:
-        return f"The curve has {len(points)} points; a fit of three constants needs at least 4."
+        return "\n".join([*lines, f"A fit of three constants needs at least 4 lengths; there are {len(points)}."])
     lengths = [tokens for tokens, _ in points]
     law = scaling_laws.fit("power", Points.of([{"loss": measure.mean_loss(record), "tokens": tokens}
                                                for tokens, record in points]))
-    dense = measure.mean_loss(dense_of(records))
-    lines = [f"`{law.law.name}` fitted to {len(points)} lengths of training, {lengths[0]:,} to {lengths[-1]:,} tokens "
-             f"(mean over texts; dense: {dense:.3f} nats):", ""]
+    goal = measure.mean_loss(dense)
+    lines += [f"`{law.law.name}` fitted to {len(points)} lengths of training, {lengths[0]:,} to {lengths[-1]:,} tokens "
+              f"(mean over texts; dense: {goal:.3f} nats):", ""]
     for distance in NEAR_DENSE:
-        tokens = float(scaling_laws.tokens_needed(law, dense + distance))
+        tokens = float(scaling_laws.tokens_needed(law, goal + distance))
         amount = f"{tokens:,.0f} tokens" if math.isfinite(tokens) else "no number of tokens"
         lines.append(f"- {distance} nats above the dense model: {amount}")
     return "\n".join(lines)
