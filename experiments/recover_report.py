@@ -197,7 +197,12 @@ def picture(records, path):
                   label=text)
         loss.axhline(dense_loss, color=color, linestyle=":")
     loss.set(xscale="log", xlabel="training tokens behind the cut", ylabel="nats per token (dotted: dense)")
-    loss.legend()
+    lengths = [tokens for tokens, _ in points]
+    loss.set_xticks(lengths, [f"{tokens:,}" for tokens in lengths])
+    loss.minorticks_off()
+    # Room for the legend below the lines.
+    loss.set_ylim(bottom=loss.get_ylim()[0] - 0.5)
+    loss.legend(loc="lower center", ncols=3)
     for name, stages in main_rows(records, config["keeps"][0]).items():
         widths.step(range(len(dense["d_ff"])), stages["cut"]["d_ff"], where="mid", label=name)
     widths.set(xlabel="layer", ylabel="FFN neurons")
