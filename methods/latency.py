@@ -157,8 +157,9 @@ def fit(times):
             costs, error = least_squares(columns, list(times.values()))
     for name in ("neuron", "group"):
         if varied[name] and round(costs[name]) < 1:
-            raise UserError(f"a {name} would cost {costs[name]:.1f} ns of decode time: the timings are "
-                            "noise; try again when the machine is idle, or give another --budget")
+            raise UserError(f"a {name} would cost {costs[name]:.1f} ns of decode time: the timings are noise, or "
+                            "time is no straight line in the widths here; try again when the machine is idle, or "
+                            "give another --budget")
     layer, neuron, group = (max(0, round(costs.get(name, 0))) for name in ("layer", "neuron", "group"))
     return DecodeTime(layer, neuron, group, error)
 
