@@ -100,6 +100,7 @@ GENERATED = {        # (page, name of the part): function that returns its text
     ("recover.md", "results/recover-smollm2.jsonl samples"): lambda: one_command("samples"),
     ("recover.md", "experiments/recover_report.py keep 0.8"): lambda: recovery_of_methods(0.8),
     ("recover.md", "experiments/recover_report.py keep 0.6"): lambda: recovery_of_methods(0.6),
+    ("recover.md", "experiments/recover_report.py speed"): lambda: recovery(recover_report.speed_table),
     ("recover.md", "experiments/recover_report.py curve"): lambda: recovery(recover_report.curve_text),
     ("recover.md", "experiments/recover_report.py ablations"): lambda: recovery(recover_report.ablation_table),
     ("scaling.md", "results/scaling/report.md errors"): lambda: scaling_table("| cut | law"),
