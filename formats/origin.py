@@ -38,17 +38,19 @@ RUN_SETTINGS = ("init", "plan", "preset", "steps", "batch_tokens", "block_size",
 
 
 def read(folder, name, dtype, params):
-    """The origin of the model in a Hugging Face folder. A legal text that is too long, or no UTF-8, is
-    left out, and a sentence says so."""
+    """The origin of the model in a Hugging Face folder. A legal text that is too long, or no UTF-8, or a
+    link out of the folder, is left out, and a sentence says so."""
     files = {}
     for legal in LEGAL:
         path = Path(folder, legal)
-        text = read_text(path) if path.is_file() else None
-        if text is not None:
+        if not path.is_file():
+            continue
+        text = None if leads_out(path) else read_text(path)
+        if text is None:
+            print(f"warning: {path} is no UTF-8 text of at most {LONGEST_FILE:,} bytes in its own folder and is not "
+                  "handed on; add it to an export by hand", file=sys.stderr)
+        else:
             files[legal] = text
-        elif path.is_file():
-            print(f"warning: {path} is no UTF-8 text of at most {LONGEST_FILE:,} bytes and is not handed on; add it "
-                  "to an export by hand", file=sys.stderr)
     return {**NOTHING, "name": as_line(name), "dtype": dtype, "params": params, **read_head(folder), "files": files}
 
 
@@ -56,6 +58,16 @@ def as_line(name):
     """A name as `problem_of` lets it pass: blanks take the place of what is no printable character."""
     name = "".join(character if character.isprintable() else " " for character in printable(name))
     return name[:LONGEST_LINE]
+
+
+def leads_out(path):
+    """Whether a file is a link to another folder: in a model that somebody sent to a private file of the
+    reader's, which an export would publish."""
+    folder = path.parent.resolve()
+    # The hub's cache links snapshots/REVISION/NAME to blobs/DIGEST.
+    blobs = folder.parent.parent / "blobs"
+    real = path.resolve()
+    return real.parent != folder and not (folder.parent.name == "snapshots" and real.parent == blobs)
 
 
 def read_text(path):

@@ -137,6 +137,22 @@ def test_an_origin_that_somebody_sent_is_refused(changes, says, tmp_path):
         checkpoint.load(tmp_path / "m.pt")
 
 
+def test_a_legal_text_is_no_link_to_a_private_file(tmp_path, capsys):
+    (tmp_path / "private").write_text("secret")
+    hub = tmp_path / "models--a--b" / "snapshots" / "123"
+    for folder in (tmp_path / "sent", hub):
+        folder.mkdir(parents=True)
+        (folder / "LICENSE").symlink_to(tmp_path / "private")
+        assert origin.read(folder, "m", None, None)["files"] == {}
+        assert "LICENSE is no UTF-8 text of at most 262,144 bytes in its own folder" in capsys.readouterr().err
+    blobs = hub.parents[1] / "blobs"
+    blobs.mkdir()
+    (blobs / "456").write_text("MIT")
+    (hub / "NOTICE").symlink_to("../../blobs/456")
+    (hub / "LICENSE.md").symlink_to("NOTICE")
+    assert origin.read(hub, "m", None, None)["files"] == {"NOTICE": "MIT", "LICENSE.md": "MIT"}
+
+
 def test_a_name_of_odd_characters_can_be_read_again(tmp_path):
     folder = tmp_path / "my\u00a0model\u200d\t\x1b"
     huggingface.save(folder, GPT(GPTConfig(**SHAPE)), "llama", open_tokenizer("bytes").as_files())
