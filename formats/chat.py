@@ -11,13 +11,16 @@ is learned. As in transformers, a message that spells a special token becomes th
 
 A template comes with a model that somebody sent. It runs in jinja2's sandbox: it reaches no files, no
 network and no attribute that begins with "_", its ranges end at 100,000, a text that it multiplies and
-what it writes at LARGEST characters. It can still waste time: nested loops that write nothing do not
-end, and texts that it joins or pads fill the memory. Then stop the program and look into the template.
+what it writes at LARGEST characters. A jinja2 with known ways out of its sandbox is refused. A template
+can still waste time: nested loops that write nothing do not end, and texts that it joins or pads fill
+the memory. Then stop the program and look into the template.
 The time of day, which a template may ask for, is always TODAY, so that rows do not change.
 """
 import datetime
 import functools
+import importlib.metadata
 import json
+import re
 import secrets
 
 import numpy as np
@@ -25,6 +28,8 @@ import numpy as np
 from common import UserError, first_line
 
 LARGEST = 2**24                      # characters of a rendered chat (our choice)
+# Through the filter "attr" of 3.1.5 a template reads the variables of any module.
+SAFE_JINJA = (3, 1, 6)
 TODAY = datetime.datetime(2024, 7, 26)    # the date that Llama 3's template takes where it can't ask
 
 
@@ -33,7 +38,8 @@ TODAY = datetime.datetime(2024, 7, 26)    # the date that Llama 3's template tak
 @functools.cache
 def environment():
     """-> the jinja2 environment of all templates, and the two texts that stand around what is
-    generated."""
+    generated. Raises UserError if jinja2 is too old."""
+    refuse_unsafe_jinja()
     import jinja2.ext
     import jinja2.sandbox
     # Nobody who writes a message can know these.
@@ -65,11 +71,18 @@ def environment():
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    made = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
-    made.filters["tojson"] = tojson
-    made.globals["raise_exception"] = refuse
-    made.globals["strftime_now"] = TODAY.strftime
-    return made, begin, end
+    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    sandbox.filters["tojson"] = tojson
+    sandbox.globals["raise_exception"] = refuse
+    sandbox.globals["strftime_now"] = TODAY.strftime
+    return sandbox, begin, end
+
+
+def refuse_unsafe_jinja():
+    version = importlib.metadata.version("jinja2")
+    if tuple(map(int, re.findall(r"\d+", version)[:3])) < SAFE_JINJA:
+        raise UserError(f"jinja2 {version} does not hold a chat template in its sandbox; pip install --upgrade jinja2 "
+                        f"to at least {'.'.join(map(str, SAFE_JINJA))}")
 
 
 def is_small(operator, left, right):
@@ -90,7 +103,8 @@ class Template:
         self.text = text
         self.tokens = tokens
         self.where = where
-        self.compiled = self.guarded(lambda: environment()[0].from_string(text))
+        sandbox, _, _ = environment()
+        self.compiled = self.guarded(lambda: sandbox.from_string(text))
 
     def guarded(self, make):
         try:
@@ -100,15 +114,19 @@ class Template:
                             "mend the template, or leave out or mend such rows") from problem
 
     def render(self, messages, add_generation_prompt=False):
-        """Messages -> their text, and where it was generated: [(start, stop), …]."""
+        """Messages -> their text, and where it was generated: [(start, stop), …]. Raises UserError if the
+        template fails."""
         _, begin, end = environment()
         marked = self.guarded(lambda: self.written(messages, add_generation_prompt))
         text, *parts = marked.split(begin)
         spans = []
         for part in parts:
-            generated, _, after = part.partition(end)
+            generated, *after = part.split(end)
+            if len(after) != 1:
+                raise UserError(f"{self.where}: the chat template has {{% generation %}} within another, or changes "
+                                "what stands in it as a whole; mend the template")
             spans.append((len(text), len(text) + len(generated)))
-            text += generated + after
+            text += generated + after[0]
         return text, spans
 
     def written(self, messages, add_generation_prompt):

@@ -30,6 +30,7 @@ FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_
 # q8_0 stores 32 neighbours of a row as integers of 8 bits and one scale in f16: 34 bytes.
 Q8_BLOCK = 32
 Q8_BYTES = 34
+Q8_LARGEST = 127 * 65504             # the largest integer times the largest scale
 
 
 # -- the architecture
@@ -179,8 +180,8 @@ def write_gguf(model, tokenizer, path, dtype="f16", name=None, license=None, bas
     dtype: f32, f16, bf16 or q8_0 for matrices, see `kind_of`; norms and biases stay f32. `name`, `license` and
     `base_model`, the name of the model that this one was made of, are written where they are known.
     Raises UserError if llama.cpp has no architecture or no tokenizer for it, if the vocabulary is
-    larger than the embedding, if a weight is too large for f16, or if 32 does not divide d_model in
-    q8_0."""
+    larger than the embedding, if a weight is too large for f16 or q8_0, or if 32 does not divide
+    d_model in q8_0."""
     if dtype not in FILE_TYPES:
         raise UserError(f"a GGUF is written in {', '.join(FILE_TYPES)}, not {dtype!r}; llama-quantize makes "
                         "others of it")
@@ -262,12 +263,15 @@ def convert(name, tensor, dtype):
     """A tensor -> its bytes in a file of `dtype`."""
     kind = kind_of(tensor, dtype)
     if kind == "q8_0":
-        return quantized(tensor)
-    converted = tensor.detach().to("cpu", DTYPES[kind]).contiguous()
-    if not converted.isfinite().all():
+        # NaN is not at most any number.
+        is_held = tensor.abs().max() <= Q8_LARGEST
+    else:
+        converted = tensor.detach().to("cpu", DTYPES[kind]).contiguous()
+        is_held = converted.isfinite().all()
+    if not is_held:
         raise UserError(f"{name} has an entry of {tensor.abs().max():g}, which {kind} does not hold; give "
                         "bf16 or f32")
-    return converted.view(torch.uint8).numpy()
+    return quantized(tensor) if kind == "q8_0" else converted.view(torch.uint8).numpy()
 
 
 def write_tensor(writer, data):

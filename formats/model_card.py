@@ -35,14 +35,14 @@ def model_card(title, config, origin=NOTHING, dtype="float32", own_code=False, h
 
 
 def head(origin, has_chat):
-    """The front matter, which is YAML. (Every JSON string is one of YAML's.)"""
+    """The front matter, which is YAML. (A JSON string is one of YAML's, but for characters of two \\u.)"""
     lines = ["---"]
     if origin["name"]:
         remark = "" if "/" in origin["name"] else "      # a folder's name: before publishing put the hub's id here"
         lines.append(f"base_model: {json.dumps(origin['name'], ensure_ascii=False)}{remark}")
     for key in ("license", "license_name", "license_link"):
         if origin[key]:
-            lines.append(f"{key}: {json.dumps(origin[key])}")
+            lines.append(f"{key}: {json.dumps(origin[key], ensure_ascii=False)}")
     lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", f"- {PROJECT}"]
     if is_cut(origin):
         lines.append("- pruned")

@@ -38,19 +38,36 @@ RUN_SETTINGS = ("init", "plan", "preset", "steps", "batch_tokens", "block_size",
 
 
 def read(folder, name, dtype, params):
-    """The origin of the model in a Hugging Face folder. A legal text that is too long, or no UTF-8, is
-    left out, and a sentence says so."""
+    """The origin of the model in a Hugging Face folder. A legal text that is too long, or no UTF-8, or a
+    link out of the folder, is left out, and a sentence says so."""
     files = {}
     for legal in LEGAL:
         path = Path(folder, legal)
-        text = read_text(path) if path.is_file() else None
-        if text is not None:
+        if not path.is_file():
+            continue
+        text = None if leads_out(path) else read_text(path)
+        if text is None:
+            print(f"warning: {path} is no UTF-8 text of at most {LONGEST_FILE:,} bytes in its own folder and is not "
+                  "handed on; add it to an export by hand", file=sys.stderr)
+        else:
             files[legal] = text
-        elif path.is_file():
-            print(f"warning: {path} is no UTF-8 text of at most {LONGEST_FILE:,} bytes and is not handed on; add it "
-                  "to an export by hand", file=sys.stderr)
-    name = printable(name).replace("\n", " ").replace("\t", " ")[:LONGEST_LINE]
-    return {**NOTHING, "name": name, "dtype": dtype, "params": params, **read_head(folder), "files": files}
+    return {**NOTHING, "name": as_line(name), "dtype": dtype, "params": params, **read_head(folder), "files": files}
+
+
+def as_line(name):
+    """A name as `problem_of` lets it pass: blanks take the place of what is no printable character."""
+    name = "".join(character if character.isprintable() else " " for character in printable(name))
+    return name[:LONGEST_LINE]
+
+
+def leads_out(path):
+    """Whether a file is a link to another folder: in a model that somebody sent to a private file of the
+    reader's, which an export would publish."""
+    folder = path.parent.resolve()
+    # The hub's cache links snapshots/REVISION/NAME to blobs/DIGEST.
+    blobs = folder.parent.parent / "blobs"
+    real = path.resolve()
+    return real.parent != folder and not (folder.parent.name == "snapshots" and real.parent == blobs)
 
 
 def read_text(path):
@@ -87,7 +104,7 @@ def of_checkpoint(where, saved):
         cut_from = saved.get("run", {}).get("cut_from")
         if not isinstance(license, str) or not isinstance(cut_from, str):
             return None
-        origin = {**NOTHING, "name": Path(cut_from).name, "license": license}
+        origin = {**NOTHING, "name": as_line(Path(cut_from).name), "license": license}
     problem = problem_of(origin)
     if problem:
         raise UserError(f"{where} has {problem} where it says what the model came from; use a file that prune.py or "
@@ -114,14 +131,22 @@ def problem_of(origin):
             return f"the {key} {str(value)[:60]!r}"
     if origin["dtype"] not in (None, *DTYPES):
         return f"the dtype {str(origin['dtype'])[:60]!r}"
-    if origin["params"] is not None and type(origin["params"]) is not int:
-        return f"{str(origin['params'])[:60]!r} parameters"
+    params = origin["params"]
+    if params is not None and (type(params) is not int or params < 1):
+        return f"{str(params)[:60]!r} parameters"
     if not isinstance(origin["files"], dict):
         return f"the files {str(origin['files'])[:60]!r}"
     for name, text in origin["files"].items():
-        if name not in LEGAL or not isinstance(text, str) or len(text) > LONGEST_FILE:
+        if name not in LEGAL or not is_writable(text):
             return f"the file {str(name)[:60]!r}"
     return problem_of_steps(origin["steps"])
+
+
+def is_writable(text):
+    """Whether this is a text of UTF-8 that is not too long."""
+    if not isinstance(text, str) or len(text) > LONGEST_FILE:
+        return False
+    return not re.search("[\ud800-\udfff]", text)            # halves of a character
 
 
 def problem_of_steps(steps):

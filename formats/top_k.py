@@ -63,8 +63,10 @@ def read_index(folder):
         index = json.loads(file.read_bytes())
         if {name: index[name] for name in FORMAT} != FORMAT:
             raise ValueError(f"version {index['version']}")
+        for name in ("block_size", "top", "vocab_size", "samples"):
+            if type(index[name]) is not int or index[name] < 1:
+                raise ValueError(f"{name} {index[name]!r}")
         record_type(index)
-        int(index["samples"])
     except (ValueError, LookupError, TypeError) as problem:
         raise UserError(f"{file} is damaged or of another version ({problem}); delete {folder} and write it "
                         "again") from None
@@ -102,7 +104,7 @@ class CachedTeacher:
         self.samples = self.index["samples"]
         kind = record_type(self.index)
         size = (Path(folder) / "teacher.bin").stat().st_size
-        if size < max(1, self.samples) * kind.itemsize:
+        if size < self.samples * kind.itemsize:
             raise UserError(f"{folder}/teacher.bin has {size:,} bytes, and {self.samples} samples take "
                             f"{self.samples * kind.itemsize:,}; delete {folder} and write it again")
         self.records = np.memmap(Path(folder) / "teacher.bin", kind, mode="r", shape=(self.samples,))
@@ -122,7 +124,8 @@ class CachedTeacher:
 
     def read(self, first, count):
         """What is known at the samples `first` … first + count - 1: a TopK of (count, T, k) and
-        (count, T). Raises Damaged for a record that is not what was written."""
+        (count, T). Raises Damaged for a record that is not what was written, or that no teacher can have
+        written."""
         records = self.records[first:first + count]
         for number, record in enumerate(records, first):
             if record["digest"] != digest_of(record):
@@ -130,7 +133,13 @@ class CachedTeacher:
         probs = torch.from_numpy(records["log_probs"].astype(np.float32)).exp_()
         tail = torch.from_numpy(records["tail"].copy())
         # Rounded to float16, they may sum to more than one.
-        probs *= ((1 - tail) / probs.sum(-1))[..., None]
+        sums = probs.sum(-1)
         indices = torch.from_numpy(records["indices"].astype(np.int64))
-        return TopK(indices, probs, tail, torch.from_numpy(records["target"].copy()),
-                    self.index["vocab_size"])
+        target = torch.from_numpy(records["target"].copy())
+        # A digest tells damage, not intent. NaN fails each of these.
+        are_probabilities = (sums > 0) & (sums < 2) & (tail >= 0) & (tail <= 1) & (target < 1e-3) & target.isfinite()
+        if not are_probabilities.all() or (indices >= self.index["vocab_size"]).any():
+            raise Damaged(f"samples {first} to {first + count - 1} in {self.folder} hold no probabilities of "
+                          f"{self.index['vocab_size']} tokens; delete the folder and write it again")
+        probs *= ((1 - tail) / sums)[..., None]
+        return TopK(indices, probs, tail, target, self.index["vocab_size"])

@@ -23,8 +23,8 @@ def distil_(small, model, windows, steps=100, lr=1e-3, seed=0, dtype=None, micro
     `micro_batch` of them, in an order by `seed`. `dtype` is that of the products.
 
     A layer that is gone trains nothing; the next one makes up for it. Memory: the two models'
-    streams of all windows, N · T · C values each, and one block with gradients and Adam's
-    moments."""
+    streams of all windows in front of a layer and behind it, N · T · C values each, and one block
+    with gradients and Adam's moments."""
     windows = windows.to(model.embed.weight.device)
     walk = Walk(model, windows.size(1), dtype)
     generator = torch.Generator().manual_seed(seed)

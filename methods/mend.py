@@ -38,6 +38,12 @@ def kept_channels(model, layer, kind, kept):
     return channels_of(kept.to(w.device), w.size(1) // model.config.widths()[layer, kind])
 
 
+def ridge_size(gram, damping):
+    """λ = damping · mean of the diagonal of a Gram matrix in float64, and above 0 if no unit put out
+    anything."""
+    return (damping * gram.diagonal().mean()).clamp(min=torch.finfo(gram.dtype).tiny)
+
+
 # -- least squares, all sub-blocks in one pass
 
 def mended(w, gram, kept, damping=0.01):
@@ -50,7 +56,7 @@ def mended(w, gram, kept, damping=0.01):
     is_gone[kept] = False
     gone = is_gone.nonzero().flatten()
     g_ss = g[kept][:, kept]
-    g_ss.diagonal().add_(damping * g.diagonal().mean())
+    g_ss.diagonal().add_(ridge_size(g, damping))
     change = torch.linalg.solve(g_ss, g[kept][:, gone] @ w[:, gone].double().T)       # (kept, C)
     return w[:, kept] + change.T.to(w.dtype)
 
@@ -97,7 +103,8 @@ def mend_sequentially_(small, model, windows, dtype=None, micro_batch=4):
 
     The first sub-block comes first, so that the next one sees the stream as it really arrives: X
     of the cut model, Y of the dense one (the refit of Putri and of Týr-the-Pruner). Memory: the two
-    models' streams of all windows, N · T · C values each, and one Gram matrix."""
+    models' streams of all windows in front of a sub-block and those of one of them behind it, N · T · C
+    values each, and a few Gram matrices of one sub-block."""
     if len(windows) < HOLD_OUT:
         raise UserError(f"sequential mending fits to some windows and tries on others, and {len(windows)} are too "
                         f"few; give --windows {HOLD_OUT} or, better, many more")
@@ -161,7 +168,7 @@ def ridge(gram, cross, held_gram, held_cross):
 def solved(gram, cross, damping):
     """(gram + λ I)^-1 cross, in float64."""
     gram = gram.to(torch.float64, copy=True)
-    gram.diagonal().add_(damping * gram.diagonal().mean())
+    gram.diagonal().add_(ridge_size(gram, damping))
     return torch.linalg.solve(gram, cross.double())
 
 

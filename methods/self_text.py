@@ -261,7 +261,8 @@ def main(settings):
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     write_atomic(settings.out, lambda file: file.write(lines.encode()))
     seconds = time.perf_counter() - begin
-    print(f"{len(rows):,} rows in {settings.out}, {settings.tokens / seconds:,.0f} tokens a second")
+    written = sum(len(ids) for _, ids in texts)
+    print(f"{len(rows):,} rows in {settings.out}, {written / seconds:,.0f} tokens a second")
 
 
 if __name__ == "__main__":

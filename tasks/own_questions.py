@@ -8,9 +8,10 @@ They ask what a small model knows: which number is larger, which verb agrees, op
 places, uses, orders, facts, what comes next. They are no benchmark; compare models that answered
 the same ones.
 
-No answer can be told without its question. The right choice stands equally often at each place. The
-wrong choices of a question are the right ones of other questions of its kind, so that neither length
-nor frequency gives an answer away (tests/tasks/test_own_questions.py measures a guesser by length).
+No answer can be told without its question. The right choice stands equally often at each place. Where
+answers are words, the wrong choices of a question are the right ones of others of its kind; numbers
+and verbs are near one another. So neither length nor frequency gives an answer away
+(tests/tasks/test_own_questions.py measures guessers by length and alphabet).
 """
 import json
 import random

@@ -257,8 +257,8 @@ def is_right(item, continuation):
 def commonest_share(items):
     """The share of items that a model gets right which always gives the answer that is right most
     often."""
-    (_, most), = Counter(item.answer for item in items).most_common(1)
-    return most / len(items)
+    (_, count), = Counter(item.answer for item in items).most_common(1)
+    return count / len(items)
 
 
 def probe(model, tokenizer, count=100, seed=0, text=None, batch_tokens=None):

@@ -6,6 +6,8 @@ answered the same questions.
 Two models that answer the same questions differ much less by chance than two independent shares
 would. Their difference is therefore bootstrapped over questions: a resample draws as many questions
 with replacement and keeps both models' answers together (the paired bootstrap, percentile interval).
+A resample of questions that both models answer alike shows no difference: then the interval has no
+width, however few these questions are.
 """
 import math
 from typing import NamedTuple
@@ -47,8 +49,9 @@ class Pair(NamedTuple):
 
 def paired(correct, reference, resamples=RESAMPLES, seed=0):
     """Compare two models: two lists of bool, an entry for each question -> Pair, with intervals of
-    95 %. The ratio is NaN if a resample may hold no question that the reference answers rightly.
-    Raises ValueError if the lists differ in length."""
+    95 %. The ratio is NaN if one of the resamples holds no question that the reference answers
+    rightly. That is about certain with up to 7 such questions and rare with 12 or more. Raises
+    ValueError if the lists differ in length or are empty."""
     correct = np.asarray(correct, bool)
     reference = np.asarray(reference, bool)
     if len(correct) != len(reference) or not len(correct):

@@ -1,4 +1,5 @@
 """formats/chat.py against transformers: the ids of chats, which of them are learned; and templates that mean harm."""
+import importlib.metadata
 import json
 import math
 
@@ -146,11 +147,22 @@ def test_evaluation_counts_the_answers_alone():
     ("{{ '%999999999d' % 1 }}", "not allowed"),
     ("{% for i in range(99999) %}{{ 'a' * 999 }}{% endfor %}", "writes more than"),
     ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+    ("{% generation %}a{% generation %}b{% endgeneration %}c{% endgeneration %}", "within another"),
+    ("{{ ('{0.__globals__[json]}'|attr('format'))(raise_exception) }}", "SecurityError"),
     ("{% if %}", "TemplateSyntaxError")])
 def test_a_template_that_means_harm_is_a_sentence(template, message):
     tokenizer = open_tokenizer("toy", byte_level(template))
     with pytest.raises(UserError, match=message):
         data.chat.encode(tokenizer, {"messages": say("a", "b")})
+
+
+def test_a_jinja_that_templates_can_leave_is_refused(monkeypatch):
+    monkeypatch.setattr(data.chat, "environment", data.chat.environment.__wrapped__)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.1.5")
+    with pytest.raises(UserError, match="^jinja2 3.1.5 does not hold .*; pip install --upgrade jinja2 to .* 3.1.6"):
+        data.chat.Template(PLAIN, {}, "toy")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.2rc1")
+    assert data.chat.Template(PLAIN, {}, "toy").text == PLAIN
 
 
 def test_what_is_missing_is_named(tmp_path):

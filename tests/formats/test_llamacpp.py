@@ -141,6 +141,14 @@ def test_rounded_files_hold_the_rounded_matrices_and_pass_by_their_tolerance(dty
     assert check_gguf(path, model.float(), dtype="f32") <= 1e-3
 
 
+def test_q8_0_refuses_what_its_scale_does_not_hold(tmp_path):
+    model = GPT(shape(d_model=64))
+    with torch.no_grad():
+        model.blocks[0].ffn.gate.weight[0, 0] = 1e7
+    with pytest.raises(UserError, match="has an entry of 1e[+]07, which q8_0 does not hold; give bf16 or f32"):
+        write_gguf(model, BYTES, tmp_path / "model.gguf", "q8_0")
+
+
 @pytest.mark.parametrize("changes", [dict(d_model=64, d_ff=(96, 33, 0)), EVEN | dict(d_model=64, qk_norm=True)])
 def test_q8_0_is_the_library_s_and_what_llama_cpp_computes_with(changes, tmp_path):
     model, path = wild(shape(**changes)), tmp_path / "model.gguf"

@@ -125,7 +125,9 @@ def test_a_checkpoint_from_before_has_its_license(tmp_path):
     ({"files": {"config.json": "x"}}, "the file 'config.json'"),
     ({"files": {"LICENSE": b"x"}}, "the file 'LICENSE'"), ({"files": {"LICENSE": "x" * 2**19}}, "the file 'LICENSE'"),
     ({"files": ["LICENSE"]}, "the files"), ({"name": "a\n---\nb"}, "the name"), ({"license": 3}, "the license '3'"),
-    ({"dtype": "int8"}, "the dtype 'int8'"), ({"params": True}, "'True' parameters"), ({"more": 1}, "{'name'"),
+    ({"dtype": "int8"}, "the dtype 'int8'"), ({"params": True}, "'True' parameters"),
+    ({"params": -5}, "'-5' parameters"), ({"files": {"LICENSE": "a\ud800"}}, "the file 'LICENSE'"),
+    ({"more": 1}, "{'name'"),
     ({"steps": [1]}, "no list of settings"), ({"steps": [{"a": torch.ones(1)}]}, "no plain values"),
     ({"steps": [{"a": "x" * 2**17}]}, "steps of 131,0.. characters")])
 def test_an_origin_that_somebody_sent_is_refused(changes, says, tmp_path):
@@ -135,11 +137,37 @@ def test_an_origin_that_somebody_sent_is_refused(changes, says, tmp_path):
         checkpoint.load(tmp_path / "m.pt")
 
 
+def test_a_legal_text_is_no_link_to_a_private_file(tmp_path, capsys):
+    (tmp_path / "private").write_text("secret")
+    hub = tmp_path / "models--a--b" / "snapshots" / "123"
+    for folder in (tmp_path / "sent", hub):
+        folder.mkdir(parents=True)
+        (folder / "LICENSE").symlink_to(tmp_path / "private")
+        assert origin.read(folder, "m", None, None)["files"] == {}
+        assert "LICENSE is no UTF-8 text of at most 262,144 bytes in its own folder" in capsys.readouterr().err
+    blobs = hub.parents[1] / "blobs"
+    blobs.mkdir()
+    (blobs / "456").write_text("MIT")
+    (hub / "NOTICE").symlink_to("../../blobs/456")
+    (hub / "LICENSE.md").symlink_to("NOTICE")
+    assert origin.read(hub, "m", None, None)["files"] == {"NOTICE": "MIT", "LICENSE.md": "MIT"}
+
+
+def test_a_name_of_odd_characters_can_be_read_again(tmp_path):
+    folder = tmp_path / "my\u00a0model\u200d\t\x1b"
+    huggingface.save(folder, GPT(GPTConfig(**SHAPE)), "llama", open_tokenizer("bytes").as_files())
+    model, about = checkpoint.load(folder)
+    checkpoint.save(tmp_path / "m.pt", model, run={"tokenizer": "bytes"}, origin=origin.hand_on(about))
+    assert checkpoint.load(tmp_path / "m.pt")[1]["origin"]["name"] == "my model  \\x1b"
+
+
 def test_a_card_says_what_strangers_wrote_as_quotations_only():
     sly = "x\n---\nlicense: mit\n```\n<b>`"
     steps = [{"command": "prune.py", "data": [sly], "score": sly}, {"command": "train.py", "plan": sly, "done": sly}]
     text = model_card("m", GPTConfig(**SHAPE), {**origin.NOTHING, "name": sly, "license": sly, "steps": steps})
     front, body = text.removeprefix("---\n").split("\n---\n", 1)
     assert yaml.safe_load(front)["license"] == sly and yaml.safe_load(front)["base_model"] == sly
+    wide = model_card("m", GPTConfig(**SHAPE), {**origin.NOTHING, "license": "\U0001d40c"})
+    assert yaml.safe_load(wide.split("---\n")[1])["license"] == "\U0001d40c"
     fences = [line for line in body.splitlines() if line.strip().startswith("```")]
     assert len(fences) == 8 and not any(line.startswith(("---", "license:", "<b>")) for line in body.splitlines())

@@ -146,6 +146,24 @@ def test_sequential_mending_changes_nothing_where_nothing_went_and_ends_nearer_t
     assert sequential < one_pass and sequential < .9 * none
 
 
+@pytest.mark.parametrize("how", ["least-squares", "sequential"])
+def test_a_sub_block_that_puts_out_nothing_stays_as_it_is(how):
+    model, _ = new(WITH_HOLES["all"])
+    with torch.no_grad():
+        for name, p in model.blocks[0].ffn.named_parameters():
+            if not name.startswith("down"):
+                p.zero_()
+    alive = {key: torch.arange(n)[::2] for key, n in model.config.widths().items()}
+    small, batches = prune.cut(model, alive), text(model.config, 4)
+    before = small.blocks[0].ffn.down.weight.clone()
+    if how == "sequential":
+        mend.mend_sequentially_(small, model, torch.cat([x for x, _ in batches]))
+    else:
+        mend.mend_by_least_squares_(small, model, alive, score.collect(model, batches, {"gram"}).gram)
+    assert torch.equal(small.blocks[0].ffn.down.weight, before)
+    assert all(p.isfinite().all() for p in small.parameters())
+
+
 @pytest.mark.parametrize("kind", ["ffn", "kv"])
 @pytest.mark.parametrize("kept", [[0, 2], []])
 def test_bias_puts_the_mean_in_the_place_of_what_went(kind, kept):
