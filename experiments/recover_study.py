@@ -64,11 +64,11 @@ class Study:
     unseen: tuple[str, ...] = ("texts/handbook.jsonl",)
     questions: tuple[str, ...] = ("own",)    # files of questions
     limit: int = 500              # questions of each file
-    eval_windows: int = 8         # of 2,048 tokens of each text
+    eval_windows: int = 4         # of 2,048 tokens of each text
     windows: int = 64             # of calibration, 256 tokens each
     steps: int = 16               # of training, 4,096 tokens each
-    longer: tuple[int, ...] = (4, 8, 32, 64)    # other numbers of steps, for the curve over tokens
-    local_steps: int = 100        # of each block
+    longer: tuple[int, ...] = (4, 8, 64)    # other numbers of steps, for the curve over tokens
+    local_steps: int = 32         # of each block
     seed: int = 0
 
 
