@@ -233,5 +233,7 @@ def test_every_row_is_measured_behind_every_stage_and_only_once(small, monkeypat
     assert [record["cost"]["tokens"] for record in added] == [records[0]["tokens"] // 2]
     report = recover_report.write("study.jsonl")
     assert "| ShortGPT, 0.03M | cut |" in report and "ours minus" in report
-    with pytest.raises(UserError, match="holds another study .steps is 2 there and 3 here"):
-        recover_study.main(dataclasses.replace(config, steps=3))
+    for changes, words in ((dict(steps=3), "steps is 2 there and 3 here"), (dict(unseen=()), "texts is"),
+                           (dict(keeps=(.7, .6)), "keeps is")):
+        with pytest.raises(UserError, match=f"holds another study .{words}"):
+            recover_study.main(dataclasses.replace(config, **changes))
