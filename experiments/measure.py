@@ -47,14 +47,14 @@ class Protocol:
     limit: int = 500                 # questions of each file
     probe_items: int = 100           # of each kind
     seed: int = 0                    # of probe items and samples
-    asked: dict = field(default_factory=dict, compare=False)     # {file: [Question]}, read once
+    questions_of: dict = field(default_factory=dict, compare=False)    # {file: [Question]}, read once
 
     def read(self):
         """The same protocol with its questions in memory. Raises UserError for a file that holds
         none, and for two of one name."""
         refuse_one_name(self.questions)
         for file in self.questions:
-            self.asked[Path(file).stem] = questions.read_questions(file)[:self.limit]
+            self.questions_of[short_name(file)] = questions.read_questions(file)[:self.limit]
         return self
 
 
@@ -129,8 +129,8 @@ def measure(model, tokenizer, texts, protocol, only_losses=False):
               "losses": losses(model, tokenizer, texts.test, protocol.windows)}
     if not only_losses:
         record["questions"] = {}
-        for file, asked in protocol.asked.items():
-            answers = questions.multiple_choice(model, tokenizer, asked, progress=False)
+        for file, rows in protocol.questions_of.items():
+            answers = questions.multiple_choice(model, tokenizer, rows, progress=False)
             record["questions"][file] = {metric: bits(answers["correct"][metric]) for metric in ("acc", "acc_norm")}
         answers = probe(model, tokenizer, protocol.probe_items, protocol.seed)
         record["probe"] = {kind: bits(result["correct"]) for kind, result in answers.items()}

@@ -153,11 +153,11 @@ def sources(config):
     if config.data:
         return config.data
     folder = Path("data_cache/texts")
-    wanted = [name for name in DEFAULT_TEXTS if not (folder / f"{name}.jsonl").exists()]
-    if wanted:
-        print(f"fetching {', '.join(wanted)} into {folder}", flush=True)
+    missing = [name for name in DEFAULT_TEXTS if not (folder / f"{name}.jsonl").exists()]
+    if missing:
+        print(f"fetching {', '.join(missing)} into {folder}", flush=True)
         try:
-            texts.main(texts.Texts(str(folder), tuple(wanted)))
+            texts.main(texts.Texts(str(folder), tuple(missing)))
         except UserError as problem:
             raise UserError(f"{problem}; or give your own texts by --data") from None
     return ("stdlib", *[str(folder / f"{name}.jsonl") for name in DEFAULT_TEXTS])
@@ -237,13 +237,13 @@ def choose(work, model):
                             work.config.seed)
     # Questions that are not reported: those behind the first `limit` of each file.
     limit = work.protocol.limit
-    asked = []
+    unreported = []
     for file in work.protocol.questions:
-        asked += questions.read_questions(file)[limit:limit + CHOICE_QUESTIONS]
+        unreported += questions.read_questions(file)[limit:limit + CHOICE_QUESTIONS]
     dtype = prune.measuring_dtype(Prune(), model, work.device)
     resource = prune.resource_of(next(iter(named.values())), model)
-    best, tried = candidates.choose(model, named, batches, work.texts.validation, work.tokenizer, asked, dtype,
-                                    resource)
+    best, tried = candidates.choose(model, named, batches, work.texts.validation, work.tokenizer,
+                                    unreported, dtype, resource)
     print(candidates.table(tried, best), flush=True)
     return {"recipe": best.name, "losses": {candidate.name: candidate.losses for candidate in tried}}
 
@@ -370,7 +370,7 @@ def figures_of(work):
                f"The model was calibrated and trained on other documents of {seen}."]
     if work.texts.unseen:
         remarks.append(f"It was neither calibrated nor trained on {', '.join(work.texts.unseen)}.")
-    remarks += [f"Questions: {', '.join(protocol.asked)}, at most {protocol.limit} of each.",
+    remarks += [f"Questions: {', '.join(protocol.questions_of)}, at most {protocol.limit} of each.",
                 "Intervals are paired bootstraps over these questions, for one model and one seed.",
                 f"The last columns are a generative probe of {protocol.probe_items} items of each kind."]
     parts = [measure.table(records), " ".join(remarks), "Greedy continuations:",

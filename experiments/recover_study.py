@@ -133,7 +133,7 @@ def open_work(config):
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     work = Work(config, dense, tokenizer, corpus, texts, protocol, read_records(config.out))
     identity = {"model": checkpoint.fingerprint(dense)[:16], "fingerprint": corpus.fingerprint,
-                "questions": {name: len(asked) for name, asked in protocol.asked.items()},
+                "questions": {name: len(rows) for name, rows in protocol.questions_of.items()},
                 "texts": list(texts.test), "unseen": list(texts.unseen), "keeps": list(config.keeps)}
     for name in ("limit", "eval_windows", "windows", "steps", "local_steps", "seed"):
         identity[name] = getattr(config, name)
