@@ -14,6 +14,7 @@ length follows from the measured seconds of a step, so another machine trains on
 and the card says on how many.
 """
 import dataclasses
+import shlex
 import shutil
 import statistics
 import time
@@ -257,7 +258,7 @@ def command_of(settings):
             continue
         words.append(f"--{setting.name.replace('_', '-')}")
         words += map(str, value) if isinstance(value, tuple) else [str(value)]
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def training(work, steps=None):

@@ -3,6 +3,7 @@ on; what was chosen and what is reported share no document."""
 import dataclasses
 import json
 import math
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import checkpoint
 import export
 import prune
 import train
-from common import UserError, read_records
+from common import UserError, parse, read_records
 from experiments import candidates, measure, recover, recover_report, recover_study
 from formats import gguf_export, huggingface, llamacpp
 from formats.tokenizer import open_tokenizer
@@ -108,6 +109,13 @@ def test_what_would_end_the_command_late_is_refused_first(small, monkeypatch):
     with pytest.raises(UserError, match="transformers, .* is not installed: pip install"):
         recover.main(recovery(out="never"))
     assert not Path("never").exists()
+
+
+def test_a_printed_command_makes_the_same_settings():
+    config = recovery("my model", data=("animals.jsonl:2", "my text.jsonl"))
+    for recipe in recover.recipes(config, config.data).values():
+        recipe = recover.with_repair(recipe, config)
+        assert parse(prune.Prune, shlex.split(recover.command_of(recipe))) == recipe
 
 
 @pytest.mark.parametrize("name", recover.RECIPES)
