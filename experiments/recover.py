@@ -5,7 +5,8 @@
 
 It chooses among a few recipes, cuts, mends, distils each block, trains the smaller model against the
 large one (plan recover), measures what that model can do before and after, and exports it: OUT/hf for
-transformers, OUT/model.gguf and OUT/model-q8_0.gguf for llama.cpp, both with a model card's figures.
+transformers, with a model card that holds the figures, and OUT/model.gguf and OUT/model-q8_0.gguf for
+llama.cpp.
 
 Every step leaves its record in OUT/recover.jsonl or its folder in OUT. The same command goes on
 behind the last of them; the training goes on inside (train.py). `--minutes` is the time of the whole
@@ -413,8 +414,9 @@ def make_all(config):
     """`main`, with the folder held."""
     work, model = open_work(config)
     dense = measured(work, "dense", config.model, "measuring the dense model")
-    print(f"that took {dense['seconds']:.0f} s; three such measurements, the cut and the export leave the rest of "
-          f"{config.minutes:g} minutes to the training", flush=True)
+    if config.steps is None:
+        print(f"that took {dense['seconds']:.0f} s; three such measurements, the cut and the export leave the rest of "
+              f"{config.minutes:g} minutes to the training", flush=True)
     folder = cut(work, model)
     del model
     measured(work, "cut", folder, "measuring the cut model")
@@ -424,7 +426,8 @@ def make_all(config):
     print(printable(f"\n{figures}\n"), flush=True)
     speed = exports(work, figures)
     made = [name for name in ("hf", "model.gguf", "model-q8_0.gguf") if (work.out / name).exists()]
-    print(f"{speed_lines(speed)}\n{work.out}: {', '.join(made)}; {work.minutes_of_call:.0f} minutes of this call")
+    print(printable(f"{speed_lines(speed)}\n{work.out}: {', '.join(made)}; {work.minutes_of_call:.0f} minutes of this "
+                    "call"))
 
 
 if __name__ == "__main__":
