@@ -47,7 +47,7 @@ from common import (
 )
 from experiments import candidates, measure, texts
 from experiments.measure import Protocol
-from formats import llamacpp
+from formats import gguf_export, llamacpp
 from prune import Prune
 from tasks import questions
 from train import Train
@@ -326,7 +326,11 @@ def exports(work, figures):
         print("no GGUF: pip install xllamacpp, and run the same command again", flush=True)
         return {}
     export_once(export.Export(source, str(work.out / "model.gguf"), "gguf"))
-    export_once(export.Export(source, str(work.out / "model-q8_0.gguf"), "gguf", "q8_0"))
+    width = checkpoint.load(source, "meta")[0].config.d_model
+    if width % gguf_export.Q8_BLOCK:
+        print(f"no model-q8_0.gguf: {gguf_export.Q8_BLOCK} does not divide the model's rows of {width}", flush=True)
+    else:
+        export_once(export.Export(source, str(work.out / "model-q8_0.gguf"), "gguf", "q8_0"))
     dense = work.out / "dense.gguf"
     export_once(export.Export(work.config.model, str(dense), "gguf"))
     return work.journal.once("speed", lambda: speeds(work), "measuring llama.cpp's speed")
@@ -349,7 +353,7 @@ def export_once(config, figures=None):
 def speeds(work):
     """Tokens per second of llama.cpp, in rounds that run the files in turns: medians, and ratios to the dense
     model's within a round."""
-    files = ("dense.gguf", "model.gguf", "model-q8_0.gguf")
+    files = [name for name in ("dense.gguf", "model.gguf", "model-q8_0.gguf") if (work.out / name).exists()]
     rates = {name: [] for name in files}
     for _ in range(SPEED_ROUNDS):
         for name in files:

@@ -25,9 +25,9 @@ from model import GPT, GPTConfig
 def folder(tmp_path_factory):
     """A Hugging Face folder of a random model whose tokenizer is the bytes, and two texts beside it."""
     folder = tmp_path_factory.mktemp("recover")
-    for name, context in {"dense": 1024, "of-512": 512}.items():
+    for name, context, d_model in (("dense", 1024, 32), ("of-512", 512, 32), ("narrow", 1024, 36)):
         torch.manual_seed(3)
-        model = GPT(GPTConfig(260, context, 32, 8, n_head=(4, 4, 4), n_kv_head=(2, 2, 2), d_ff=(64, 64, 64)))
+        model = GPT(GPTConfig(260, context, d_model, 8, n_head=(4, 4, 4), n_kv_head=(2, 2, 2), d_ff=(64, 64, 64)))
         (folder / name).mkdir()
         huggingface.save(folder / name, model, "llama", open_tokenizer("bytes").as_files())
     for name, words in {"animals": "the cat and the dog", "weather": "rain today, sun tomorrow"}.items():
@@ -176,6 +176,14 @@ def test_a_killed_command_goes_on_from_every_step(small, monkeypatch):
         for part in ("params", "losses", "questions", "probe", "samples"):
             assert again[tag][part] == whole[tag][part]
     assert {file.name for file in Path("killed").rglob(".*")} == {".lock"}
+
+
+def test_a_model_that_q8_0_does_not_hold_has_its_other_files(small, capsys):
+    recover.main(recovery("narrow", out="narrow-0.7", choose=False))
+    assert "no model-q8_0.gguf: 32 does not divide the model's rows of 36" in capsys.readouterr().out
+    assert Path("narrow-0.7/model.gguf").exists() and not Path("narrow-0.7/model-q8_0.gguf").exists()
+    speed = read_records("narrow-0.7/recover.jsonl")[-1]
+    assert speed["tag"] == "speed" and speed["files"].keys() == {"dense.gguf", "model.gguf"}
 
 
 @pytest.mark.parametrize("context", [1024, 512])
