@@ -47,13 +47,14 @@ class Protocol:
     limit: int = 500                 # questions of each file
     probe_items: int = 100           # of each kind
     seed: int = 0                    # of probe items and samples
-    asked: dict = field(default_factory=dict, compare=False)     # {file: [Question]}, read once
+    questions_of: dict = field(default_factory=dict, compare=False)    # {file: [Question]}, read once
 
     def read(self):
         """The same protocol with its questions in memory. Raises UserError for a file that holds
-        none."""
+        none, and for two of one name."""
+        refuse_one_name(self.questions)
         for file in self.questions:
-            self.asked[Path(file).stem] = questions.read_questions(file)[:self.limit]
+            self.questions_of[short_name(file)] = questions.read_questions(file)[:self.limit]
         return self
 
 
@@ -70,7 +71,8 @@ def halves(tokens, eot):
 
 def open_texts(corpus, unseen, tokenizer):
     """The texts of a corpus (data.load_mixture) and of the sources `unseen`: -> Texts. Raises
-    UserError if a part is shorter than a window."""
+    UserError if two have one name, or if a part is too short to predict a token of it."""
+    refuse_one_name((*corpus.domains, *unseen))
     validation = {}
     test = {}
     for name, held_out in corpus.domains.items():
@@ -79,10 +81,20 @@ def open_texts(corpus, unseen, tokenizer):
         whole = data.load(name, tokenizer)
         # Nothing of this text was seen, so the larger side serves as well as the hold-out.
         test[short_name(name)] = np.concatenate((whole.val[0:len(whole.val)], whole.train[0:len(whole.train)]))
-    for name, tokens in test.items():
-        if len(tokens) < 2:
-            raise UserError(f"the test half of {name!r} has {len(tokens)} tokens; give a longer text")
+    for part, texts in (("validation half", validation), ("test text", test)):
+        for name, tokens in texts.items():
+            if len(tokens) < 2:
+                raise UserError(f"the {part} of {name!r} has {len(tokens)} tokens; give a longer text")
     return Texts(validation, test, tuple(map(short_name, unseen)))
+
+
+def refuse_one_name(sources):
+    """Raise UserError if two sources are called alike in tables: one would hide the other."""
+    names = [short_name(source) for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two of {', '.join(map(str, sources))} are called {name!r} in tables; rename one file, or "
+                            "leave one out")
 
 
 def short_name(source):
@@ -117,8 +129,8 @@ def measure(model, tokenizer, texts, protocol, only_losses=False):
               "losses": losses(model, tokenizer, texts.test, protocol.windows)}
     if not only_losses:
         record["questions"] = {}
-        for file, asked in protocol.asked.items():
-            answers = questions.multiple_choice(model, tokenizer, asked, progress=False)
+        for file, rows in protocol.questions_of.items():
+            answers = questions.multiple_choice(model, tokenizer, rows, progress=False)
             record["questions"][file] = {metric: bits(answers["correct"][metric]) for metric in ("acc", "acc_norm")}
         answers = probe(model, tokenizer, protocol.probe_items, protocol.seed)
         record["probe"] = {kind: bits(result["correct"]) for kind, result in answers.items()}

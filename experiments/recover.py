@@ -5,14 +5,18 @@
 
 It chooses among a few recipes, cuts, mends, distils each block, trains the smaller model against the
 large one (plan recover), measures what that model can do before and after, and exports it: OUT/hf for
-transformers, OUT/model.gguf and OUT/model-q8_0.gguf for llama.cpp, both with a model card's figures.
+transformers, with a model card that holds the figures, and OUT/model.gguf and OUT/model-q8_0.gguf for
+llama.cpp.
 
 Every step leaves its record in OUT/recover.jsonl or its folder in OUT. The same command goes on
 behind the last of them; the training goes on inside (train.py). `--minutes` is the time of the whole
-command. The training gets what the other steps leave: its length follows from the measured seconds of
-a step, so another machine trains on more or fewer tokens, and the card says on how many.
+command, the recorded steps of earlier calls included. The training gets what the other steps leave: its
+length follows from the measured seconds of a step, so another machine trains on more or fewer tokens,
+and the card says on how many.
 """
 import dataclasses
+import shlex
+import shutil
 import statistics
 import time
 from dataclasses import dataclass
@@ -38,11 +42,12 @@ from common import (
     pick_device,
     printable,
     read_records,
+    refuse_idle,
     run,
 )
 from experiments import candidates, measure, texts
 from experiments.measure import Protocol
-from formats import llamacpp
+from formats import gguf_export, llamacpp
 from prune import Prune
 from tasks import questions
 from train import Train
@@ -62,7 +67,8 @@ RECIPES = {
     "widths": dict(score="taylor", allocate="global"),
     "widths, by layer": dict(score="taylor", allocate="adaptive"),
     "layers, then widths": dict(score="taylor", structure="layer,ffn,kv", layer_share=0.25),
-    "layers": dict(score="influence", structure="layer"),
+    # Whole layers have no widths to round.
+    "layers": dict(score="influence", structure="layer", multiple_of=1),
 }
 FIRST = next(iter(RECIPES))
 
@@ -94,6 +100,8 @@ class Journal:
         self.file = Path(folder) / "recover.jsonl"
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.records = {record["tag"]: record for record in read_records(self.file)}
+        # What the steps of earlier calls took.
+        self.earlier_seconds = sum(record.get("seconds", 0) for record in self.records.values())
         if "config" not in self.records:
             self.add("config", **identity)
         recorded = self.records["config"]
@@ -129,11 +137,16 @@ class Work:
     texts: measure.Texts
     protocol: Protocol
     device: str
-    start: float                  # when the command began, seconds of time.perf_counter
+    start: float                  # when this call began, seconds of time.perf_counter
+
+    @property
+    def minutes_of_call(self):
+        return (time.perf_counter() - self.start) / 60
 
     @property
     def minutes_gone(self):
-        return (time.perf_counter() - self.start) / 60
+        """Those of this call and of the recorded steps of earlier ones."""
+        return self.minutes_of_call + self.journal.earlier_seconds / 60
 
 
 def sources(config):
@@ -142,11 +155,11 @@ def sources(config):
     if config.data:
         return config.data
     folder = Path("data_cache/texts")
-    wanted = [name for name in DEFAULT_TEXTS if not (folder / f"{name}.jsonl").exists()]
-    if wanted:
-        print(f"fetching {', '.join(wanted)} into {folder}", flush=True)
+    missing = [name for name in DEFAULT_TEXTS if not (folder / f"{name}.jsonl").exists()]
+    if missing:
+        print(f"fetching {', '.join(missing)} into {folder}", flush=True)
         try:
-            texts.main(texts.Texts(str(folder), tuple(wanted)))
+            texts.main(texts.Texts(str(folder), tuple(missing)))
         except UserError as problem:
             raise UserError(f"{problem}; or give your own texts by --data") from None
     return ("stdlib", *[str(folder / f"{name}.jsonl") for name in DEFAULT_TEXTS])
@@ -159,6 +172,10 @@ def open_work(config):
     device = pick_device(config.device)
     names = sources(config)
     model, about = checkpoint.load(config.model, device, torch.float32)
+    for recipe in recipes(config, names).values():
+        recipe = with_repair(recipe, config)
+        prune.check(recipe)
+        prune.check_fits(recipe, model, device)
     tokenizer = checkpoint.tokenizer_of(model, about, config.model)
     corpus = data.load_mixture(names, tokenizer, block_size=CALIBRATION_BLOCK)
     test_texts = measure.open_texts(corpus, config.unseen, tokenizer)
@@ -190,10 +207,12 @@ def cut(work, model):
     folder = work.out / "cut"
     chosen = work.journal.once("choice", lambda: choose(work, model), "trying the recipes")
     if not checkpoint.newest(folder):
-        recipe = dataclasses.replace(recipes(work.config, work.config.data)[chosen["recipe"]], mend="local",
-                                     local_steps=work.config.local_steps, out=str(folder))
+        recipe = with_repair(recipes(work.config, work.config.data)[chosen["recipe"]], work.config)
+        recipe = dataclasses.replace(recipe, out=str(folder))
         print(f"cut: python prune.py {command_of(recipe)}", flush=True)
+        begin = time.perf_counter()
         prune.main(recipe)
+        work.journal.add("prune", seconds=time.perf_counter() - begin)
     return folder
 
 
@@ -206,6 +225,11 @@ def recipes(config, texts):
     return named if config.choose else {FIRST: named[FIRST]}
 
 
+def with_repair(recipe, config):
+    """The recipe as the cut that stays is made: with local distillation, which is too long for all of them."""
+    return dataclasses.replace(recipe, mend="local", local_steps=config.local_steps)
+
+
 def choose(work, model):
     """The recipe that goes on: the record of its name."""
     named = recipes(work.config, work.config.data)
@@ -215,13 +239,13 @@ def choose(work, model):
                             work.config.seed)
     # Questions that are not reported: those behind the first `limit` of each file.
     limit = work.protocol.limit
-    asked = []
+    unreported = []
     for file in work.protocol.questions:
-        asked += questions.read_questions(file)[limit:limit + CHOICE_QUESTIONS]
+        unreported += questions.read_questions(file)[limit:limit + CHOICE_QUESTIONS]
     dtype = prune.measuring_dtype(Prune(), model, work.device)
     resource = prune.resource_of(next(iter(named.values())), model)
-    best, tried = candidates.choose(model, named, batches, work.texts.validation, work.tokenizer, asked, dtype,
-                                    resource)
+    best, tried = candidates.choose(model, named, batches, work.texts.validation, work.tokenizer,
+                                    unreported, dtype, resource)
     print(candidates.table(tried, best), flush=True)
     return {"recipe": best.name, "losses": {candidate.name: candidate.losses for candidate in tried}}
 
@@ -235,7 +259,7 @@ def command_of(settings):
             continue
         words.append(f"--{setting.name.replace('_', '-')}")
         words += map(str, value) if isinstance(value, tuple) else [str(value)]
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def training(work, steps=None):
@@ -249,13 +273,15 @@ def steps_that_fit(work):
     The first micro-batch warms up and is not counted."""
     if work.config.steps:
         return {"steps": work.config.steps}
-    settings = train.fit_to(training(work), checkpoint.load(work.config.model, "meta")[0].config.block_size)
+    context = checkpoint.load(work.config.model, "meta")[0].config.block_size
+    settings = train.fit_to(training(work), context)
+    block_size = settings.block_size or context
     student, _ = checkpoint.load(work.out / "cut", work.device, torch.float32)
     teacher, _ = checkpoint.load(work.config.model, work.device, torch.float32)
     distill.freeze(teacher)
     dtype = train.dtype_for(settings, student.config, work.device)
     objective = distill.Objective(student, settings.kd_weight, settings.kd_temperature)
-    x = torch.randint(student.config.vocab_size, (settings.micro_batch, settings.block_size), device=work.device)
+    x = torch.randint(student.config.vocab_size, (settings.micro_batch, block_size), device=work.device)
     seconds = []
     for _ in range(3):
         begin = time.perf_counter()
@@ -266,18 +292,22 @@ def steps_that_fit(work):
         loss.backward()
         loss.item()                  # waits for a GPU
         seconds.append(time.perf_counter() - begin)
-    micro_steps = settings.batch_tokens // (settings.micro_batch * settings.block_size)
+    micro_steps = settings.batch_tokens // (settings.micro_batch * block_size)
     per_step = min(seconds[1:]) * micro_steps
     behind = work.journal.records["dense"]["seconds"] / 60 + RESERVE * work.config.minutes
     left = work.config.minutes - work.minutes_gone - behind
     steps = max(MIN_STEPS, int(left * 60 / per_step))
-    return {"steps": steps, "seconds_per_step": per_step, "batch_tokens": settings.batch_tokens}
+    return {"steps": steps, "seconds_per_step": per_step, "batch_tokens": settings.batch_tokens,
+            "minutes": work.config.minutes}
 
 
 def recover(work):
     """Train OUT/cut back, in OUT/recovered."""
     plan = work.journal.once("training", lambda: steps_that_fit(work), "measuring the seconds of a step")
     settings = training(work, plan["steps"])
+    if plan.get("minutes", work.config.minutes) != work.config.minutes:
+        print(f"--minutes {work.config.minutes:g} comes too late: the training has had {plan['steps']} steps since "
+              f"--minutes {plan['minutes']:g}; for another length give another --out", flush=True)
     if "seconds_per_step" in plan:
         print(f"train: {plan['steps']} steps of {plan['batch_tokens']:,} tokens, about "
               f"{plan['steps'] * plan['seconds_per_step'] / 60:.0f} minutes: python train.py {command_of(settings)}",
@@ -296,21 +326,34 @@ def exports(work, figures):
         print("no GGUF: pip install xllamacpp, and run the same command again", flush=True)
         return {}
     export_once(export.Export(source, str(work.out / "model.gguf"), "gguf"))
-    export_once(export.Export(source, str(work.out / "model-q8_0.gguf"), "gguf", "q8_0"))
+    width = checkpoint.load(source, "meta")[0].config.d_model
+    if width % gguf_export.Q8_BLOCK:
+        print(f"no model-q8_0.gguf: {gguf_export.Q8_BLOCK} does not divide the model's rows of {width}", flush=True)
+    else:
+        export_once(export.Export(source, str(work.out / "model-q8_0.gguf"), "gguf", "q8_0"))
     dense = work.out / "dense.gguf"
     export_once(export.Export(work.config.model, str(dense), "gguf"))
     return work.journal.once("speed", lambda: speeds(work), "measuring llama.cpp's speed")
 
 
 def export_once(config, figures=None):
-    if not Path(config.out).exists():
-        export.main(config, figures)
+    """Export, unless it is done. What has the final name is whole and checked."""
+    out = Path(config.out)
+    if out.exists():
+        return
+    # What a killed call left.
+    for leftover in out.parent.glob(f".{out.name}.*.tmp"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+    export.main(config, figures)
 
 
 def speeds(work):
     """Tokens per second of llama.cpp, in rounds that run the files in turns: medians, and ratios to the dense
     model's within a round."""
-    files = ("dense.gguf", "model.gguf", "model-q8_0.gguf")
+    files = [name for name in ("dense.gguf", "model.gguf", "model-q8_0.gguf") if (work.out / name).exists()]
     rates = {name: [] for name in files}
     for _ in range(SPEED_ROUNDS):
         for name in files:
@@ -333,7 +376,7 @@ def figures_of(work):
                f"The model was calibrated and trained on other documents of {seen}."]
     if work.texts.unseen:
         remarks.append(f"It was neither calibrated nor trained on {', '.join(work.texts.unseen)}.")
-    remarks += [f"Questions: {', '.join(protocol.asked)}, at most {protocol.limit} of each.",
+    remarks += [f"Questions: {', '.join(protocol.questions_of)}, at most {protocol.limit} of each.",
                 "Intervals are paired bootstraps over these questions, for one model and one seed.",
                 f"The last columns are a generative probe of {protocol.probe_items} items of each kind."]
     parts = [measure.table(records), " ".join(remarks), "Greedy continuations:",
@@ -357,22 +400,38 @@ def check(config):
     check_positive(config, ("minutes", "steps", "limit", "windows", "local_steps"))
     if not 0 < config.keep < 1:
         raise UserError(f"--keep {config.keep} must be between 0 and 1")
+    if not config.questions:
+        raise UserError("--questions is empty; name at least one file of questions, or own")
+    if config.steps is not None:
+        refuse_idle(config, ("minutes",), f"with --steps {config.steps}")
+    if find_spec("transformers") is None:
+        raise UserError("transformers, which checks the export, is not installed: pip install transformers")
 
 
 def main(config):
     check(config)
+    with checkpoint.locked(Path(config.out)):
+        make_all(config)
+
+
+def make_all(config):
+    """`main`, with the folder held."""
     work, model = open_work(config)
     dense = measured(work, "dense", config.model, "measuring the dense model")
-    print(f"that took {dense['seconds']:.0f} s; three such measurements, the cut and the export leave the rest of "
-          f"{config.minutes:g} minutes to the training", flush=True)
+    if config.steps is None:
+        print(f"that took {dense['seconds']:.0f} s; three such measurements, the cut and the export leave the rest of "
+              f"{config.minutes:g} minutes to the training", flush=True)
     folder = cut(work, model)
     del model
     measured(work, "cut", folder, "measuring the cut model")
     measured(work, "recovered", recover(work), "measuring the recovered model")
     figures = figures_of(work)
+    # First, as a model may have no GGUF: then the export ends the command.
+    print(printable(f"\n{figures}\n"), flush=True)
     speed = exports(work, figures)
-    print(printable(f"\n{figures}\n{speed_lines(speed)}\n{work.out}: hf, model.gguf, model-q8_0.gguf; "
-                    f"{work.minutes_gone:.0f} minutes of this call"))
+    made = [name for name in ("hf", "model.gguf", "model-q8_0.gguf") if (work.out / name).exists()]
+    print(printable(f"{speed_lines(speed)}\n{work.out}: {', '.join(made)}; {work.minutes_of_call:.0f} minutes of this "
+                    "call"))
 
 
 if __name__ == "__main__":

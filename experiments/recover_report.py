@@ -89,12 +89,12 @@ def methods_table(records, keep):
 
 def compared(first, second, parts):
     """First minus second: the mean loss, and the share of right answers of each part, paired."""
-    cells = [f"{measure.mean_loss(first) - measure.mean_loss(second):+.3f}"]
+    columns = [f"{measure.mean_loss(first) - measure.mean_loss(second):+.3f}"]
     for part in parts:
         pair = statistics.paired(measure.correct_answers(first, part), measure.correct_answers(second, part))
         difference = pair.difference
-        cells.append(f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]")
-    return cells
+        columns.append(f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]")
+    return columns
 
 
 def paired_table(records, keep):

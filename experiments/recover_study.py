@@ -64,11 +64,11 @@ class Study:
     unseen: tuple[str, ...] = ("texts/handbook.jsonl",)
     questions: tuple[str, ...] = ("own",)    # files of questions
     limit: int = 500              # questions of each file
-    eval_windows: int = 8         # of 2,048 tokens of each text
+    eval_windows: int = 4         # of 2,048 tokens of each text
     windows: int = 64             # of calibration, 256 tokens each
     steps: int = 16               # of training, 4,096 tokens each
-    longer: tuple[int, ...] = (4, 8, 32, 64)    # other numbers of steps, for the curve over tokens
-    local_steps: int = 100        # of each block
+    longer: tuple[int, ...] = (4, 8, 64)    # other numbers of steps, for the curve over tokens
+    local_steps: int = 32         # of each block
     seed: int = 0
 
 
@@ -133,15 +133,15 @@ def open_work(config):
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     work = Work(config, dense, tokenizer, corpus, texts, protocol, read_records(config.out))
     identity = {"model": checkpoint.fingerprint(dense)[:16], "fingerprint": corpus.fingerprint,
-                "questions": {name: len(asked) for name, asked in protocol.asked.items()}}
+                "questions": {name: len(rows) for name, rows in protocol.questions_of.items()},
+                "texts": list(texts.test), "unseen": list(texts.unseen), "keeps": list(config.keeps)}
     for name in ("limit", "eval_windows", "windows", "steps", "local_steps", "seed"):
         identity[name] = getattr(config, name)
     settings = train.fit_to(Train(init=config.model), dense.config.block_size)
     identity["tokens"] = config.steps * settings.batch_tokens
     recorded = work.find(tag="config")
     if recorded is None:
-        work.add(tag="config", **identity, texts=list(texts.test), unseen=list(texts.unseen),
-                 methods=list(CUTS), keeps=list(config.keeps), torch=str(torch.__version__))
+        work.add(tag="config", **identity, methods=list(CUTS), torch=str(torch.__version__))
         return work
     for name, value in identity.items():
         if recorded[name] != value:

@@ -149,7 +149,8 @@ def write(config, settings, model, corpus, identity, folder):
         index = top_k.read_index(folder)
         top_k.refuse_another(folder, index, identity)
         samples = index["samples"]
-    else:
+    elif {file.name for file in folder.iterdir()} - {".lock", "teacher.bin"}:
+        # Records alone are what a call left that was killed in front of its first index.
         checkpoint.refuse_existing(folder)
     T = settings.block_size
     kind = top_k.record_type(identity)

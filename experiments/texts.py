@@ -23,6 +23,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tarfile
 import tempfile
 import textwrap
@@ -34,6 +35,7 @@ from common import UserError, first_line, parse, run, write_atomic
 
 SHORTEST = 200               # characters of a document; shorter ones are links to others
 SECONDS = 600                # for one package to arrive
+ZSTD = b"\x28\xb5\x2f\xfd"   # what Ubuntu compresses its packages with begins so
 # Lines of a page that lead to other pages.
 NAVIGATION = re.compile(r"^((Prev|Next)(\d.*|Chapter.*|Appendix.*)?|Up|Home|Download the ebook|"
                         r"The Debian Administrator's Handbook|Last updated .*|‹.*|.* ›)$", re.MULTILINE)
@@ -158,12 +160,16 @@ def fetch(source, folder, temporary):
 
 
 def documents_of(path, source):
-    """The documents of a package in the order of their names. Raises UserError if it is damaged or holds
-    none."""
+    """The documents of a package in the order of their names. Raises UserError if it is damaged, holds
+    none or is compressed in a way that this Python does not read."""
     try:
         content = path.read_bytes()
         if path.suffix == ".deb":
             content = data_of_deb(content)
+        if content.startswith(ZSTD) and sys.version_info < (3, 14):
+            raise UserError(f"{path.name} is compressed with zstd, as Ubuntu's packages are, which Python reads only "
+                            f"from 3.14 on: get Debian's from {source.page}, put it into the folder as {source.file} "
+                            "and run again")
         texts = {}
         with tarfile.open(fileobj=io.BytesIO(content)) as archive:
             for member in archive:

@@ -28,6 +28,7 @@ from experiments import (
     measure,
     recover,
     recover_report,
+    recover_study,
     scaling_curves,
     scaling_laws,
 )
@@ -132,6 +133,63 @@ def test_recovery_report_is_what_the_records_say():
     written = (RESULTS / "recover" / "report.md").read_text()
     assert recover_report.text(read_records(RESULTS / "recover.jsonl")) + "\n" == written
     assert (RESULTS / "recover" / "recovery.png").exists()
+
+
+def test_the_recorded_study_is_the_default_one():
+    recorded = recover_report.config_of(read_records(RESULTS / "recover.jsonl"))
+    usual = recover_study.Study("smollm2")
+    for name in ("limit", "eval_windows", "windows", "steps", "local_steps", "seed"):
+        assert recorded[name] == getattr(usual, name), name
+    assert recorded["keeps"] == list(usual.keeps)
+    lengths = {tokens for tokens, _ in recover_report.curve(read_records(RESULTS / "recover.jsonl"))}
+    assert lengths == {steps * recorded["tokens"] // recorded["steps"] for steps in (usual.steps, *usual.longer)}
+
+
+def test_what_recover_md_says_about_one_command():
+    text = prose("recover.md")
+    records = {record["tag"]: record for record in read_records(RESULTS / "recover-smollm2.jsonl")}
+    left = [round(100 * value) for value in measure.against(records["recovered"], records["dense"])]
+    assert "Of the dense model's questions {} % are left, between {} and {} %".format(*left) in text
+    rise = records["recovered"]["losses"]["handbook"] - records["dense"]["losses"]["handbook"]
+    assert f"its perplexity is {math.exp(rise):.2f} times the dense model's" in text
+    training = records["training"]
+    assert f"to train on {training['steps'] * training['batch_tokens']:,} tokens" in text
+    minutes = [f"{records[tag]['seconds'] / 60:.0f}" for tag in ("dense", "choice")]
+    assert "{} to measure the dense model, {} to try four recipes".format(*minutes) in text
+    files = records["speed"]["files"]
+    assert f"the file is {files['model.gguf']['bytes'] / files['dense.gguf']['bytes']:.2f} times as large" in text
+
+
+def test_what_recover_md_says_about_the_study():
+    text = prose("recover.md")
+    records = read_records(RESULTS / "recover.jsonl")
+    dense = recover_report.dense_of(records)
+    rows = recover_report.main_rows(records, 0.8)
+    ours = rows["ours"]
+    other = {(record["name"], record["stage"]): record for record in recover_report.models(records)}
+
+    def apart(stage, name):
+        return abs(measure.mean_loss(ours[stage]) - measure.mean_loss(other[name, stage]))
+
+    worse = measure.mean_loss(rows["ShortGPT"]["cut"]) - measure.mean_loss(ours["cut"])
+    assert f"at {math.exp(worse):.2f} times the perplexity" in text
+    mending = [f"{apart(stage, 'not mended'):.3f}" for stage in ("cut", "recovered")]
+    assert "Mending is worth {} nats before training, and {} after it".format(*mending) in text
+    assert f"is {apart('cut', 'one-pass least squares'):.3f} nats better than one pass" in text
+    assert f"is worth {apart('recovered', 'no local repair'):.3f} nats after training" in text
+    assert f"cross-entropy alone ends {apart('recovered', 'cross-entropy alone'):.3f} nats away" in text
+    for stage in ("cut", "local", "recovered"):
+        for name in dense["losses"]:
+            assert min(rows, key=lambda row: rows[row][stage]["losses"][name]) == "ours"
+    assert max(measure.against(stages["recovered"], dense).value for stages in rows.values()) < 0.95
+
+    teacher = next(record for record in records if record["tag"] == "teacher")
+    assert f"{teacher['bytes'] / teacher['tokens']:.0f} bytes a token" in text
+    assert f"writing {teacher['tokens']:,} tokens took {teacher['seconds']:.0f} seconds" in text
+    live = other["live teacher", "recovered"]
+    seconds = [f"{record['cost']['seconds']:.0f}" for record in (ours["recovered"], live)]
+    assert "took {} seconds instead of {} with a live teacher".format(*seconds) in text
+    assert f"the two ended {apart('recovered', 'live teacher'):.4f} nats apart" in text
 
 
 # -- claims
@@ -578,8 +636,6 @@ def write():
         return f"```python\n{match[1]}```\n{shown}"
 
     write_page("walkthrough.md", BLOCK.sub(filled, text))
-
-
     write_line_counts()
 
 

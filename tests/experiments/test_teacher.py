@@ -107,6 +107,8 @@ def test_processes_read_the_rows_of_their_batches(folder, world, micro_batch):
 
 def test_interrupted_and_extended_is_the_whole(folder, tmp_path, monkeypatch):
     shutil.copytree(folder / "model", tmp_path / "model")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "teacher.bin").write_bytes(b"killed in front of the first index")
     write(tmp_path, "cache", tokens=6 * T)
     before = top_k.CachedTeacher(tmp_path / "cache").fingerprint()
     with open(tmp_path / "cache" / "teacher.bin", "ab") as file:
@@ -127,6 +129,8 @@ def test_interrupted_and_extended_is_the_whole(folder, tmp_path, monkeypatch):
     assert same[0] == same[1] and top_k.CachedTeacher(tmp_path / "cache").fingerprint() == before
     write(tmp_path, "cache", tokens=T)                                       # nothing is taken away
     assert top_k.CachedTeacher(tmp_path / "cache").samples == 24
+    with pytest.raises(UserError, match="model is there already"):
+        write(tmp_path, "model")
 
 
 @pytest.mark.parametrize("settings, words", [

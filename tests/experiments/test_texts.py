@@ -2,6 +2,7 @@
 import io
 import json
 import lzma
+import sys
 import tarfile
 
 import pytest
@@ -21,9 +22,12 @@ def archive(members):
 
 
 def deb(members):
-    data = lzma.compress(archive(members))
+    return ar({"debian-binary": b"2.0", "data.tar.xz": lzma.compress(archive(members))})
+
+
+def ar(members):
     content = b"!<arch>\n"
-    for name, part in (("debian-binary", b"2.0"), ("data.tar.xz", data)):
+    for name, part in members.items():
         content += f"{name:16}{0:<12}{0:<6}{0:<6}{0:<8}{len(part):<10}`\n".encode() + part + b"\n" * (len(part) % 2)
     return content
 
@@ -52,4 +56,11 @@ def test_packages_become_rows_and_nothing_else_is_written(tmp_path, capsys, monk
 def test_a_damaged_package_is_named(tmp_path):
     (tmp_path / "jargon-text_1.deb").write_bytes(b"!<arch>\nnonsense")
     with pytest.raises(UserError, match="jargon-text_1.deb is damaged"):
+        texts.main(texts.Texts(str(tmp_path), ("jargon",)))
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="Python reads zstd")
+def test_an_ubuntu_package_is_not_called_damaged(tmp_path):
+    (tmp_path / "jargon-text_1.deb").write_bytes(ar({"debian-binary": b"2.0", "data.tar.zst": texts.ZSTD + b"0" * 60}))
+    with pytest.raises(UserError, match="compressed with zstd, .* get Debian's from https://packages.debian.org/jargon"):
         texts.main(texts.Texts(str(tmp_path), ("jargon",)))
