@@ -148,8 +148,11 @@ def test_the_recorded_study_is_the_default_one():
 def test_what_recover_md_says_about_one_command():
     text = prose("recover.md")
     records = {record["tag"]: record for record in read_records(RESULTS / "recover-smollm2.jsonl")}
-    left = [round(100 * value) for value in measure.against(records["recovered"], records["dense"])]
-    assert "Of the dense model's questions {} % are left, between {} and {} %".format(*left) in text
+    left = measure.against(records["recovered"], records["dense"])
+    assert ("has {:.2f} of the dense model's score on questions, between {:.2f} and {:.2f}".format(*left)) in text
+    chance = float(re.search(r"Guessing would get (0\.\d+)", text)[1])
+    beyond = [measure.share(records[stage], "questions") - chance for stage in ("recovered", "dense")]
+    assert f"Beyond guessing the smaller model has {beyond[0] / beyond[1]:.2f}" in text
     rise = records["recovered"]["losses"]["handbook"] - records["dense"]["losses"]["handbook"]
     assert f"its perplexity is {math.exp(rise):.2f} times the dense model's" in text
     training = records["training"]
