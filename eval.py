@@ -11,7 +11,8 @@ The protocol. A row of a .jsonl or .parquet file is a document of its own, which
 closes; any other file is read as it is. The text is cut into windows of block_size + 1 tokens. The
 first token of a window is only context; the model predicts each of the others from those before it
 in the window. Without --stride, `windows` of the windows are read: they are evenly spaced, do not
-overlap and are always the same. With --stride s, a window starts every s tokens over the whole text.
+overlap and are always the same. The sources of a mixture that the model was trained on share them,
+and each has a loss of its own. With --stride s, a window starts every s tokens over the whole text.
 The first window counts all of its predictions, every other window its last s, so that each of these
 has at least block_size - s tokens of context. Tokens behind the last window are left out.
 
@@ -59,7 +60,7 @@ class Eval:
     checkpoint: str               # ckpt_*.pt, the folder of a run, a Hugging Face folder or a hub id
     data: tuple[str, ...] = ()    # texts: files or folders; default: training's hold-out, unless there are questions
     block_size: int | None = None    # tokens of context; default: what training had, with --data at most 2,048
-    windows: int = 256            # windows of the hold-out, evenly spaced; 0: all
+    windows: int = 256            # windows of the hold-outs of training, evenly spaced; 0: all
     stride: int = 0               # start a window every so many tokens of the whole text; 0: `windows` of them
     batch: int = 32               # windows per forward pass
     multiple_choice: tuple[str, ...] = ()    # files of questions: JSON lines, BIG-bench's task.json; or own
@@ -197,8 +198,8 @@ def read_lines(name):
 
 
 def hold_out(config, tokenizer, about):
-    """The hold-out of the model's training: (token ids (N,), its name). Raises UserError if there is
-    none, or if it is not the one of its training."""
+    """The hold-outs of the model's training: {source: token ids (N,)}. Raises UserError if there are
+    none, or if they are not those of its training."""
     trained = about.get("run", {})
     if "data" not in trained:
         raise UserError(f"{config.checkpoint} does not say what it was trained on; give a text by "
@@ -208,7 +209,7 @@ def hold_out(config, tokenizer, about):
         raise UserError(f"{trained['data']!r} here (fingerprint {corpus.fingerprint}) is not the "
                         f"corpus that the model was trained on ({trained['fingerprint']}), so its "
                         "hold-out may have been trained on; give a text by --data")
-    return corpus.val, f"hold-out of {corpus.name}"
+    return corpus.domains
 
 
 def dtype_name(model):
@@ -217,13 +218,18 @@ def dtype_name(model):
 
 
 def print_loss(config, model, tokenizer, about):
-    """Print a line for each text of --data, or one for the hold-out."""
+    """Print the loss of each text of --data, or of each hold-out."""
     context = model.config.block_size
     if not config.data:
-        tokens, name = hold_out(config, tokenizer, about)
+        sources = hold_out(config, tokenizer, about)
         # A given model may have been trained on shorter windows than its context.
         trained = about["run"].get("block_size") if config.block_size is None else None
-        print_line(config, model, tokenizer, about, tokens, name, min(context, trained or context), config.windows)
+        T = min(context, trained or context)
+        windows = config.windows
+        if windows > 0:
+            windows = max(1, windows // len(sources))        # as train.py shares them
+        for source, tokens in sources.items():
+            print_line(config, model, tokenizer, about, tokens, f"hold-out of {source}", T, windows)
         return
     # All texts are read before the first is measured, so that a bad one is refused at once.
     texts = {name: read_tokens(name, tokenizer) for name in config.data}
@@ -351,8 +357,9 @@ def main(config):
     if config.sample:
         print_sample(config, model, tokenizer)
     if config.against:
-        # Two models at a time are more than a small machine may hold.
-        del model
+        # Two models at a time are more than a small machine may hold. A checkpoint's `about` has Adam's
+        # moments, which take twice the memory of its model.
+        del model, about
         print_against(config, answers)
 
 

@@ -177,6 +177,17 @@ def test_several_texts_in_windows_of_2048_where_they_are_long_enough(tmp_path, m
         evaluated(capsys, tmp_path / "m.pt", data=names, block_size=64)
 
 
+def test_the_hold_out_is_read_in_the_windows_of_training(tmp_path, model, capsys):
+    """A given model may have a longer context."""
+    corpus = data.load("stdlib")
+    run = {"tokenizer": "bytes", "data": "stdlib", "fingerprint": corpus.fingerprint, "block_size": 8}
+    save(tmp_path / "m.pt", model, run=run)
+    assert "24 tokens in windows of 8," in evaluated(capsys, tmp_path / "m.pt", windows=3)
+    assert "48 tokens in windows of 16," in evaluated(capsys, tmp_path / "m.pt", windows=3, block_size=16)
+    save(tmp_path / "old.pt", model, run=run | {"block_size": None})
+    assert "48 tokens in windows of 16," in evaluated(capsys, tmp_path / "old.pt", windows=3)
+
+
 def test_two_models_are_compared_question_by_question(tmp_path, capsys):
     config = GPTConfig(**{**CONFIG.__dict__, "block_size": 1024})
     some = questions.read_questions("own")[:50]
