@@ -23,7 +23,7 @@ import report
 import schedule
 import train
 from common import UserError, read_records
-from formats import huggingface
+from formats import huggingface, origin
 from formats.tokenizer import open_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -769,6 +769,13 @@ def test_help_and_a_misspelled_flag_are_answered_in_the_file_s_own_words():
         done = subprocess.run([sys.executable, ROOT / "train.py", *words], capture_output=True, text=True)
         assert done.returncode == code and answer in done.stdout + done.stderr
         assert code == 0 or len(done.stderr.splitlines()) == 1
+
+
+def test_a_teacher_knows_where_its_model_came_from(tmp_path):
+    came_from = {**origin.NOTHING, "name": "organisation/model", "license": "mit"}
+    folder = checkpoint.RunFolder(tmp_path, {"tokenizer": "bytes"}, {}, 1, {}, writes=True, origin=came_from)
+    path = folder.save_teacher(models.GPT(models.preset("toy", 256)[0]), 3)
+    assert checkpoint.load(path)[1]["origin"] == came_from
 
 
 def test_keeps_the_last_two_checkpoints_and_the_teacher(tmp_path):
