@@ -722,7 +722,7 @@ def check(corpus, block_size):
     """-> corpus. Raises UserError if its train or val side holds no window."""
     total = sum(corpus.documents)
     for side, tokens, count in zip(("train", "val"), (corpus.train, corpus.val), corpus.documents):
-        windows(tokens, block_size, f"{side} ({count} of the corpus's {total} documents)")
+        windows(tokens, block_size, f"{side} ({count} of {total} documents of {corpus.name!r})")
     return corpus
 
 

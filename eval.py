@@ -7,14 +7,15 @@ and small tasks that it answers; and a sample of its text.
     python eval.py runs/cut --multiple-choice own --probe --against SmolLM2-135M
     python eval.py SmolLM2-135M --tasks arc_easy,hellaswag,piqa
 
-The protocol. A row of a .jsonl or .parquet file is a document of its own, which the end-of-text token
-closes; any other file is read as it is. The text is cut into windows of block_size + 1 tokens. The
-first token of a window is only context; the model predicts each of the others from those before it
-in the window. Without --stride, `windows` of the windows are read: they are evenly spaced, do not
-overlap and are always the same. The sources of a mixture that the model was trained on share them,
-and each has a loss of its own. With --stride s, a window starts every s tokens over the whole text.
-The first window counts all of its predictions, every other window its last s, so that each of these
-has at least block_size - s tokens of context. Tokens behind the last window are left out.
+The protocol. A row of a .jsonl or .parquet file, and each file of a folder, is a document of its
+own, which the end-of-text token closes; any other file is read as it is. The text is cut into
+windows of block_size + 1 tokens. The first token of a window is only context; the model predicts
+each of the others from those before it in the window. Without --stride, `windows` of the windows are
+read: they are evenly spaced, do not overlap and are always the same. The sources of a mixture that
+the model was trained on share them, and each has a loss of its own. With --stride s, a window starts
+every s tokens over the whole text. The first window counts all of its predictions, every other
+window its last s, so that each of these has at least block_size - s tokens of context. Tokens behind
+the last window are left out.
 
 A loss is the mean over the counted tokens; of chats only the answers count (formats/chat.py). The
 model runs in the dtype of its weights, and the log-softmax in float32 (float64 for float64 weights).
@@ -322,12 +323,13 @@ def print_answers(config, model, tokenizer):
     questions were answered rightly."""
     # Only here: no other command needs them.
     from tasks import probe, questions
+    # Read first, so that a bad text is refused before any question is asked.
+    text = read_lines(config.data[0]) if config.probe and config.data else None
     print(f"{config.checkpoint}, {dtype_name(model)}:")
     answers = {}
     if config.multiple_choice:
         answers |= questions.print_choices(config, model, tokenizer)
     if config.probe:
-        text = read_lines(config.data[0]) if config.data else None
         answers |= probe.print_probe(config, model, tokenizer, text)
     if config.tasks:
         questions.print_tasks(config, model, tokenizer)
@@ -349,6 +351,9 @@ def main(config):
     if has_questions:
         from tasks import questions
         questions.check(config)
+    if config.against:
+        # A misspelled name is an error now, and not when the first model has answered.
+        load(config.against, "meta", block_size=config.block_size)
     model, about = open_model(config)
     tokenizer = tokenizer_of(model, about, config.checkpoint)
     answers = print_answers(config, model, tokenizer) if has_questions else {}

@@ -381,7 +381,7 @@ def test_plan_recover_needs_no_other_setting(tmp_path, given, capsys, monkeypatc
                     min_lr=train.RECOVER_LR / 10, eval_growth=2)
     assert {name: config[name] for name in expected} == expected
     assert state.teacher is not None and [r["step"] for r in report.records(tmp_path / "run")["eval"]] == [0, 12]
-    assert re.search(r"\n +[\d.]+%|\n? *100%.*\| 12/12 .*tok/s", printed.err) and "\r" not in printed.err
+    assert re.search(r"^100%.*\| 12/12 .*tok/s", printed.err, re.M) and "\r" not in printed.err
     assert re.search(r" 0\.00\d+ epochs", printed.out)
     assert train.resolve(train.Train(plan="recover", init="x", eval_every=5), "cpu").eval_growth == 1
 
