@@ -143,6 +143,10 @@ def test_rows_are_the_documents_that_data_py_counts(tmp_path):
     assert bytes(tokens.tolist()) == b"".join(text.encode() + end for text in texts if text)
     corpus = data.load(str(tmp_path / "rows.jsonl"), cache=None)
     assert sorted(tokens) == sorted([*corpus.train[:], *corpus.val[:]])
+    (tmp_path / "folder").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "folder" / f"{number}.txt").write_bytes(text.encode())
+    assert evaluation.read_tokens(str(tmp_path / "folder"), tokenizer).tolist() == tokens.tolist()
     for content, sentence in (('{"text": ""}\n', "holds no text"), ('{"x": 1}\n', "rows.jsonl:1 has no text in field")):
         (tmp_path / "rows.jsonl").write_text(content)
         with pytest.raises(UserError, match=sentence):

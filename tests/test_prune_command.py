@@ -116,7 +116,7 @@ def test_every_recipe_meets_its_budget_and_loads(command, trained, recipe, tmp_p
 
 
 @pytest.mark.parametrize("parts, how, name, layer_score, iterations", [
-    ("layer", "adaptive", "taylor", "influence", 1), ("layer", "uniform-strict", "wanda", "perplexity", 2),
+    ("layer", "adaptive", "taylor", "influence", 2), ("layer", "uniform-strict", "wanda", "perplexity", 2),
     ("sublayer", "measured", "activation", "influence", 1), ("layer", "global", "flap", "influence", 1)])
 def test_layers_and_widths_in_one_recipe_are_two_recipes_after_each_other(parts, how, name, layer_score, iterations,
                                                                           capsys):
@@ -188,7 +188,12 @@ def test_sub_blocks_that_went_are_made_up_for_and_every_cut_looks_back(command, 
     monkeypatch.setattr(prune.local, "distil_", lambda small, model, *a, **k: calls.append("distil"))
     command("twice", keep=.5, iterations=2, mend=mend)
     dense = checkpoint.load(trained)[0].config
-    assert calls == [dense, dense] + ["distil"] * (mend == "local")
+    distilled = ["distil"] if mend == "local" else []
+    assert calls == [dense, dense] + distilled
+    # Of layers and widths, the last cut makes up for all that went.
+    calls.clear()
+    command("layers first", structure="layer,ffn,kv", keep=.4, layer_share=.9, mend=mend)
+    assert calls == [dense] + distilled
 
 
 def test_what_is_for_evaluation_only_is_measured_and_not_saved(command, tmp_path):
