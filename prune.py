@@ -673,10 +673,10 @@ def cut_and_save(recipe, out):
     tokenizer = checkpoint.tokenizer_of(model, about, recipe.init)
     origin = hand_on(about)
     T = window_of(recipe, model)
-    corpus = text_for(recipe, model, tokenizer, dtype)
     questions = ()
     if recipe.choices is not None:
         questions = margin.batches(model, tokenizer, read_questions(recipe.choices))
+    corpus = text_for(recipe, model, tokenizer, dtype)
     batches = score.batches(corpus.train, T, recipe.windows, recipe.micro_batch, recipe.seed)
     start = model.config
     resource = resource_of(recipe, model)

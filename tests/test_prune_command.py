@@ -218,6 +218,12 @@ def test_settings_that_no_card_could_tell_are_refused_before_the_cut(trained, tm
         prune.main(prune.Prune(init=str(tmp_path / "sent.pt"), out=str(tmp_path / "cut"), **SMALL))
 
 
+def test_questions_that_are_not_there_are_missed_before_a_text_is_written(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(prune, "text_for", lambda *_: 1 / 0)
+    with pytest.raises((UserError, OSError), match="nothing.jsonl"):
+        prune.main(prune.Prune(init=trained, choices="nothing.jsonl", out=str(tmp_path / "cut"), **SMALL))
+
+
 @pytest.mark.parametrize("sources, windows, own", [
     (("self:3", "stdlib"), 8, 6), (("stdlib:3", "self"), 8, 2), (("self:2", "stdlib"), 8, 6), (("self:2",), 7, 8)])
 def test_a_model_writes_no_more_than_the_mixture_takes(trained, corpus, monkeypatch, sources, windows, own):
