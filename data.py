@@ -100,7 +100,12 @@ class Source:
             text = row.get(self.field) if isinstance(row, dict) else None
             row_chat = None if isinstance(text, str) else chat.chat_of(row)
             if row_chat:
-                text = Chat(json.dumps(row_chat))
+                try:
+                    text = Chat(json.dumps(row_chat))
+                except TypeError as problem:
+                    # Columns of a parquet file or a dataset may hold dates or images.
+                    raise UserError(f"{where}:{number} has a chat that no JSON holds ({first_line(problem)}): leave "
+                                    "out this field of its messages") from problem
             if not isinstance(text, str):
                 raise UserError(f"{where}:{number} has no text in field {self.field!r} (its fields: "
                                 f"{fields}), nor messages with roles, nor prompt and completion: mend it or "
@@ -553,10 +558,13 @@ class Mixture:
 
 def weights_of(names):
     """The names of a mixture's sources, "NAME" or "NAME:WEIGHT", or one name -> {name: weight}. An end
-    of digits is a weight, unless a file has this name. Raises UserError for a weight that is not
-    between 1 and HEAVIEST, or a name that stands twice."""
+    of digits is a weight, unless a file has this name. Raises UserError if there is no name, for a
+    weight that is not between 1 and HEAVIEST, or for a name that stands twice."""
     weights = {}
-    for entry in [names] if isinstance(names, str) else names:
+    names = [names] if isinstance(names, str) else names
+    if not names:
+        raise UserError("--data names no text: give stdlib, packages, a file, folder or glob, or hf:NAME")
+    for entry in names:
         name, _, digits = entry.rpartition(":")
         weight = 1
         if name and digits.isdecimal() and not Path(entry).exists():
@@ -564,7 +572,8 @@ def weights_of(names):
         else:
             name = entry
         if not 1 <= weight <= HEAVIEST:
-            raise UserError(f"the weight in --data {entry} must be a whole number between 1 and {HEAVIEST}")
+            raise UserError(f"the weight in --data {entry} must be a whole number between 1 and {HEAVIEST}; where "
+                            f"{digits} is part of the name, give {entry}:1")
         if name in weights:
             raise UserError(f"--data names {name} twice; give one name with a weight, as {name}:2")
         weights[name] = weight
@@ -607,8 +616,8 @@ class Corpus:
 
 
 def load_mixture(names, tokenizer="bytes", *, block_size=1, opened=None, **options):
-    """-> the Corpus of one source or of several, see `weights_of` and `load`. `opened`: {name: Corpus}
-    of sources that are not loaded."""
+    """-> the Corpus of one source or of several, see `weights_of` and `load`. A source that stands in
+    `opened`, {name: Corpus}, is taken from there."""
     weights = weights_of(names)
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = open_tokenizer(tokenizer)
@@ -713,7 +722,7 @@ def check(corpus, block_size):
     """-> corpus. Raises UserError if its train or val side holds no window."""
     total = sum(corpus.documents)
     for side, tokens, count in zip(("train", "val"), (corpus.train, corpus.val), corpus.documents):
-        windows(tokens, block_size, f"{side} ({count} of the corpus's {total} documents)")
+        windows(tokens, block_size, f"{side} ({count} of {total} documents of {corpus.name!r})")
     return corpus
 
 

@@ -7,13 +7,15 @@ and small tasks that it answers; and a sample of its text.
     python eval.py runs/cut --multiple-choice own --probe --against SmolLM2-135M
     python eval.py SmolLM2-135M --tasks arc_easy,hellaswag,piqa
 
-The protocol. A row of a .jsonl or .parquet file is a document of its own, which the end-of-text token
-closes; any other file is read as it is. The text is cut into windows of block_size + 1 tokens. The
-first token of a window is only context; the model predicts each of the others from those before it
-in the window. Without --stride, `windows` of the windows are read: they are evenly spaced, do not
-overlap and are always the same. With --stride s, a window starts every s tokens over the whole text.
-The first window counts all of its predictions, every other window its last s, so that each of these
-has at least block_size - s tokens of context. Tokens behind the last window are left out.
+The protocol. A row of a .jsonl or .parquet file, and each file of a folder, is a document of its
+own, which the end-of-text token closes; any other file is read as it is. The text is cut into
+windows of block_size + 1 tokens. The first token of a window is only context; the model predicts
+each of the others from those before it in the window. Without --stride, `windows` of the windows are
+read: they are evenly spaced, do not overlap and are always the same. The sources of a mixture that
+the model was trained on share them, and each has a loss of its own. With --stride s, a window starts
+every s tokens over the whole text. The first window counts all of its predictions, every other
+window its last s, so that each of these has at least block_size - s tokens of context. Tokens behind
+the last window are left out.
 
 A loss is the mean over the counted tokens; of chats only the answers count (formats/chat.py). The
 model runs in the dtype of its weights, and the log-softmax in float32 (float64 for float64 weights).
@@ -59,7 +61,7 @@ class Eval:
     checkpoint: str               # ckpt_*.pt, the folder of a run, a Hugging Face folder or a hub id
     data: tuple[str, ...] = ()    # texts: files or folders; default: training's hold-out, unless there are questions
     block_size: int | None = None    # tokens of context; default: what training had, with --data at most 2,048
-    windows: int = 256            # windows of the hold-out, evenly spaced; 0: all
+    windows: int = 256            # windows of the hold-outs of training, evenly spaced; 0: all
     stride: int = 0               # start a window every so many tokens of the whole text; 0: `windows` of them
     batch: int = 32               # windows per forward pass
     multiple_choice: tuple[str, ...] = ()    # files of questions: JSON lines, BIG-bench's task.json; or own
@@ -197,8 +199,8 @@ def read_lines(name):
 
 
 def hold_out(config, tokenizer, about):
-    """The hold-out of the model's training: (token ids (N,), its name). Raises UserError if there is
-    none, or if it is not the one of its training."""
+    """The hold-outs of the model's training: {source: token ids (N,)}. Raises UserError if there are
+    none, or if they are not those of its training."""
     trained = about.get("run", {})
     if "data" not in trained:
         raise UserError(f"{config.checkpoint} does not say what it was trained on; give a text by "
@@ -208,7 +210,7 @@ def hold_out(config, tokenizer, about):
         raise UserError(f"{trained['data']!r} here (fingerprint {corpus.fingerprint}) is not the "
                         f"corpus that the model was trained on ({trained['fingerprint']}), so its "
                         "hold-out may have been trained on; give a text by --data")
-    return corpus.val, f"hold-out of {corpus.name}"
+    return corpus.domains
 
 
 def dtype_name(model):
@@ -217,13 +219,18 @@ def dtype_name(model):
 
 
 def print_loss(config, model, tokenizer, about):
-    """Print a line for each text of --data, or one for the hold-out."""
+    """Print the loss of each text of --data, or of each hold-out."""
     context = model.config.block_size
     if not config.data:
-        tokens, name = hold_out(config, tokenizer, about)
+        sources = hold_out(config, tokenizer, about)
         # A given model may have been trained on shorter windows than its context.
         trained = about["run"].get("block_size") if config.block_size is None else None
-        print_line(config, model, tokenizer, about, tokens, name, min(context, trained or context), config.windows)
+        T = min(context, trained or context)
+        windows = config.windows
+        if windows > 0:
+            windows = max(1, windows // len(sources))        # as train.py shares them
+        for source, tokens in sources.items():
+            print_line(config, model, tokenizer, about, tokens, f"hold-out of {source}", T, windows)
         return
     # All texts are read before the first is measured, so that a bad one is refused at once.
     texts = {name: read_tokens(name, tokenizer) for name in config.data}
@@ -316,12 +323,13 @@ def print_answers(config, model, tokenizer):
     questions were answered rightly."""
     # Only here: no other command needs them.
     from tasks import probe, questions
+    # Read first, so that a bad text is refused before any question is asked.
+    text = read_lines(config.data[0]) if config.probe and config.data else None
     print(f"{config.checkpoint}, {dtype_name(model)}:")
     answers = {}
     if config.multiple_choice:
         answers |= questions.print_choices(config, model, tokenizer)
     if config.probe:
-        text = read_lines(config.data[0]) if config.data else None
         answers |= probe.print_probe(config, model, tokenizer, text)
     if config.tasks:
         questions.print_tasks(config, model, tokenizer)
@@ -343,6 +351,9 @@ def main(config):
     if has_questions:
         from tasks import questions
         questions.check(config)
+    if config.against:
+        # A misspelled name is an error now, and not when the first model has answered.
+        load(config.against, "meta", block_size=config.block_size)
     model, about = open_model(config)
     tokenizer = tokenizer_of(model, about, config.checkpoint)
     answers = print_answers(config, model, tokenizer) if has_questions else {}
@@ -351,8 +362,9 @@ def main(config):
     if config.sample:
         print_sample(config, model, tokenizer)
     if config.against:
-        # Two models at a time are more than a small machine may hold.
-        del model
+        # Two models at a time are more than a small machine may hold. A checkpoint's `about` has Adam's
+        # moments, which take twice the memory of its model.
+        del model, about
         print_against(config, answers)
 
 

@@ -458,9 +458,9 @@ def refuse_nothing_left(widths, budget, recipe):
 
 @torch.no_grad()
 def cut(model, alive, mend_by="none", stats=None):
-    """The smaller model that keeps the units in `alive`; the given model stays as it is. `mend_by` is
-    "none", "least-squares", which reads stats.gram, or "bias", which reads stats.mean and makes a
-    mend.BiasedGPT."""
+    """The smaller model that keeps the units in `alive`; the given model stays as it is. With `mend_by`
+    "least-squares" it is mended by stats.gram, and with "bias" it becomes a mend.BiasedGPT by
+    stats.mean. The other ways of mending come behind the cut, see `mend_side_by_side_`."""
     small, _ = slice(model, None, alive)
     if mend_by == "least-squares":
         mend.mend_by_least_squares_(small, model, alive, stats.gram)
@@ -539,6 +539,10 @@ def check_fits(recipe, model, device):
                         "widest layer; give at most that")
     if recipe.mend in LEAST_SQUARES:
         check_least_squares(recipe, model.config, T, device)
+    if recipe.mend in SIDE_BY_SIDE and recipe.windows < mend.HOLD_OUT:
+        enough = math.ceil(mend.HOLD_OUT / recipe.micro_batch) * recipe.micro_batch
+        raise UserError(f"--mend {recipe.mend} fits to some windows and tries on others, and --windows "
+                        f"{recipe.windows} is too few; give --windows {enough} or, better, many more")
 
 
 def check_least_squares(recipe, config, T, device):
@@ -667,11 +671,12 @@ def cut_and_save(recipe, out):
     # The file of the smaller model will say it.
     recipe = dataclasses.replace(recipe, dtype=str(dtype).removeprefix("torch."))
     tokenizer = checkpoint.tokenizer_of(model, about, recipe.init)
+    origin = hand_on(about)
     T = window_of(recipe, model)
-    corpus = text_for(recipe, model, tokenizer, dtype)
     questions = ()
     if recipe.choices is not None:
         questions = margin.batches(model, tokenizer, read_questions(recipe.choices))
+    corpus = text_for(recipe, model, tokenizer, dtype)
     batches = score.batches(corpus.train, T, recipe.windows, recipe.micro_batch, recipe.seed)
     start = model.config
     resource = resource_of(recipe, model)
@@ -693,6 +698,11 @@ def cut_and_save(recipe, out):
     model, stats = cut_in_stages(model, batches, recipe, dtype, resource, collect_both,
                                  written_anew if writes_itself(recipe) else None)
     print(f"calibrated and cut in {time.perf_counter() - begin:.1f} seconds")
+    # A model that is more than its GPTConfig (mend.BiasedGPT) does not fit into a checkpoint. What fits
+    # is saved before measuring, which takes its time and may fail.
+    is_saved = type(model) is GPT
+    if is_saved:
+        save(recipe, model, out, tokenizer, corpus.fingerprint, origin)
     print(table(start, model.config, stats))
     print_losses(recipe, model, corpus, "after", dtype)
     print(calibrated_on(recipe, corpus, T))
@@ -708,11 +718,9 @@ def cut_and_save(recipe, out):
         print(f"{left:,} of {total:,} {resource} kept: {left / total:.4f}, asked {recipe.keep:g}")
     if recipe.budget == "ms":
         print(latency.report(resource, start, model.config, tokenizer))
-    # A model that is more than its GPTConfig (mend.BiasedGPT) does not fit into a checkpoint.
-    if type(model) is not GPT:
+    if not is_saved:
         print(f"not saved, as {model.evaluation_only}, which no GPTConfig and no runtime has")
         return
-    save(recipe, model, out, tokenizer, corpus.fingerprint, hand_on(about))
     picture(out / "widths.png", start, model.config)
     print(f"saved in {out}")
 

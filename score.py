@@ -249,7 +249,7 @@ def divide(sums, count):
 def batches(tokens, block_size, windows, micro_batch, seed, flag="--windows"):
     """So many windows of `tokens` (N,), chosen by `seed`, as a list of (x, y), each (micro_batch,
     block_size). Raises UserError, which names the `flag`, if the text holds fewer windows or if
-    they do not fill whole batches. Those of a Mixture take turns."""
+    they do not fill whole batches. In a Mixture the windows of its parts take turns."""
     available = data.windows(tokens, block_size, "the calibration text")
     if available < windows and isinstance(tokens, data.Mixture):
         raise UserError(f"a text of the mixture is over after {available} of {windows} windows of {block_size}: give "

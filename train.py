@@ -153,7 +153,8 @@ class Train:
     kd_temperature: float = 1.0              # of the softmax in the teacher's share
     drop_teacher: bool = True                # drop the teacher for good once the student has overtaken it
     eval_every: int | None = None            # steps; default: 100, with --init 16
-    # above 1: after the first --eval-every steps, whenever they grew so much; default: 1, with --init 2
+    # above 1: the step of an evaluation is so many times that of the one before, from --eval-every on;
+    # default: 1, with --init and without --eval-every 2
     eval_growth: float | None = None
     eval_windows: int | None = None          # windows of the hold-out (eval.py); default: 256, with --init 16
     save_every: int | None = None            # steps; default: 500, with --init 64
@@ -799,9 +800,9 @@ def check_ranges(config):
     check_positive(config, positive)
     # AdamW multiplies by 1 - lr · weight_decay, which must not be negative.
     largest = {"seed": 2**63 - 1, "kd_weight": 1, "warmup_share": 1, "min_lr": config.lr, "weight_decay": 1 / config.lr}
-    for name, most in largest.items():
-        if not 0 <= getattr(config, name) <= most:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be between 0 and {most:g}")
+    for name, limit in largest.items():
+        if not 0 <= getattr(config, name) <= limit:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be between 0 and {limit:g}")
     if not 1 <= config.eval_growth < math.inf:
         raise UserError(f"--eval-growth {config.eval_growth} must be a factor of at least 1")
 

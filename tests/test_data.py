@@ -1,4 +1,5 @@
 """Invariants of data.py: every window once, one global batch for any world, a hold-out by document, whole shards."""
+import datetime
 import json
 import os
 import subprocess
@@ -138,7 +139,9 @@ def test_sources_of_a_mixture(folder, tmp_path):
 
 
 @pytest.mark.parametrize("names, message", [
+    ((), "--data names no text: give stdlib"),
     (("a:0", "b"), "weight in --data a:0 must be a whole number between 1 and 1000"),
+    (("hf:news:2019",), "between 1 and 1000; where 2019 is part of the name, give hf:news:2019:1"),
     (("a", "a:2"), "names a twice; give one name with a weight, as a:2")])
 def test_weights_that_mean_nothing_are_refused(names, message):
     with pytest.raises(UserError, match=message):
@@ -150,6 +153,27 @@ def test_a_name_that_ends_in_digits_is_a_file_if_there_is_one(tmp_path, monkeypa
     assert data.weights_of(("notes:3", "hf:a/b:c", "x:y:7")) == {"notes": 3, "hf:a/b:c": 1, "x:y": 7}
     (tmp_path / "notes:3").write_text("text")
     assert data.weights_of(("notes:3", "notes:3:2")[:1]) == {"notes:3": 1}
+
+
+def test_a_chat_is_encoded_alike_wherever_a_block_ends(tmp_path, monkeypatch):
+    """The end of a text behind an answer counts, behind a mere prompt it does not."""
+    rows = [{"prompt": f"{i} + 1 = ", "completion": f"{i + 1}" * (i % 2)} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole = data.load(str(tmp_path / "rows.jsonl"), cache=None)
+    monkeypatch.setattr(data, "BLOCK_CHARACTERS", 1)
+    in_blocks = data.load(str(tmp_path / "rows.jsonl"), cache=None)
+    assert whole.train[:].tolist() == in_blocks.train[:].tolist()
+    ends = whole.train[:][data.without_marks(whole.train[:]) == whole.tokenizer.eot]
+    assert 20 < (ends >= data.CONTEXT_ONLY).sum() < len(ends) - 20
+    assert data.count_bytes(whole.train, whole.tokenizer) == len(whole.train) - len(ends)
+
+
+@pytest.mark.parametrize("value", [datetime.date(2024, 1, 1), b"an image"])
+def test_a_chat_with_more_than_text_is_refused(tmp_path, value):
+    rows = [{"messages": [{"role": "user", "content": "a", "more": value}]}] * 2
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "chats.parquet")
+    with pytest.raises(UserError, match="chats.parquet:1 has a chat that no JSON holds .*: leave out this field"):
+        data.load(str(tmp_path / "chats.parquet"), cache=None)
 
 
 def test_shards_read_like_one_array():
@@ -306,7 +330,7 @@ def test_jsonl_parquet_and_hugging_face_rows_give_the_same_corpus(tmp_path, monk
     ("bad.jsonl", b'{"text": "a"}\n"b"\n', r"bad.jsonl:2 has no text"),
     ("bad.txt", b"ok \xff", r"bad.txt is not UTF-8 text \(byte 3\)"),
     ("empty.txt", b"", "holds no text"),
-    ("short.txt", b"0123456789", r"val \(1 of the corpus's 2 documents\) has 2 tokens, .* block_size \+ 1 = 9"),
+    ("short.txt", b"0123456789", r"val \(1 of 2 documents of '.*short.txt'\) has 2 tokens, .* block_size \+ 1 = 9"),
 ])
 def test_bad_sources_are_refused_in_one_sentence(tmp_path, name, content, match):
     (tmp_path / name).write_bytes(content)

@@ -143,6 +143,10 @@ def test_rows_are_the_documents_that_data_py_counts(tmp_path):
     assert bytes(tokens.tolist()) == b"".join(text.encode() + end for text in texts if text)
     corpus = data.load(str(tmp_path / "rows.jsonl"), cache=None)
     assert sorted(tokens) == sorted([*corpus.train[:], *corpus.val[:]])
+    (tmp_path / "folder").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "folder" / f"{number}.txt").write_bytes(text.encode())
+    assert evaluation.read_tokens(str(tmp_path / "folder"), tokenizer).tolist() == tokens.tolist()
     for content, sentence in (('{"text": ""}\n', "holds no text"), ('{"x": 1}\n', "rows.jsonl:1 has no text in field")):
         (tmp_path / "rows.jsonl").write_text(content)
         with pytest.raises(UserError, match=sentence):
@@ -163,6 +167,16 @@ def test_of_chats_the_answers_count(tmp_path):
         evaluation.read_lines(str(file))
 
 
+def test_what_the_answers_need_is_refused_before_the_first_question(tmp_path, model, capsys, monkeypatch):
+    save(tmp_path / "m.pt", model, run={"tokenizer": "bytes"})
+    (tmp_path / "chats.jsonl").write_text('{"prompt": "two", "completion": "2"}\n' * 2)
+    monkeypatch.setattr(questions, "print_choices", lambda *_: 1 / 0)
+    for flags, sentence in ((dict(probe=True, data=(str(tmp_path / "chats.jsonl"),)), "holds chats, and --probe"),
+                            (dict(against=str(tmp_path / "nothing.pt")), "no checkpoint at .*nothing.pt")):
+        with pytest.raises(UserError, match=sentence):
+            evaluated(capsys, tmp_path / "m.pt", multiple_choice=("own",), **flags)
+
+
 def test_several_texts_in_windows_of_2048_where_they_are_long_enough(tmp_path, model, capsys, monkeypatch):
     save(tmp_path / "m.pt", GPT(GPTConfig(**{**CONFIG.__dict__, "block_size": 64})), run={"tokenizer": "bytes"})
     monkeypatch.setattr(evaluation, "WINDOW", 32)
@@ -170,11 +184,22 @@ def test_several_texts_in_windows_of_2048_where_they_are_long_enough(tmp_path, m
         (tmp_path / name).write_text("import os\n" * repeats)
     names = (str(tmp_path / "long.txt"), str(tmp_path / "short.txt"))
     lines = [line for line in evaluated(capsys, tmp_path / "m.pt", data=names).splitlines() if "windows of" in line]
-    assert ["long.txt, 480 tokens in windows of 32" in lines[0], "short.txt, 19 tokens in windows of 19" in lines[1]] \
-        == [True, True]
+    assert "long.txt, 480 tokens in windows of 32" in lines[0]
+    assert "short.txt, 19 tokens in windows of 19" in lines[1]
     assert "windows of 16," in evaluated(capsys, tmp_path / "m.pt", data=names, block_size=16)
     with pytest.raises(UserError, match="the text has 20 tokens, one window takes 65"):
         evaluated(capsys, tmp_path / "m.pt", data=names, block_size=64)
+
+
+def test_the_hold_out_is_read_in_the_windows_of_training(tmp_path, model, capsys):
+    """A given model may have a longer context."""
+    corpus = data.load("stdlib")
+    run = {"tokenizer": "bytes", "data": "stdlib", "fingerprint": corpus.fingerprint, "block_size": 8}
+    save(tmp_path / "m.pt", model, run=run)
+    assert "24 tokens in windows of 8," in evaluated(capsys, tmp_path / "m.pt", windows=3)
+    assert "48 tokens in windows of 16," in evaluated(capsys, tmp_path / "m.pt", windows=3, block_size=16)
+    save(tmp_path / "old.pt", model, run=run | {"block_size": None})
+    assert "48 tokens in windows of 16," in evaluated(capsys, tmp_path / "old.pt", windows=3)
 
 
 def test_two_models_are_compared_question_by_question(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Mixtures through train.py, prune.py and eval.py: what is recorded of each source, and that one source stays as it
 was."""
 import json
+import math
 
 import pytest
 
@@ -39,6 +40,8 @@ def test_a_run_and_a_cut_know_their_sources(texts, tmp_path, capsys):
               for tokens in corpus.domains.values()]
     assert list(summary["val_losses"].values()) == pytest.approx(losses, abs=1e-6)
     assert summary["val_loss"] == pytest.approx((3 * losses[0] + losses[1]) / 4, abs=1e-6)
+    # A token is a byte here.
+    assert summary["bits_per_byte"] == pytest.approx(summary["val_loss"] / math.log(2), rel=.02)
     windows = [data.windows(part.train, 64) for part in corpus.parts]         # of 6 · 256 / 64 = 24
     assert list(summary["epochs_of"].values()) == [18 / windows[0], 6 / windows[1]]
     assert summary["epochs"] == max(summary["epochs_of"].values())
@@ -60,6 +63,25 @@ def test_a_run_and_a_cut_know_their_sources(texts, tmp_path, capsys):
     assert about["run"]["data"] == about["run"]["recipe"]["data"] == list(texts)
     evaluation.main(parse(evaluation.Eval, ["cut"]))
     assert "hold-out of a.jsonl" in capsys.readouterr().out
+
+    # As the run recorded them: each by itself, on the same windows.
+    evaluation.main(parse(evaluation.Eval, ["run", "--windows", "8", "--batch", "2"]))
+    lines = capsys.readouterr().out.splitlines()
+    for name, loss, lines_of_source in zip(("a.jsonl", "b.jsonl"), losses, (lines[:2], lines[2:])):
+        assert f"hold-out of {name}, 256 tokens" in lines_of_source[0]
+        assert f"{loss:.4f} nats per token" in lines_of_source[1]
+
+
+def test_a_run_learns_from_texts_and_from_answers(texts, tmp_path):
+    rows = [{"prompt": f"{i} + 1 = ", "completion": f"{i + 1}, which is more than {i}"} for i in range(60)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for sources in (("chats.jsonl",), ("chats.jsonl", "b.jsonl")):
+        out = f"run-{len(sources)}"
+        setup, _ = train.main(train.Train(**TOY, data=sources, out=out), quiet=True)
+        sample, = [record for record in records(tmp_path / out) if record["tag"] == "sample"]
+        assert " + 1 = " in sample["prompt"] and "which is more" in sample["prompt"]
+        _, y = setup.batch(0, 0)
+        assert (y == data.IGNORED).any() and (y >= 0).any()
 
 
 def test_one_source_is_recorded_as_ever(texts, tmp_path):

@@ -116,7 +116,7 @@ def test_every_recipe_meets_its_budget_and_loads(command, trained, recipe, tmp_p
 
 
 @pytest.mark.parametrize("parts, how, name, layer_score, iterations", [
-    ("layer", "adaptive", "taylor", "influence", 1), ("layer", "uniform-strict", "wanda", "perplexity", 2),
+    ("layer", "adaptive", "taylor", "influence", 2), ("layer", "uniform-strict", "wanda", "perplexity", 2),
     ("sublayer", "measured", "activation", "influence", 1), ("layer", "global", "flap", "influence", 1)])
 def test_layers_and_widths_in_one_recipe_are_two_recipes_after_each_other(parts, how, name, layer_score, iterations,
                                                                           capsys):
@@ -188,13 +188,52 @@ def test_sub_blocks_that_went_are_made_up_for_and_every_cut_looks_back(command, 
     monkeypatch.setattr(prune.local, "distil_", lambda small, model, *a, **k: calls.append("distil"))
     command("twice", keep=.5, iterations=2, mend=mend)
     dense = checkpoint.load(trained)[0].config
-    assert calls == [dense, dense] + ["distil"] * (mend == "local")
+    distilled = ["distil"] if mend == "local" else []
+    assert calls == [dense, dense] + distilled
+    # Of layers and widths, the last cut makes up for all that went.
+    calls.clear()
+    command("layers first", structure="layer,ffn,kv", keep=.4, layer_share=.9, mend=mend)
+    assert calls == [dense] + distilled
 
 
 def test_what_is_for_evaluation_only_is_measured_and_not_saved(command, tmp_path):
     model, _, said = command(mend="bias", keep=.6, score="flap", allocate="standardised")
     assert model is None and len(losses(said)) == 2 and not (tmp_path / "cut").exists()
     assert "not saved, as it has FLAP's biases behind o and down" in said
+
+
+def test_what_was_cut_is_there_when_measuring_it_fails(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(prune, "table", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command(keep=.5)
+    assert checkpoint.load(tmp_path / "cut")[1]["run"]["recipe"]["keep"] == .5
+
+
+def test_settings_that_no_card_could_tell_are_refused_before_the_cut(trained, tmp_path, monkeypatch):
+    model, about = checkpoint.load(trained)
+    checkpoint.save(tmp_path / "sent.pt", model, tokenizer_files=about["tokenizer_files"],
+                    run={"tokenizer": "bytes", "recipe": {"keep": torch.zeros(1)}})
+    monkeypatch.setattr(prune, "text_for", lambda *_: 1 / 0)
+    with pytest.raises(UserError, match="the settings that made this model are steps that are no plain values"):
+        prune.main(prune.Prune(init=str(tmp_path / "sent.pt"), out=str(tmp_path / "cut"), **SMALL))
+
+
+def test_questions_that_are_not_there_are_missed_before_a_text_is_written(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(prune, "text_for", lambda *_: 1 / 0)
+    with pytest.raises((UserError, OSError), match="nothing.jsonl"):
+        prune.main(prune.Prune(init=trained, choices="nothing.jsonl", out=str(tmp_path / "cut"), **SMALL))
+
+
+@pytest.mark.parametrize("sources, windows, own", [
+    (("self:3", "stdlib"), 8, 6), (("stdlib:3", "self"), 8, 2), (("self:2", "stdlib"), 8, 6), (("self:2",), 7, 8)])
+def test_a_model_writes_no_more_than_the_mixture_takes(trained, corpus, monkeypatch, sources, windows, own):
+    asked = []
+    monkeypatch.setattr(prune.self_text, "load", lambda _, tokenizer, windows, *rest: asked.append(windows) or corpus)
+    monkeypatch.setattr(data, "load", lambda *_, **__: corpus)
+    model, _ = checkpoint.load(trained)
+    recipe = prune.Prune(data=sources, windows=windows)
+    prune.text_for(recipe, model, data.open_tokenizer("bytes"), torch.float32)
+    assert asked == [own]
 
 
 def test_the_hold_out_only_measures(command, corpus, monkeypatch):
@@ -353,6 +392,7 @@ def test_it_refuses_in_a_sentence_and_overwrites_nothing(trained, tmp_path):
             (init | dict(structure="kv", keep=.1), "less than what stays anyway, as only kv may go"),
             (init | dict(mend="least-squares", windows=1, micro_batch=1, block_size=8),
              "inputs to 1 windows x 8 = 8 tokens; give --windows"),
+            (init | dict(windows=3, micro_batch=3), "sequential fits .* --windows 3 is too few; give --windows 6"),
             (init | dict(mend="sequential", local_steps=50), "--local-steps has no effect .* --mend sequential; leave"),
             (init | dict(mend="local", local_steps=0), "--local-steps 0 must be at least 1"),
             (init | dict(multiple_of=0), "--multiple-of 0 must be at least 1"),

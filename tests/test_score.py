@@ -187,6 +187,15 @@ def test_scores_agree_with_leaving_one_out(learned):
     assert base < math.log(11) - .5 and min(found[name] for name in DATA_AWARE) >= .5 > found["random"]
 
 
+def test_a_layer_that_is_gone_moves_no_other_s_importance():
+    """Its input is its output: a cosine of 1 that would be the least important of all."""
+    cosines = [.9, 1., .5, .7]
+    stats = score.Stats(cosine={(layer, "layer"): value for layer, value in enumerate(cosines)})
+    without = score.Stats(cosine={(layer, "layer"): value for layer, value in enumerate((.9, .5, .7))})
+    first, *rest = score.importance(without, 3)
+    assert score.importance(stats, 4, absent=[1]) == [first, 0, *rest]
+
+
 # -- moving averages while a model trains
 
 def test_moving_averages_against_written_out_numbers():

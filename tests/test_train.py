@@ -1,5 +1,6 @@
 """The loop: stages compose, killed runs go on, processes agree, cuts compile nothing, plans end where they promise."""
 import copy
+import dataclasses
 import errno
 import json
 import math
@@ -23,7 +24,7 @@ import report
 import schedule
 import train
 from common import UserError, read_records
-from formats import huggingface
+from formats import huggingface, origin
 from formats.tokenizer import open_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -365,6 +366,12 @@ def test_init_without_pruning_trains_on_and_a_run_is_a_teacher_for_it(tmp_path, 
     settings |= dict(teacher=str(tmp_path / "more"), drop_teacher=False)
     setup, state = train_toy(tmp_path / "taught", plan="kd", **settings)
     assert state.teacher is not None
+    # A teacher needs a context as long as the windows, and not as long as the student's.
+    short = models.GPT(dataclasses.replace(model.config, block_size=32))
+    huggingface.save(tmp_path / "short", short, "nanoprune", open_tokenizer("bytes").as_files())
+    settings["teacher"] = str(tmp_path / "short")
+    setup, state = train_toy(tmp_path / "by short", plan="kd", steps=2, **settings)
+    assert state.teacher.config.block_size == 32 and state.model.config.block_size == 64
 
 
 def test_plan_recover_needs_no_other_setting(tmp_path, given, capsys, monkeypatch):
@@ -381,7 +388,7 @@ def test_plan_recover_needs_no_other_setting(tmp_path, given, capsys, monkeypatc
                     min_lr=train.RECOVER_LR / 10, eval_growth=2)
     assert {name: config[name] for name in expected} == expected
     assert state.teacher is not None and [r["step"] for r in report.records(tmp_path / "run")["eval"]] == [0, 12]
-    assert re.search(r"\n +[\d.]+%|\n? *100%.*\| 12/12 .*tok/s", printed.err) and "\r" not in printed.err
+    assert re.search(r"^100%.*\| 12/12 .*tok/s", printed.err, re.M) and "\r" not in printed.err
     assert re.search(r" 0\.00\d+ epochs", printed.out)
     assert train.resolve(train.Train(plan="recover", init="x", eval_every=5), "cpu").eval_growth == 1
 
@@ -734,6 +741,17 @@ def test_run_of_another_configuration_is_refused_and_left_alone(tmp_path):
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
 
 
+def test_a_run_from_before_a_setting_existed_is_the_same_run(tmp_path):
+    train_toy(tmp_path / "run", plan="scratch", steps=10)
+    newest = max((tmp_path / "run").glob("ckpt*"))
+    model, about = checkpoint.load(newest)
+    del about["run"]["eval_growth"]
+    checkpoint.save(newest, model, **about)
+    train_toy(tmp_path / "run", plan="scratch", steps=10)
+    with pytest.raises(UserError, match="eval_growth is 1.0 there and 2 here"):
+        train_toy(tmp_path / "run", plan="scratch", steps=10, eval_growth=2)
+
+
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("room", [7, 8])     # metrics.jsonl when the run begins; then metrics and checkpoint, each time
 def test_full_disk_ends_with_a_sentence_and_the_last_checkpoint_stays(tmp_path, monkeypatch, capsys, background, room):
@@ -769,6 +787,18 @@ def test_help_and_a_misspelled_flag_are_answered_in_the_file_s_own_words():
         done = subprocess.run([sys.executable, ROOT / "train.py", *words], capture_output=True, text=True)
         assert done.returncode == code and answer in done.stdout + done.stderr
         assert code == 0 or len(done.stderr.splitlines()) == 1
+
+
+def test_a_model_of_the_hub_is_known_by_its_id(tmp_path, given, monkeypatch):
+    monkeypatch.setattr(checkpoint, "find", lambda path: given[0])
+    assert checkpoint.load("organisation/model")[1]["origin"]["name"] == "organisation/model"
+
+
+def test_a_teacher_knows_where_its_model_came_from(tmp_path):
+    came_from = {**origin.NOTHING, "name": "organisation/model", "license": "mit"}
+    folder = checkpoint.RunFolder(tmp_path, {"tokenizer": "bytes"}, {}, 1, {}, writes=True, origin=came_from)
+    path = folder.save_teacher(models.GPT(models.preset("toy", 256)[0]), 3)
+    assert checkpoint.load(path)[1]["origin"] == came_from
 
 
 def test_keeps_the_last_two_checkpoints_and_the_teacher(tmp_path):
