@@ -452,6 +452,9 @@ def open_cache(setup, state, path):
         raise UserError(f"--kd-temperature {config.kd_temperature} needs the teacher itself, and {path} holds its "
                         "likeliest tokens at temperature 1; leave the flag out, or give the model as --teacher")
     teacher = top_k.CachedTeacher(path)
+    if teacher.index["vocab_size"] > setup.start.vocab_size:
+        raise UserError(f"{path} holds probabilities of {teacher.index['vocab_size']:,} tokens, and the model has "
+                        f"{setup.start.vocab_size:,}; write them with a teacher of the model's tokenizer")
     top_k.refuse_another(path, teacher.index, {"tokenizer": config.tokenizer, "fingerprint": setup.corpus.fingerprint,
                                                "block_size": setup.block_size, "seed": config.seed})
     teacher.refuse_fewer(config.steps * config.batch_tokens // setup.block_size)

@@ -363,7 +363,7 @@ def speeds(work):
         ratios = [rate / dense for rate, dense in zip(rates[name], rates["dense.gguf"])]
         result[name] = {"decode": statistics.median(rates[name]), "ratio": statistics.median(ratios),
                         "bytes": (work.out / name).stat().st_size}
-    return {"files": result}
+    return {"files": result, "threads": torch.get_num_threads()}
 
 
 def figures_of(work):
@@ -385,7 +385,8 @@ def figures_of(work):
 
 
 def speed_lines(record):
-    lines = []
+    """What `speeds` measured, a line for each file."""
+    lines = [f"llama.cpp, {record['threads']} threads"] if record.get("files") else []
     for name, result in record.get("files", {}).items():
         lines.append(f"{name:18} {result['bytes'] / 1e6:7.1f} MB   {result['decode']:6.1f} tokens/s   "
                      f"{result['ratio']:.2f} of dense")

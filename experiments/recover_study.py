@@ -293,7 +293,8 @@ def measure_speed(work):
     for _ in range(SPEED_ROUNDS):
         for name, file in files.items():
             rates[name].append(llamacpp.speed(str(file), repeats=1)["decode"])
-    work.add(tag="speed", decode=rates, bytes={name: file.stat().st_size for name, file in files.items()})
+    work.add(tag="speed", threads=torch.get_num_threads(), decode=rates,
+             bytes={name: file.stat().st_size for name, file in files.items()})
 
 
 # -- the command

@@ -158,8 +158,8 @@ def fit(times):
     for name in ("neuron", "group"):
         if varied[name] and round(costs[name]) < 1:
             raise UserError(f"a {name} would cost {costs[name]:.1f} ns of decode time: the timings are noise, or "
-                            "time is no straight line in the widths here; try again when the machine is idle, or "
-                            "give another --budget")
+                            "time is no straight line in the widths here; try again when the machine is idle, "
+                            "with another number of threads (OMP_NUM_THREADS), or give another --budget")
     layer, neuron, group = (max(0, round(costs.get(name, 0))) for name in ("layer", "neuron", "group"))
     return DecodeTime(layer, neuron, group, error)
 

@@ -169,9 +169,13 @@ def test_damage_and_another_teacher_are_told(folder, tmp_path):
         shutil.copytree(folder / name, tmp_path / name)
     with pytest.raises(UserError, match="top is 8 there and 9 here"):
         write(tmp_path, cache.name, top=9)
+    index = json.loads((cache / "teacher.json").read_text())
+    (cache / "teacher.json").write_text(json.dumps({**index, "vocab_size": 60_000}))
+    with pytest.raises(UserError, match=f"holds probabilities of 60,000 tokens, and the model has 264"):
+        run(tmp_path, tmp_path / "other", cache.name, steps=6)
+    (cache / "teacher.json").write_text(json.dumps(index))
     run(tmp_path, tmp_path / "run", cache.name, steps=6, save_every=2, stage="all")
     (tmp_path / "run" / "ckpt_00000006.pt").unlink()
-    index = json.loads((cache / "teacher.json").read_text())
     (cache / "teacher.json").write_text(json.dumps({**index, "sha256": "0" * 64}))
     with pytest.raises(UserError, match="has changed since the run began"):
         run(tmp_path, tmp_path / "run", cache.name, steps=6, save_every=2)
