@@ -386,7 +386,7 @@ def figures_of(work):
 
 def speed_lines(record):
     """What `speeds` measured, a line for each file."""
-    lines = [f"llama.cpp, {record['threads']} threads"] if record.get("files") else []
+    lines = [f"llama.cpp, threads: {record['threads']}"] if record.get("files") else []
     for name, result in record.get("files", {}).items():
         lines.append(f"{name:18} {result['bytes'] / 1e6:7.1f} MB   {result['decode']:6.1f} tokens/s   "
                      f"{result['ratio']:.2f} of dense")

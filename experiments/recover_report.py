@@ -145,7 +145,7 @@ def speed_table(records):
     for name, rates in newest["decode"].items():
         ratio = median(rate / dense for rate, dense in zip(rates, newest["decode"]["dense"]))
         lines.append([name, f"{newest['bytes'][name] / 1e6:.0f} MB", f"{median(rates):.1f}", f"{ratio:.2f}"])
-    return markdown([f"f16 GGUF, {newest['threads']} threads", "file", "tokens/s", "of dense"], lines)
+    return markdown([f"f16 GGUF, threads: {newest['threads']}", "file", "tokens/s", "of dense"], lines)
 
 
 # -- the curve over tokens
