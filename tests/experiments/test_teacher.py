@@ -171,7 +171,7 @@ def test_damage_and_another_teacher_are_told(folder, tmp_path):
         write(tmp_path, cache.name, top=9)
     index = json.loads((cache / "teacher.json").read_text())
     (cache / "teacher.json").write_text(json.dumps({**index, "vocab_size": 60_000}))
-    with pytest.raises(UserError, match=f"holds probabilities of 60,000 tokens, and the model has 264"):
+    with pytest.raises(UserError, match="holds probabilities of 60,000 tokens, and the model has 264"):
         run(tmp_path, tmp_path / "other", cache.name, steps=6)
     (cache / "teacher.json").write_text(json.dumps(index))
     run(tmp_path, tmp_path / "run", cache.name, steps=6, save_every=2, stage="all")
