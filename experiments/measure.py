@@ -132,7 +132,7 @@ def measure(model, tokenizer, texts, protocol, only_losses=False):
         for file, rows in protocol.questions_of.items():
             answers = questions.multiple_choice(model, tokenizer, rows, progress=False)
             record["questions"][file] = {metric: bits(answers["correct"][metric]) for metric in ("acc", "acc_norm")}
-        answers = probe(model, tokenizer, protocol.probe_items, protocol.seed)
+        answers = probe(model, tokenizer, protocol.probe_items, protocol.seed, skips_long=True)
         record["probe"] = {kind: bits(result["correct"]) for kind, result in answers.items()}
         ids = [tokenizer.encode(prompt) for prompt in PROMPTS]
         record["samples"] = sample(model, tokenizer, ids, SAMPLE_TOKENS, temperature=0)

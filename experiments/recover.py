@@ -47,7 +47,7 @@ from common import (
 )
 from experiments import candidates, measure, texts
 from experiments.measure import Protocol
-from formats import gguf_export, llamacpp
+from formats import gguf_export, gguf_vocabulary, llamacpp
 from prune import Prune
 from tasks import questions
 from train import Train
@@ -136,6 +136,7 @@ class Work:
     corpus: data.Corpus
     texts: measure.Texts
     protocol: Protocol
+    block_size: int               # tokens of a calibration window
     device: str
     start: float                  # when this call began, seconds of time.perf_counter
 
@@ -172,12 +173,13 @@ def open_work(config):
     device = pick_device(config.device)
     names = sources(config)
     model, about = checkpoint.load(config.model, device, torch.float32)
-    for recipe in recipes(config, names).values():
+    block_size = min(CALIBRATION_BLOCK, model.config.block_size)
+    for recipe in recipes(config, names, block_size).values():
         recipe = with_repair(recipe, config)
         prune.check(recipe)
         prune.check_fits(recipe, model, device)
     tokenizer = checkpoint.tokenizer_of(model, about, config.model)
-    corpus = data.load_mixture(names, tokenizer, block_size=CALIBRATION_BLOCK)
+    corpus = data.load_mixture(names, tokenizer, block_size=block_size)
     test_texts = measure.open_texts(corpus, config.unseen, tokenizer)
     protocol = Protocol(config.windows, config.questions, config.limit, seed=config.seed).read()
     identity = dataclasses.asdict(dataclasses.replace(config, data=names))
@@ -188,7 +190,8 @@ def open_work(config):
     journal = Journal(config.out, {**identity, "fingerprint": corpus.fingerprint,
                                    "weights": checkpoint.fingerprint(model)[:16]})
     config = dataclasses.replace(config, data=names)
-    return Work(config, Path(config.out), journal, tokenizer, corpus, test_texts, protocol, device, start), model
+    work = Work(config, Path(config.out), journal, tokenizer, corpus, test_texts, protocol, block_size, device, start)
+    return work, model
 
 
 # -- the steps
@@ -207,7 +210,7 @@ def cut(work, model):
     folder = work.out / "cut"
     chosen = work.journal.once("choice", lambda: choose(work, model), "trying the recipes")
     if not checkpoint.newest(folder):
-        recipe = with_repair(recipes(work.config, work.config.data)[chosen["recipe"]], work.config)
+        recipe = with_repair(recipes(work.config, work.config.data, work.block_size)[chosen["recipe"]], work.config)
         recipe = dataclasses.replace(recipe, out=str(folder))
         print(f"cut: python prune.py {command_of(recipe)}", flush=True)
         begin = time.perf_counter()
@@ -216,10 +219,15 @@ def cut(work, model):
     return folder
 
 
-def recipes(config, texts):
+def windows_of(block_size):
+    """How many calibration windows: of shorter ones more, with as many tokens together."""
+    return CALIBRATION_WINDOWS * max(1, CALIBRATION_BLOCK // block_size)
+
+
+def recipes(config, texts, block_size):
     """The recipes to choose from: {name: prune.Prune}."""
     common = Prune(init=config.model, keep=config.keep, budget=config.budget, data=texts, mend="sequential",
-                   windows=CALIBRATION_WINDOWS, block_size=CALIBRATION_BLOCK, multiple_of=MULTIPLE_OF, seed=config.seed,
+                   windows=windows_of(block_size), block_size=block_size, multiple_of=MULTIPLE_OF, seed=config.seed,
                    device=config.device)
     named = {name: dataclasses.replace(common, **fields) for name, fields in RECIPES.items()}
     return named if config.choose else {FIRST: named[FIRST]}
@@ -232,10 +240,10 @@ def with_repair(recipe, config):
 
 def choose(work, model):
     """The recipe that goes on: the record of its name."""
-    named = recipes(work.config, work.config.data)
+    named = recipes(work.config, work.config.data, work.block_size)
     if len(named) == 1:
         return {"recipe": FIRST}
-    batches = score.batches(work.corpus.train, CALIBRATION_BLOCK, CALIBRATION_WINDOWS, Prune.micro_batch,
+    batches = score.batches(work.corpus.train, work.block_size, windows_of(work.block_size), Prune.micro_batch,
                             work.config.seed)
     # Questions that are not reported: those behind the first `limit` of each file.
     limit = work.protocol.limit
@@ -324,6 +332,11 @@ def exports(work, figures):
     export_once(export.Export(source, str(work.out / "hf")), figures)
     if find_spec("xllamacpp") is None:
         print("no GGUF: pip install xllamacpp, and run the same command again", flush=True)
+        return {}
+    try:
+        gguf_vocabulary.vocabulary_of(work.tokenizer)
+    except UserError as problem:
+        print(f"no GGUF: {problem}", flush=True)
         return {}
     export_once(export.Export(source, str(work.out / "model.gguf"), "gguf"))
     width = checkpoint.load(source, "meta")[0].config.d_model

@@ -261,25 +261,34 @@ def commonest_share(items):
     return count / len(items)
 
 
-def probe(model, tokenizer, count=100, seed=0, text=None, batch_tokens=None):
+def requests_of(encoder, items):
+    """Requests for the answers to items of one kind, and the context that the longest of them needs."""
+    # A token more than the longest answer has, so that a longer one is seen to be wrong.
+    budget = 1 + max(len(encoder.plain(f" {item.answer}\n")) for item in items)
+    options = Options(until=("\n",), budget=budget)
+    prompts = [encoder(item.prompt) for item in items]
+    return [(prompt, options) for prompt in prompts], max(map(len, prompts)) + budget
+
+
+def probe(model, tokenizer, count=100, seed=0, text=None, batch_tokens=None, skips_long=False):
     """Let the model answer about `count` items of each kind, greedily and in batches.
 
     -> {kind: {"accuracy", "correct" ([bool], an entry for each item), "items" (how many), "commonest"
     (the accuracy of always giving the commonest answer), "answers" (what the model wrote)}}. `text`
-    adds the kind "lines". Raises UserError if the model's context is too short for an item."""
+    adds the kind "lines". A kind whose items the model's context does not hold is left out if
+    `skips_long`; else it raises UserError."""
     encoder = Encoder(tokenizer)
     requests = []
     items = make_items(count, seed, text)
-    for kind, of_kind in items.items():
-        # A token more than the longest answer has, so that a longer one is seen to be wrong.
-        budget = 1 + max(len(encoder.plain(f" {item.answer}\n")) for item in of_kind)
-        options = Options(until=("\n",), budget=budget)
-        for item in of_kind:
-            prompt = encoder(item.prompt)
-            if kind != "lines" and len(prompt) + budget > model.config.block_size:
-                raise UserError(f"--probe needs a context of {len(prompt) + budget} tokens for its {kind}, the model "
-                                f"has {model.config.block_size}; measure it by --data or --multiple-choice")
-            requests.append((prompt, options))
+    for kind, of_kind in list(items.items()):
+        requests_of_kind, context = requests_of(encoder, of_kind)
+        if kind != "lines" and context > model.config.block_size:
+            if not skips_long:
+                raise UserError(f"--probe needs a context of {context} tokens for its {kind}, the model has "
+                                f"{model.config.block_size}; measure it by --data or --multiple-choice")
+            del items[kind]
+            continue
+        requests += requests_of_kind
     continuations = iter(complete_all(model, tokenizer, requests, batch_tokens))
     result = {}
     for kind, of_kind in items.items():

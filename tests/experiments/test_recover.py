@@ -113,7 +113,7 @@ def test_what_would_end_the_command_late_is_refused_first(small, monkeypatch):
 
 def test_a_printed_command_makes_the_same_settings():
     config = recovery("my model", data=("animals.jsonl:2", "my text.jsonl"))
-    for recipe in recover.recipes(config, config.data).values():
+    for recipe in recover.recipes(config, config.data, 32).values():
         recipe = recover.with_repair(recipe, config)
         assert parse(prune.Prune, shlex.split(recover.command_of(recipe))) == recipe
 
