@@ -385,8 +385,8 @@ def figures_of(work):
                (("dense", "dense"), ("cut and repaired", "cut"), ("recovered", "recovered"))}
     protocol = work.protocol
     seen = ", ".join(map(measure.short_name, work.config.data))
-    remarks = [f"Perplexity (ppl) is over {protocol.windows} x {measure.WINDOW:,} tokens of each text, in windows of so "
-               "many tokens or of the model's context, if that is shorter.",
+    remarks = [f"Perplexity (ppl) is over {protocol.windows} x {measure.WINDOW:,} tokens of each text, in windows of "
+               "so many tokens or of the model's context, if that is shorter.",
                f"The model was calibrated and trained on other documents of {seen}."]
     if work.texts.unseen:
         remarks.append(f"It was neither calibrated nor trained on {', '.join(work.texts.unseen)}.")
