@@ -51,7 +51,7 @@ FORMAT = "nanoprune checkpoint 1"
 TEMPORARY = ".*." + "[0-9a-f]" * 16 + ".tmp"
 
 # Two calls of the same run may differ in these settings.
-NOT_IDENTITY = ("stage", "device", "out", "compile")
+NOT_IDENTITY = ("stage", "device", "out", "compile", "shard", "recompute")
 
 # The parts that a run's wall time is divided into.
 PARTS = ("train", "score", "cut", "slice", "eval", "save")
@@ -378,6 +378,7 @@ class RunFolder:
     writes: bool                  # only one process of a run does
     origin: dict | None = None    # where the model of --init comes from
     background: Background = field(default_factory=Background)      # writes the newest checkpoint
+    waiting: object = None        # the process group for long waits
 
     @property
     def metrics(self):
@@ -412,7 +413,7 @@ class RunFolder:
         for old in checkpoints(self.path)[:-2]:
             old.unlink()
 
-    def resume(self, device, make_optimizer):
+    def resume(self, device, make_optimizer, build=None):
         """The State in the newest checkpoint, without its teacher and with packed masks; None if
         the folder holds no checkpoint. Raises UserError if the folder holds another run."""
         if newest(self.path) is None:

@@ -12,6 +12,7 @@ code paths.
 Shapes: B sequences, T tokens, C d_model, D head_dim, V vocabulary; H_l query heads, K_l KV heads,
 F_l neurons in layer l. Not here: dropout, sliding windows, mixture of experts, tensor parallelism.
 """
+import copy
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from common import UserError
 
@@ -357,6 +359,12 @@ class FFN(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm residual layer; an absent sub-block has no parameters and leaves x as it is."""
+    # Activation checkpointing: keep only the layer's input for the backward pass, and compute the layer
+    # again there. It saves most of the memory of activations for a third more arithmetic.
+    recompute = False
+    # `apply_parts`, compiled, for training steps. None: not compiled, or compiled as a part of the whole.
+    compiled = None
+
     def __init__(self, config, layer):
         super().__init__()
         has_attention = config.n_head[layer] > 0
@@ -367,11 +375,45 @@ class Block(nn.Module):
         self.ffn = FFN(config, layer) if has_ffn else None
 
     def forward(self, x, cos, sin, cache=None, mask=None):
+        if not torch.is_grad_enabled():
+            return self.apply_parts(x, cos, sin, cache, mask)
+        run = self.compiled or self.apply_parts
+        if self.recompute:
+            return checkpoint(run, x, cos, sin, cache, mask, use_reentrant=False, preserve_rng_state=False)
+        return run(x, cos, sin, cache, mask)
+
+    def apply_parts(self, x, cos, sin, cache=None, mask=None):
         if self.attn is not None:
             x = x + self.attn(self.attn_norm(x), cos, sin, cache, mask)
         if self.ffn is not None:
             x = x + self.ffn(self.ffn_norm(x))
         return x
+
+
+def init_weight_(p, name, config):
+    """Draw a parameter's initial values, in place, as GPT-2: normal(0, 0.02), and matrices that write
+    into the residual stream divided by sqrt(2 n_layer). Biases are 0, and gains of norms stay 1."""
+    if p.dim() == 2:
+        writes_the_stream = name.endswith(("attn.o.weight", "ffn.down.weight"))
+        nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if writes_the_stream else 0.02)
+    elif name.endswith("bias"):
+        nn.init.zeros_(p)
+
+
+def initial_weights(config):
+    """The parameters that GPT(config) would begin with, bit for bit, one at a time: (name, float32
+    tensor). Only the one that was yielded last is held."""
+    with torch.device("meta"):
+        model = GPT(config)
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            # PyTorch draws weights for each layer that it makes, and GPT draws them anew. The first
+            # are drawn here, too, so that the second come out alike.
+            copy.deepcopy(module).to_empty(device="cpu").reset_parameters()
+    for name, p in model.named_parameters():
+        weight = torch.ones(p.shape)
+        init_weight_(weight, name, config)
+        yield name, weight
 
 
 class GPT(nn.Module):
@@ -390,21 +432,11 @@ class GPT(nn.Module):
         if not config.tie_embeddings:
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if not meta:
-            self.init_weights()
+            for name, p in self.named_parameters():
+                init_weight_(p, name, config)
         # The real tensors must agree with the config's accounting.
         total = sum(p.numel() for p in self.parameters())
         assert total == config.num_params()["total"], (total, config.num_params())
-
-    def init_weights(self):
-        """As GPT-2: normal(0, 0.02), and matrices that write into the residual stream divided by
-        sqrt(2 n_layer)."""
-        for name, p in self.named_parameters():
-            if p.dim() == 2:
-                writes_the_stream = name.endswith(("attn.o.weight", "ffn.down.weight"))
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if writes_the_stream else 0.02
-                nn.init.normal_(p, std=std)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
 
     @property
     def head_weight(self):

@@ -24,7 +24,6 @@ from torch.distributed.tensor import DTensor
 
 from model import GPT, by_unit
 
-
 # -- a model over a mesh of processes
 
 def make_mesh(kind, device, world, local_world):
@@ -36,11 +35,14 @@ def make_mesh(kind, device, world, local_world):
     return init_device_mesh(device_type, (world // local_world, local_world), mesh_dim_names=("replicate", "shard"))
 
 
-def build(config, mesh, device, dtype, block_dtype=None):
+def build(config, mesh, device, dtype, block_dtype=None, halve=False):
     """A GPT over the mesh whose weights are still to be filled (`fill_`). It is made on the meta
-    device, so no process ever holds more than its rows."""
+    device, so no process ever holds more than its rows. `halve`: what the blocks are multiplied in is
+    also what they are stored in, for a model that does not train."""
     with torch.device("meta"):
         model = GPT(config).to(dtype)
+        if halve:
+            model.blocks.to(block_dtype)
     return spread(model, mesh, block_dtype).to_empty(device=device)
 
 
@@ -65,7 +67,9 @@ def spread(model, mesh, block_dtype=None):
 
 def spread_like(small, model):
     """Shard a model, in place, as another one is; a whole model's like stays whole."""
-    return spread(small, model.mesh, model.block_dtype) if is_sharded(model) else small
+    if not is_sharded(model):
+        return small
+    return spread(small.to(model.embed.weight.dtype), model.mesh, model.block_dtype)
 
 
 def is_sharded(model):
@@ -133,10 +137,10 @@ def spread_rows(tensor, like):
 # -- units of a tensor over a mesh
 
 def unit_of_entry(tensor, dim, units):
-    """Which unit each entry belongs to, (n,), of those along `dim` that this process holds."""
+    """Which unit each entry belongs to, (n,) in main memory, of those along `dim` that this process
+    holds."""
     start, stop = rows(tensor) if dim == 0 else (0, tensor.size(dim))
-    entries = torch.arange(start, stop, device=tensor.device)
-    return entries // (tensor.size(dim) // units)
+    return torch.arange(start, stop) // (tensor.size(dim) // units)
 
 
 def sums_by_unit(tensor, dim, units):
@@ -147,8 +151,8 @@ def sums_by_unit(tensor, dim, units):
     sums = held.new_zeros(units)
     if held.numel() == 0:
         return sums
-    per_entry = held.movedim(dim, 0).flatten(1).sum(1)
-    return sums.index_add_(0, unit_of_entry(tensor, dim, units), per_entry)
+    per_entry = held.movedim(dim, 0).reshape(held.size(dim), -1).sum(1)
+    return sums.index_add_(0, unit_of_entry(tensor, dim, units).to(held.device), per_entry)
 
 
 def select_units(tensor, dim, units, indices):
@@ -166,8 +170,20 @@ def select_units(tensor, dim, units, indices):
     return from_rows(held, tensor, (tensor.size(0), held.size(1)))
 
 
+def add_up_units_(model, sums):
+    """Add up, in place, the sums {key: (units,)} that `sums_by_unit` gave in each process: one
+    communication for all of them."""
+    if not is_sharded(model) or not sums:
+        return
+    flat = torch.cat(list(sums.values()))
+    # In HSDP every machine has the same rows once.
+    dist.all_reduce(flat, group=model.mesh.get_group("shard"))
+    for total, added in zip(sums.values(), flat.split([len(total) for total in sums.values()])):
+        total.copy_(added)
+
+
 def add_up_(model, tensor):
-    """Add up, in place, what the processes that share a model have measured of their own."""
+    """Add up, in place, what each process has measured on text of its own."""
     if is_sharded(model):
-        dist.all_reduce(tensor, group=model.mesh.get_group(model.mesh.ndim - 1))
+        dist.all_reduce(tensor)
     return tensor

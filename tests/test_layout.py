@@ -6,15 +6,16 @@ import pytest
 from helpers import imports
 
 ROOT = Path(__file__).parent.parent
-LESSON = "model schedule score allocate prune distill train data checkpoint eval export report common".split()
+LESSON = "model schedule score allocate prune distill shard train data checkpoint eval export report common".split()
 PACKAGES = ("methods", "formats", "tasks", "experiments", "bench")
 ROWS = [      # a file imports only from rows above its own
     "common schedule bench.gpt2_peer formats.modeling_nanoprune tasks.statistics",
     "allocate distill model report experiments.scaling_laws experiments.texts formats.chat formats.origin "
-    "formats.tokenizer_json methods.two_four tasks.own_questions",
-    "bench.timing experiments.scaling_curves formats.model_card formats.tokenizer formats.top_k "
+    "formats.tokenizer_json tasks.own_questions",
+    "shard bench.timing experiments.scaling_curves formats.model_card formats.tokenizer formats.top_k "
     "methods.channels methods.mend methods.slicegpt tasks.questions",
-    "data formats.gguf_vocabulary formats.huggingface formats.llamacpp methods.local methods.margin tasks.probe",
+    "data formats.gguf_vocabulary formats.huggingface formats.llamacpp methods.local methods.margin "
+    "methods.two_four tasks.probe",
     "checkpoint score formats.gguf_export",
     "eval export methods.depth methods.latency methods.self_text methods.torch_pruning_peer",
     "experiments.measure methods.measured",
