@@ -723,7 +723,7 @@ def count_flops(setup, state, teacher, scored):
     """Add the FLOPs of a step: executed (the model as it is, its teacher, scoring) and credited
     (live units). A teacher that was cached costs none."""
     tokens = setup.config.batch_tokens
-    per_token = state.model.config.flops_per_token(setup.block_size)
+    per_token = state.model.config.flops_per_token(setup.block_size, recompute=setup.config.recompute)
     if isinstance(teacher, models.GPT):
         per_token += teacher.config.flops_per_token(setup.block_size, backward=False)
     state.flops["executed"] += tokens * per_token
