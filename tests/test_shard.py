@@ -20,7 +20,8 @@ B, T = 2, 8                                                   # windows of each 
 
 def run_in(worlds, worker, folder, *args):
     """Run worker(*args) in so many processes, one thread each."""
-    torch.multiprocessing.spawn(start, (worlds, worker, str(folder), args), nprocs=worlds)
+    torch.multiprocessing.start_processes(start, (worlds, worker, str(folder), args), nprocs=worlds,
+                                          start_method="fork")            # spares the imports of torch
 
 
 def start(rank, world, worker, folder, args):
