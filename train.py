@@ -1084,7 +1084,7 @@ def prepare(config):
     if world > 1:
         refuse_disagreement(setup, state)
     if (config.teacher or state.teacher_file) and not state.dropped:
-        open_teacher(setup, state, config.teacher or folder.path / "teacher.pt")
+        open_teacher(setup, state, config.teacher or folder.teacher)
     return setup, state
 
 
