@@ -170,15 +170,21 @@ class GPTConfig:
         }
         return groups | {"total": sum(groups.values())}
 
-    def flops_per_token(self, T, backward=True):
+    def flops_per_token(self, T, backward=True, recompute=False):
         """FLOPs per token at context T. Each matrix entry costs one multiply-add, which is 2.
         Attention is counted over the full T x T square as in PaLM (arXiv 2204.02311, appendix B),
         though a causal kernel does half of it. Norms, biases and activations are not counted. The
-        backward pass costs twice the forward pass."""
+        backward pass costs twice the forward pass. `recompute` adds the layers' forward pass again,
+        without the last product of each, whose result nobody needs twice."""
         params = dataclasses.replace(self, qkv_bias=False).num_params()
-        matrices = params["attention"] + params["ffn"] + self.vocab_size * self.d_model
-        forward = 2 * matrices + 4 * T * self.head_dim * sum(self.n_head)
-        return 3 * forward if backward else forward
+        matrices = params["attention"] + params["ffn"]
+        layers = 2 * matrices + 4 * T * self.head_dim * sum(self.n_head)
+        forward = layers + 2 * self.vocab_size * self.d_model
+        if not backward:
+            return forward
+        last_products = sum(neurons or self.head_dim * heads for neurons, heads in zip(self.d_ff, self.n_head))
+        again = layers - 2 * self.d_model * last_products
+        return 3 * forward + recompute * again
 
     def kv_bytes_per_token(self, bytes_per_value=2):
         """Bytes that one token of context adds to the KV cache (2 bytes a value = bf16)."""

@@ -113,13 +113,14 @@ def add_up_processes(stats, model):
     gradients of a batch are means over all processes already."""
     if not shard.is_sharded(model):
         return
-    sums = [stats.mean, stats.square, stats.position, stats.gram, stats.channel]
-    device = model.embed.weight.device
+    counts = torch.tensor([stats.tokens, stats.windows], device=model.embed.weight.device)
+    tensors = [counts]
+    for sums in (stats.mean, stats.square, stats.position, stats.gram, stats.channel):
+        tensors += sums.values()
     for key, cosines in stats.cosine.items():
         stats.cosine[key] = [torch.stack(cosines).sum()]
-        sums.append({key: stats.cosine[key][0]})
-    counts = torch.tensor([stats.tokens, stats.windows], device=device)
-    for tensor in [counts, *(tensor for part in sums for tensor in part.values())]:
+        tensors += stats.cosine[key]
+    for tensor in tensors:
         shard.add_up_(model, tensor)
     stats.tokens, stats.windows = counts.tolist()
 

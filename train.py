@@ -6,7 +6,7 @@
     python train.py --init FOLDER --enlarge-ff 1.25                    # the large one is given
     python train.py --init CUT --teacher FOLDER --plan recover         # a cut model is trained back
     torchrun --nproc-per-node 8 train.py --preset 124m --tokenizer gpt2 --batch-tokens 524288
-    torchrun --nproc-per-node 8 train.py --preset 1.3b --shard fsdp --recompute True      # docs/scale.md
+    torchrun --nproc-per-node 8 train.py --preset 1.3b --shard fsdp --recompute      # docs/scale.md
 
 A larger model than wanted is trained. It loses units while it trains (prune.py) and recovers at the
 target size. If the plan says so, a teacher helps: the model itself as it stood before the first cut
@@ -723,7 +723,7 @@ def count_flops(setup, state, teacher, scored):
     """Add the FLOPs of a step: executed (the model as it is, its teacher, scoring) and credited
     (live units). A teacher that was cached costs none."""
     tokens = setup.config.batch_tokens
-    per_token = state.model.config.flops_per_token(setup.block_size)
+    per_token = state.model.config.flops_per_token(setup.block_size, recompute=setup.config.recompute)
     if isinstance(teacher, models.GPT):
         per_token += teacher.config.flops_per_token(setup.block_size, backward=False)
     state.flops["executed"] += tokens * per_token

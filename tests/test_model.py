@@ -144,6 +144,11 @@ def test_costs_are_those_of_the_real_tensors(variant, empty):
             if backward:
                 loss.backward()
         assert counter.get_total_flops() == config.flops_per_token(T, backward) * B * T
+    for block in model.blocks:
+        block.recompute = True
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(idx).sum().backward()
+    assert counter.get_total_flops() == config.flops_per_token(T, recompute=True) * B * T
     assert sum(layer.nbytes for layer in model.empty_cache(B, T)) == config.kv_bytes_per_token(4) * B * T
     assert config.kv_bytes_per_token() * 2 == config.kv_bytes_per_token(4)
 
