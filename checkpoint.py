@@ -931,7 +931,7 @@ def fill_optimizer(optimizer, model, weights):
     state = {}
     for number, entry in saved["state"].items():
         p = parameters[number]
-        state[number] = dict(entry)
+        state[number] = on_host(entry)
         for key in MOMENTS:
             stored = f"{key}.{labels[number]}"
             check_stored(weights.moments, stored, p.shape)

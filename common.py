@@ -112,6 +112,8 @@ def run(main, *args):
     sentence and exit with code 2; let every other exception show its traceback."""
     try:
         main(*args)
+    except Damaged as problem:
+        stop(f"{problem}; restore the file from a copy")
     except UserError as problem:
         stop(problem)
     except KeyboardInterrupt:
