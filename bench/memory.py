@@ -110,11 +110,11 @@ def worker(rank, job, folder):
 
 @contextlib.contextmanager
 def freed_at_once():
-    """Processes that start inside give arrays of 1 MB and more back to the system as soon as they are
+    """Processes that start inside give arrays of 128 KB and more back to the system as soon as they are
     free. By itself glibc keeps freed arrays of up to 32 MB, and the peak would count them."""
     name = "MALLOC_MMAP_THRESHOLD_"
     before = os.environ.get(name)
-    os.environ[name] = str(2**20)
+    os.environ[name] = str(2**17)
     try:
         yield
     finally:

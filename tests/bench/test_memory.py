@@ -154,7 +154,7 @@ def test_a_measured_row_has_the_fullest_process(monkeypatch):
 
     def spawn(function, arguments, nprocs):
         job, folder = arguments
-        assert os.environ["MALLOC_MMAP_THRESHOLD_"] == "1048576"
+        assert os.environ["MALLOC_MMAP_THRESHOLD_"] == "131072"
         started.append(job)
         for rank in range(nprocs):
             record = {"before_bytes": 10**9, "peak_bytes": 10**9 + (5 + rank) * 10**6, "weights": 10**6 - rank,
