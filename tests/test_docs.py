@@ -17,6 +17,7 @@ import torch
 
 import report
 import score
+from bench import __main__ as bench
 from common import read_records, write_atomic
 from experiments import (
     claims,
@@ -93,6 +94,50 @@ def recovery_of_methods(keep):
     return "\n\n".join(recovery(part, keep) for part in parts)
 
 
+MODELS = {"2.8b": "2.8B", "8b": "8B"}
+
+
+def cell(value):
+    """An entry of a table: GB and seconds with two digits behind the point, or three where they are small."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.3f}"
+    return str(value)
+
+
+def fit_rows(table):
+    """The rows of the suite fit that belong to a table, computed anew."""
+    rows = []
+    for _, account in bench.cells(bench.resolve(bench.Bench("fit"))):
+        rows += [row for row in account()["rows"] if row["table"].startswith(table)]
+    return rows
+
+
+def fit_table(rows):
+    hidden = ("table", "model", "params", "tokens")
+    head = [name for name in rows[0] if name not in hidden]
+    body = [[MODELS[row["model"]], *(cell(row[name]) for name in head)] for row in rows]
+    return report.markdown(["model", *head], body)
+
+
+def exchange_table():
+    rows = [row for row in fit_rows("communication") if not row["--recompute"]]
+    return fit_table([{name: value for name, value in row.items() if name != "--recompute"} for row in rows])
+
+
+def measured_rows():
+    """The rows of the last record of each cell of the suite memory."""
+    records = {record["cell"]: record for record in read_records(RESULTS / "bench.jsonl") if record["suite"] == "memory"}
+    return [row for record in records.values() for row in record["rows"]]
+
+
+def measured_table():
+    rows = measured_rows()
+    head = [name for name in rows[0] if name not in ("shape", "V", "params", "tokens")]
+    return report.markdown(head, [[cell(row[name]) for name in head] for row in rows])
+
+
 GENERATED = {        # (page, name of the part): function that returns its text
     ("pruning.md", "experiments/compare.py overview"): overview,
     ("pruning.md", "tests/test_docs.py adaptive"): adaptive_table,
@@ -104,6 +149,9 @@ GENERATED = {        # (page, name of the part): function that returns its text
     ("recover.md", "experiments/recover_report.py speed"): lambda: recovery(recover_report.speed_table),
     ("recover.md", "experiments/recover_report.py curve"): lambda: recovery(recover_report.curve_text),
     ("recover.md", "experiments/recover_report.py ablations"): lambda: recovery(recover_report.ablation_table),
+    ("scale.md", "tests/test_docs.py memory"): lambda: fit_table(fit_rows("memory")),
+    ("scale.md", "tests/test_docs.py exchange"): exchange_table,
+    ("scale.md", "results/bench.jsonl memory"): measured_table,
     ("scaling.md", "results/scaling/report.md errors"): lambda: scaling_table("| cut | law"),
     ("scaling.md", "results/scaling/report.md constants"): lambda: scaling_table("| cut | points"),
 }
