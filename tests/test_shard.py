@@ -14,6 +14,7 @@ import score
 import shard
 import train
 
+pytestmark = pytest.mark.skipif(torch.__version__ < shard.OLDEST_ON_CPU, reason="FSDP2 on CPUs needs a newer PyTorch")
 CLOSE = 1e-12
 B, T = 2, 8                                                   # windows of each process, tokens of a window
 

@@ -9,10 +9,12 @@ import torch
 from test_train import TORCHRUN, result, start, toy, train_toy
 
 import checkpoint
+import shard
 import train
 from common import UserError
 from methods import two_four
 
+pytestmark = pytest.mark.skipif(torch.__version__ < shard.OLDEST_ON_CPU, reason="FSDP2 on CPUs needs a newer PyTorch")
 BATCH = dict(batch_tokens=12 * 64, dtype="float64")            # 12 windows: for 1, 2 and 3 processes
 
 
