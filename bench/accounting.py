@@ -11,6 +11,7 @@ torch/distributed/fsdp/_fully_shard). Not here: measurements (bench/memory.py), 
 the communication library, the memory of kernels and fragmentation, which nothing here counts.
 """
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 
@@ -78,6 +79,7 @@ class Group:
         return self.held(sharers) * sharers
 
 
+@functools.cache
 def groups(config):
     """The root and the blocks of a model: -> Group, [Group]. A block without parameters is none."""
     with torch.device("meta"):
@@ -131,16 +133,20 @@ def loss_bytes(job):
 
 
 def teacher_bytes(job):
-    """Bytes of a frozen teacher: its blocks in bfloat16 on a GPU, its root in float32. A sharded
-    teacher's root stays gathered from its first use on."""
+    """Bytes of a frozen teacher and of its hidden states: its blocks in bfloat16 on a GPU, its root in
+    float32. A sharded teacher's root stays gathered from its first use on. The head of one that is not
+    sharded is bfloat16, unless it is the embedding."""
     if job.teacher is None:
         return 0
     root, blocks = groups(job.teacher)
     sharers = job.sharers
     size = min(TEACHER_BYTES, job.block_bytes)
     held = size * sum(block.held(sharers) for block in blocks) + WEIGHT_BYTES * root.held(sharers)
-    whole = 0 if job.shard == "none" else WEIGHT_BYTES * root.gathered(sharers)
-    return held + whole + job.tokens * job.teacher.d_model * job.block_bytes
+    if job.shard != "none":
+        held += WEIGHT_BYTES * root.gathered(sharers)
+    elif not job.teacher.tie_embeddings:
+        held -= (WEIGHT_BYTES - size) * job.teacher.vocab_size * job.teacher.d_model
+    return held + job.tokens * job.teacher.d_model * job.block_bytes
 
 
 def memory(job):

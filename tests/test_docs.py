@@ -128,8 +128,11 @@ def exchange_table():
 
 def measured_rows():
     """The rows of the last record of each cell of the suite memory."""
-    records = {record["cell"]: record for record in read_records(RESULTS / "bench.jsonl") if record["suite"] == "memory"}
-    return [row for record in records.values() for row in record["rows"]]
+    rows = {}
+    for record in read_records(RESULTS / "bench.jsonl"):
+        if record["suite"] == "memory":
+            rows[record["cell"]] = record["rows"]
+    return sum(rows.values(), [])
 
 
 def measured_table():

@@ -57,7 +57,10 @@ def counted_step(job):
             loss.backward()
     memory.update(model, optimizer)
     # Arrays, with the rows that only fill them up.
-    stored = {"weights": 0, "gradients": 0}
+    stored = {"weights": 0, "gradients": 0, "teacher": 0}
+    if teacher is not None:
+        # Rows of its blocks. Its root is whole.
+        stored["teacher"] = sum(shard.local(p).untyped_storage().nbytes() for p in teacher.parameters())
     for p in model.parameters():
         stored["weights"] += shard.local(p).untyped_storage().nbytes()
     gradients = {shard.local(p.grad).untyped_storage() for p in model.parameters()}

@@ -50,7 +50,12 @@ def test_accounted_states_are_what_processes_hold(counted):
         assert fullest == {name: parts[name] for name in ("weights", "gradients", "moments")}
         for of_process in counted:
             # Rows that others lack are stored, too.
-            assert of_process[number]["stored"] == {name: parts[name] for name in ("weights", "gradients")}
+            stored = of_process[number]["stored"]
+            assert (stored["weights"], stored["gradients"]) == (parts["weights"], parts["gradients"])
+            if job.teacher is not None:
+                root, _ = accounting.groups(job.teacher)
+                hidden = job.tokens * job.teacher.d_model * 2
+                assert stored["teacher"] == parts["teacher"] - 4 * root.held(2) - hidden
             assert of_process[number]["held"]["moments"] <= parts["moments"]
         if job.sharers == 2:
             everything = sum(sum(of_process[number]["held"].values()) for of_process in counted)
@@ -128,6 +133,9 @@ def test_the_large_models_by_hand():
     inside = 4096 * 2 + (4096 + 4 * 4096) + 4096 + 4 * 14336         # inputs of norms, attention, FFN
     kept = (32 * inside + 2 * 4096) * 2 + 4 * (65 + 32 * 32)
     assert parts["activations"] == tokens * kept
+    # A teacher on one GPU: blocks, head and hidden states in bfloat16, the embedding in float32.
+    taught = accounting.memory(dataclasses.replace(one, teacher=one.config))["teacher"]
+    assert taught == 2 * 32 * block + 4 * root - 2 * 128256 * 4096 + 2 * tokens * 4096
     assert not accounting.memory_row(one)["fits"] and accounting.memory_row(eight)["fits"]
     row = accounting.memory_row(eight)
     assert row["sum"] == pytest.approx(sum(row[column] for column in accounting.COLUMNS))
