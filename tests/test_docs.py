@@ -602,6 +602,18 @@ def test_what_bfloat16_does_to_the_loss_is_what_the_records_say(file, preset, ba
     assert f"8 seeds | {means[0]} | {means[1]} | {numbers} |" in prose("speed.md")
 
 
+# -- scale
+
+def test_what_scale_md_says_about_measured_peaks():
+    text = prose("scale.md")
+    rows = measured_rows()
+    assert [row["processes"] for row in rows] == [1, 1, 2, 2, 4, 4]
+    assert {f"{row['params'] / 1e6:.0f}M parameters" in text for row in rows} == {True}
+    assert {f"{row['tokens']} tokens each" in text for row in rows} == {True}
+    apart = max(abs(row["measured ÷ accounted"] - 1) for row in rows)
+    assert f"differ from the accounting by at most {math.ceil(100 * apart)} %" in text
+
+
 # -- links
 
 def anchors(text):
