@@ -99,7 +99,7 @@ def test_two_machines_with_a_copy_each_and_a_given_sparse_model(tmp_path):
     checkpoint.save(tmp_path / "sparse.pt", model, run=about["run"], tokenizer_files=about["tokenizer_files"],
                     masks=two_four.pack(masks))
     settings = dict(plan="scratch", init=str(tmp_path / "sparse.pt"), preset="laptop", steps=12, block_size=64,
-                    dtype="float64", save_every=5)
+                    save_every=5, **BATCH)
     train_shared(4, dict(out=str(tmp_path / "hsdp"), shard="hsdp", **settings), local_world=2)
     train_toy(tmp_path / "one", **settings)
     assert_alike(tmp_path / "one", tmp_path / "hsdp")
