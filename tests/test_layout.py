@@ -25,6 +25,8 @@ ROWS = [      # a file imports only from rows above its own
     "experiments.sweep experiments.teacher",
     "bench.dtypes bench.inference bench.system bench.training experiments.claims_statistics "
     "experiments.recover_study experiments.scaling_runs",
+    "bench.accounting",
+    "bench.memory",
     "bench.__main__ experiments.claims_report experiments.precision experiments.scaling",
     "experiments.claims"]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
