@@ -13,11 +13,13 @@ ROWS = [      # a file imports only from rows above its own
     "allocate distill model report experiments.scaling_laws experiments.texts formats.chat formats.origin "
     "formats.tokenizer_json methods.two_four tasks.own_questions",
     "bench.timing experiments.scaling_curves formats.model_card formats.tokenizer formats.top_k "
-    "methods.channels methods.mend methods.slicegpt tasks.questions",
-    "data formats.gguf_vocabulary formats.huggingface formats.llamacpp methods.local methods.margin tasks.probe",
+    "methods.slicegpt tasks.questions",
+    "data formats.gguf_vocabulary formats.huggingface formats.llamacpp methods.margin tasks.probe",
     "checkpoint score formats.gguf_export",
-    "eval export methods.depth methods.latency methods.self_text methods.torch_pruning_peer",
-    "experiments.measure methods.measured",
+    "eval export methods.channels methods.depth methods.latency methods.offload methods.self_text "
+    "methods.torch_pruning_peer",
+    "experiments.measure methods.mend",
+    "methods.local methods.measured",
     "prune experiments.recover_report",
     "train experiments.candidates experiments.compare_report experiments.smollm2",
     "bench.variants experiments.claims_runs experiments.compare experiments.glassllm experiments.recover "
