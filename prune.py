@@ -545,16 +545,23 @@ def cut_in_stages(model, batches, recipe, dtype=torch.float32, resource=None, co
 def open_model(recipe, device):
     """The model with weights as --weights has them, as (GPT, what its file says besides). Raises
     UserError if the recipe cannot cut it."""
-    dtype = loading_dtype(recipe, device)
-    model, about = checkpoint.load(recipe.init, "cpu" if recipe.offload else device, dtype)
-    if dtype is None and any(p.dtype != torch.bfloat16 for p in model.parameters()):
-        model.to(torch.float32)
-    if recipe.offload:
-        offload.keep_layers_off(model, torch.device(device))
+    model, about = load(recipe, device)
     if about.get("masks"):
         raise UserError(f"{recipe.init} is 2:4 already, and what is cut from it would be no "
                         "longer; cut first")
     check_fits(recipe, model, device)
+    return model, about
+
+
+def load(recipe, device, block_size=None):
+    """The model of --init, as (GPT, what its file says besides), with its weights where and as the
+    recipe has them. `block_size`: see checkpoint.load."""
+    dtype = loading_dtype(recipe, device)
+    model, about = checkpoint.load(recipe.init, "cpu" if recipe.offload else device, dtype, block_size)
+    if dtype is None and any(p.dtype != torch.bfloat16 for p in model.parameters()):
+        model.to(torch.float32)
+    if recipe.offload:
+        offload.keep_layers_off(model, torch.device(device))
     return model, about
 
 
