@@ -22,8 +22,8 @@ ROWS = [      # a file imports only from rows above its own
     "methods.local methods.measured",
     "prune experiments.recover_report",
     "train experiments.candidates experiments.compare_report experiments.smollm2",
-    "bench.variants experiments.claims_runs experiments.compare experiments.glassllm experiments.recover "
-    "experiments.sweep experiments.teacher",
+    "bench.cut_memory bench.variants experiments.claims_runs experiments.compare experiments.glassllm "
+    "experiments.recover experiments.sweep experiments.teacher",
     "bench.dtypes bench.inference bench.system bench.training experiments.claims_statistics "
     "experiments.recover_study experiments.scaling_runs",
     "bench.__main__ experiments.claims_report experiments.precision experiments.scaling",
