@@ -38,6 +38,7 @@ import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
 import data
+import shard
 from checkpoint import load, tokenizer_of
 from common import (
     IGNORED,
@@ -131,18 +132,27 @@ def evaluate(model, tokens, byte_lengths, windows=256, stride=0, batch=32, rank=
     nats = 0.0
     counted = 0
     counted_bytes = 0
-    batches = range(rank * batch, len(starts), world * batch)
-    for first in progress(batches, "evaluate", show_progress):
+    # All processes run the model equally often, as a sharded one gathers its weights from all of them.
+    # Where there is no batch left for a process, it runs the first one and does not count it.
+    rounds = range(0, len(starts), world * batch)
+    for first in progress(rounds, "evaluate", show_progress):
+        first += rank * batch
+        counts = first < len(starts)
+        if not counts:
+            first = 0
         rows = np.stack([tokens[start:start + T + 1] for start in starts[first:first + batch].tolist()])
         rows = torch.from_numpy(rows.astype(np.int64)).to(device)               # (B, T + 1)
         x, y = data.inputs_and_targets(rows)
         hidden = model.hidden(x)                                                # (B, T, C)
+        if not counts:
+            continue
         for states, targets in counted_parts(hidden, y, stride, first == 0):
             loss, _ = chunked_loss(states, model.head_weight, targets)
             targets = targets[targets != IGNORED]
             nats += loss.item() * targets.numel()
             counted += targets.numel()
             counted_bytes += int(byte_lengths[targets.cpu().numpy()].sum())
+    shard.release(model)
 
     if world > 1:
         sums = torch.tensor((nats, counted, counted_bytes), dtype=torch.float64, device=device)
@@ -263,6 +273,7 @@ def sample(model, tokenizer, prompts, tokens, temperature=0.8, top_k=50, seed=0)
     idx = pad_sequence(rows, batch_first=True, padding_side="left").to(device)
     lengths = [len(ids) for ids in prompts]
     continued = model.generate(idx, tokens, temperature, top_k, generator, lengths=lengths)
+    shard.release(model)
     return [tokenizer.decode(row) for row in continued[:, idx.size(1):].tolist()]
 
 

@@ -12,6 +12,7 @@ code paths.
 Shapes: B sequences, T tokens, C d_model, D head_dim, V vocabulary; H_l query heads, K_l KV heads,
 F_l neurons in layer l. Not here: dropout, sliding windows, mixture of experts, tensor parallelism.
 """
+import copy
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from common import UserError
 
@@ -168,15 +170,21 @@ class GPTConfig:
         }
         return groups | {"total": sum(groups.values())}
 
-    def flops_per_token(self, T, backward=True):
+    def flops_per_token(self, T, backward=True, recompute=False):
         """FLOPs per token at context T. Each matrix entry costs one multiply-add, which is 2.
         Attention is counted over the full T x T square as in PaLM (arXiv 2204.02311, appendix B),
         though a causal kernel does half of it. Norms, biases and activations are not counted. The
-        backward pass costs twice the forward pass."""
+        backward pass costs twice the forward pass. `recompute` adds the layers' forward pass again,
+        without the last product of each, whose result nobody needs twice."""
         params = dataclasses.replace(self, qkv_bias=False).num_params()
-        matrices = params["attention"] + params["ffn"] + self.vocab_size * self.d_model
-        forward = 2 * matrices + 4 * T * self.head_dim * sum(self.n_head)
-        return 3 * forward if backward else forward
+        matrices = params["attention"] + params["ffn"]
+        layers = 2 * matrices + 4 * T * self.head_dim * sum(self.n_head)
+        forward = layers + 2 * self.vocab_size * self.d_model
+        if not backward:
+            return forward
+        last_products = sum(neurons or self.head_dim * heads for neurons, heads in zip(self.d_ff, self.n_head))
+        again = layers - 2 * self.d_model * last_products
+        return 3 * forward + recompute * again
 
     def kv_bytes_per_token(self, bytes_per_value=2):
         """Bytes that one token of context adds to the KV cache (2 bytes a value = bf16)."""
@@ -357,6 +365,12 @@ class FFN(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm residual layer; an absent sub-block has no parameters and leaves x as it is."""
+    # Activation checkpointing: keep only the layer's input for the backward pass, and compute the layer
+    # again there. It saves most of the memory of activations for a third more arithmetic.
+    recompute = False
+    # `apply_parts`, compiled, for training steps. None: not compiled, or compiled as a part of the whole.
+    compiled = None
+
     def __init__(self, config, layer):
         super().__init__()
         has_attention = config.n_head[layer] > 0
@@ -367,11 +381,45 @@ class Block(nn.Module):
         self.ffn = FFN(config, layer) if has_ffn else None
 
     def forward(self, x, cos, sin, cache=None, mask=None):
+        if not torch.is_grad_enabled():
+            return self.apply_parts(x, cos, sin, cache, mask)
+        run = self.compiled or self.apply_parts
+        if self.recompute:
+            return checkpoint(run, x, cos, sin, cache, mask, use_reentrant=False, preserve_rng_state=False)
+        return run(x, cos, sin, cache, mask)
+
+    def apply_parts(self, x, cos, sin, cache=None, mask=None):
         if self.attn is not None:
             x = x + self.attn(self.attn_norm(x), cos, sin, cache, mask)
         if self.ffn is not None:
             x = x + self.ffn(self.ffn_norm(x))
         return x
+
+
+def init_weight_(p, name, config):
+    """Draw a parameter's initial values, in place, as GPT-2: normal(0, 0.02), and matrices that write
+    into the residual stream divided by sqrt(2 n_layer). Biases are 0, and gains of norms stay 1."""
+    if p.dim() == 2:
+        writes_the_stream = name.endswith(("attn.o.weight", "ffn.down.weight"))
+        nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if writes_the_stream else 0.02)
+    elif name.endswith("bias"):
+        nn.init.zeros_(p)
+
+
+def initial_weights(config):
+    """The parameters that GPT(config) would begin with, bit for bit, one at a time: (name, float32
+    tensor). Only the one that was yielded last is held."""
+    with torch.device("meta"):
+        model = GPT(config)
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            # PyTorch draws weights for each layer that it makes, and GPT draws them anew. The first
+            # are drawn here, too, so that the second come out alike.
+            copy.deepcopy(module).to_empty(device="cpu").reset_parameters()
+    for name, p in model.named_parameters():
+        weight = torch.ones(p.shape)
+        init_weight_(weight, name, config)
+        yield name, weight
 
 
 class GPT(nn.Module):
@@ -390,21 +438,11 @@ class GPT(nn.Module):
         if not config.tie_embeddings:
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if not meta:
-            self.init_weights()
+            for name, p in self.named_parameters():
+                init_weight_(p, name, config)
         # The real tensors must agree with the config's accounting.
         total = sum(p.numel() for p in self.parameters())
         assert total == config.num_params()["total"], (total, config.num_params())
-
-    def init_weights(self):
-        """As GPT-2: normal(0, 0.02), and matrices that write into the residual stream divided by
-        sqrt(2 n_layer)."""
-        for name, p in self.named_parameters():
-            if p.dim() == 2:
-                writes_the_stream = name.endswith(("attn.o.weight", "ffn.down.weight"))
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if writes_the_stream else 0.02
-                nn.init.normal_(p, std=std)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
 
     @property
     def head_weight(self):
@@ -414,7 +452,8 @@ class GPT(nn.Module):
     def empty_cache(self, B, S):
         """Room for the keys and values of S tokens: for each layer an array (2, B, K_l, S, D)."""
         D = self.config.head_dim
-        return [self.embed.weight.new_empty(2, B, K, S, D) for K in self.config.n_kv_head]
+        options = dict(device=self.embed.weight.device, dtype=self.embed.weight.dtype)
+        return [torch.empty(2, B, K, S, D, **options) for K in self.config.n_kv_head]
 
     def hidden(self, idx, cache=None, positions=None, mask=None, start=0):
         """Token ids (B, T) -> normed hidden states (B, T, C). The losses form logits from these in

@@ -9,7 +9,7 @@ loop simple:
   1. A dead unit stays dead. Where all of a unit's entries are 0, its output and every one of its
      gradients are exactly 0. With its Adam moments set to 0 as well, AdamW (eps > 0, decay
      multiplies) leaves it at 0. So a cut only writes zeros: no masks, no new optimizer, nothing for
-     torch.compile or DDP to notice.
+     torch.compile, DDP or FSDP to notice.
   2. Slicing is exact. At any time after the cut the smaller model has the same logits, up to
      rounding, and takes the same next step.
 `choose`, `zero_` and `slice` are all that training needs. The rest is the command: it cuts a given
@@ -33,12 +33,13 @@ import allocate
 import checkpoint
 import data
 import score
+import shard
 from allocate import ALLOCATIONS, RESOURCES
 from common import UserError, check_choices, has_fast_bfloat16, parse, pick_device, progress, refuse_idle, run
 from eval import dtype_name, evaluate
 from formats.origin import hand_on
 from methods import channels, depth, latency, local, margin, measured, mend, offload, self_text, two_four
-from model import GPT, by_unit, coupled
+from model import GPT, coupled
 from score import GRADIENTS, SCORES
 from tasks.questions import read_questions
 
@@ -76,11 +77,13 @@ def zero_(model, optimizer, alive):
             continue
         for name, dim in coupled(model.config, layer, kind):
             p = parameters[name]
+            # Of a sharded model each process holds some rows, and no other process is asked.
+            entries = is_dead[shard.unit_of_entry(p, dim, units)].nonzero().flatten()
             state = optimizer.state.get(p, {}) if optimizer else {}
             # Moments have the parameter's shape. AdamW's step count has not.
             moments = [value for value in state.values() if value.shape == p.shape]
             for tensor in (p, *moments):
-                by_unit(tensor, dim, units).index_fill_(dim, dead.to(p.device), 0)
+                shard.local(tensor).index_fill_(dim, entries.to(p.device), 0)
 
 
 @torch.no_grad()
@@ -99,13 +102,13 @@ def slice(model, optimizer, alive):
         """The entries that stay of a parameter, or of a moment of that parameter."""
         if name not in cuts:
             return tensor.clone()
-        dim, units, indices = cuts[name]
-        kept = by_unit(tensor, dim, units).index_select(dim, indices.to(tensor.device))
-        return kept.flatten(dim, dim + 1)
+        return shard.select_units(tensor, *cuts[name])
 
     # On the meta device no weights are made that would be thrown away at once.
     with torch.device("meta"):
         small = GPT(model.config.resized({key: len(indices) for key, indices in alive.items()}))
+    # A sharded model becomes a smaller sharded model.
+    small = shard.spread_like(small, model)
     large = dict(model.named_parameters())
     weights = {name: smaller(name, large[name]) for name, _ in small.named_parameters()}
     small.load_state_dict(weights, assign=True)

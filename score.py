@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 
 import data
+import shard
 from common import UserError
 from distill import chunked_loss
-from model import by_unit, coupled, reader_of
+from model import coupled, reader_of
 
 # The matrices that read the outputs of units.
 READERS = ("attn.o", "ffn.down")
@@ -85,7 +86,7 @@ def collect(model, batches, needs, readers=READERS, loss=cross_entropy):
     device = model.embed.weight.device
     backward = not GRADIENTS.isdisjoint(needs)
     count = 0
-    with restored_gradients(model), contextlib.ExitStack() as hooks:
+    with restored_gradients(model), plain_blocks(model), contextlib.ExitStack() as hooks:
         if backward:
             hook_gradients(model, stats, needs, hooks)
         else:
@@ -102,7 +103,26 @@ def collect(model, batches, needs, readers=READERS, loss=cross_entropy):
             # Rows of a text are independent samples, those of another loss are not.
             stats.windows += len(x) if loss is cross_entropy else 1
             count += 1
-    return averaged(stats, model.config, count)
+    shard.release(model)
+    add_up_processes(stats, model)
+    return averaged(stats, model, count)
+
+
+def add_up_processes(stats, model):
+    """Add up, in place, the sums that each process of a sharded model took of its own batches. The
+    gradients of a batch are means over all processes already."""
+    if not shard.is_sharded(model):
+        return
+    counts = torch.tensor([stats.tokens, stats.windows], device=model.embed.weight.device)
+    tensors = [counts]
+    for sums in (stats.mean, stats.square, stats.position, stats.gram, stats.channel):
+        tensors += sums.values()
+    for key, cosines in stats.cosine.items():
+        stats.cosine[key] = [torch.stack(cosines).sum()]
+        tensors += stats.cosine[key]
+    for tensor in tensors:
+        shard.add_up_(model, tensor)
+    stats.tokens, stats.windows = counts.tolist()
 
 
 @contextlib.contextmanager
@@ -118,6 +138,22 @@ def restored_gradients(model):
         for p, (flag, grad) in before.items():
             p.requires_grad_(flag)
             p.grad = grad
+
+
+@contextlib.contextmanager
+def plain_blocks(model):
+    """Inside of a `with` no layer is compiled, as its hooks would not be called, nor recomputed in the
+    backward pass, as they would count twice."""
+    before = [(block, block.recompute, block.compiled) for block in model.blocks]
+    for block in model.blocks:
+        block.recompute = False
+        block.compiled = None
+    try:
+        yield
+    finally:
+        for block, recompute, compiled in before:
+            block.recompute = recompute
+            block.compiled = compiled
 
 
 def hook_gradients(model, stats, needs, hooks):
@@ -156,7 +192,7 @@ def take_gradient(stats, needs, name, dim, units):
         g = p.grad.to(torch.promote_types(p.dtype, torch.float32))
         p.grad = None
         if "sensitivity" in needs:
-            add(stats.sensitivity, name, sums_by_unit((p * g).abs(), dim, units))
+            add(stats.sensitivity, name, shard.sums_by_unit((p * g).abs(), dim, units))
         if "grad_sq" in needs:
             add(stats.grad_sq, name, g * g)
         if "grad" in needs:
@@ -225,7 +261,7 @@ def add(sums, key, value):
     sums[key] = sums[key].add_(value) if key in sums else value
 
 
-def averaged(stats, config, count):
+def averaged(stats, model, count):
     """Turn sums into means: of gradients over `count` batches, of everything else over tokens."""
     divide(stats.grad, count)
     for key, sums in stats.cosine.items():
@@ -237,7 +273,7 @@ def averaged(stats, config, count):
         divide(sums, stats.tokens)
     if stats.sensitivity:
         sums = stats.sensitivity
-        stats.sensitivity = means_by_unit(config, lambda name, dim, units: sums[name] / count)
+        stats.sensitivity = means_by_unit(model, lambda name, dim, units: sums[name] / count)
     return stats
 
 
@@ -267,29 +303,24 @@ def batches(tokens, block_size, windows, micro_batch, seed, flag="--windows"):
 
 # -- from entries and channels to units
 
-def sums_by_unit(tensor, dim, units):
-    """The sum over each unit's entries of a parameter: (units,)."""
-    return by_unit(tensor, dim, units).movedim(dim, 0).flatten(1).sum(1)
-
-
 def wide(p):
     """The parameter in float32 at least: scores of bfloat16 would have 8 bits, and many ties."""
     return p.to(torch.promote_types(p.dtype, torch.float32))
 
 
-def means_by_unit(config, sums):
+def means_by_unit(model, sums):
     """The mean over each unit's entries in all of its parameters: {(layer, kind): (units,)
-    float32}. A function sums(name, dim, units) -> (units,) gives the sums over one parameter. An
-    absent sub-block gives an empty tensor."""
-    scores = {}
+    float32}. A function sums(name, dim, units) -> (units,) gives the sums over one parameter, as far
+    as this process holds it. An absent sub-block gives an empty tensor."""
+    config = model.config
+    totals = {}
     for (layer, kind), units in config.widths().items():
-        if units == 0:
-            scores[layer, kind] = torch.zeros(0)
-            continue
-        total = 0
-        for name, dim in coupled(config, layer, kind):
-            total = total + sums(name, dim, units)
-        scores[layer, kind] = total.float() / config.unit_params(layer, kind)
+        if units:
+            totals[layer, kind] = sum(sums(name, dim, units) for name, dim in coupled(config, layer, kind))
+    shard.add_up_units_(model, totals)
+    scores = {}
+    for key in config.widths():
+        scores[key] = totals[key].float() / config.unit_params(*key) if key in totals else torch.zeros(0)
     return scores
 
 
@@ -298,8 +329,8 @@ def by_entry(model, entry):
     """Score units by their weights: the mean of entry(name, w), which has w's shape, over a unit's
     entries."""
     def sums(name, dim, units):
-        return sums_by_unit(entry(name, wide(model.get_parameter(name))), dim, units)
-    return means_by_unit(model.config, sums)
+        return shard.sums_by_unit(entry(name, wide(model.get_parameter(name))), dim, units)
+    return means_by_unit(model, sums)
 
 
 @torch.no_grad()
@@ -312,7 +343,7 @@ def by_channel(model, channels):
             scores[layer, kind] = torch.zeros(0)
             continue
         name = reader_of(model.config, layer, kind)
-        values = channels(name, wide(model.get_parameter(name))).float()
+        values = shard.whole(channels(name, wide(model.get_parameter(name)))).float()
         scores[layer, kind] = values.unflatten(0, (units, -1)).mean(1)
     return scores
 
@@ -370,7 +401,7 @@ def activation(model, stats):
 def wanda(model, stats):
     """‖x_j‖ · |W_:j|, x_j the unit's outputs over the calibration text, W what reads them:
     Wanda-sp, the structured form of Wanda (arXiv 2306.11695) that FLAP compares with."""
-    return by_channel(model, lambda name, w: stats.square[name].sqrt() * w.abs().sum(0))
+    return by_channel(model, lambda name, w: stats.square[name].sqrt() * shard.whole(w.abs().sum(0)))
 
 
 def flap(model, stats):
@@ -378,7 +409,7 @@ def flap(model, stats):
     kinds compete: FLAP (arXiv 2312.11983, eq. 5-6)."""
     def channels(name, w):
         variance = (stats.square[name] - stats.mean[name].square()).clamp(min=0)
-        metric = variance * w.square().sum(0)
+        metric = variance * shard.whole(w.square().sum(0))
         return (metric - metric.mean()) / metric.std(correction=0).clamp(min=1e-30)
     return by_channel(model, channels)
 

@@ -6,6 +6,7 @@
     python train.py --init FOLDER --enlarge-ff 1.25                    # the large one is given
     python train.py --init CUT --teacher FOLDER --plan recover         # a cut model is trained back
     torchrun --nproc-per-node 8 train.py --preset 124m --tokenizer gpt2 --batch-tokens 524288
+    torchrun --nproc-per-node 8 train.py --preset 1.3b --shard fsdp --recompute      # docs/scale.md
 
 A larger model than wanted is trained. It loses units while it trains (prune.py) and recovers at the
 target size. If the plan says so, a teacher helps: the model itself as it stood before the first cut
@@ -13,12 +14,13 @@ target size. If the plan says so, a teacher helps: the model itself as it stood 
 folder (checkpoint.py), and the same command goes on where a killed run stopped, bit for bit on a
 CPU.
 
-The records that a run writes into metrics.jsonl are listed in docs/records.md. Not here: sharding
-of one model over several devices.
+The records that a run writes into metrics.jsonl are listed in docs/records.md. How several processes
+share one model: shard.py.
 """
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import os
@@ -46,6 +48,7 @@ import prune
 import report
 import schedule
 import score
+import shard
 from checkpoint import State
 from common import (
     UserError,
@@ -161,6 +164,9 @@ class Train:
     device: str = "auto"                     # auto, cpu, cuda, mps
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"    # bfloat16 is autocast; auto: the faster one
     compile: bool | None = None              # torch.compile, True or False; default: on a GPU only
+    # how several processes hold the model: each all of it; each a share of it; the processes of a machine share it
+    shard: Literal["none", "fsdp", "hsdp"] = "none"
+    recompute: bool = False                  # compute each layer again in the backward pass: less memory, slower
 
 
 # -- the method
@@ -251,15 +257,16 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
         means = setup.zeros(4)
         for micro in range(setup.micro_steps):
             x, y = setup.batch(state.step, micro)        # (B, T) each, a pure function of its arguments
-            if setup.world > 1:
-                # DDP exchanges gradients once a step, behind the last micro-batch.
+            if setup.world > 1 and setup.mesh is None:
+                # DDP exchanges gradients once a step, behind the last micro-batch. A sharded model has
+                # no room to keep them whole until then.
                 objective.require_backward_grad_sync = micro == setup.micro_steps - 1
             with setup.autocast():
                 from_teacher = read_teacher(x, state.step, micro) if teacher else ()
                 loss, parts = objective(x, y, *from_teacher)
             (loss / setup.micro_steps).backward()
             means += torch.cat((loss.detach()[None], parts)) / setup.micro_steps
-        norm = nn.utils.get_total_norm([p.grad for p in state.model.parameters()])
+        norm = shard.whole(nn.utils.get_total_norm([p.grad for p in state.model.parameters()]))
         numbers = agree(setup, means, norm)
 
         # 5. Score the units while their gradients are there; clip; update.
@@ -296,7 +303,7 @@ def skip_if_not_finite(optimizer, numbers):
 
 @dataclass(frozen=True)
 class Setup:
-    """The fixed surroundings of a run. Every process of a DDP run has one with the same numbers."""
+    """The fixed surroundings of a run. Every process of a run has one with the same numbers."""
     config: Train                            # resolved: no default is left open
     timeline: schedule.Timeline
     start: models.GPTConfig                  # the model that the run starts with
@@ -309,6 +316,7 @@ class Setup:
     folder: checkpoint.RunFolder | None = None     # None: nothing is evaluated, recorded or saved
     cut_before: dict | None = None           # what prune.py wrote of the cut that made --init
     waiting: object = None                   # the process group for long waits, see `join_processes`
+    mesh: object = None                      # the processes that share the model; None: each has all of it
     signals: list = field(default_factory=list)    # those that this process has received
 
     @property
@@ -345,6 +353,17 @@ class Setup:
         kind = self.device.split(":")[0]
         return torch.autocast(kind, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
 
+    def measuring(self):
+        """What a model runs under outside of training. The blocks of a sharded one are bfloat16 there,
+        too, if it trains in bfloat16; a whole one is then float32."""
+        return contextlib.nullcontext() if self.mesh is None else self.autocast()
+
+    def build(self, config, halve=False):
+        """A sharded GPT with weights that are still to be filled; see shard.build."""
+        dtype = torch.float64 if self.config.dtype == "float64" else torch.float32
+        block_dtype = torch.bfloat16 if self.config.dtype == "bfloat16" else None
+        return shard.build(config, self.mesh, self.device, dtype, block_dtype, halve and block_dtype is not None)
+
     def zeros(self, n):
         """Room for sums: float64 wherever the device has it."""
         dtype = torch.float32 if self.device.startswith("mps") else torch.float64
@@ -356,9 +375,17 @@ class Setup:
 
     def calibration_batches(self, step):
         """Windows of the training text for the cut at `step`. The seed is the pair (seed, step), so
-        that they are drawn differently from the training batches."""
-        return score.batches(self.corpus.train, self.block_size, self.config.calibration_windows,
-                             self.config.micro_batch, (self.config.seed, step), "--calibration-windows")
+        that they are drawn differently from the training batches. The processes that share a model deal
+        them out."""
+        batches = score.batches(self.corpus.train, self.block_size, self.config.calibration_windows,
+                                self.config.micro_batch, (self.config.seed, step), "--calibration-windows")
+        if self.mesh is None:
+            return batches
+        if len(batches) % self.world:
+            enough = math.ceil(len(batches) / self.world) * self.world * self.config.micro_batch
+            raise UserError(f"--calibration-windows {self.config.calibration_windows} in batches of "
+                            f"{self.config.micro_batch} cannot be dealt out to {self.world} processes; try {enough}")
+        return batches[self.rank::self.world]
 
 
 class Clock:
@@ -404,12 +431,27 @@ def wrap(setup, model, objective_of=distill.Objective):
     """The module of a training step around the model as it is now: compiled and made parallel as
     the settings say."""
     objective = objective_of(model, setup.config.kd_weight, setup.config.kd_temperature)
+    for block in model.blocks:
+        block.recompute = setup.config.recompute
+    if setup.mesh is not None:
+        if setup.config.compile:
+            compile_blocks(model)
+        return objective
     if setup.config.compile:
         objective = torch.compile(objective, dynamic=False)
     if setup.world > 1:
         # Gradients are views of DDP's buckets: no second copy of them.
         objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
     return objective
+
+
+def compile_blocks(model):
+    """Compile each block of a sharded model by itself: the compiler cannot see into the gathering of
+    weights between them. Blocks of one shape share the code."""
+    shapes = len(set(zip(model.config.n_head, model.config.n_kv_head, model.config.d_ff)))
+    torch._dynamo.config.cache_size_limit = max(8, shapes)
+    for block in model.blocks:
+        block.compiled = torch.compile(block.apply_parts, dynamic=False)
 
 
 def teacher_reader(setup, teacher):
@@ -428,7 +470,8 @@ def teacher_reader(setup, teacher):
 
     if isinstance(teacher, top_k.CachedTeacher):
         return read_cache
-    hidden = torch.compile(teacher.hidden, dynamic=False) if setup.config.compile else teacher.hidden
+    is_compiled = setup.config.compile and setup.mesh is None
+    hidden = torch.compile(teacher.hidden, dynamic=False) if is_compiled else teacher.hidden
     return read_model
 
 
@@ -438,6 +481,9 @@ def open_teacher(setup, state, path):
     parameters that need gradients."""
     if top_k.is_cache(path):
         state.teacher = open_cache(setup, state, path)
+        return
+    if setup.mesh is not None:
+        setup.folder.open_teacher(path, state, functools.partial(setup.build, halve=True))
         return
     setup.folder.open_teacher(path, state)
     if setup.config.dtype == "bfloat16" and setup.device.startswith("cuda"):
@@ -617,10 +663,10 @@ def score_units(setup, state):
     if setup.scores_while_training:
         return score.ranking(state.averages, setup.config.uncertainty), None
 
-    # One process measures for all.
+    # One process measures for all, unless all share the model.
     measured = None
     with setup.autocast():
-        if setup.rank == 0:
+        if setup.rank == 0 or setup.mesh is not None:
             measured = calibrate(setup, state)
     count_calibration(setup, state)
     return from_first_process(setup, measured)
@@ -677,7 +723,7 @@ def count_flops(setup, state, teacher, scored):
     """Add the FLOPs of a step: executed (the model as it is, its teacher, scoring) and credited
     (live units). A teacher that was cached costs none."""
     tokens = setup.config.batch_tokens
-    per_token = state.model.config.flops_per_token(setup.block_size)
+    per_token = state.model.config.flops_per_token(setup.block_size, recompute=setup.config.recompute)
     if isinstance(teacher, models.GPT):
         per_token += teacher.config.flops_per_token(setup.block_size, backward=False)
     state.flops["executed"] += tokens * per_token
@@ -707,8 +753,9 @@ def log_eval(setup, state, tag, **about):
     val_losses = {}
     bits_per_byte = 0.0
     for name, tokens in corpus.domains.items():
-        measured = evaluate(state.model, tokens, setup.byte_lengths, windows, batch=setup.config.micro_batch,
-                            rank=setup.rank, world=setup.world, block_size=setup.block_size)
+        with setup.measuring():
+            measured = evaluate(state.model, tokens, setup.byte_lengths, windows, batch=setup.config.micro_batch,
+                                rank=setup.rank, world=setup.world, block_size=setup.block_size)
         val_losses[name] = measured["loss"]
         bits_per_byte += corpus.shares[name] * measured["bits_per_byte"]
     val_loss = sum(corpus.shares[name] * loss for name, loss in val_losses.items())
@@ -720,11 +767,12 @@ def log_eval(setup, state, tag, **about):
 
 def log_sample(setup, state, when):
     """Record how the model continues the hold-out's first half window."""
-    if setup.folder is None or setup.rank > 0:
+    if setup.folder is None or (setup.rank > 0 and setup.mesh is None):
         return
     tokenizer = setup.corpus.tokenizer
     prompt = data.without_marks(setup.corpus.val[:setup.block_size // 2])
-    [text] = sample(state.model, tokenizer, [prompt], SAMPLE_TOKENS, seed=setup.config.seed)
+    with setup.measuring():
+        [text] = sample(state.model, tokenizer, [prompt], SAMPLE_TOKENS, seed=setup.config.seed)
     setup.log("sample", state.step, when=when, prompt=tokenizer.decode(prompt), text=text)
 
 
@@ -939,6 +987,21 @@ def join_processes(device):
     return rank, world, device, dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
 
 
+def share_model(config, device, world):
+    """The mesh of the processes that share the model, None with --shard none. Raises UserError if they
+    cannot."""
+    if config.shard == "none":
+        return None
+    if world == 1:
+        raise UserError(f"--shard {config.shard} shares a model among processes, and this is the only one; start "
+                        "several with torchrun --nproc-per-node N train.py, or leave --shard out")
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if config.shard == "hsdp" and (local_world == world or world % local_world):
+        raise UserError(f"--shard hsdp holds a copy of the model on each machine, and {local_world} of {world} "
+                        "processes are on this one; start equally many on several machines, or give --shard fsdp")
+    return shard.make_mesh(config.shard, device, world, local_world)
+
+
 def check_batch(config, block_size, world):
     """Raise UserError if the batch is not a whole number of micro-batches."""
     micro_tokens = config.micro_batch * block_size * world
@@ -998,6 +1061,7 @@ def prepare(config):
         torch.set_float32_matmul_precision("high")
     window = config.block_size or target.block_size
     check_batch(config, window, world)
+    mesh = share_model(config, device, world)
     corpus = load_corpus(config, tokenizer, window, rank, waiting)
 
     identity = checkpoint.identity_of(config, corpus.fingerprint)
@@ -1006,21 +1070,21 @@ def prepare(config):
         identity["start"] = json.loads(json.dumps(asdict(start)))
     defaults = {setting.name: setting.default for setting in dataclasses.fields(config)} | USUAL
     folder = checkpoint.RunFolder(run_path(config), identity, defaults, config.batch_tokens, tokenizer.files,
-                                  writes=rank == 0, origin=origin)
+                                  writes=rank == 0, origin=origin, waiting=waiting)
     setup = Setup(config, timeline, start, target, corpus, corpus.tokenizer.byte_lengths(), device, rank, world, folder,
-                  cut_before, waiting)
+                  cut_before, waiting, mesh=mesh)
     if calibration_needs(config):
         setup.calibration_batches(0)         # too little text is an error now, not at the first cut
 
-    state = folder.resume(device, lambda model: make_optimizer(model, config))
+    state = folder.resume(device, lambda model: make_optimizer(model, config), setup.build if mesh else None)
     if state is None:
         state = fresh_state(setup)
     else:
-        state.masks = two_four.unpack(state.masks, device)
+        state.masks = masks_of(state.model, state.masks)
     if world > 1:
         refuse_disagreement(setup, state)
     if (config.teacher or state.teacher_file) and not state.dropped:
-        open_teacher(setup, state, config.teacher or folder.path / "teacher.pt")
+        open_teacher(setup, state, config.teacher or folder.teacher)
     return setup, state
 
 
@@ -1030,12 +1094,37 @@ def fresh_state(setup):
     dtype = torch.float64 if config.dtype == "float64" else torch.float32      # bfloat16 is autocast's
     torch.manual_seed(config.seed)
     about = {}
-    if config.init:
+    if setup.mesh is not None:
+        model, about = fresh_shards(setup)
+    elif config.init:
         model, about = checkpoint.load(config.init, setup.device, dtype)
     else:
         model = models.GPT(setup.start).to(setup.device, dtype)
     return State(model, make_optimizer(model, config), prune.everything(setup.start),
-                 masks=two_four.unpack(about.get("masks"), setup.device))
+                 masks=masks_of(model, about.get("masks")))
+
+
+def fresh_shards(setup):
+    """The sharded model at step 0, with the weights that a whole one would have, and what the file of
+    --init says besides. A process holds no more than its rows and one tensor."""
+    model = setup.build(setup.start)
+    if setup.config.init:
+        weights = checkpoint.open_weights(setup.config.init)
+        return shard.fill_(model, weights.rows), weights.about
+    drawn = models.initial_weights(setup.start)
+
+    def rows_of(name, start, stop):
+        drawn_name, weight = next(drawn)
+        assert drawn_name == name
+        return weight[start:stop]
+
+    return shard.fill_(model, rows_of), {}
+
+
+def masks_of(model, packed):
+    """The masks of a 2:4 model, spread as its parameters are."""
+    masks = two_four.unpack(packed, model.embed.weight.device)
+    return {name: shard.spread_rows(mask, model.get_parameter(name)) for name, mask in masks.items()}
 
 
 def main(config, quiet=False):
@@ -1072,10 +1161,8 @@ def run_locked(config, quiet):
     except torch.OutOfMemoryError as problem:
         raise UserError(f"out of memory on {setup.device} at step {state.step}: lower --micro-batch, now "
                         f"{config.micro_batch} ({str(problem).splitlines()[0][:120]})") from None
-    if state.step == config.steps and setup.rank == 0 and not interrupted:
-        text = finish(setup, state)
-        if not quiet:
-            print(printable(text))
+    if state.step == config.steps and not interrupted:
+        finish(setup, state, quiet)
     if setup.world > 1:
         # Without the barrier the last process would find its peers gone.
         dist.barrier()
@@ -1097,16 +1184,20 @@ def surroundings(setup):
         speed = "fast" if has_fast_bfloat16("cpu") else "slow"
         where = f"a CPU with {torch.get_num_threads()} threads and {speed} bfloat16"
     if setup.world > 1:
-        where = f"{setup.world} processes, this one on {where}"
+        parts = {"none": "", "fsdp": " that share the model", "hsdp": " that share the model machine by machine"}
+        where = f"{setup.world} processes{parts[config.shard]}, this one on {where}"
     sizes = " -> ".join(f"{size.num_params()['total']:,}" for size in dict.fromkeys((setup.start, setup.target)))
     compiled = "compiled" if config.compile else "not compiled"
     return f"{setup.folder.path}: {sizes} parameters on {where}; trained in {config.dtype}, {compiled}"
 
 
-def finish(setup, state):
-    """Write the summary record and the picture of a finished plan; -> the summary's text."""
-    config = setup.config
+def finish(setup, state, quiet):
+    """Write the last sample, the summary record and the picture of a finished plan, and print the
+    summary."""
     log_sample(setup, state, "recovered")
+    if setup.rank > 0:
+        return
+    config = setup.config
     last = report.records(setup.folder.path)["eval"][-1]
     final = {key: last[key] for key in ("val_loss", "bits_per_byte", "params", "n_kv_head", "d_ff")}
     epochs = data.epochs(setup.corpus, setup.block_size, config.steps * config.batch_tokens / setup.block_size)
@@ -1118,7 +1209,9 @@ def finish(setup, state):
               flops_executed=state.flops["executed"], flops_credited=state.flops["credited"], seconds=state.seconds,
               peak_bytes=peak_memory(setup.device), pruning_share=pruning / sum(state.seconds.values()),
               device=setup.device)
-    return report.summary(setup.folder.path)
+    text = report.summary(setup.folder.path)
+    if not quiet:
+        print(printable(text))
 
 
 @contextlib.contextmanager

@@ -93,7 +93,7 @@ def collect(model, batches, needs, readers=READERS):
             hook_activations(model, stats, needs, readers, hooks)
             hook_gradients(model, stats, needs, hooks)
             backward(model, batches, streams, stats)
-    return averaged(stats, model.config, len(batches))
+    return averaged(stats, model, len(batches))
 
 
 def turns(model, batches):

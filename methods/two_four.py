@@ -16,6 +16,7 @@ it costs what it cost before.
 import numpy as np
 import torch
 
+import shard
 from common import UserError
 
 # Ends of the matrices' module names.
@@ -71,7 +72,7 @@ def hold_(model, optimizer, masks):
         state = optimizer.state.get(p, {}) if optimizer else {}
         moments = [value for value in state.values() if value.shape == p.shape]
         for tensor in (p, *moments):
-            tensor.masked_fill_(~mask.to(p.device), 0)
+            shard.local(tensor).masked_fill_(~shard.local(mask).to(p.device), 0)
 
 
 @torch.no_grad()
@@ -92,7 +93,7 @@ def pack(masks):
     with `masks=pack(masks)` is a 2:4 model: train.py --init keeps its zeros."""
     packed = {}
     for name, mask in masks.items():
-        bits = np.packbits(mask.cpu().numpy(), axis=1)
+        bits = np.packbits(shard.whole(mask).cpu().numpy(), axis=1)
         packed[name] = (mask.size(1), torch.from_numpy(bits))
     return packed
 

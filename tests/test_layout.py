@@ -6,15 +6,16 @@ import pytest
 from helpers import imports
 
 ROOT = Path(__file__).parent.parent
-LESSON = "model schedule score allocate prune distill train data checkpoint eval export report common".split()
+LESSON = "model schedule score allocate prune distill shard train data checkpoint eval export report common".split()
 PACKAGES = ("methods", "formats", "tasks", "experiments", "bench")
 ROWS = [      # a file imports only from rows above its own
     "common schedule bench.gpt2_peer formats.modeling_nanoprune tasks.statistics",
     "allocate distill model report experiments.scaling_laws experiments.texts formats.chat formats.origin "
-    "formats.tokenizer_json methods.two_four tasks.own_questions",
-    "bench.timing experiments.scaling_curves formats.model_card formats.tokenizer formats.top_k "
+    "formats.tokenizer_json tasks.own_questions",
+    "shard bench.timing experiments.scaling_curves formats.model_card formats.tokenizer formats.top_k "
     "methods.slicegpt tasks.questions",
-    "data formats.gguf_vocabulary formats.huggingface formats.llamacpp methods.margin tasks.probe",
+    "data formats.dcp formats.gguf_vocabulary formats.huggingface formats.llamacpp methods.margin methods.two_four "
+    "tasks.probe",
     "checkpoint score formats.gguf_export",
     "eval export methods.channels methods.depth methods.latency methods.offload methods.self_text "
     "methods.torch_pruning_peer",
@@ -26,6 +27,8 @@ ROWS = [      # a file imports only from rows above its own
     "experiments.recover experiments.sweep experiments.teacher",
     "bench.dtypes bench.inference bench.system bench.training experiments.claims_statistics "
     "experiments.recover_study experiments.scaling_runs",
+    "bench.accounting",
+    "bench.memory",
     "bench.__main__ experiments.claims_report experiments.precision experiments.scaling",
     "experiments.claims"]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}

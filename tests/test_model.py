@@ -144,6 +144,11 @@ def test_costs_are_those_of_the_real_tensors(variant, empty):
             if backward:
                 loss.backward()
         assert counter.get_total_flops() == config.flops_per_token(T, backward) * B * T
+    for block in model.blocks:
+        block.recompute = True
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(idx).sum().backward()
+    assert counter.get_total_flops() == config.flops_per_token(T, recompute=True) * B * T
     assert sum(layer.nbytes for layer in model.empty_cache(B, T)) == config.kv_bytes_per_token(4) * B * T
     assert config.kv_bytes_per_token() * 2 == config.kv_bytes_per_token(4)
 
@@ -343,3 +348,22 @@ def test_an_interrupted_save_leaves_the_old_file_and_no_other(tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         save(path, GPT(tiny()), step=2)
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["ckpt_1.pt"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_recomputed_layers_give_the_same_gradients_and_keep_less(variant):
+    model = wild(tiny(**variant))
+    x = torch.randint(37, (2, 8), generator=torch.Generator().manual_seed(0))
+    results = []
+    for recompute in (False, True):
+        for block in model.blocks:
+            block.recompute = recompute
+        kept = []
+        count = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t)
+        with count:
+            loss = model(x).logsumexp(-1).mean()
+        loss.backward()
+        results.append((loss.item(), [p.grad.clone() for p in model.parameters()], sum(kept)))
+        model.zero_grad()
+    (loss, gradients, kept), (again, recomputed, fewer) = results
+    assert loss == again and all(map(torch.equal, gradients, recomputed)) and fewer < kept / 2
