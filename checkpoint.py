@@ -18,12 +18,12 @@ batches are a function of the step. Not here: the loop (train.py), the files of 
 (formats/huggingface.py).
 """
 import contextlib
-import errno
 import functools
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +47,7 @@ from common import (
     write_atomic,
 )
 from distill import freeze
-from formats import dcp, huggingface, origin
+from formats import dcp, huggingface, origin, pt
 from formats.tokenizer import FILES, has_tokenizer, open_tokenizer
 from model import GPT, GPTConfig, check_values, config_from, with_context
 
@@ -55,11 +55,8 @@ from model import GPT, GPTConfig, check_values, config_from, with_context
 FORMATS = ("nanoprune checkpoint 1", "nanoprune checkpoint 2")
 FORMAT = FORMATS[-1]
 
-# What write_atomic calls a file until it is whole.
+# What write_atomic calls a file until it is whole; also a folder, and while that is removed.
 TEMPORARY = ".*." + "[0-9a-f]" * 16 + ".tmp"
-
-# What a folder of shards is called until it is whole, and while it is removed.
-HALF_FOLDER = re.compile(r"(ckpt_\d{8}|teacher)\.(tmp|old)")
 
 # Two calls of the same run may differ in these settings.
 NOT_IDENTITY = ("stage", "device", "out", "compile", "shard", "recompute")
@@ -88,108 +85,17 @@ def content_of(model, state):
 def write(path, content):
     """Write the content of a checkpoint with its digests, under a temporary name that is fsynced and
     then renamed. Raises UserError if the disk is full."""
-    moments, _ = part(content.get("optimizer"))
-    content["digests"] = {"model": digests_of(content.get("model", {})), "optimizer": digests_of(moments)}
-    content["digest"] = digest_of(without_tensors(content))
+    pt.seal(content)
 
     # torch.load never reads the checksums, and they would take a third of the time. (unzip misses
     # them.)
     checksums = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
-        with refusing_a_full_disk(path, content):
+        with pt.refusing_a_full_disk(path, content):
             write_atomic(path, lambda file: torch.save(content, file))
     finally:
         torch.serialization.set_crc32_options(checksums)
-
-
-@contextlib.contextmanager
-def refusing_a_full_disk(path, content):
-    """Turn what writing the content raises into a UserError if the disk is full."""
-    try:
-        yield
-    except (OSError, RuntimeError) as problem:
-        # torch reports a full disk as a RuntimeError of its own.
-        if isinstance(problem, OSError) and problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        needed = sum(tensor.nbytes for tensor in tensors_in(content))
-        free = shutil.disk_usage(Path(path).parent).free
-        raise UserError(f"{path} was not written ({first_line(problem)}): it needs {needed:,} bytes and {free:,} are "
-                        "free; what was there before is still there") from None
-
-
-def part(optimizer):
-    """The state of an optimizer as {"exp_avg.<number of the parameter>": tensor}, its moments, and
-    the rest of it, which is small."""
-    moments = {}
-    if not isinstance(optimizer, dict) or not isinstance(optimizer.get("state"), dict):
-        return moments, optimizer
-    rest = {**optimizer, "state": {}}
-    for number, state in optimizer["state"].items():
-        rest["state"][number] = {}
-        for key, value in state.items():
-            if isinstance(value, torch.Tensor) and value.dim() > 0:
-                moments[f"{key}.{number}"] = value
-            else:
-                rest["state"][number][key] = value
-    return moments, rest
-
-
-def without_tensors(content):
-    """The content of a checkpoint without weights and moments, which have digests of their own."""
-    rest = {key: value for key, value in content.items() if key != "model"}
-    if "optimizer" in rest:
-        _, rest["optimizer"] = part(rest["optimizer"])
-    return rest
-
-
-def digests_of(tensors):
-    return {name: digest_of({name: tensor}) for name, tensor in tensors.items()}
-
-
-def digest_of(content):
-    """A digest of plain values and tensors, whatever their nesting. It tells damage, not intent.
-    Left out is the entry "digest" of the content itself."""
-    digest = xxhash.xxh3_128()
-
-    def add(value):
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        elif isinstance(value, dict):
-            digest.update(f"dict{len(value)}".encode())
-            for key, item in value.items():
-                digest.update(repr(key).encode())
-                add(item)
-        elif isinstance(value, (list, tuple)):
-            digest.update(f"list{len(value)}".encode())
-            for item in value:
-                add(item)
-        else:
-            digest.update(repr(value).encode())
-
-    add({key: value for key, value in content.items() if key != "digest"})
-    return digest.hexdigest()
-
-
-def on_host(value):
-    """A copy of plain values and tensors, whatever their nesting, in main memory."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: on_host(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(on_host(item) for item in value)
-    return value
-
-
-def tensors_in(value):
-    """All tensors of a nesting of dictionaries and lists."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(item)
 
 
 def refuse_evaluation_only(model):
@@ -365,39 +271,6 @@ def tokenizer_of(model, about, path):
     return tokenizer
 
 
-class Mapped:
-    """Tensors in a file that torch.save wrote. Rows are read when they are asked for. What is read is
-    checked against the tensor's digest, if `digests` has been kept."""
-    def __init__(self, file, tensors, digests=None):
-        self.file = file
-        self.tensors = dict(tensors)
-        self.digests = None if digests is None else dict(digests)
-
-    def names(self):
-        return self.tensors.keys()
-
-    def shape(self, name):
-        return tuple(self.tensors[name].shape)
-
-    def dtype(self, name):
-        tensor = self.tensors[name]
-        return tensor.dtype if tensor.layout == torch.strided else tensor.layout
-
-    def where(self, name):
-        """What a message about a tensor names: the file and the tensor."""
-        return self.file, name
-
-    def rows(self, name, start, stop):
-        """The rows [start, stop) of a tensor, which stay in the file until they are used. Raises Damaged
-        if the tensor is not what was written."""
-        tensor = self.tensors[name]
-        if not tensor.is_cpu:
-            raise UserError(f"{self.file} holds no values of {name}; use another copy")
-        if self.digests is not None and self.digests.get(name) != digest_of({name: tensor}):
-            raise Damaged(f"{self.file} is damaged: its content is not what was written")
-        return tensor[start:stop]
-
-
 def open_checkpoint(path, block_size=None, reads=True):
     """Open one of our checkpoints, a file or a folder of shards: -> Weights. Raises Damaged for one that
     is truncated or changed, and UserError for one of another format."""
@@ -410,7 +283,7 @@ def open_checkpoint(path, block_size=None, reads=True):
         form = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise UserError(f"{file} has format {form!r}, this code reads {FORMAT!r}; use the code that wrote it")
     if reads:
-        check_digest(file, state)
+        pt.check_digest(file, state)
     try:
         config = with_context(config_from(file, state.pop("config")), block_size, file)
         digests = state.pop("digests", {})
@@ -419,8 +292,9 @@ def open_checkpoint(path, block_size=None, reads=True):
             tensors = dcp.Reader(path / "model", shards["model"])
             moments = dcp.Reader(path / "optimizer", shards.get("optimizer", {}))
         else:
-            tensors = Mapped(file, state.pop("model"), digests.get("model"))
-            moments = Mapped(file, part(state.get("optimizer"))[0], digests.get("optimizer"))
+            tensors = pt.Reader(file, state.pop("model"), digests.get("model"))
+            moments, _ = pt.part(state.get("optimizer"))
+            moments = pt.Reader(file, moments, digests.get("optimizer"))
         weights = Weights(config, state, tensors, moments)
         check_names(weights)
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as problem:
@@ -430,19 +304,8 @@ def open_checkpoint(path, block_size=None, reads=True):
     if reads:
         # What is small does not stay in the file.
         for key, value in state.items():
-            state[key] = value if key == "optimizer" else on_host(value)
+            state[key] = value if key == "optimizer" else pt.on_host(value)
     return weights
-
-
-def check_digest(file, state):
-    """Raise Damaged if what a checkpoint holds besides weights and moments is not what was written; in
-    the first format, if anything is not. Checkpoints from before the digest was kept have none."""
-    try:
-        digest = digest_of(without_tensors(state) if "digests" in state else state)
-    except (AttributeError, TypeError, RuntimeError):
-        digest = "of something else"         # somebody sent tensors that are in no memory, for example
-    if state.get("digest", "") not in ("", digest):
-        raise Damaged(f"{file} is damaged: its content is not what was written")
 
 
 def check_names(weights):
@@ -454,10 +317,10 @@ def check_names(weights):
 
 
 def check_stored(tensors, name, shape):
-    """Raise UserError if a stored tensor has another shape, or is none of dcp.DTYPES."""
+    """Raise UserError if a stored tensor has another shape, or is none of pt.DTYPES."""
     stored = tensors.shape(name)
     file, _ = tensors.where(name)
-    if stored != tuple(shape) or tensors.dtype(name) not in dcp.DTYPES:
+    if stored != tuple(shape) or tensors.dtype(name) not in pt.DTYPES:
         raise UserError(f"{file}: config and weights disagree: {name} is {stored} of {tensors.dtype(name)} there, and "
                         f"{tuple(shape)} by the config; use another copy")
 
@@ -495,25 +358,22 @@ def refuse_existing(path):
     """Raise UserError if there is something at `path`. A folder with nothing but what a killed process
     left, its lock and temporary files, counts as nothing."""
     contents = path.iterdir() if path.is_dir() else []
-    others = [file for file in contents if file.name != ".lock" and not is_leftover(file)]
+    others = [file for file in contents if file.name != ".lock" and not file.match(TEMPORARY)]
     if others or (path.exists() and not path.is_dir()):
         raise UserError(f"{path} is there already; give another --out or delete it")
 
 
-def is_leftover(path):
-    """Whether this is half a checkpoint, as a killed process leaves it."""
-    return path.match(TEMPORARY) or HALF_FOLDER.fullmatch(path.name) is not None
+def temporary(path):
+    """A name beside `path` that nothing has, and that the next process to come removes."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def remove(path):
-    """Remove a checkpoint, if it is there. A folder is renamed first, so that no half of it keeps the
-    name."""
+    """Remove a file or a folder, if it is there. A folder is renamed first, so that no half of it keeps
+    the name."""
     if path.is_dir() and not path.is_symlink():
-        half = path
-        if not is_leftover(path):
-            half = path.with_name(path.name + ".old")
-            remove(half)
-            path.rename(half)
+        half = temporary(path)
+        path.rename(half)
         shutil.rmtree(half)
     else:
         path.unlink(missing_ok=True)
@@ -534,9 +394,8 @@ def locked(path):
         raise UserError(f"another process works in {path} and holds {file}; wait until it has ended, or give another "
                         "--out") from None
     try:
-        for file in list(path.iterdir()):
-            if is_leftover(file):
-                remove(file)
+        for leftover in path.glob(TEMPORARY):
+            remove(leftover)
         yield
     finally:
         if list(path.iterdir()) == [file]:
@@ -646,7 +505,7 @@ class RunFolder:
         path = path.with_suffix(".pt")
         content = content_of(state.model, self.plain_content(state, masks, state.optimizer.state_dict()))
         if saves_in_background(state.model):
-            self.background.start(self.write_and_rotate, path, on_host(content))
+            self.background.start(self.write_and_rotate, path, pt.on_host(content))
         else:
             self.write_and_rotate(path, content)
 
@@ -672,7 +531,7 @@ class RunFolder:
     def save_shards(self, path, state, masks):
         """Write the folder of a checkpoint, all processes together, and keep the newest two."""
         shard.release(state.model)           # its parameters are those of the optimizer again
-        moments, optimizer = part(state.optimizer.state_dict())
+        moments, optimizer = pt.part(state.optimizer.state_dict())
         named = {}
         for number, name in enumerate(names_in_order(state.optimizer, state.model)):
             for key in MOMENTS:
@@ -690,12 +549,16 @@ class RunFolder:
         parts = {"model": {name: p.detach() for name, p in model.named_parameters()}}
         if moments:
             parts["optimizer"] = moments
-        half = path.with_name(path.name + ".tmp")
-        self.from_first(remove, half)
+        half = self.from_first(temporary, path)
         indices = {}
-        with refusing_a_full_disk(path, parts):
+        try:
             for name, tensors in parts.items():
                 indices[name] = dcp.write(half / name, tensors, self.waiting)
+        except dcp.NotWritten as problem:
+            if self.writes:
+                remove(half)
+            with pt.refusing_a_full_disk(path, parts):
+                raise problem.cause from None
 
         def finish():
             write(half / "state.pt", {"config": asdict(model.config), **content, "format": FORMAT, "shards": indices})
@@ -924,14 +787,14 @@ def parameters_of(optimizer):
 def fill_optimizer(optimizer, model, weights):
     """Load the state of an optimizer that was saved with the opened `weights`. Of its moments a process
     reads the rows that it holds."""
-    _, saved = part(weights.about["optimizer"])
+    _, saved = pt.part(weights.about["optimizer"])
     parameters = parameters_of(optimizer)
     # A file numbers parameters as the optimizer does, a folder of shards names them.
     labels = names_in_order(optimizer, model) if isinstance(weights.moments, dcp.Reader) else range(len(parameters))
     state = {}
     for number, entry in saved["state"].items():
         p = parameters[number]
-        state[number] = on_host(entry)
+        state[number] = pt.on_host(entry)
         for key in MOMENTS:
             stored = f"{key}.{labels[number]}"
             check_stored(weights.moments, stored, p.shape)

@@ -64,7 +64,7 @@ from common import (
     run,
 )
 from eval import evaluate, sample
-from formats import top_k
+from formats import pt, top_k
 from formats.origin import hand_on
 from formats.tokenizer import open_tokenizer
 from methods import two_four
@@ -1031,7 +1031,7 @@ def load_corpus(config, tokenizer, block_size, rank, waiting):
 
 def refuse_disagreement(setup, state):
     """Raise UserError if the processes of a run did not resume alike: their folders are not one."""
-    mine = (state.step, checkpoint.digest_of({"alive": checkpoint.listed(state.alive)}))
+    mine = (state.step, pt.digest_of({"alive": checkpoint.listed(state.alive)}))
     all_processes = [None] * setup.world
     dist.all_gather_object(all_processes, mine, group=setup.waiting)
     if len(set(all_processes)) > 1:

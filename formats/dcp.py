@@ -26,11 +26,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 
 from common import Damaged, UserError, read_pickled_tensors
 from formats.origin import leads_out
+from formats.pt import DTYPES
 
 REMEDY = "use a folder that train.py wrote"
-
-# What weights and moments are stored in.
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Piece(NamedTuple):
@@ -45,6 +43,13 @@ class Piece(NamedTuple):
 
 # -- out
 
+class NotWritten(Exception):
+    """Writing failed in one of the processes."""
+    def __init__(self, cause):
+        super().__init__(str(cause))
+        self.cause = cause
+
+
 class Writer(distributed_checkpoint.FileSystemWriter):
     """Writes and fsyncs a file for each process. The path on this machine is not recorded."""
     def storage_meta(self):
@@ -56,7 +61,7 @@ def write(folder, tensors, group=None):
 
     If a process group is up, all processes of `group` (None: all there are) call this with the same
     names. Each writes its rows of the DTensors, and the first process gets the index; the others get
-    None. Raises what writing raised in any process, such as an OSError, in all of them."""
+    None. What writing raises in any of them, such as an OSError, is the cause of a NotWritten in all."""
     try:
         with warnings.catch_warnings():
             # A process alone is told that it is alone.
@@ -64,7 +69,7 @@ def write(folder, tensors, group=None):
             metadata = distributed_checkpoint.save(tensors, storage_writer=Writer(folder), process_group=group)
     except distributed_checkpoint.CheckpointException as problem:
         cause, _ = next(iter(problem.failures.values()))
-        raise cause from None
+        raise NotWritten(cause) from None
     digests = digests_of_own(folder, metadata)
     if dist.is_initialized():
         all_digests = [None] * dist.get_world_size(group) if dist.get_rank(group) == 0 else None

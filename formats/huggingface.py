@@ -297,10 +297,10 @@ def open_shard(file):
 
 
 def read_rows(file, name, shape, start, stop):
-    """Copy the rows [start, stop) of a tensor out of the file, in the stored dtype. The file is closed
-    again at once. Otherwise the part of its memory map that was read would count as ours, and the peak
-    would be twice the model. Raises UserError if the tensor is missing, quantized or of another
-    shape."""
+    """The rows [start, stop) of a tensor, in the stored dtype. The file is opened for them alone, and
+    closed when they are dropped. Otherwise the part of its memory map that was read would count as
+    ours, and the peak would be twice the model. Raises UserError if the tensor is missing, quantized
+    or of another shape."""
     if file.suffix == ".bin":
         weights = read_bin(file)
         if name not in weights:
@@ -308,7 +308,7 @@ def read_rows(file, name, shape, start, stop):
         stored = weights[name]
         kind = stored.dtype if stored.layout == torch.strided else stored.layout
         check_tensor(file, name, shape, stored.shape, kind)
-        return stored[start:stop].clone()
+        return stored[start:stop]
     from safetensors import SafetensorError
     with open_shard(file) as shard:
         try:

@@ -11,7 +11,7 @@ PACKAGES = ("methods", "formats", "tasks", "experiments", "bench")
 ROWS = [      # a file imports only from rows above its own
     "common schedule bench.gpt2_peer formats.modeling_nanoprune tasks.statistics",
     "allocate distill model report experiments.scaling_laws experiments.texts formats.chat formats.origin "
-    "formats.tokenizer_json tasks.own_questions",
+    "formats.pt formats.tokenizer_json tasks.own_questions",
     "shard bench.timing experiments.scaling_curves formats.model_card formats.tokenizer formats.top_k "
     "methods.slicegpt tasks.questions",
     "data formats.dcp formats.gguf_vocabulary formats.huggingface formats.llamacpp methods.margin methods.two_four "
