@@ -18,7 +18,10 @@ import torch.distributed as dist
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import checkpoint
 import distill
@@ -85,8 +88,9 @@ def mesh_of(monkeypatch):
     monkeypatch.setattr(dist, "broadcast_object_list", lambda values, group: None)
 
     def make(kind, rank):
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=WORLD)
-        return shard.make_mesh(kind, "meta", WORLD, LOCAL_WORLD)
+        with unset_fake_temporarily():                                 # a mesh is made of real numbers
+            dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=WORLD)
+            return shard.make_mesh(kind, "meta", WORLD, LOCAL_WORLD)
 
     yield make
     dist.destroy_process_group()
@@ -109,6 +113,35 @@ def setup_and_state(device, teacher):
     return setup, checkpoint.State(model, optimizer, prune.everything(ENLARGED), teacher=teacher)
 
 
+class Watch(TorchDispatchMode):
+    """What passes through PyTorch inside of a `with`: the bytes of the largest tensor, and the shapes of those that go
+    from the device to main memory."""
+    largest = 0
+
+    def __init__(self):
+        super().__init__()
+        self.copied = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented                                      # its rows come here next
+        result = function(*args, **kwargs or {})
+        tensors = [tensor for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
+        self.largest = max([self.largest] + [tensor.untyped_storage().nbytes() for tensor in tensors])
+        sources = [tensor for tensor in tree_leaves(args) if isinstance(tensor, torch.Tensor)]
+        if tensors and tensors[0].is_cpu and any(source.is_meta for source in sources):
+            self.copied.append(tuple(tensors[0].shape))
+        return result
+
+
+def copied_in_a_run():
+    """What a run copies from the device to main memory: the six numbers of each step, and at each cut the scores of
+    each layer's units."""
+    scores = [(units,) for units in ENLARGED.widths().values()]
+    before, between, behind = ([(6,)] * steps for steps in (FIRST_CUT, LAST_CUT - FIRST_CUT, STEPS - LAST_CUT))
+    return before + scores + between + scores + behind
+
+
 def on_device(state, device):
     """Whether all that a step changes lies on the device."""
     tensors = [*state.model.parameters()]
@@ -120,7 +153,9 @@ def on_device(state, device):
 @pytest.mark.parametrize("teacher", [False, True])
 def test_a_run_with_cuts_and_a_slice_stays_on_its_device(device, teacher):
     setup, state = setup_and_state(device, teacher)
-    train.train(setup, state, STEPS)
+    with Watch() as watch:
+        train.train(setup, state, STEPS)
+    assert watch.copied == copied_in_a_run()
     assert state.model.config == TARGET and on_device(state, device)
     assert state.window["taught"] == (1 if teacher else 0)             # since the record of step 4
 
@@ -165,11 +200,11 @@ def held_rows(size, processes, number):
 
 @pytest.mark.parametrize("kind, rank, processes, teacher", [("fsdp", 6, 8, False), ("hsdp", 5, 4, True)])
 def test_a_run_that_shares_its_model_stays_on_its_device(mesh_of, device, kind, rank, processes, teacher):
-    with unset_fake_temporarily():
-        mesh = mesh_of(kind, rank)
-    setup = shared(setup_and_state(device, teacher)[0], kind, mesh)
+    setup = shared(setup_and_state(device, teacher)[0], kind, mesh_of(kind, rank))
     state = share(setup, teacher)
-    train.train(setup, state, STEPS)
+    with Watch() as watch:
+        train.train(setup, state, STEPS)
+    assert watch.copied == copied_in_a_run()
     assert state.model.config == TARGET and on_device(state, device)
     assert state.window["taught"] == (1 if teacher else 0)
     shapes = {name: p.shape for name, p in models.GPT(TARGET).named_parameters()}
@@ -184,6 +219,28 @@ def test_a_run_that_shares_its_model_stays_on_its_device(mesh_of, device, kind, 
     if teacher:
         assert state.teacher.embed.weight.dtype == torch.float32
         assert {p.dtype for p in state.teacher.blocks.parameters()} == {torch.bfloat16}
+
+
+def test_a_model_of_eight_billion_parameters_is_never_whole(mesh_of, device):
+    """The shapes of LLaMA-3.1-8B, but 8 of its 32 layers: all of them take 10 seconds."""
+    V, C, layers = 128256, 4096, 8
+    config = models.GPTConfig(V, 16, C, 128, [32] * layers, [8] * layers, [14336] * layers, tie_embeddings=False)
+    small = setup_and_state(device, False)[0]
+    setup = shared(dataclasses.replace(small, start=config, target=config), "fsdp", mesh_of("fsdp", 0))
+    with Watch() as filling:
+        model = setup.build(config)
+        sizes = {name: p.shape for name, p in model.named_parameters()}
+        shard.fill_(model, lambda name, start, stop: torch.empty(sizes[name], device="cpu")[start:stop])
+    state = checkpoint.State(model, train.make_optimizer(model, setup.config), prune.everything(config))
+    with Watch() as training:
+        train.train(setup, state, 1)
+    alive = {key: torch.arange(units // 2) for key, units in config.widths().items()}
+    with Watch() as cutting:
+        prune.zero_(model, state.optimizer, alive)
+        half, _ = prune.slice(model, state.optimizer, alive)
+    assert half.config == config.resized({key: len(indices) for key, indices in alive.items()})
+    assert filling.largest == cutting.largest == 4 * V * C             # one tensor at a time
+    assert training.largest == 4 * (2 * V * C + C)                     # embedding, head and last norm in one array
 
 
 def sums_on_the_cpu(setup, n):
@@ -211,3 +268,12 @@ def test_a_mistake_is_noticed(device, monkeypatch, module, name, mistake):
     noticed = "two( different)? devices|_local_scalar_dense|read from the device"
     with pytest.raises((RuntimeError, AssertionError, NotImplementedError), match=noticed):
         train.train(setup, state, STEPS)
+
+
+def test_a_copy_to_main_memory_is_noticed(device, monkeypatch):
+    added_up = shard.sums_by_unit
+    monkeypatch.setattr(shard, "sums_by_unit", lambda tensor, dim, units: added_up(tensor, dim, units).cpu())
+    setup, state = setup_and_state(device, teacher=False)
+    with Watch() as watch:
+        train.train(setup, state, FIRST_CUT)
+    assert len(watch.copied) > FIRST_CUT
