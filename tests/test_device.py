@@ -1,11 +1,9 @@
 """The loop on a device that is not there. Its tensors have a shape and no values, so that a tensor on another device is
 noticed on any machine, and a step that waits for the device to read a number from it.
 
-The device is "meta". A fake tensor of "cuda" cannot take a gradient where there is no GPU: autograd asks for the
-device's guard as it records the first operation, and the error that it gets ends the process (seen with PyTorch 2.13
-without CUDA, and with 2.6 with CUDA and no driver). In our code "meta" goes the ways of a GPU, except where the
-fixtures below say so. PyTorch's process group "fake" lets this process be one of 8 that share a model: what it receives
-from the others has a shape and no values, too."""
+The device is "meta", and "cuda" as well where there is a GPU. In our code "meta" goes the ways of a GPU, except where
+the fixtures below say so. PyTorch's process group "fake" lets this process be one of 8 that share a model: what it
+receives from the others has a shape and no values, too."""
 import contextlib
 import dataclasses
 from types import SimpleNamespace
@@ -37,6 +35,12 @@ WORLD, LOCAL_WORLD = 8, 4
 ENLARGED = models.GPTConfig(130, 16, 16, 8, n_head=(4, 2), n_kv_head=(2, 1), d_ff=(24, 16), qkv_bias=True, qk_norm=True)
 TARGET = ENLARGED.resized({**ENLARGED.widths(), (0, "ffn"): 12, (0, "kv"): 1})
 
+# Seen with PyTorch 2.13 without CUDA, and with 2.6 with CUDA and no driver.
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason=(
+    "without a GPU a fake tensor of \"cuda\" cannot take a gradient: autograd asks for the device's guard as it "
+    "records an operation, and the error that it gets ends the process"))
+DEVICES = pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=NEEDS_GPU)], indirect=True)
+
 
 def number_of(tensor):
     """In the place of Tensor.item. AdamW that is not fused reads its count of steps, on the CPU."""
@@ -45,19 +49,21 @@ def number_of(tensor):
 
 
 @pytest.fixture
-def device(monkeypatch):
+def device(monkeypatch, request):
     """The name of the device. What needs values gets others."""
+    name = getattr(request, "param", "meta")
     monkeypatch.setattr(torch.Tensor, "item", number_of)
     # How many units a cut kills is not known: say one.
     monkeypatch.setattr(torch.Tensor, "nonzero", lambda tensor: tensor.new_zeros((1, 1), dtype=torch.long))
     monkeypatch.setattr(train.UnreadStep, "read", lambda step: ([2.0, 2.0, 0.1, 1.0], 1.0, False))
-    # There is no autocast on "meta".
-    monkeypatch.setattr(train.Setup, "autocast", lambda setup: contextlib.nullcontext())
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)
-    monkeypatch.setitem(train.STAY_UNREAD, "meta", 1)
     monkeypatch.setattr(train, "LOG_EVERY", 4)
+    if name == "meta":
+        # There is no autocast on "meta".
+        monkeypatch.setattr(train.Setup, "autocast", lambda setup: contextlib.nullcontext())
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)
+        monkeypatch.setitem(train.STAY_UNREAD, "meta", 1)
     with FakeTensorMode():
-        yield "meta"
+        yield name
 
 
 def replace_parameters(module, function, recurse=True):
@@ -71,26 +77,31 @@ def replace_parameters(module, function, recurse=True):
 
 
 @pytest.fixture
-def mesh_of(monkeypatch):
+def mesh_of(monkeypatch, device):
     """A function from kind and rank to the mesh in which this process is one of 8 that share a model."""
-    monkeypatch.setitem(dist.Backend.backend_capability, "fake", ["cpu", "cuda", "meta"])
-    # FSDP takes streams and events from the device's module. These order nothing.
-    streams = mock.MagicMock()
-    streams.current_device.return_value = None
-    streams.device_count.return_value = LOCAL_WORLD
-    monkeypatch.setattr(torch, "meta", streams, raising=False)
-    monkeypatch.setattr(FSDPParamGroup, "_validate_no_meta_params", lambda group: None)
+    if torch.__version__ < shard.OLDEST_ON_CPU:
+        pytest.skip(f"FSDP2 on a device that has no streams was tried with PyTorch {shard.OLDEST_ON_CPU} and later")
+    # What is received. PyTorch 2.13 knows by itself.
+    pytest.importorskip("torch.distributed._tools.fake_collectives")
     monkeypatch.setattr(torch.nn.Module, "_apply", replace_parameters)
-    # Under autocast, see `device`, only the head's products are cast; a block's parameters are by policy.
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)
-    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
     # All processes choose the same units: this one's.
     monkeypatch.setattr(dist, "broadcast_object_list", lambda values, group: None)
+    if device == "meta":
+        # FSDP takes streams and events from the device's module. These order nothing.
+        streams = mock.MagicMock()
+        streams.current_device.return_value = None
+        streams.device_count.return_value = LOCAL_WORLD
+        monkeypatch.setattr(torch, "meta", streams, raising=False)
+        monkeypatch.setattr(FSDPParamGroup, "_validate_no_meta_params", lambda group: None)
+        monkeypatch.setitem(dist.Backend.backend_capability, "fake", ["cpu", "cuda", "meta"])
+        # Autocast would only cast the head's products. The blocks are bfloat16 by FSDP's policy.
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)
+        monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
 
     def make(kind, rank):
         with unset_fake_temporarily():                                 # a mesh is made of real numbers
             dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=WORLD)
-            return shard.make_mesh(kind, "meta", WORLD, LOCAL_WORLD)
+            return shard.make_mesh(kind, device, WORLD, LOCAL_WORLD)
 
     yield make
     dist.destroy_process_group()
@@ -129,7 +140,7 @@ class Watch(TorchDispatchMode):
         tensors = [tensor for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
         self.largest = max([self.largest] + [tensor.untyped_storage().nbytes() for tensor in tensors])
         sources = [tensor for tensor in tree_leaves(args) if isinstance(tensor, torch.Tensor)]
-        if tensors and tensors[0].is_cpu and any(source.is_meta for source in sources):
+        if tensors and tensors[0].is_cpu and not all(source.is_cpu for source in sources):
             self.copied.append(tuple(tensors[0].shape))
         return result
 
@@ -150,6 +161,7 @@ def on_device(state, device):
     return len(tensors) == 3 * len(state.optimizer.state) and all(tensor.device.type == device for tensor in tensors)
 
 
+@DEVICES
 @pytest.mark.parametrize("teacher", [False, True])
 def test_a_run_with_cuts_and_a_slice_stays_on_its_device(device, teacher):
     setup, state = setup_and_state(device, teacher)
@@ -198,6 +210,7 @@ def held_rows(size, processes, number):
     return len(chunks[number]) if number < len(chunks) else 0
 
 
+@DEVICES
 @pytest.mark.parametrize("kind, rank, processes, teacher", [("fsdp", 6, 8, False), ("hsdp", 5, 4, True)])
 def test_a_run_that_shares_its_model_stays_on_its_device(mesh_of, device, kind, rank, processes, teacher):
     setup = shared(setup_and_state(device, teacher)[0], kind, mesh_of(kind, rank))
