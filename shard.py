@@ -22,7 +22,7 @@ import torch.distributed as dist
 from common import UserError
 from model import GPT, by_unit
 
-# FSDP2 of PyTorch 2.6 has no CPUs, and that of 2.7 adds up gradients there instead of averaging them.
+# Before, FSDP2 knew no CPUs (2.6), or added up gradients instead of averaging them (2.7).
 OLDEST_ON_CPU = "2.8"
 
 
@@ -69,6 +69,10 @@ def spread(model, mesh, block_dtype=None):
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    if mesh.device_type == "cpu":
+        for module in (*model.blocks, model):
+            # Add up and then divide: PyTorch 2.8 takes a sum for gloo's average in float32.
+            module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "hidden")
     model.mesh = mesh
     model.block_dtype = block_dtype

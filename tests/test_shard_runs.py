@@ -68,11 +68,14 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     """One, two and three of them; sharded or not."""
     out = str(tmp_path / "run")
     settings = dict(plan="idea-kd", **BATCH)
-    train_shared(2, dict(out=out, stage="enlarge", **settings))
-    assert checkpoint.newest(Path(out)).is_dir()
-    train_toy(out, stage="prune", **settings)
+    train_toy(out, stage="enlarge", **settings)
     assert checkpoint.newest(Path(out)).is_file()
-    train_shared(3, dict(out=out, **settings))
+    train_shared(2, dict(out=out, stage="prune", **settings))
+    assert checkpoint.newest(Path(out)).is_dir() and Path(out, "teacher").is_dir()
+    train_shared(3, dict(out=out, stage="recover", **settings))
+    Path(checkpoint.newest(Path(out)), "state.pt").unlink()              # damaged: one process takes the one before
+    train_toy(out, **settings)
+    assert checkpoint.newest(Path(out)).is_file()
     train_toy(tmp_path / "one", **settings)
     assert_alike(tmp_path / "one", tmp_path / "run")
 
@@ -96,7 +99,7 @@ def test_two_machines_with_a_copy_each_and_a_given_sparse_model(tmp_path):
     checkpoint.save(tmp_path / "sparse.pt", model, run=about["run"], tokenizer_files=about["tokenizer_files"],
                     masks=two_four.pack(masks))
     settings = dict(plan="scratch", init=str(tmp_path / "sparse.pt"), preset="laptop", steps=12, block_size=64,
-                    dtype="float64", save_every=5)
+                    save_every=5, **BATCH)
     train_shared(4, dict(out=str(tmp_path / "hsdp"), shard="hsdp", **settings), local_world=2)
     train_toy(tmp_path / "one", **settings)
     assert_alike(tmp_path / "one", tmp_path / "hsdp")
