@@ -18,6 +18,7 @@ import torch
 import report
 import score
 from bench import __main__ as bench
+from bench import cut_memory
 from common import read_records, write_atomic
 from experiments import (
     claims,
@@ -141,6 +142,16 @@ def measured_table():
     return report.markdown(head, [[cell(row[name]) for name in head] for row in rows])
 
 
+def cut_table():
+    """What cutting LLaMA-3.1-8B on one device takes, GB phase by phase."""
+    columns = []
+    for settings in (dict(weights="bfloat16"), dict(weights="float32"), dict(weights="bfloat16", offload=True)):
+        columns.append(cut_memory.rows_of(cut_memory.CutMemory(shape="8b", **settings), "cpu"))
+    head = ["phase", "bfloat16", "float32", "bfloat16, `--offload`", "and in main memory"]
+    body = [[half[0], half[1], single[1], *off[1:3]] for half, single, off in zip(*columns)]
+    return report.markdown(head, body)
+
+
 GENERATED = {        # (page, name of the part): function that returns its text
     ("pruning.md", "experiments/compare.py overview"): overview,
     ("pruning.md", "tests/test_docs.py adaptive"): adaptive_table,
@@ -154,6 +165,7 @@ GENERATED = {        # (page, name of the part): function that returns its text
     ("recover.md", "experiments/recover_report.py ablations"): lambda: recovery(recover_report.ablation_table),
     ("scale.md", "tests/test_docs.py memory"): lambda: fit_table(fit_rows("memory")),
     ("scale.md", "tests/test_docs.py exchange"): exchange_table,
+    ("scale.md", "tests/test_docs.py cut"): cut_table,
     ("scale.md", "results/bench.jsonl memory"): measured_table,
     ("scaling.md", "results/scaling/report.md errors"): lambda: scaling_table("| cut | law"),
     ("scaling.md", "results/scaling/report.md constants"): lambda: scaling_table("| cut | points"),

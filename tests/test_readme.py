@@ -18,6 +18,7 @@ import export
 import prune
 import report
 import train
+from bench import cut_memory
 from bench.__main__ import Bench
 from common import parse, read_records
 from experiments import (
@@ -67,6 +68,7 @@ SETTINGS = {         # the settings that a command reads
     "train.py": train.Train, "eval.py": evaluation.Eval, "prune.py": prune.Prune, "export.py": export.Export,
     "report.py": report.Report, "data.py": data.Prepare, "experiments.compare": compare.Compare,
     "experiments.smollm2": smollm2.SmolLM2, "tasks.own_questions": own_questions.OwnQuestions, "bench": Bench,
+    "bench.cut_memory": cut_memory.CutMemory,
     "experiments.teacher": teacher.Teacher, "experiments.texts": texts.Texts, "experiments.recover": recover.Recover,
     "experiments.recover_study": recover_study.Study, "experiments.candidates": candidates.Candidates,
     "experiments.glassllm": glassllm.Glass, "methods.self_text": self_text.Write}
