@@ -17,7 +17,7 @@ import model as models
 import prune
 import schedule
 import train
-from methods import two_four
+from methods import sparse
 
 FIRST_CUT, LAST_CUT, SLICE, STEPS = 4, 6, 8, 12
 ENLARGED = models.GPTConfig(130, 16, 16, 8, n_head=(4, 2), n_kv_head=(2, 1), d_ff=(24, 16), qkv_bias=True, qk_norm=True)
@@ -80,7 +80,7 @@ def test_a_run_with_cuts_and_a_slice_stays_on_its_device(device, teacher):
 
 def test_a_model_of_two_in_four_stays_on_its_device(device):
     setup, state = setup_and_state(device, teacher=False)
-    state.masks = two_four.masks(state.model)
+    state.masks = sparse.masks(state.model)
     train.train(setup, state, FIRST_CUT)
     assert on_device(state, device)
 

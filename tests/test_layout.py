@@ -15,7 +15,7 @@ ROWS = [      # a file imports only from rows above its own
     "shard bench.timing experiments.scaling_curves formats.model_card formats.tokenizer formats.top_k "
     "methods.channels methods.mend methods.slicegpt tasks.questions",
     "data formats.gguf_vocabulary formats.huggingface formats.llamacpp methods.local methods.margin "
-    "methods.two_four tasks.probe",
+    "methods.sparse tasks.probe",
     "checkpoint score formats.gguf_export",
     "eval export methods.depth methods.latency methods.self_text methods.torch_pruning_peer",
     "experiments.measure methods.measured",

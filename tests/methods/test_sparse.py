@@ -1,4 +1,4 @@
-"""Invariants of methods/two_four.py: the right 2 of 4 stay, and stay alone while a run trains, is killed and goes on.
+"""Invariants of methods/sparse.py: the right 2 of 4 stay, and stay alone while a run trains, is killed and goes on.
 
 The oracle of the choice is `brute`: plain Python over the entries.
 """
@@ -13,7 +13,7 @@ import checkpoint
 import report
 import train
 from common import UserError
-from methods import two_four
+from methods import sparse
 from model import GPT, GPTConfig, preset
 
 ROOT = Path(__file__).parents[2]
@@ -49,14 +49,14 @@ def test_the_two_best_of_each_four_stay(values, wanda):
     for p in model.parameters():
         p.data = torch.randint(-values, values + 1, p.shape, generator=g).double()
     norms = {name: torch.randint(0, values + 1, (p.size(1),), generator=g).float()
-             for name, p in two_four.matrices(model)}
+             for name, p in sparse.matrices(model)}
     before = {name: p.clone() for name, p in model.named_parameters()}
-    found = two_four.masks(model, norms if wanda else None)
+    found = sparse.masks(model, norms=norms if wanda else None)
     assert found.keys() == MATRICES
     for name, mask in found.items():
         score = before[name].abs() * (norms[name] if wanda else 1)
         assert mask.tolist() == brute(score) and (mask.unflatten(1, (-1, 4)).sum(-1) == 2).all()
-    magnitude = two_four.masks(model)
+    magnitude = sparse.masks(model)
     assert all(torch.equal(magnitude[name], found[name]) for name in found) != wanda       # the norms decide
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
@@ -65,10 +65,10 @@ def test_a_written_example():
     model = new()
     w = model.blocks[0].attn.q.weight
     w.data[0] = torch.tensor([1., -3, 2, 0, 5, 5, -5, 5, 0, 0, 0, 0])
-    norms = {name: torch.ones(p.size(1)) for name, p in two_four.matrices(model)}
+    norms = {name: torch.ones(p.size(1)) for name, p in sparse.matrices(model)}
     norms["blocks.0.attn.q.weight"][:4] = torch.tensor([9., 1, 1, 7])
     for given, first in ((None, [0, 1, 1, 0]), (norms, [1, 1, 0, 0])):
-        mask = two_four.masks(model, given)["blocks.0.attn.q.weight"]
+        mask = sparse.masks(model, norms=given)["blocks.0.attn.q.weight"]
         assert mask[0].int().tolist() == [*first, 1, 1, 0, 0, 1, 1, 0, 0]
 
 
@@ -81,7 +81,7 @@ def steps(model, optimizer, masks, n):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
         if masks is not None:
-            two_four.hold_(model, optimizer, masks)
+            sparse.hold_(model, optimizer, masks)
         optimizer.zero_grad()
 
 
@@ -94,12 +94,12 @@ OPTIMIZERS = {"adamw": (lambda p: torch.optim.AdamW(p, lr=5e-3, weight_decay=.1,
 @pytest.mark.parametrize("held", [True, False])
 def test_2_4_holds_over_50_steps_and_not_without_hold(kind, held):
     model = new()
-    assert two_four.share(model) == 0
-    masks = two_four.masks(model)
+    assert sparse.share(model) == 0
+    masks = sparse.masks(model)
     make, moments = OPTIMIZERS[kind]
     optimizer = make(model.parameters())
-    two_four.hold_(model, None, masks)
-    assert two_four.share(model) == 1
+    sparse.hold_(model, None, masks)
+    assert sparse.share(model) == 1
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     steps(model, optimizer, masks if held else None, 50)
     for name, p in model.named_parameters():
@@ -111,7 +111,7 @@ def test_2_4_holds_over_50_steps_and_not_without_hold(kind, held):
                 assert (tensor[out] != 0).all(), name                # every single one came back
             assert (tensor[~out] != 0).all()
         assert (p != before[name])[~out].all()                       # all others were trained
-    assert two_four.share(model) == (1 if held else 0)
+    assert sparse.share(model) == (1 if held else 0)
 
 
 def test_hold_touches_nothing_but_what_the_masks_leave_out():
@@ -120,8 +120,8 @@ def test_hold_touches_nothing_but_what_the_masks_leave_out():
     steps(model, optimizer, None, 3)
     everything_of = lambda: {(name, key): t.clone() for name, p in model.named_parameters()
                              for key, t in (("w", p.detach()), *optimizer.state[p].items())}
-    before, masks = everything_of(), two_four.masks(model)
-    two_four.hold_(model, optimizer, masks)
+    before, masks = everything_of(), sparse.masks(model)
+    sparse.hold_(model, optimizer, masks)
     for (name, key), t in everything_of().items():
         masked = name in masks and key != "step"
         assert torch.equal(t, before[name, key] * masks[name] if masked else before[name, key])
@@ -129,27 +129,27 @@ def test_hold_touches_nothing_but_what_the_masks_leave_out():
 
 def test_share_counts_blocks():
     model = new()
-    two_four.hold_(model, None, two_four.masks(model))
-    blocks = sum(p.numel() // 4 for _, p in two_four.matrices(model))
+    sparse.hold_(model, None, sparse.masks(model))
+    blocks = sum(p.numel() // 4 for _, p in sparse.matrices(model))
     model.blocks[0].ffn.up.weight.data[3] = 1                        # 12 inputs: 3 blocks
-    assert two_four.share(model) == 1 - 3 / blocks
+    assert sparse.share(model) == 1 - 3 / blocks
     model.blocks[0].ffn.up.weight.data[3, :4] = 0                    # more zeros than 2 are 2:4 as well
-    assert two_four.share(model) == 1 - 2 / blocks
+    assert sparse.share(model) == 1 - 2 / blocks
 
 
 def test_packed_masks_come_back_through_a_checkpoint(tmp_path):
     model, g = new(), torch.Generator().manual_seed(0)
-    masks = two_four.masks(model) | {f"odd.{n}": torch.rand(5, n, generator=g) < .5 for n in (1, 7, 8, 9, 64)}
-    packed = two_four.pack(masks)
+    masks = sparse.masks(model) | {f"odd.{n}": torch.rand(5, n, generator=g) < .5 for n in (1, 7, 8, 9, 64)}
+    packed = sparse.pack(masks)
     assert {name: bits.numel() for name, (_, bits) in packed.items()} == {
         name: mask.size(0) * -(-mask.size(1) // 8) for name, mask in masks.items()}
     checkpoint.save(tmp_path / "cut.pt", model, masks=packed)
     _, about = checkpoint.load(tmp_path / "cut.pt")
-    back = two_four.unpack(about["masks"])
+    back = sparse.unpack(about["masks"])
     assert back.keys() == masks.keys()
     for name, mask in masks.items():
         assert back[name].dtype == torch.bool and torch.equal(back[name], mask)
-    assert two_four.unpack(None) == {} == two_four.unpack(two_four.pack({}))
+    assert sparse.unpack(None) == {} == sparse.unpack(sparse.pack({}))
 
 
 @pytest.mark.parametrize("shape, says", [
@@ -159,7 +159,7 @@ def test_packed_masks_come_back_through_a_checkpoint(tmp_path):
 def test_widths_that_are_no_multiple_of_4_are_refused(shape, says):
     model = GPT(GPTConfig(**{**dict(vocab_size=13, block_size=8, d_model=12, head_dim=4, n_head=(3, 3),
                                     n_kv_head=(3, 3), d_ff=(20, 8)), **shape}))
-    for call in (two_four.masks, two_four.share):
+    for call in (sparse.masks, sparse.share):
         with pytest.raises(UserError, match=says) as refusal:
             call(model)
         assert "\n" not in str(refusal.value)
@@ -178,7 +178,7 @@ def state_of(out):
     tensors |= {("optimizer", i, k): t for i, s in about["optimizer"]["state"].items() for k, t in s.items()}
     losses = [e.get("loss", e.get("val_loss")) for tag in ("step", "eval")
               for e in report.records(out).get(tag, ())]
-    return tensors, two_four.unpack(about["masks"]), losses
+    return tensors, sparse.unpack(about["masks"]), losses
 
 
 def same(a, b):
@@ -189,23 +189,23 @@ def same(a, b):
 def obeys(out, masks):
     """The last checkpoint has these masks, and zeros where they say, in weights and moments."""
     model, about = checkpoint.load(out)
-    found, names = two_four.unpack(about["masks"]), [name for name, _ in model.named_parameters()]
+    found, names = sparse.unpack(about["masks"]), [name for name, _ in model.named_parameters()]
     assert found.keys() == masks.keys() and all(torch.equal(found[name], masks[name]) for name in masks)
     matrices = [n for n, p in model.named_parameters() if p.dim() > 1]     # AdamW's order: matrices, then vectors
     states = dict(zip(matrices + [n for n in names if n not in matrices], about["optimizer"]["state"].values()))
     zeros = [t[~mask] for name, mask in masks.items()
              for t in (model.get_parameter(name).detach(), states[name]["exp_avg"], states[name]["exp_avg_sq"])]
-    return two_four.share(model) == 1 and all((z == 0).all() for z in zeros)
+    return sparse.share(model) == 1 and all((z == 0).all() for z in zeros)
 
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
     """-> (folder of a dense model, folder of it cut to 2:4, the masks)."""
     home, model = tmp_path_factory.mktemp("given"), new(preset("toy", 256)[0], torch.float32)
-    masks, about = two_four.masks(model), {"step": 0, "run": {"tokenizer": "bytes"}}
+    masks, about = sparse.masks(model), {"step": 0, "run": {"tokenizer": "bytes"}}
     checkpoint.save(home / "plain" / "ckpt_00000000.pt", model, **about)
-    two_four.hold_(model, None, masks)
-    checkpoint.save(home / "cut" / "ckpt_00000000.pt", model, masks=two_four.pack(masks), **about)
+    sparse.hold_(model, None, masks)
+    checkpoint.save(home / "cut" / "ckpt_00000000.pt", model, masks=sparse.pack(masks), **about)
     return home / "plain", home / "cut", masks
 
 
@@ -245,22 +245,22 @@ def test_a_2_4_model_stays_2_4_killed_or_not(tmp_path, monkeypatch, given, init)
 
 
 def test_without_hold_a_run_loses_it(tmp_path, monkeypatch, given, init):
-    monkeypatch.setattr(two_four, "hold_", lambda *_: None)
+    monkeypatch.setattr(sparse, "hold_", lambda *_: None)
     train_toy(tmp_path / "run", **init, steps=3)
     assert not obeys(tmp_path / "run", given[2])
-    assert two_four.share(checkpoint.load(tmp_path / "run")[0]) < .05
+    assert sparse.share(checkpoint.load(tmp_path / "run")[0]) < .05
 
 
 def test_a_run_without_masks_is_as_it_was(tmp_path, monkeypatch, given, init):
     """Masks that keep all change no bit; and without any, no tensor is ever touched."""
     init["init"] = str(given[0])
     model, about = checkpoint.load(given[0])
-    about["masks"] = two_four.pack({name: torch.ones_like(p, dtype=torch.bool)
-                                    for name, p in two_four.matrices(model)})
+    about["masks"] = sparse.pack({name: torch.ones_like(p, dtype=torch.bool)
+                                    for name, p in sparse.matrices(model)})
     checkpoint.save(tmp_path / "all" / "ckpt_00000000.pt", model, **about)
     train_toy(tmp_path / "kept", **{**init, "init": str(tmp_path / "all")})
-    hold, seen = two_four.hold_, []
-    monkeypatch.setattr(two_four, "hold_", lambda *a: (seen.append(a[2]), hold(*a)))
+    hold, seen = sparse.hold_, []
+    monkeypatch.setattr(sparse, "hold_", lambda *a: (seen.append(a[2]), hold(*a)))
     monkeypatch.setattr(torch.Tensor, "masked_fill_", None)
     train_toy(tmp_path / "none", **init)
     (weights, masks, losses), kept = state_of(tmp_path / "none"), state_of(tmp_path / "kept")
