@@ -1,7 +1,11 @@
-"""Invariants of methods/sparse.py: the right 2 of 4 stay, and stay alone while a run trains, is killed and goes on.
+"""Invariants of methods/sparse.py: the right weights stay, and stay alone while a run trains, is killed and goes on;
+what stays is fitted exactly.
 
-The oracle of the choice is `brute`: plain Python over the entries.
+The oracle of the choice is `brute`, plain Python over the entries; those of mending are torch's least squares, the
+paper's formula and all masks of a small matrix.
 """
+import itertools
+import math
 import os
 import socket
 from pathlib import Path
@@ -13,12 +17,14 @@ import checkpoint
 import report
 import train
 from common import UserError
-from methods import sparse
+from methods import mend, sparse
 from model import GPT, GPTConfig, preset
+from score import collect
 
 ROOT = Path(__file__).parents[2]
 CONFIG = GPTConfig(vocab_size=13, block_size=8, d_model=12, head_dim=4, n_head=(2, 0, 3), n_kv_head=(1, 0, 3),
                    d_ff=(20, 8, 0), qkv_bias=True, qk_norm=True)
+ENDS = ".q", ".k", ".v", ".o", ".gate", ".up", ".down"
 MATRICES = {f"blocks.{layer}.{name}.weight" for layer, names in (
     (0, ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down")),
     (1, ("ffn.gate", "ffn.up", "ffn.down")), (2, ("attn.q", "attn.k", "attn.v", "attn.o"))) for name in names}
@@ -163,6 +169,229 @@ def test_widths_that_are_no_multiple_of_4_are_refused(shape, says):
         with pytest.raises(UserError, match=says) as refusal:
             call(model)
         assert "\n" not in str(refusal.value)
+
+
+# -- single matrices: scores and mending, against exact solutions and brute force
+
+OUT, IN = 6, 16
+
+
+def matrix_and_inputs(seed=0, n=IN, tokens=200, out=OUT):
+    """A matrix (out, in), correlated inputs (tokens, in) with means and sizes of their own, their statistics."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, n, generator=g).double() @ torch.randn(n, n, generator=g).double()
+    x = (x + 2 * torch.randn(n, generator=g)) * torch.rand(n, generator=g) * 2
+    w = torch.randn(out, n, generator=g).double()
+    return w, x, sparse.Inputs(x.mean(0), x.square().mean(0), x.T @ x / tokens)
+
+
+def error(w, changed, inputs, damping=.01):
+    """What `refit` is the least of, by row: (out,)."""
+    change = changed - w
+    ridge = damping * inputs.gram.diagonal().mean()
+    kept = changed != 0
+    return ((change @ inputs.gram) * change).sum(1) + ridge * (change * kept).square().sum(1)
+
+
+PATTERNS = [sparse.TWO_FOUR, sparse.Pattern(1, 4), sparse.Pattern(3, 8), sparse.Pattern(.5), sparse.Pattern(.3)]
+SCORES = [(name, pattern) for name in sparse.SCORES for pattern in PATTERNS if name != "mrp" or pattern.group]
+
+
+@pytest.mark.parametrize("score, pattern", SCORES)
+def test_a_score_keeps_what_the_pattern_says_and_the_refit_beats_it(score, pattern):
+    w, _, inputs = matrix_and_inputs()
+    weights, mask = sparse.SCORES[score].function(w, inputs, pattern)
+    assert (weights[~mask] == 0).all() and (weights[mask] != 0).all()
+    counts = pattern.grouped(mask).sum(-1)
+    if score == "sparsegpt" and not pattern.group:                      # all rows of a block of columns compete
+        assert mask.sum() == int(pattern.kept * mask.numel() + 1e-6)
+    else:
+        assert (counts == pattern.number(mask.size(1))).all()
+    if score != "sparsegpt":
+        assert torch.equal(weights, w * mask)
+    fitted = sparse.refit(w, mask, inputs.gram)
+    assert (fitted[~mask] == 0).all()
+    assert (error(w, fitted, inputs) <= error(w, weights, inputs) * (1 + 1e-9)).all()
+    assert error(w, fitted, inputs).sum() < .95 * error(w, w * mask, inputs).sum()
+
+
+def test_the_refit_is_exact_least_squares_and_mrp_s_formula():
+    w, x, inputs = matrix_and_inputs()
+    mask = torch.rand(w.shape, generator=torch.Generator().manual_seed(1)) < .5
+    mask[0], mask[1] = True, False                                      # a row that stays whole, one that goes
+    fitted = sparse.refit(w, mask, inputs.gram)
+    ridge = .01 * inputs.gram.diagonal().mean()
+    h_inverse = torch.linalg.inv(inputs.gram + ridge * torch.eye(IN).double())
+    stacked = torch.cat((x / len(x) ** .5, ridge.sqrt() * torch.eye(IN).double()))
+    for row, kept, dense in zip(fitted, mask, w):
+        # The ridge is on the change of what stays: its target there is the dense weight.
+        target = torch.cat((x / len(x) ** .5 @ dense, ridge.sqrt() * dense * kept))
+        exact = torch.zeros(IN, dtype=torch.float64)
+        if kept.any():
+            exact[kept] = torch.linalg.lstsq(stacked[:, kept], target).solution
+        torch.testing.assert_close(row, exact, rtol=0, atol=1e-10)
+        gone = (~kept).nonzero().flatten()
+        change = torch.linalg.solve(h_inverse[gone][:, gone], h_inverse[gone]) if len(gone) else torch.zeros(0, IN)
+        torch.testing.assert_close(row, dense - dense[gone] @ change.double(), rtol=0, atol=1e-10)
+
+
+def test_with_one_mask_for_all_rows_the_refit_is_that_of_units():
+    w, _, inputs = matrix_and_inputs()
+    kept = torch.tensor([0, 1, 5, 6, 7, 11])
+    mask = torch.zeros_like(w, dtype=torch.bool)
+    mask[:, kept] = True
+    torch.testing.assert_close(sparse.refit(w, mask, inputs.gram)[:, kept], mend.mended(w, inputs.gram, kept))
+
+
+def test_forty_steps_of_float32_are_enough_for_inputs_of_very_different_sizes():
+    w, _, inputs = matrix_and_inputs(n=96, out=24, tokens=300)
+    inputs.gram[3] *= 300
+    inputs.gram[:, 3] *= 300
+    mask = sparse.best(w.abs(), sparse.TWO_FOUR)
+    exact = sparse.refit(w, mask, inputs.gram, steps=2000)
+    rounded = sparse.refit(w.float(), mask, inputs.gram.float())
+    assert rounded.dtype == torch.float32
+    assert error(w, rounded.double(), inputs).sum() < 1.01 * error(w, exact, inputs).sum()
+
+
+def test_sparsegpt_on_inputs_without_correlation_is_wanda():
+    w, _, inputs = matrix_and_inputs()
+    inputs.gram = torch.diag(inputs.square)
+    for pattern in (sparse.TWO_FOUR, sparse.Pattern(2, 8)):
+        weights, mask = sparse.sparsegpt(w, inputs, pattern, damping=0)
+        assert torch.equal(mask, sparse.wanda(w, inputs, pattern)[1])
+        torch.testing.assert_close(weights, w * mask)
+
+
+def test_sparsegpt_s_blocks_change_nothing_and_dead_inputs_do_no_harm():
+    w, x, inputs = matrix_and_inputs()
+    whole = sparse.sparsegpt(w, inputs, sparse.TWO_FOUR)
+    for block in (3, 4, 8):
+        for a, b in zip(whole, sparse.sparsegpt(w, inputs, sparse.TWO_FOUR, block=block)):
+            torch.testing.assert_close(a, b)
+    # Within a mask that is given the columns' updates are those of the paper: no better than the best there.
+    assert error(w, whole[0], inputs).sum() < error(w, w * whole[1], inputs).sum()
+    dead = x.clone()
+    dead[:, 2] = 0
+    inputs = sparse.Inputs(dead.mean(0), dead.square().mean(0), dead.T @ dead / len(dead))
+    for function in (sparse.sparsegpt, sparse.mrp):
+        weights, mask = function(w, inputs, sparse.TWO_FOUR)
+        assert weights.isfinite().all() and (mask.unflatten(1, (-1, 4)).sum(-1) == 2).all()
+    assert sparse.refit(w, mask, inputs.gram).isfinite().all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_brute_force_over_all_masks_is_no_worse_than_any_score(seed):
+    """8 inputs: 6² masks of 2:4, each with its exact weights. A group alone is chosen exactly by mrp."""
+    w, _, inputs = matrix_and_inputs(seed, n=8, out=3)
+    pairs = [sorted(pair) for pair in itertools.combinations(range(4), 2)]
+    least = torch.full((3,), math.inf, dtype=torch.float64)
+    for first, second in itertools.product(pairs, pairs):
+        mask = torch.zeros(3, 8, dtype=torch.bool)
+        mask[:, first + [4 + i for i in second]] = True
+        least = torch.minimum(least, error(w, sparse.refit(w, mask, inputs.gram), inputs))
+    for row in sparse.SCORES.values():
+        weights, mask = row.function(w, inputs, sparse.TWO_FOUR)
+        assert (error(w, sparse.refit(w, mask, inputs.gram), inputs) >= least * (1 - 1e-9)).all()
+    _, mask = sparse.mrp(w, inputs, sparse.TWO_FOUR)
+    for begin in (0, 4):
+        losses = []
+        for pair in pairs:
+            alone = torch.ones(3, 8, dtype=torch.bool)
+            alone[:, begin:begin + 4] = False
+            alone[:, [begin + i for i in pair]] = True
+            losses.append(error(w, sparse.refit(w, alone, inputs.gram), inputs))
+        for row, index in enumerate(torch.stack(losses).argmin(0).tolist()):
+            assert mask[row, begin:begin + 4].nonzero().flatten().tolist() == pairs[index]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_dsnot_brings_the_missing_mean_nearer_and_keeps_the_pattern(pattern):
+    w, _, inputs = matrix_and_inputs(n=64, out=48)
+    _, mask = sparse.wanda(w, inputs, pattern)
+    missing = lambda mask: (w * ~mask * inputs.mean).sum(1).abs()
+    history = [mask]
+    for cycles in (1, 2, 5, 50):
+        history.append(sparse.refined(w, mask, inputs, pattern, cycles))
+        assert (pattern.grouped(history[-1]).sum(-1) == pattern.number(64)).all()
+    for before, after in zip(history, history[1:]):
+        assert (missing(after) <= missing(before) + 1e-12).all()
+    assert (history[1] != mask).sum(1).max() <= 2                       # one exchange a row and cycle
+    assert missing(history[-1]).sum() < (.8 if pattern.group else .2) * missing(mask).sum()
+    inputs.mean = torch.zeros(64)
+    assert torch.equal(sparse.refined(w, mask, inputs, pattern), mask)
+
+
+def test_dsnot_s_first_exchange_is_the_paper_s():
+    """One row, written out: which weight returns, and which goes for it."""
+    w = torch.tensor([[4., 1, 1, 3, -3, 2, .5, 1.5]]).double()
+    mean = torch.ones(8).double()
+    mean[6] = 4
+    inputs = sparse.Inputs(mean, mean.square() + torch.tensor([1, 1, 1, 1, 1, 9, 1, 1]), None)
+    mask = torch.tensor([[1, 0, 0, 1, 1, 0, 0, 1]]).bool()              # missing: 1 + 1 + 2 + 2 = 6
+    # w E[x] / Var[x] of the pruned: 1, 1, 2 / 9, 2. The last one returns (column 6).
+    four = sparse.refined(w, mask, inputs, sparse.TWO_FOUR, cycles=1)
+    assert four.int().tolist() == [[1, 0, 0, 1, 1, 0, 1, 0]]            # 1.5 · √2 is less than 3 · √2 in its group
+    rows = sparse.refined(w, mask, inputs, sparse.Pattern(.5), cycles=1)
+    assert rows.int().tolist() == [[1, 0, 0, 1, 0, 0, 1, 1]]            # only -3 would bring the mean nearer to 0
+
+
+# -- whole models
+
+@pytest.mark.parametrize("score, mend_by", [(score, by) for score in sparse.SCORES for by in sparse.MENDS])
+def test_a_model_becomes_sparse_by_the_inputs_of_its_own_matrices(score, mend_by):
+    model, dense = new(), new()
+    x = [torch.randint(13, (4, 8), generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    fields = sparse.needs(score, mend_by)
+    stats = collect(model, [(tokens, tokens) for tokens in x], fields, sparse.READERS)
+    every = collect(model, [(tokens, tokens) for tokens in x], {"gram", "mean", "square"}, ENDS)
+    sparse.cut_(model, stats, sparse.TWO_FOUR, score, mend_by)
+    assert sparse.share(model) == 1
+    for name, p in sparse.matrices(dense):
+        inputs = sparse.Inputs(every.mean[name], every.square[name], every.gram[name])
+        weights, mask = sparse.SCORES[score].function(p.detach(), inputs, sparse.TWO_FOUR)
+        if mend_by == "least-squares":
+            weights = sparse.refit(p.detach(), mask, inputs.gram)
+        elif mend_by == "dsnot":
+            weights = p.detach() * sparse.refined(p.detach(), mask, inputs, sparse.TWO_FOUR)
+        assert torch.equal(model.get_parameter(name), weights), name
+    others = {name for name, p in model.named_parameters() if not torch.equal(p, dense.get_parameter(name))}
+    assert others == MATRICES
+
+
+@pytest.mark.parametrize("sparsity", [.5, .75])
+def test_random_masks_leave_out_the_same_share_of_each_matrix(sparsity):
+    model = new()
+    masks = sparse.random_masks(model, sparsity, seed=3)
+    assert masks.keys() == MATRICES
+    for name, p in sparse.matrices(model):
+        assert masks[name].shape == p.shape and (~masks[name]).sum() == round(sparsity * p.numel())
+    again, other = (sparse.random_masks(new(), sparsity, seed) for seed in (3, 4))
+    assert all(torch.equal(masks[name], again[name]) for name in masks)
+    assert all(not torch.equal(masks[name], other[name]) for name in masks)
+
+
+def test_sparse_pretraining_keeps_zeros_and_dense_fine_tuning_frees_them():
+    model, dense = new(), new()
+    masks = sparse.random_masks(model, .75, seed=0)
+    optimizer = OPTIMIZERS["adamw"][0](model.parameters())
+    sparse.hold_(model, None, masks)
+    # The first step of the weights that stay is that of a dense optimizer with masked gradients.
+    sparse.hold_(dense, None, masks)
+    masked = OPTIMIZERS["adamw"][0](dense.parameters())
+    for name, mask in masks.items():
+        dense.get_parameter(name).register_hook(lambda grad, mask=mask: grad * mask)
+    steps(model, optimizer, masks, 1)
+    steps(dense, masked, None, 1)
+    for name, mask in masks.items():
+        torch.testing.assert_close(model.get_parameter(name)[mask], dense.get_parameter(name)[mask], rtol=0, atol=1e-5)
+    steps(model, optimizer, masks, 49)
+    assert all((model.get_parameter(name)[~mask] == 0).all() for name, mask in masks.items())
+    assert all(torch.equal(mask, sparse.nonzero(model)[name]) for name, mask in masks.items())
+    steps(model, optimizer, None, 1)
+    # But of a neuron whose up row was zero as a whole its gate row has no gradient yet.
+    freed = torch.cat([model.get_parameter(name)[~mask] != 0 for name, mask in masks.items()])
+    assert freed.float().mean() > .9
 
 
 # -- through train.main
