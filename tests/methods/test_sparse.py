@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from test_shard import sharded_copy
 
 import checkpoint
 import report
+import shard
 import train
 from common import UserError
 from methods import mend, sparse
@@ -392,6 +395,28 @@ def test_sparse_pretraining_keeps_zeros_and_dense_fine_tuning_frees_them():
     # But of a neuron whose up row was zero as a whole its gate row has no gradient yet.
     freed = torch.cat([model.get_parameter(name)[~mask] != 0 for name, mask in masks.items()])
     assert freed.float().mean() > .9
+
+
+def hold_rows(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    one = new()
+    many, _ = sharded_copy(one, OPTIMIZERS["adamw"][0](one.parameters()))
+    masks, sharded = (sparse.random_masks(model, .75, seed=1) for model in (one, many))
+    sparse.hold_(one, None, masks)
+    sparse.hold_(many, None, sharded)
+    nonzeros = sparse.nonzero(many)
+    for name, p in one.named_parameters():
+        assert torch.equal(shard.whole(many.get_parameter(name)), p)
+    for name, (inputs, bits) in sparse.pack(masks).items():
+        for packed in (sparse.pack(sharded), sparse.pack(nonzeros)):
+            assert packed[name][0] == inputs and torch.equal(packed[name][1], bits)
+    dist.barrier()
+    os._exit(0)
+
+
+def test_a_sharded_model_has_the_same_random_masks(tmp_path):
+    torch.multiprocessing.start_processes(hold_rows, (str(tmp_path),), nprocs=2, start_method="fork")
 
 
 # -- through train.main
