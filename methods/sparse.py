@@ -231,6 +231,15 @@ def reader(name):
     return name
 
 
+def inputs_of(name, stats, device):
+    """The Inputs of a matrix from score.Stats, on the device."""
+    sums = []
+    for field in (stats.mean, stats.square, stats.gram):
+        value = field.get(reader(name))
+        sums.append(None if value is None else value.to(device))
+    return Inputs(*sums)
+
+
 def magnitude(w, inputs, pattern):
     """|w|."""
     mask = best(w.abs(), pattern)
@@ -408,12 +417,14 @@ def cut_(model, stats, pattern, score, mend="none"):
     the dense ones (`refit`), and "dsnot" exchanges some (`refined`); both forget SparseGPT's updates.
     Raises UserError as `check_widths` does."""
     check_widths(model, pattern)
+    device = model.embed.weight.device
     for name, p in matrices(model):
-        source = reader(name)
-        inputs = Inputs(stats.mean.get(source), stats.square.get(source), stats.gram.get(source))
-        weights, mask = SCORES[score].function(p, inputs, pattern)
+        # Weights may be stored in bfloat16, and layers elsewhere than the rest of the model.
+        w = p.to(device, torch.promote_types(p.dtype, torch.float32))
+        inputs = inputs_of(name, stats, device)
+        weights, mask = SCORES[score].function(w, inputs, pattern)
         if mend == "least-squares":
-            weights = refit(p, mask, inputs.gram)
+            weights = refit(w, mask, inputs.gram)
         elif mend == "dsnot":
-            weights = p * refined(p, mask, inputs, pattern)
+            weights = w * refined(w, mask, inputs, pattern)
         p.copy_(weights)

@@ -306,17 +306,22 @@ def test_the_command_says_its_dtype_and_saves_float32(command):
         assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["magnitude", "wanda"])
-def test_2_4_is_saved_and_trains_on_with_its_masks(command, tmp_path, name):
-    model, about, said = command(structure="2:4", score=name)
+@pytest.mark.parametrize("structure, name, mend", [
+    ("2:4", "magnitude", "none"), ("2:4", "wanda", "dsnot"), ("4:8", "mrp", "least-squares"),
+    ("weights", "wanda", "least-squares"), ("weights", "sparsegpt", "none")])
+def test_a_sparse_model_is_saved_and_trains_on_with_its_masks(command, tmp_path, structure, name, mend):
+    flags = dict(keep=.5) if structure == "weights" else {}
+    model, about, said = command(structure=structure, score=name, mend=mend, **flags)
     masks = sparse.unpack(about["masks"])
-    assert sparse.share(model) == 1 and "zero in 100% of the blocks' matrices" in said
+    assert ("weights of the blocks' matrices are left: 0.5000" if flags else "zero in 100% of the blocks'") in said
     assert all((p[~masks[key]] == 0).all() and (p[masks[key]] != 0).all() for key, p in sparse.matrices(model))
+    assert sum(mask.sum() for mask in masks.values()) * 2 == sum(mask.numel() for mask in masks.values())
     out = tmp_path / "trained"
     train.main(train.Train(init=str(tmp_path / "cut"), plan="scratch", steps=3, batch_tokens=256, micro_batch=4,
                            eval_windows=2, device="cpu", out=str(out)), quiet=True)
     after = checkpoint.load(out)[0]
-    assert sparse.share(after) == 1 and not torch.equal(after.head_weight, model.head_weight)
+    assert all((after.get_parameter(key)[~mask] == 0).all() for key, mask in masks.items())
+    assert not torch.equal(after.head_weight, model.head_weight)
     with pytest.raises(UserError, match="is sparse already, .* cut first"):
         prune.main(prune.Prune(init=str(tmp_path / "cut"), out=str(tmp_path / "again"), device="cpu"))
 

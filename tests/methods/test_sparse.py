@@ -362,6 +362,17 @@ def test_a_model_becomes_sparse_by_the_inputs_of_its_own_matrices(score, mend_by
     assert others == MATRICES
 
 
+@pytest.mark.parametrize("score, mend_by", [("sparsegpt", "none"), ("mrp", "least-squares"), ("wanda", "dsnot")])
+def test_bfloat16_weights_become_sparse_as_float32_ones_do(score, mend_by):
+    halves = new(dtype=torch.bfloat16)
+    exact = new(dtype=torch.bfloat16).float()
+    tokens = torch.randint(13, (8, 8), generator=torch.Generator().manual_seed(0))
+    stats = collect(exact, [(tokens, tokens)], sparse.needs(score, mend_by), sparse.READERS)
+    for model in (halves, exact):
+        sparse.cut_(model, stats, sparse.TWO_FOUR, score, mend_by)
+    assert all(torch.equal(p, q.bfloat16()) for p, q in zip(halves.parameters(), exact.parameters()))
+
+
 @pytest.mark.parametrize("sparsity", [.5, .75])
 def test_random_masks_leave_out_the_same_share_of_each_matrix(sparsity):
     model = new()
