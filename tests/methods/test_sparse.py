@@ -275,11 +275,12 @@ def test_sparsegpt_s_blocks_change_nothing_and_dead_inputs_do_no_harm():
     # Within a mask that is given the columns' updates are those of the paper: no better than the best there.
     assert error(w, whole[0], inputs).sum() < error(w, w * whole[1], inputs).sum()
     dead = x.clone()
-    dead[:, 2] = 0
+    dead[:, :4] = 0
     inputs = sparse.Inputs(dead.mean(0), dead.square().mean(0), dead.T @ dead / len(dead))
     for function in (sparse.sparsegpt, sparse.mrp):
         weights, mask = function(w, inputs, sparse.TWO_FOUR)
         assert weights.isfinite().all() and (mask.unflatten(1, (-1, 4)).sum(-1) == 2).all()
+    assert (sparse.sparsegpt(w, inputs, sparse.TWO_FOUR)[0][:, :4] == 0).all()
     assert sparse.refit(w, mask, inputs.gram).isfinite().all()
 
 
@@ -327,16 +328,16 @@ def test_dsnot_brings_the_missing_mean_nearer_and_keeps_the_pattern(pattern):
 
 def test_dsnot_s_first_exchange_is_the_paper_s():
     """One row, written out: which weight returns, and which goes for it."""
-    w = torch.tensor([[4., 1, 1, 3, -3, 2, .5, 1.5]]).double()
+    w = torch.tensor([[-1., 1, 1, 3, -3, 2, .5, 1.5]]).double()
     mean = torch.ones(8).double()
     mean[6] = 4
-    inputs = sparse.Inputs(mean, mean.square() + torch.tensor([1, 1, 1, 1, 1, 9, 1, 1]), None)
+    inputs = sparse.Inputs(mean, mean.square() + torch.tensor([1, 1, 1, 1, 1, 9, 1, 9]), None)
     mask = torch.tensor([[1, 0, 0, 1, 1, 0, 0, 1]]).bool()              # missing: 1 + 1 + 2 + 2 = 6
     # w E[x] / Var[x] of the pruned: 1, 1, 2 / 9, 2. The last one returns (column 6).
     four = sparse.refined(w, mask, inputs, sparse.TWO_FOUR, cycles=1)
-    assert four.int().tolist() == [[1, 0, 0, 1, 1, 0, 1, 0]]            # 1.5 · √2 is less than 3 · √2 in its group
+    assert four.int().tolist() == [[1, 0, 0, 1, 0, 0, 1, 1]]            # 3 · √2 is less than 1.5 · √10 in its group
     rows = sparse.refined(w, mask, inputs, sparse.Pattern(.5), cycles=1)
-    assert rows.int().tolist() == [[1, 0, 0, 1, 0, 0, 1, 1]]            # only -3 would bring the mean nearer to 0
+    assert rows.int().tolist() == [[0, 0, 0, 1, 1, 0, 1, 1]]            # 1 · √2 is less than 3 · √2 of the other sign
 
 
 # -- whole models
