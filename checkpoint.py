@@ -3,11 +3,14 @@
     python -c "import checkpoint; print(checkpoint.load('runs/idea-laptop-0')[0].config)"
 
 `load` opens every kind of model for every script: our checkpoint, a run's folder, a Hugging Face
-folder or a hub id. Our checkpoint is one self-describing file. A run is a folder, and `RunFolder`
-knows its files:
+folder or a hub id. `open_weights` opens the same without reading weights, for a process that holds
+only some rows of them (shard.py). A run is a folder, and `RunFolder` knows its files:
 
     ckpt_<step>.pt   the newest two; each is the state *before* that step's events, all that a step changes (`State`)
-    teacher.pt       the enlarged model before the first cut, where it became the teacher; it is never rotated away
+    ckpt_<step>/     the same of a sharded model: model/ and optimizer/ by all processes (formats/dcp.py), and
+                     state.pt for the rest
+    teacher.pt       the enlarged model before the first cut, where it became the teacher; it is never rotated away.
+                     Or teacher/, likewise
     metrics.jsonl    the records that docs/records.md lists, rewound on resume to the moment of the checkpoint
 
 No state of a random-number generator is kept. After the initial weights nothing draws from one, and
@@ -16,6 +19,7 @@ batches are a function of the step. Not here: the loop (train.py), the files of 
 """
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -27,9 +31,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import xxhash
 from filelock import FileLock, Timeout
 
+import shard
 from common import (
     Damaged,
     UserError,
@@ -41,14 +47,19 @@ from common import (
     write_atomic,
 )
 from distill import freeze
-from formats import huggingface, origin
+from formats import dcp, huggingface, origin
 from formats.tokenizer import FILES, has_tokenizer, open_tokenizer
-from model import GPT, check_values, config_from, with_context
+from model import GPT, GPTConfig, check_values, config_from, with_context
 
-FORMAT = "nanoprune checkpoint 1"
+# In the first, one digest is over everything. In the second, each large tensor has its own.
+FORMATS = ("nanoprune checkpoint 1", "nanoprune checkpoint 2")
+FORMAT = FORMATS[-1]
 
 # What write_atomic calls a file until it is whole.
 TEMPORARY = ".*." + "[0-9a-f]" * 16 + ".tmp"
+
+# What a folder of shards is called until it is whole, and while it is removed.
+HALF_FOLDER = re.compile(r"(ckpt_\d{8}|teacher)\.(tmp|old)")
 
 # Two calls of the same run may differ in these settings.
 NOT_IDENTITY = ("stage", "device", "out", "compile", "shard", "recompute")
@@ -67,24 +78,36 @@ def save(path, model, **state):
 
 
 def content_of(model, state):
-    """What a checkpoint holds, except for its digest."""
+    """What a checkpoint holds, except for its digests."""
     # torch.compile's wrapper would prefix every name.
     plain = getattr(model, "_orig_mod", model)
     refuse_evaluation_only(plain)
-    return {"format": FORMAT, "config": asdict(plain.config), "model": plain.state_dict(), **state}
+    return {"config": asdict(plain.config), "model": plain.state_dict(), **state, "format": FORMAT}
 
 
 def write(path, content):
-    """Write the content of a checkpoint with its digest, under a temporary name that is fsynced and
+    """Write the content of a checkpoint with its digests, under a temporary name that is fsynced and
     then renamed. Raises UserError if the disk is full."""
-    content["digest"] = digest_of(content)
+    moments, _ = part(content.get("optimizer"))
+    content["digests"] = {"model": digests_of(content.get("model", {})), "optimizer": digests_of(moments)}
+    content["digest"] = digest_of(without_tensors(content))
 
     # torch.load never reads the checksums, and they would take a third of the time. (unzip misses
     # them.)
     checksums = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
-        write_atomic(path, lambda file: torch.save(content, file))
+        with refusing_a_full_disk(path, content):
+            write_atomic(path, lambda file: torch.save(content, file))
+    finally:
+        torch.serialization.set_crc32_options(checksums)
+
+
+@contextlib.contextmanager
+def refusing_a_full_disk(path, content):
+    """Turn what writing the content raises into a UserError if the disk is full."""
+    try:
+        yield
     except (OSError, RuntimeError) as problem:
         # torch reports a full disk as a RuntimeError of its own.
         if isinstance(problem, OSError) and problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -93,8 +116,35 @@ def write(path, content):
         free = shutil.disk_usage(Path(path).parent).free
         raise UserError(f"{path} was not written ({first_line(problem)}): it needs {needed:,} bytes and {free:,} are "
                         "free; what was there before is still there") from None
-    finally:
-        torch.serialization.set_crc32_options(checksums)
+
+
+def part(optimizer):
+    """The state of an optimizer as {"exp_avg.<number of the parameter>": tensor}, its moments, and
+    the rest of it, which is small."""
+    moments = {}
+    if not isinstance(optimizer, dict) or not isinstance(optimizer.get("state"), dict):
+        return moments, optimizer
+    rest = {**optimizer, "state": {}}
+    for number, state in optimizer["state"].items():
+        rest["state"][number] = {}
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.dim() > 0:
+                moments[f"{key}.{number}"] = value
+            else:
+                rest["state"][number][key] = value
+    return moments, rest
+
+
+def without_tensors(content):
+    """The content of a checkpoint without weights and moments, which have digests of their own."""
+    rest = {key: value for key, value in content.items() if key != "model"}
+    if "optimizer" in rest:
+        _, rest["optimizer"] = part(rest["optimizer"])
+    return rest
+
+
+def digests_of(tensors):
+    return {name: digest_of({name: tensor}) for name, tensor in tensors.items()}
 
 
 def digest_of(content):
@@ -144,19 +194,51 @@ def tensors_in(value):
 
 def refuse_evaluation_only(model):
     """Raise UserError for a baseline that is more than its GPTConfig: a subclass of GPT."""
-    if type(model) is not GPT:
+    if type(model) is not GPT and not shard.is_sharded(model):
         raise UserError(f"this model is for evaluation only, as {model.evaluation_only}, which no GPTConfig and no "
                         "runtime has; cut another way to save or export it")
 
 
 def checkpoints(folder):
-    """The checkpoints in a run's folder, oldest first: files named ckpt_<step in 8 digits>.pt."""
-    return sorted(Path(folder).glob("ckpt_" + "[0-9]" * 8 + ".pt"))
+    """The checkpoints in a run's folder, oldest first: files ckpt_<step in 8 digits>.pt, and folders
+    ckpt_<step in 8 digits>."""
+    names = "ckpt_" + "[0-9]" * 8
+    folders = [path for path in Path(folder).glob(names) if path.is_dir()]
+    return sorted([*Path(folder).glob(names + ".pt"), *folders])
 
 
 def newest(folder):
     """The checkpoint with the highest step in a run's folder, or None."""
     return max(checkpoints(folder), default=None)
+
+
+def step_of(checkpoint):
+    """The step of a checkpoint in a run's folder."""
+    return int(checkpoint.name[5:13])
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model on disk that is opened, and whose weights are read when they are asked for."""
+    config: GPTConfig
+    about: dict                   # what `load` returns besides the model
+    tensors: object               # has rows(name, start, stop) and where(name)
+    moments: object = None        # the same of an optimizer
+
+    @functools.cached_property
+    def shapes(self):
+        """{name: shape} of the parameters, in the model's order."""
+        with torch.device("meta"):
+            model = GPT(self.config)
+        return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+    def rows(self, name, start, stop, dtype=None):
+        """The rows [start, stop) of a parameter, in main memory and in the stored dtype. Raises Damaged
+        if they are not what was written, and UserError if they are not finite, now or in `dtype`."""
+        rows = self.tensors.rows(name, start, stop)
+        file, stored_name = self.tensors.where(name)
+        check_values(rows, dtype or rows.dtype, stored_name, file)
+        return rows
 
 
 def load(path, device="cpu", dtype=None, block_size=None):
@@ -166,16 +248,84 @@ def load(path, device="cpu", dtype=None, block_size=None):
     `dtype` None keeps the stored one. With the device "meta" no weights are read, only their
     config. `block_size` is the context that is wanted, at most the trained one; None takes all.
     `about` holds what `save` was given besides the model; for a Hugging Face folder {"huggingface":
-    its config.json, "tokenizer_files", "origin": see formats/origin.py}. Raises UserError for a file
-    that is missing, truncated, of another version or of another shape than it says."""
-    folder = find(path)
-    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        model, about = huggingface.load(folder, device, dtype, block_size)
-        if folder != Path(path):
-            about["origin"]["name"] = str(path)      # a hub id; the folder's name is a hash
-        return model, about
-    model, about = load_ours(folder, device, dtype, block_size)
-    return model if dtype is None else model.to(dtype), about
+    its config.json, "tokenizer_files", "origin": see formats/origin.py}. It stays in main memory, and
+    its "optimizer" in the file until it is used. Raises UserError for a file that is missing,
+    truncated, of another version or of another shape than it says."""
+    reads = str(device) != "meta"
+
+    def open_and_read(place):
+        weights = open_place(place, path, block_size, reads)
+        return whole_model(weights, device, dtype), weights.about
+
+    return first_undamaged(path, open_and_read)
+
+
+def open_weights(path, block_size=None):
+    """Open what `load` opens, without reading weights: -> Weights."""
+    return first_undamaged(path, lambda place: open_place(place, path, block_size, reads=True))
+
+
+def open_place(place, path, block_size, reads):
+    """Open one checkpoint or Hugging Face folder on this machine, which the user calls `path`: ->
+    Weights. If no weights will be read (not `reads`), they are not looked at."""
+    if not is_huggingface(place):
+        return open_checkpoint(place, block_size, reads)
+    weights = Weights(*huggingface.open_weights(place, block_size, reads))
+    if place != Path(path):
+        weights.about["origin"]["name"] = str(path)      # a hub id; the folder's name is a hash
+    return weights
+
+
+def whole_model(weights, device, dtype=None):
+    """The model on the device, in `dtype` or as it is stored. On the device "meta" it has no weights.
+    Raises UserError for a Hugging Face folder that mixes dtypes."""
+    with torch.device("meta"):
+        model = GPT(weights.config)
+    if str(device) == "meta":
+        return model if dtype is None else model.to(dtype)
+    tensors = {}
+    for name, shape in weights.shapes.items():
+        rows = weights.rows(name, 0, shape[0], dtype)
+        # A copy: the file may be replaced while the model is used.
+        tensors[name] = rows.to(device, dtype or rows.dtype, copy=True)
+    dtypes = sorted({str(tensor.dtype) for tensor in tensors.values()})
+    if len(dtypes) > 1 and "huggingface" in weights.about:
+        raise UserError(f"{weights.tensors.folder} mixes {' and '.join(dtypes)}; choose one by --dtype")
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def is_huggingface(folder):
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
+def first_undamaged(path, open_place, agree=None):
+    """What `open_place` makes of what is at `path`. If the newest checkpoint in the folder of a run is
+    damaged, it is the one before, and a sentence says so. `agree`: see RunFolder.agree."""
+    place = find(path)
+    if is_huggingface(place):
+        return open_place(place)
+    is_run = place.is_dir() and not (place / "state.pt").exists()
+    candidates = checkpoints(place)[::-1] if is_run else [place]
+    if not candidates or not candidates[0].exists():
+        raise UserError(f"no checkpoint at {place}; give a ckpt_*.pt file, the folder of a run, a Hugging Face folder "
+                        "or a hub id such as HuggingFaceTB/SmolLM2-135M")
+    damages = []
+    for candidate in candidates:
+        opened = None
+        damage = None
+        try:
+            opened = open_place(candidate)
+        except Damaged as problem:
+            damage = str(problem)
+        if agree is not None:
+            damage = agree(damage)
+        if damage is None:
+            for damage in damages:
+                print(f"warning: {damage}; going on from {candidate.name}", file=sys.stderr)
+            return opened
+        damages.append(damage)
+    raise UserError(f"{'; '.join(damages)}; restore the file from a copy")
 
 
 def find(path):
@@ -215,59 +365,111 @@ def tokenizer_of(model, about, path):
     return tokenizer
 
 
-def load_ours(path, device, dtype=None, block_size=None):
-    """Open our own checkpoint, or the newest of a run's folder: -> (GPT on the device, everything
-    else that `save` was given). What is not the model stays in main memory: a script that needs
-    only the model has no optimizer on a GPU. If the newest checkpoint of a folder is damaged, the
-    one before it is opened, and a sentence says so."""
-    candidates = checkpoints(path)[::-1] if path.is_dir() else [path]
-    if not candidates or not candidates[0].exists():
-        raise UserError(f"no checkpoint at {path}; give a ckpt_*.pt file, the folder of a run, a Hugging Face folder "
-                        "or a hub id such as HuggingFaceTB/SmolLM2-135M")
-    damages = []
-    for file in candidates:
-        try:
-            model, state = open_file(file, device, dtype, block_size)
-        except Damaged as damage:
-            damages.append(str(damage))
-            continue
-        for damage in damages:
-            print(f"warning: {damage}; going on from {file.name}", file=sys.stderr)
-        return model, state
-    raise UserError(f"{'; '.join(damages)}; restore the file from a copy")
+class Mapped:
+    """Tensors in a file that torch.save wrote. Rows are read when they are asked for. What is read is
+    checked against the tensor's digest, if `digests` has been kept."""
+    def __init__(self, file, tensors, digests=None):
+        self.file = file
+        self.tensors = dict(tensors)
+        self.digests = None if digests is None else dict(digests)
+
+    def names(self):
+        return self.tensors.keys()
+
+    def shape(self, name):
+        return tuple(self.tensors[name].shape)
+
+    def dtype(self, name):
+        tensor = self.tensors[name]
+        return tensor.dtype if tensor.layout == torch.strided else tensor.layout
+
+    def where(self, name):
+        """What a message about a tensor names: the file and the tensor."""
+        return self.file, name
+
+    def rows(self, name, start, stop):
+        """The rows [start, stop) of a tensor, which stay in the file until they are used. Raises Damaged
+        if the tensor is not what was written."""
+        tensor = self.tensors[name]
+        if not tensor.is_cpu:
+            raise UserError(f"{self.file} holds no values of {name}; use another copy")
+        if self.digests is not None and self.digests.get(name) != digest_of({name: tensor}):
+            raise Damaged(f"{self.file} is damaged: its content is not what was written")
+        return tensor[start:stop]
 
 
-def open_file(file, device, dtype, block_size):
-    """Open one checkpoint file: -> (GPT on the device, the rest). Raises Damaged for one that is
-    truncated or changed, and UserError for one of another format or with weights that are not
-    finite, now or in `dtype`."""
-    on_meta = device == "meta"
-    state = read_pickled_tensors(file, "use a file that train.py wrote", "meta" if on_meta else "cpu")
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+def open_checkpoint(path, block_size=None, reads=True):
+    """Open one of our checkpoints, a file or a folder of shards: -> Weights. Raises Damaged for one that
+    is truncated or changed, and UserError for one of another format."""
+    sharded = path.is_dir()
+    file = path / "state.pt" if sharded else path
+    if sharded and (not file.is_file() or origin.leads_out(file)):
+        raise Damaged(f"{path} is damaged: it has no file state.pt")
+    state = read_pickled_tensors(file, "use a file that train.py wrote", "cpu" if reads else "meta", mmap=reads)
+    if not isinstance(state, dict) or state.get("format") not in FORMATS:
         form = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise UserError(f"{file} has format {form!r}, this code reads {FORMAT!r}; use the code that wrote it")
-
-    # Checkpoints from before the digest was kept have none.
-    if not on_meta and state.get("digest", "") not in ("", digest_of(state)):
-        raise Damaged(f"{file} is damaged: its content is not what was written")
+    if reads:
+        check_digest(file, state)
     try:
         config = with_context(config_from(file, state.pop("config")), block_size, file)
-        with torch.device("meta"):
-            model = GPT(config)
-        model.load_state_dict(state.pop("model"), assign=True)
-    except (RuntimeError, KeyError, TypeError, AttributeError) as problem:
+        digests = state.pop("digests", {})
+        if sharded:
+            shards = state.pop("shards")
+            tensors = dcp.Reader(path / "model", shards["model"])
+            moments = dcp.Reader(path / "optimizer", shards.get("optimizer", {}))
+        else:
+            tensors = Mapped(file, state.pop("model"), digests.get("model"))
+            moments = Mapped(file, part(state.get("optimizer"))[0], digests.get("optimizer"))
+        weights = Weights(config, state, tensors, moments)
+        check_names(weights)
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as problem:
         raise UserError(f"{file}: config and weights disagree or are missing: "
                         f"{' '.join(str(problem).split())[:200]}") from None
-    if not on_meta:
-        for name, p in model.named_parameters():
-            check_values(p, dtype or p.dtype, name, file)
+    check_state(file, state)
+    if reads:
+        # What is small does not stay in the file.
+        for key, value in state.items():
+            state[key] = value if key == "optimizer" else on_host(value)
+    return weights
+
+
+def check_digest(file, state):
+    """Raise Damaged if what a checkpoint holds besides weights and moments is not what was written; in
+    the first format, if anything is not. Checkpoints from before the digest was kept have none."""
+    try:
+        digest = digest_of(without_tensors(state) if "digests" in state else state)
+    except (AttributeError, TypeError, RuntimeError):
+        digest = "of something else"         # somebody sent tensors that are in no memory, for example
+    if state.get("digest", "") not in ("", digest):
+        raise Damaged(f"{file} is damaged: its content is not what was written")
+
+
+def check_names(weights):
+    """Raise KeyError or UserError unless a checkpoint holds the parameters of its config and no others."""
+    for name, shape in weights.shapes.items():
+        check_stored(weights.tensors, name, shape)
+    for name in weights.tensors.names() - weights.shapes.keys():
+        raise KeyError(f"{name} has no place in the config")
+
+
+def check_stored(tensors, name, shape):
+    """Raise UserError if a stored tensor has another shape, or is none of dcp.DTYPES."""
+    stored = tensors.shape(name)
+    file, _ = tensors.where(name)
+    if stored != tuple(shape) or tensors.dtype(name) not in dcp.DTYPES:
+        raise UserError(f"{file}: config and weights disagree: {name} is {stored} of {tensors.dtype(name)} there, and "
+                        f"{tuple(shape)} by the config; use another copy")
+
+
+def check_state(file, state):
+    """Check, in place, what a checkpoint that somebody sent says besides config and weights."""
     # Only `load` says that a model is Hugging Face's.
     state.pop("huggingface", None)
     if not isinstance(state.get("run", {}), dict):
         raise UserError(f"{file} has {state['run']!r:.60} where the settings of its run should be; use a file that "
                         "train.py or prune.py wrote")
     state["origin"] = origin.of_checkpoint(file, state)
-    return model.to(device), state
 
 
 def fingerprint(model):
@@ -279,13 +481,42 @@ def fingerprint(model):
     return digest.hexdigest()
 
 
+def fingerprint_of(weights, dtype):
+    """The fingerprint of the model that `load` with this dtype would make of the same weights. They
+    are read one tensor at a time."""
+    digest = hashlib.sha256(repr(weights.config).encode())
+    for name, shape in weights.shapes.items():
+        rows = weights.rows(name, 0, shape[0], dtype).to(dtype)
+        digest.update(rows.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def refuse_existing(path):
     """Raise UserError if there is something at `path`. A folder with nothing but what a killed process
     left, its lock and temporary files, counts as nothing."""
     contents = path.iterdir() if path.is_dir() else []
-    others = [file for file in contents if file.name != ".lock" and not file.match(TEMPORARY)]
+    others = [file for file in contents if file.name != ".lock" and not is_leftover(file)]
     if others or (path.exists() and not path.is_dir()):
         raise UserError(f"{path} is there already; give another --out or delete it")
+
+
+def is_leftover(path):
+    """Whether this is half a checkpoint, as a killed process leaves it."""
+    return path.match(TEMPORARY) or HALF_FOLDER.fullmatch(path.name) is not None
+
+
+def remove(path):
+    """Remove a checkpoint, if it is there. A folder is renamed first, so that no half of it keeps the
+    name."""
+    if path.is_dir() and not path.is_symlink():
+        half = path
+        if not is_leftover(path):
+            half = path.with_name(path.name + ".old")
+            remove(half)
+            path.rename(half)
+        shutil.rmtree(half)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -303,8 +534,9 @@ def locked(path):
         raise UserError(f"another process works in {path} and holds {file}; wait until it has ended, or give another "
                         "--out") from None
     try:
-        for leftover in path.glob(TEMPORARY):
-            leftover.unlink()
+        for file in list(path.iterdir()):
+            if is_leftover(file):
+                remove(file)
         yield
     finally:
         if list(path.iterdir()) == [file]:
@@ -363,6 +595,9 @@ class State:
     seconds: dict = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
 
 
+# Adam's moments, of the shape of their parameter.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 # The fields of State that are stored as they are.
 PLAIN = ("step", "teacher_file", "dropped", "judged", "window", "flops", "seconds")
 
@@ -384,65 +619,179 @@ class RunFolder:
     def metrics(self):
         return self.path / "metrics.jsonl"
 
+    @property
+    def teacher(self):
+        """The file or folder of the teacher that the run has captured."""
+        folder = self.path / "teacher"
+        return folder if folder.is_dir() else self.path / "teacher.pt"
+
     def log(self, tag, step, **record):
         """Append a record to metrics.jsonl."""
         if self.writes:
             append_record(self.metrics, tag=tag, step=step, tokens=step * self.batch_tokens, **record)
 
     def save(self, state, masks):
-        """Write ckpt_<step>.pt and keep the newest two. A checkpoint of this step that exists is
-        the same one. `masks`: those of the state, packed. Raises UserError if the disk is full; of
-        a checkpoint that is written in the background, the next call or background.wait() does."""
+        """Write the checkpoint of this step and keep the newest two. A checkpoint of this step that
+        exists is the same one. All processes that share a model call this. `masks`: those of the
+        state, packed. Raises UserError if the disk is full; of a checkpoint that is written in the
+        background, the next call or background.wait() does."""
         self.background.wait()
-        path = self.path / f"ckpt_{state.step:08d}.pt"
-        if not self.writes or path.exists():
+        path = self.path / f"ckpt_{state.step:08d}"
+        if shard.is_sharded(state.model):
+            if not self.from_first(self.has, state.step):
+                self.save_shards(path, state, masks)
             return
-        held = {name: getattr(state, name) for name in PLAIN}
-        held |= {"run": self.identity, "optimizer": state.optimizer.state_dict(), "alive": listed(state.alive),
-                 "averages": listed(state.averages), "masks": masks, "tokenizer_files": self.tokenizer_files,
-                 "origin": self.origin, "records": self.seal_records(), "provenance": provenance()}
-        content = content_of(state.model, held)
+        if not self.writes or self.has(state.step):
+            return
+        path = path.with_suffix(".pt")
+        content = content_of(state.model, self.plain_content(state, masks, state.optimizer.state_dict()))
         if saves_in_background(state.model):
             self.background.start(self.write_and_rotate, path, on_host(content))
         else:
             self.write_and_rotate(path, content)
 
+    def has(self, step):
+        return step in map(step_of, checkpoints(self.path))
+
+    def plain_content(self, state, masks, optimizer):
+        """What a checkpoint holds besides the model."""
+        held = {name: getattr(state, name) for name in PLAIN}
+        return held | {"run": self.identity, "optimizer": optimizer, "alive": listed(state.alive),
+                       "averages": listed(state.averages), "masks": masks, "tokenizer_files": self.tokenizer_files,
+                       "origin": self.origin, "records": self.seal_records(), "provenance": provenance()}
+
     def write_and_rotate(self, path, content):
         """Write the checkpoint and remove all but the newest two."""
         write(path, content)
+        self.rotate()
+
+    def rotate(self):
         for old in checkpoints(self.path)[:-2]:
-            old.unlink()
+            remove(old)
+
+    def save_shards(self, path, state, masks):
+        """Write the folder of a checkpoint, all processes together, and keep the newest two."""
+        shard.release(state.model)           # its parameters are those of the optimizer again
+        moments, optimizer = part(state.optimizer.state_dict())
+        named = {}
+        for number, name in enumerate(names_in_order(state.optimizer, state.model)):
+            for key in MOMENTS:
+                if f"{key}.{number}" in moments:
+                    named[f"{key}.{name}"] = moments[f"{key}.{number}"]
+        content = self.plain_content(state, masks, optimizer) if self.writes else None
+        self.write_shards(path, state.model, content, named)
+        if self.writes:
+            self.rotate()
+
+    def write_shards(self, path, model, content, moments=None):
+        """Write a folder of shards, all processes together: the model, an optimizer's moments, if there are
+        any, and the `content` of the first process. The folder gets its name when it is whole."""
+        refuse_evaluation_only(model)
+        parts = {"model": {name: p.detach() for name, p in model.named_parameters()}}
+        if moments:
+            parts["optimizer"] = moments
+        half = path.with_name(path.name + ".tmp")
+        self.from_first(remove, half)
+        indices = {}
+        with refusing_a_full_disk(path, parts):
+            for name, tensors in parts.items():
+                indices[name] = dcp.write(half / name, tensors, self.waiting)
+
+        def finish():
+            write(half / "state.pt", {"config": asdict(model.config), **content, "format": FORMAT, "shards": indices})
+            remove(path)
+            half.rename(path)
+
+        self.from_first(finish)
+
+    def from_first(self, function, *args):
+        """Call the function in the first process only: -> in all processes, what it returns there. They
+        wait for it, and what it raises for the user is raised in all of them."""
+        if not dist.is_initialized():
+            return function(*args)
+        outcome = [None, None]
+        if self.writes:
+            try:
+                outcome[0] = function(*args)
+            except (UserError, OSError) as problem:
+                outcome[1] = problem
+        dist.broadcast_object_list(outcome, group=self.waiting)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def from_all(self, value):
+        """The values of all processes."""
+        if not dist.is_initialized():
+            return [value]
+        values = [None] * dist.get_world_size(self.waiting)
+        dist.all_gather_object(values, value, group=self.waiting)
+        return values
 
     def resume(self, device, make_optimizer, build=None):
-        """The State in the newest checkpoint, without its teacher and with packed masks; None if
-        the folder holds no checkpoint. Raises UserError if the folder holds another run."""
+        """The State in the newest checkpoint, without its teacher and with packed masks; None if the
+        folder holds no checkpoint.
+
+        `build(config)` makes a sharded model with weights that are still to be filled; None: the model
+        will be whole. The checkpoint may be of either kind, and written by another number of
+        processes. Of weights and moments a process reads the rows that it holds. Raises UserError if
+        the folder holds another run."""
+        agree = None
+        if build is not None:
+            agree = self.agree_on_damage
+            self.refuse_different_folders()
         if newest(self.path) is None:
             if self.metrics.exists():
                 # Killed before its first checkpoint, or not ours.
                 records = read_records(self.metrics) or [{}]
                 self.refuse_another_run(records[0])
             return None
-        model, saved = load(self.path, device)
+        state, records = first_undamaged(
+            self.path, lambda place: self.open_state(place, device, make_optimizer, build), agree)
+        self.check_records(records, state.step)
+        if self.writes:
+            # Newer checkpoints are damaged, or they would have been taken. They make room.
+            for file in checkpoints(self.path):
+                if step_of(file) > state.step:
+                    damaged = file.with_suffix(".damaged")
+                    remove(damaged)
+                    file.rename(damaged)
+        return state
+
+    def open_state(self, place, device, make_optimizer, build):
+        """The State in a checkpoint, and what it says of the records."""
+        weights = open_checkpoint(place)
+        saved = weights.about
+        self.refuse_another_run(saved.get("run", {}))
+        if "alive" not in saved:
+            raise UserError(f"{self.path} was begun by an older version of this code; finish it with that, or give "
+                            "another --out")
+        if build is None:
+            model = whole_model(weights, device)
+        else:
+            model = shard.fill_(build(weights.config), weights.rows)
         try:
-            self.refuse_another_run(saved["run"])
-            if "alive" not in saved:
-                raise UserError(f"{self.path} was begun by an older version of this code; finish it with that, or give "
-                                "another --out")
             state = State(model, make_optimizer(model), by_key(saved["alive"]), by_key(saved["averages"], device),
                           saved.get("masks"))
-            state.optimizer.load_state_dict(saved["optimizer"])
+            fill_optimizer(state.optimizer, model, weights)
             for name in PLAIN:
                 setattr(state, name, saved[name])
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
             raise UserError(f"the checkpoint in {self.path} does not hold the state of a run ({first_line(problem)}); "
                             "give another --out to begin anew") from None
-        self.check_records(saved.get("records"), state.step)
-        if self.writes:
-            # Newer checkpoints are damaged, or `load` would have taken them. They make room.
-            for file in checkpoints(self.path):
-                if file.name > f"ckpt_{state.step:08d}.pt":
-                    file.rename(file.with_suffix(".damaged"))
-        return state
+        return state, saved.get("records")
+
+    def agree_on_damage(self, damage):
+        """The first damage, or None, that any of the processes has found. Each has read other rows."""
+        damages = [damage for damage in self.from_all(damage) if damage is not None]
+        return damages[0] if damages else None
+
+    def refuse_different_folders(self):
+        """Raise UserError if the processes that share a model do not see the same checkpoints."""
+        seen = self.from_all([path.name for path in checkpoints(self.path)])
+        if any(names != seen[0] for names in seen):
+            raise UserError(f"the {len(seen)} processes do not see the same checkpoints in {self.path}; put it on a "
+                            "file system that all of them share")
 
     def seal_records(self):
         """Write metrics.jsonl through to the disk: -> how many records a checkpoint counts on, and
@@ -498,19 +847,32 @@ class RunFolder:
         write_atomic(self.metrics, lambda file: file.write("".join(lines).encode()))
 
     def save_teacher(self, model, step):
-        """Write the model as teacher.pt; -> its path."""
+        """Write the model as teacher.pt, or a sharded one as the folder teacher; -> its path."""
         self.background.wait()
-        path = self.path / "teacher.pt"
+        about = {"run": self.identity, "step": step, "tokenizer_files": self.tokenizer_files, "origin": self.origin}
+        file = self.path / "teacher.pt"
+        folder = self.path / "teacher"
+        if shard.is_sharded(model):
+            shard.release(model)
+            self.write_shards(folder, model, about)
+            self.from_first(remove, file)
+            return folder
         if self.writes:
-            save(path, model, run=self.identity, step=step, tokenizer_files=self.tokenizer_files, origin=self.origin)
-        return path
+            save(file, model, **about)
+            remove(folder)
+        return file
 
-    def open_teacher(self, path, state):
-        """Load the teacher at `path`, frozen, into the state. Raises UserError for one with another
-        tokenizer or a shorter context, and for one that has changed since the run began."""
+    def open_teacher(self, path, state, build=None):
+        """Load the teacher at `path`, frozen, into the state. `build`: as of `resume`, for a sharded
+        teacher. Raises UserError for one with another tokenizer or a shorter context, and for one
+        that has changed since the run began."""
         student = state.model
         weight = student.embed.weight
-        teacher, about = load(path, weight.device, weight.dtype)
+        if build is None:
+            teacher, about = load(path, weight.device, weight.dtype)
+        else:
+            teacher = open_weights(path)
+            about = teacher.about
         tokenizer = tokenizer_of(teacher, about, path)
         if tokenizer.name != self.identity["tokenizer"]:
             raise UserError(f"the teacher {path} has {tokenizer.vocab_size} tokens of {tokenizer.name!r}, the student "
@@ -519,11 +881,20 @@ class RunFolder:
         if teacher.config.block_size < window:
             raise UserError(f"the teacher {path} was trained with a context of {teacher.config.block_size} tokens, the "
                             f"student has {window}; give a teacher with at least that")
-        file = newest(path) if Path(path).is_dir() else None
-        self.remember_teacher(state, {"file": str(file or path), "sha256": fingerprint(teacher)})
-        if teacher.config.vocab_size != student.config.vocab_size:
-            # Models of one family differ in rows that no token has. The loss is over the others.
-            teacher = without_padding(teacher, tokenizer.vocab_size)
+        if build is None:
+            sha256 = fingerprint(teacher)
+        else:
+            sha256 = self.from_first(fingerprint_of, teacher, weight.dtype)
+        self.remember_teacher(state, {"file": str(newest(path) or path), "sha256": sha256})
+
+        # Models of one family differ in rows that no token has. The loss is over the others.
+        rows = teacher.config.vocab_size
+        if rows != student.config.vocab_size:
+            rows = tokenizer.vocab_size
+        if build is not None:
+            teacher = shard.fill_(build(replace(teacher.config, vocab_size=rows)), teacher.rows)
+        elif rows != teacher.config.vocab_size:
+            teacher = without_padding(teacher, rows)
         state.teacher = freeze(teacher)
 
     def remember_teacher(self, state, opened):
@@ -535,6 +906,38 @@ class RunFolder:
                             f"{opened['sha256'][:12]}, then {before['sha256'][:12]}); restore it or begin anew with "
                             "another --out")
         state.teacher_file = opened
+
+
+def names_in_order(optimizer, model):
+    """The names of the model's parameters, in the order in which the optimizer numbers them."""
+    name_of = {p: name for name, p in model.named_parameters()}
+    return [name_of[p] for p in parameters_of(optimizer)]
+
+
+def parameters_of(optimizer):
+    parameters = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
+    return parameters
+
+
+def fill_optimizer(optimizer, model, weights):
+    """Load the state of an optimizer that was saved with the opened `weights`. Of its moments a process
+    reads the rows that it holds."""
+    _, saved = part(weights.about["optimizer"])
+    parameters = parameters_of(optimizer)
+    # A file numbers parameters as the optimizer does, a folder of shards names them.
+    labels = names_in_order(optimizer, model) if isinstance(weights.moments, dcp.Reader) else range(len(parameters))
+    state = {}
+    for number, entry in saved["state"].items():
+        p = parameters[number]
+        state[number] = on_host(entry)
+        for key in MOMENTS:
+            stored = f"{key}.{labels[number]}"
+            check_stored(weights.moments, stored, p.shape)
+            rows = weights.moments.rows(stored, *shard.rows(p)).to(shard.local(p).device, copy=True)
+            state[number][key] = shard.from_rows(rows, p, p.shape) if shard.is_sharded(model) else rows
+    optimizer.load_state_dict({**saved, "state": state})
 
 
 def without_padding(model, rows):

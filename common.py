@@ -112,6 +112,8 @@ def run(main, *args):
     sentence and exit with code 2; let every other exception show its traceback."""
     try:
         main(*args)
+    except Damaged as problem:
+        stop(f"{problem}; restore the file from a copy")
     except UserError as problem:
         stop(problem)
     except KeyboardInterrupt:
@@ -235,16 +237,19 @@ class Damaged(UserError):
     """A file that is not what was written."""
 
 
-def read_pickled_tensors(file, remedy, map_location="cpu", mmap=False):
+def read_pickled_tensors(file, remedy, map_location="cpu", mmap=False, content=None):
     """What torch.save wrote, if it is plain tensors and numbers. No code that a file holds is run.
-    With `mmap` a tensor is read when it is used. Raises Damaged for a file that is cut short, and
-    UserError, which ends with `remedy`, for code."""
+    With `mmap` a tensor is read when it is used, but of files from before torch 1.6, which are no zip
+    archives, at once. `content`: a part of the file, opened, that
+    torch.save wrote by itself. Raises Damaged for a file that is cut short, and UserError, which ends
+    with `remedy`, for code."""
     import torch
     # What the system refuses (no permission) passes through here as an OSError and is not called
     # truncated below.
     open(file, "rb").close()
+    mmap = mmap and zipfile.is_zipfile(file)
     try:
-        return torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
+        return torch.load(content or file, map_location=map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as problem:
         code = re.search(r"GLOBAL ([\w.]+)", str(problem))
         reason = f": it would run {code[1]}, and pickled code is never run" if code else ""

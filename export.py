@@ -184,7 +184,7 @@ def check(config, model, about, path, installed):
 def check_reader(folder, model):
     """Read `folder` with our own reader. Raises UserError unless the config and, bit for bit, the
     weights are those of the model."""
-    again, _ = huggingface.load(Path(folder), "cpu", None, None)
+    again, _ = checkpoint.load(folder)
     weights = zip(model.named_parameters(), again.parameters())
     different = [name for (name, a), b in weights if not torch.equal(a, b)]
     if again.config != model.config or different:

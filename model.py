@@ -452,7 +452,8 @@ class GPT(nn.Module):
     def empty_cache(self, B, S):
         """Room for the keys and values of S tokens: for each layer an array (2, B, K_l, S, D)."""
         D = self.config.head_dim
-        return [self.embed.weight.new_empty(2, B, K, S, D) for K in self.config.n_kv_head]
+        options = dict(device=self.embed.weight.device, dtype=self.embed.weight.dtype)
+        return [torch.empty(2, B, K, S, D, **options) for K in self.config.n_kv_head]
 
     def hidden(self, idx, cache=None, positions=None, mask=None, start=0):
         """Token ids (B, T) -> normed hidden states (B, T, C). The losses form logits from these in

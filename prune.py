@@ -14,8 +14,8 @@ loop simple:
      rounding, and takes the same next step.
 `choose`, `zero_` and `slice` are all that training needs. The rest is the command: it cuts a given
 model once, or in several --iterations, and saves it. What a unit is worth: score.py. How a budget
-is shared: allocate.py. Whole layers, channels, single weights, measured damage, mending, local
-distillation: methods/. Not here: training (train.py), all methods compared (experiments/compare.py).
+is shared: allocate.py. Whole layers, channels, single weights, measured damage, mending, local distillation, a model
+that does not fit the device: methods/. Not here: training (train.py), all methods compared (experiments/compare.py).
 """
 import copy
 import dataclasses
@@ -38,7 +38,7 @@ from allocate import ALLOCATIONS, RESOURCES
 from common import UserError, check_choices, has_fast_bfloat16, parse, pick_device, progress, refuse_idle, run
 from eval import dtype_name, evaluate
 from formats.origin import hand_on
-from methods import channels, depth, latency, local, margin, measured, mend, self_text, sparse
+from methods import channels, depth, latency, local, margin, measured, mend, offload, self_text, sparse
 from model import GPT, coupled
 from score import GRADIENTS, SCORES
 from tasks.questions import read_questions
@@ -178,6 +178,9 @@ class Prune:
     device: str = "auto"          # auto, cpu, cuda, mps
     # of calibration, measured damage and losses, not of what is saved; auto: bfloat16 where it is faster
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    # of what is cut and saved; auto: float32, but on a GPU bfloat16 where they are stored so
+    weights: Literal["auto", "float32", "bfloat16"] = "auto"
+    offload: bool = False         # the layers stay in main memory, and come to the device one at a time
 
 
 @dataclass(frozen=True)
@@ -262,6 +265,7 @@ def check(recipe):
     idle = [name for name, has_reader in is_read.items() if not has_reader]
     if not writes_itself(recipe):
         refuse_idle(recipe, ["prompts"], "without --data self")
+    check_memory(recipe)
     words = [f"--{flag} {getattr(recipe, flag)}" for flag in ("structure", "score", "allocate", "mend")
              if getattr(recipe, flag) is not None]
     refuse_idle(recipe, idle, f"with {' '.join(words)}")
@@ -290,6 +294,18 @@ def check_numbers(recipe):
         if windows % recipe.micro_batch or windows > recipe.windows:
             raise UserError(f"--measured-windows {windows} must be a multiple of --micro-batch "
                             f"{recipe.micro_batch} and at most --windows {recipe.windows}")
+
+
+def check_memory(recipe):
+    """Raise UserError for what --weights or --offload cannot do."""
+    if recipe.weights == "bfloat16" and recipe.dtype == "float32":
+        raise UserError("--weights bfloat16 are not measured in --dtype float32; leave out one of the two")
+    if recipe.offload and writes_itself(recipe):
+        raise UserError("--data self with --offload would bring every layer to the device for every token that it "
+                        "writes; write the text first (python -m methods.self_text) and give the file by --data")
+    if recipe.offload and recipe.choices is not None:
+        raise UserError("--choices needs gradients through the whole model at once, and --offload has one layer at a "
+                        "time; leave out one of the two")
 
 
 def with_mend(recipe, device):
@@ -333,6 +349,8 @@ def priced(recipe, model):
 
 def measuring_dtype(recipe, model, device):
     """The dtype of everything that only measures."""
+    if model.embed.weight.dtype == torch.bfloat16:
+        return torch.bfloat16
     if recipe.dtype != "auto":
         return getattr(torch, recipe.dtype)
     is_faster = has_fast_bfloat16(device) and model.config.d_model >= BFLOAT16_WIDTH
@@ -377,6 +395,11 @@ def needs(recipe):
     return fields
 
 
+def calibration_pass(recipe):
+    """The function that takes the statistics: all layers at once, or one after the other."""
+    return offload.collect if recipe.offload else score.collect
+
+
 def collect(model, batches, recipe, dtype=torch.float32, questions=()):
     """The recipe's statistics of one calibration pass, which runs in `dtype`. If there are
     `questions` (margin.batches), the gradients are those of their margin."""
@@ -384,7 +407,7 @@ def collect(model, batches, recipe, dtype=torch.float32, questions=()):
     running = in_dtype(model, dtype)
     fields = needs(recipe)
     of_margin = fields & GRADIENTS if questions else set()
-    stats = score.collect(running, progress(batches, "calibrate"), fields - of_margin, readers)
+    stats = calibration_pass(recipe)(running, progress(batches, "calibrate"), fields - of_margin, readers)
     if of_margin:
         judged = score.collect(running, progress(questions, "questions"), of_margin, loss=margin.loss)
         for name in of_margin:
@@ -486,7 +509,7 @@ def cut(model, alive, mend_by="none", stats=None):
         mend.mend_by_least_squares_(small, model, alive, stats.gram)
     elif mend_by == "bias":
         small = mend.with_biases(small, model, alive, stats.mean)
-    return small
+    return offload.keep_like(small, model)
 
 
 def cut_once(model, stats, recipe, budget, original=None, damage=None, resource=None):
@@ -497,7 +520,8 @@ def cut_once(model, stats, recipe, budget, original=None, damage=None, resource=
         sparse.cut_(model, stats, pattern, recipe.score, recipe.mend)
         return model
     if recipe.structure == "channel":
-        return channels.narrowed(model, stats, recipe.score, budget, recipe.multiple_of)
+        small = channels.narrowed(model, stats, recipe.score, budget, recipe.multiple_of)
+        return offload.keep_like(small, model)
     alive = decide(model, stats, recipe, budget, original, damage, resource)
     return cut(model, alive, recipe.mend, stats)
 
@@ -514,7 +538,7 @@ def mend_side_by_side_(recipe, small, model, batches, dtype, is_last):
 
 def cut_in_stages(model, batches, recipe, dtype=torch.float32, resource=None, collect=collect, written_anew=None):
     """All cuts of the recipe, each measured anew on the model that the last one left: (smaller
-    model, statistics of the last calibration pass). A caller that has statistics already hands in
+    model, the cosines of the last calibration pass as Stats). A caller that has statistics already hands in
     its own `collect`. `written_anew(smaller model)` returns the batches behind the first cut."""
     dense = model
     recipe = with_mend(recipe, model.embed.weight.device)
@@ -526,6 +550,8 @@ def cut_in_stages(model, batches, recipe, dtype=torch.float32, resource=None, co
         stats = collect(model, batches, stage, dtype)
         damage = measure(model, stats, batches, stage, dtype) if runs_again(stage) else None
         model = cut_once(model, stats, stage, budget, start.widths(), damage, resource)
+        # Sums of gradients take as much memory as the weights in float32, and nobody reads them any more.
+        stats = score.Stats(cosine=stats.cosine)
         if stage.mend in SIDE_BY_SIDE:
             mend_side_by_side_(stage, model, dense, batches, dtype, is_last=number == len(cuts))
         if stage.structure != recipe.structure and stage.structure in depth.PARTS:
@@ -536,14 +562,38 @@ def cut_in_stages(model, batches, recipe, dtype=torch.float32, resource=None, co
 
 
 def open_model(recipe, device):
-    """The model in float32, as (GPT, what its file says besides). Raises UserError if the recipe
-    cannot cut it."""
-    model, about = checkpoint.load(recipe.init, device, torch.float32)
+    """The model with weights as --weights has them, as (GPT, what its file says besides). Raises
+    UserError if the recipe cannot cut it."""
+    model, about = load(recipe, device)
     if about.get("masks"):
         raise UserError(f"{recipe.init} is sparse already, as 2:4 models are, and what is cut from it would "
                         "be no longer; cut first")
     check_fits(recipe, model, device)
     return model, about
+
+
+def load(recipe, device, block_size=None):
+    """The model of --init, as (GPT, what its file says besides), with its weights where and as the
+    recipe has them. `block_size`: see checkpoint.load."""
+    dtype = loading_dtype(recipe, device)
+    model, about = checkpoint.load(recipe.init, "cpu" if recipe.offload else device, dtype, block_size)
+    if dtype is None and any(p.dtype != torch.bfloat16 for p in model.parameters()):
+        model.to(torch.float32)
+    if recipe.offload:
+        offload.keep_layers_off(model, torch.device(device))
+    return model, about
+
+
+def loading_dtype(recipe, device):
+    """The dtype that the weights are loaded in; None for bfloat16 where they are stored so, and
+    float32 otherwise.
+
+    Our numbers are made with float32 weights on a CPU. On a GPU memory is what ends first, and
+    float32 weights of a model that is stored in bfloat16 hold no more than that."""
+    if recipe.weights != "auto":
+        return getattr(torch, recipe.weights)
+    halves = device.startswith("cuda") and has_fast_bfloat16(device) and recipe.dtype != "float32"
+    return None if halves else torch.float32
 
 
 def check_fits(recipe, model, device):
@@ -692,7 +742,7 @@ def cut_and_save(recipe, out):
     model, about = open_model(recipe, device)
     dtype = measuring_dtype(recipe, model, device)
     # The file of the smaller model will say it.
-    recipe = dataclasses.replace(recipe, dtype=str(dtype).removeprefix("torch."))
+    recipe = dataclasses.replace(recipe, dtype=str(dtype).removeprefix("torch."), weights=dtype_name(model))
     tokenizer = checkpoint.tokenizer_of(model, about, recipe.init)
     origin = hand_on(about)
     T = window_of(recipe, model)

@@ -303,6 +303,11 @@ def batches(tokens, block_size, windows, micro_batch, seed, flag="--windows"):
 
 # -- from entries and channels to units
 
+def wide(p):
+    """The parameter in float32 at least: scores of bfloat16 would have 8 bits, and many ties."""
+    return p.to(torch.promote_types(p.dtype, torch.float32))
+
+
 def means_by_unit(model, sums):
     """The mean over each unit's entries in all of its parameters: {(layer, kind): (units,)
     float32}. A function sums(name, dim, units) -> (units,) gives the sums over one parameter, as far
@@ -324,7 +329,7 @@ def by_entry(model, entry):
     """Score units by their weights: the mean of entry(name, w), which has w's shape, over a unit's
     entries."""
     def sums(name, dim, units):
-        return shard.sums_by_unit(entry(name, model.get_parameter(name)), dim, units)
+        return shard.sums_by_unit(entry(name, wide(model.get_parameter(name))), dim, units)
     return means_by_unit(model, sums)
 
 
@@ -338,7 +343,7 @@ def by_channel(model, channels):
             scores[layer, kind] = torch.zeros(0)
             continue
         name = reader_of(model.config, layer, kind)
-        values = shard.whole(channels(name, model.get_parameter(name))).float()
+        values = shard.whole(channels(name, wide(model.get_parameter(name)))).float()
         scores[layer, kind] = values.unflatten(0, (units, -1)).mean(1)
     return scores
 

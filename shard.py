@@ -1,7 +1,7 @@
 """One model over several processes: each holds some rows of every tensor, and a cut still only writes
 zeros.
 
-    torchrun --nproc-per-node 8 train.py --shard fsdp --recompute True --preset 1.3b
+    torchrun --nproc-per-node 8 train.py --shard fsdp --recompute --preset 1.3b
     python -m pytest tests/test_shard.py      # 2 and 3 processes against one: same losses, same cuts
 
 Training in float32 takes 16 bytes a parameter: weight, gradient and Adam's two moments. PyTorch's
@@ -18,18 +18,27 @@ prune.py call them without asking. Not here: files (formats/dcp.py), tensor or p
 """
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
+from common import UserError
 from model import GPT, by_unit
+
+# Before, FSDP2 knew no CPUs (2.6), or added up gradients instead of averaging them (2.7).
+OLDEST_ON_CPU = "2.8"
+
 
 # -- a model over a mesh of processes
 
 def make_mesh(kind, device, world, local_world):
     """The mesh of the processes that share a model, for --shard "fsdp" or "hsdp": all `world` of them,
-    or the `local_world` of each machine, where every machine holds a copy (HSDP)."""
+    or the `local_world` of each machine, where every machine holds a copy (HSDP). Raises UserError on a
+    CPU with a PyTorch whose FSDP2 is wrong there."""
     device_type = device.split(":")[0]
+    if device_type == "cpu" and torch.__version__ < OLDEST_ON_CPU:
+        raise UserError(f"--shard needs PyTorch {OLDEST_ON_CPU} or later on a CPU, and this is {torch.__version__}; "
+                        "pip install --upgrade torch")
+    # PyTorch's modules for this are imported where they are used: they take half a second, which no
+    # other command should wait for.
+    from torch.distributed.device_mesh import init_device_mesh
     if kind == "fsdp":
         return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
     return init_device_mesh(device_type, (world // local_world, local_world), mesh_dim_names=("replicate", "shard"))
@@ -53,12 +62,17 @@ def spread(model, mesh, block_dtype=None):
     Embedding, last norm and head are one group, as the first and the last may be one matrix. They
     stay in the model's dtype: their gradients are sums over many tokens. The group stays whole
     between `hidden` and the loss, which reads the head; see `release`."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     policy = MixedPrecisionPolicy()
     if block_dtype is not None:
         policy = MixedPrecisionPolicy(param_dtype=block_dtype, reduce_dtype=torch.float32)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    if mesh.device_type == "cpu":
+        for module in (*model.blocks, model):
+            # Add up and then divide: PyTorch 2.8 takes a sum for gloo's average in float32.
+            module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "hidden")
     model.mesh = mesh
     model.block_dtype = block_dtype
@@ -73,7 +87,8 @@ def spread_like(small, model):
 
 
 def is_sharded(model):
-    return isinstance(model, FSDPModule)
+    """Whether several processes hold the model."""
+    return hasattr(model, "mesh")
 
 
 def release(model):
@@ -95,11 +110,16 @@ def fill_(model, rows_of):
 
 # -- a tensor over a mesh
 
+def is_spread(tensor):
+    """Whether several processes hold the tensor: whether it is a DTensor."""
+    return hasattr(tensor, "device_mesh")
+
+
 def rows(tensor):
     """The rows [start, stop) of the whole tensor that this process holds. They are those of
     torch.chunk: all processes have equally many, but the last ones fewer or none."""
     size = tensor.size(0)
-    if not isinstance(tensor, DTensor):
+    if not is_spread(tensor):
         return 0, size
     processes = tensor.device_mesh.size(-1)
     number = tensor.device_mesh.get_local_rank(tensor.device_mesh.ndim - 1)
@@ -109,17 +129,18 @@ def rows(tensor):
 
 def local(tensor):
     """The rows that this process holds, as a plain tensor; what is written there is written."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_spread(tensor) else tensor
 
 
 def whole(tensor):
     """The whole tensor, gathered or added up from all processes, which must all call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_spread(tensor) else tensor
 
 
 def from_rows(held, like, shape):
     """The tensor of this shape, of which each process hands in the rows that it is to hold. It is
     spread as `like` is."""
+    from torch.distributed.tensor import DTensor
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(held, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape),
                               stride=stride)
@@ -127,7 +148,7 @@ def from_rows(held, like, shape):
 
 def spread_rows(tensor, like):
     """A tensor that every process holds whole, spread as the parameter `like` is. No communication."""
-    if not isinstance(like, DTensor):
+    if not is_spread(like):
         return tensor
     part = from_rows(tensor[:0], like, tensor.shape)
     start, stop = rows(part)
@@ -145,7 +166,7 @@ def unit_of_entry(tensor, dim, units):
 
 def sums_by_unit(tensor, dim, units):
     """The sum over each unit's entries of what this process holds: (units,). See `add_up_`."""
-    if not isinstance(tensor, DTensor):
+    if not is_spread(tensor):
         return by_unit(tensor, dim, units).movedim(dim, 0).flatten(1).sum(1)
     held = tensor.to_local()
     sums = held.new_zeros(units)
@@ -162,7 +183,7 @@ def select_units(tensor, dim, units, indices):
         kept = by_unit(part, dim, units).index_select(dim, indices.to(part.device))
         return kept.flatten(dim, dim + 1)
 
-    if not isinstance(tensor, DTensor):
+    if not is_spread(tensor):
         return selected(tensor)
     if dim == 0:
         return spread_rows(selected(tensor.full_tensor()), tensor)

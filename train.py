@@ -6,7 +6,7 @@
     python train.py --init FOLDER --enlarge-ff 1.25                    # the large one is given
     python train.py --init CUT --teacher FOLDER --plan recover         # a cut model is trained back
     torchrun --nproc-per-node 8 train.py --preset 124m --tokenizer gpt2 --batch-tokens 524288
-    torchrun --nproc-per-node 8 train.py --preset 1.3b --shard fsdp --recompute True      # docs/scale.md
+    torchrun --nproc-per-node 8 train.py --preset 1.3b --shard fsdp --recompute      # docs/scale.md
 
 A larger model than wanted is trained. It loses units while it trains (prune.py) and recovers at the
 target size. If the plan says so, a teacher helps: the model itself as it stood before the first cut
@@ -257,10 +257,7 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
         means = setup.zeros(4)
         for micro in range(setup.micro_steps):
             x, y = setup.batch(state.step, micro)        # (B, T) each, a pure function of its arguments
-            if setup.world > 1 and setup.mesh is None:
-                # DDP exchanges gradients once a step, behind the last micro-batch. A sharded model has
-                # no room to keep them whole until then.
-                objective.require_backward_grad_sync = micro == setup.micro_steps - 1
+            exchange_gradients(setup, objective, is_last=micro == setup.micro_steps - 1)
             with setup.autocast():
                 from_teacher = read_teacher(x, state.step, micro) if teacher else ()
                 loss, parts = objective(x, y, *from_teacher)
@@ -443,6 +440,16 @@ def wrap(setup, model, objective_of=distill.Objective):
         # Gradients are views of DDP's buckets: no second copy of them.
         objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
     return objective
+
+
+def exchange_gradients(setup, objective, is_last):
+    """What is exchanged only behind the last micro-batch of a step: all gradients in DDP; in HSDP the
+    sums over machines. Among the processes that share a model, each micro-batch's gradients are added
+    up at once, as none of them has room for whole ones."""
+    if setup.mesh is not None:
+        objective.model.set_requires_all_reduce(is_last)
+    elif setup.world > 1:
+        objective.require_backward_grad_sync = is_last
 
 
 def compile_blocks(model):
@@ -1084,7 +1091,7 @@ def prepare(config):
     if world > 1:
         refuse_disagreement(setup, state)
     if (config.teacher or state.teacher_file) and not state.dropped:
-        open_teacher(setup, state, config.teacher or folder.path / "teacher.pt")
+        open_teacher(setup, state, config.teacher or folder.teacher)
     return setup, state
 
 

@@ -8,7 +8,9 @@
     python -m bench start                     # seconds to --help and of a run of one step
     python -m bench disk                      # checkpoints against plain files
     python -m bench ddp                       # two processes against one
+    python -m bench memory                    # peak of a process that shares a model, on 1, 2 and 4
     python -m bench scale                     # 2.8B -> 1.3B at 2T tokens, by accounting alone
+    python -m bench fit                       # 2.8B and 8B on 1, 8 and 64 GPUs, by accounting alone
     python -m bench gpu --compile --out results/gpu.jsonl      # what matters on a GPU
     python -m bench report --out results/gpu.jsonl             # the tables again
 
@@ -31,7 +33,7 @@ from typing import Literal
 import torch
 
 import model as models
-from bench import dtypes, inference, system, training
+from bench import dtypes, inference, memory, system, training
 from bench.timing import Records, machine, tables
 from bench.variants import GPT2, LLAMA, SHAPES, STAGES
 from common import UserError, commit, parse, pick_device, refuse_idle, run
@@ -64,6 +66,8 @@ gpu = {
     ", prune": partial(training.stages, names=("prune", "prune, KD")),
     ", cuts": training.cuts,
 }
+# A cell for each number of processes, so that a command that was stopped goes on with the next one.
+processes = {f", world {n}": partial(memory.measured, n) for n in (1, 2, 4)}
 SUITES = {
     "train": Suite({"": train}, (*SHAPE, *TRAINING), ("laptop",), (256, 50257)),
     "dtypes": Suite({"": dtypes.dtypes}, (*SHAPE, *STEPS, "peers", "eager"), ("laptop", "4x256"), (256,)),
@@ -74,8 +78,11 @@ SUITES = {
     "disk": Suite({"": system.disk}, (*SHAPE, "disk", "rounds"), ("124m",), (50257,)),
     "ddp": Suite({"": training.ddp}, (*SHAPE, "block_size", "micro_batch", "steps", "rounds", "threads"),
                  ("laptop",), (256,)),
+    "memory": Suite(processes, (*SHAPE, "block_size", "micro_batch"), ("124m",), (256,),
+                    {"block_size": 128, "micro_batch": 2}),
     "scale": Suite({"": system.scale}, (*SHAPE, "enlarge_ff", "micro_batch"), ("1.3b",), (50257,),
                    {"micro_batch": 1}),
+    "fit": Suite({"": memory.fit}, (*SHAPE, "block_size", "micro_batch"), ("2.8b", "8b"), (), {"micro_batch": 1}),
     "gpu": Suite(gpu, (*SHAPE, *INFERENCE, *TRAINING, "minutes"), ("124m", "1.3b"), (50304,),
                  {"rounds": 3, "steps": 5}),
     "report": Suite({}, ()),

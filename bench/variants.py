@@ -32,6 +32,10 @@ from formats.huggingface import write_config
 SHAPES = {
     "1m": models.GPTConfig(256, 128, 128, 32, (4,) * 5, (2,) * 5, (384,) * 5),
     "135m": models.GPTConfig(49152, 512, 576, 64, (9,) * 30, (3,) * 30, (1536,) * 30),   # SmolLM2's
+    "2.8b": models.preset("1.3b", vocab_size=50257)[1],
+    # LLaMA-3.1-8B's, with a shorter context.
+    "8b": models.GPTConfig(128256, 4096, 4096, 128, (32,) * 32, (8,) * 32, (14336,) * 32, tie_embeddings=False,
+                           rope_theta=5e5, rope_scaling=(8.0, 1.0, 4.0, 8192)),
 }
 
 # Names of variants.

@@ -31,7 +31,7 @@ from tasks import questions
 
 # Settings that all candidates have in common, as they are cut by the same text.
 SHARED = ("init", "data", "prompts", "choices", "windows", "block_size", "micro_batch", "eval_windows", "seed",
-          "device", "dtype", "budget")
+          "device", "dtype", "weights", "offload", "budget")
 # In standard errors: by how much a candidate must answer better than the one with the lowest loss.
 CLEARLY = 2
 RECIPES = (
@@ -92,7 +92,8 @@ class Calibration:
             uncut = tuple(self.widths.values())
             self.stats = {old: stats for old, stats in self.stats.items() if old == uncut}
             running = prune.in_dtype(model, dtype)
-            self.stats[key] = score.collect(running, progress(batches, "calibrate"), self.needs)
+            calibrate = prune.calibration_pass(recipe)
+            self.stats[key] = calibrate(running, progress(batches, "calibrate"), self.needs)
             self.stats[key].seed = recipe.seed
         return self.stats[key]
 

@@ -9,6 +9,8 @@ all methods and a seed), for validation (the grid, and so our choices) and for t
 reported rows). Budgets are in the parameters of FFNs and attention; embeddings are not counted.
 Nothing is trained after the cut. Losses are nats per token in windows of
 --block-size. Models run in bf16 autocast (their losses differ by 2e-4 from float32's), SliceGPT's in float32.
+On a GPU weights that are stored in bfloat16 stay so. A cell's `peak_bytes` are the most memory that its cut
+took, of the process or of the GPU.
 
 Two things are not as published. Adapt-Pruner measures anew every 2 %, on one half of the
 calibration windows and then on the other. Shortened LLaMA's perplexity and our `measured` run the
@@ -45,6 +47,7 @@ from common import (
     append_record,
     check_choices,
     parse,
+    pick_device,
     printable,
     read_records,
     refuse_idle,
@@ -79,6 +82,9 @@ class Compare:
     questions: tuple[str, ...] = ()    # files of questions (tasks/questions.py)
     limit: int = 500              # questions per file
     best: int = 6                 # of the grid's cells go into the reported rows
+    device: str = "auto"          # auto, cpu, cuda, mps
+    weights: Literal["auto", "float32", "bfloat16"] = "auto"    # see prune.py
+    offload: bool = False         # see prune.py
 
 
 # -- the texts
@@ -142,7 +148,8 @@ class Records:
         if not self.all:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.add(tag="config", **identity, torch=str(torch.__version__))
-        config = self.all[0]
+        # Records from before there was a choice were made on a CPU.
+        config = {"device": "cpu", **self.all[0]}
         differ = [f"{name} is {config.get(name)!r} there and {value!r} here"
                   for name, value in identity.items() if config.get(name) != value]
         if differ:
@@ -176,6 +183,10 @@ class Subject:
         """What budgets are fractions of: the parameters of FFNs and attention."""
         return allocate.total(self.model.config)
 
+    def autocast(self):
+        """The context in which models run."""
+        return torch.autocast(self.model.embed.weight.device.type, torch.bfloat16)
+
     def identity(self):
         """What the numbers depend on."""
         config = self.config
@@ -184,13 +195,15 @@ class Subject:
             available[text] = {part: len(ids) for part, ids in parts.items()}
         return {"model": checkpoint.fingerprint(self.model)[:16], "windows": config.windows,
                 "block_size": config.block_size, "micro_batch": config.micro_batch,
-                "tokens": config.tokens, "params": self.model.config.num_params()["total"],
+                "tokens": config.tokens, "device": config.device, "params": self.model.config.num_params()["total"],
                 "python": platform.python_version(), "available": available}
 
 
 def open_subject(config):
     """Load the model and the texts. Raises UserError if a text is too short."""
-    model, about = checkpoint.load(config.init, "cpu", torch.float32, config.block_size)
+    config = dataclasses.replace(config, device=pick_device(config.device))
+    recipe = Prune(config.init, weights=config.weights, offload=config.offload)
+    model, about = prune.load(recipe, config.device, config.block_size)
     tokenizer = checkpoint.tokenizer_of(model, about, config.init)
     subject = Subject(config, model, tokenizer, texts(tokenizer, config.block_size))
     for text, parts in subject.texts.items():
@@ -224,8 +237,8 @@ class Cuts:
         for row in score.SCORES.values():
             needs |= row.needs
         start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16):
-            stats = score.collect(self.subject.model, batches, needs)
+        with self.subject.autocast():
+            stats = prune.calibration_pass(config)(self.subject.model, batches, needs)
         stats.seed = seed
         print(f"calibrated on {stats.tokens:,} tokens, seed {seed}: "
               f"{time.perf_counter() - start:.0f} s", flush=True)
@@ -238,17 +251,20 @@ class Cuts:
         model = self.subject.model
         budget = math.floor(keep * self.subject.total + 1e-6)
         if name == "torch-pruning":
-            return torch_pruning_peer.cut(self.subject.config.init, keep,
-                                          self.subject.config.block_size)[0]
+            peer = torch_pruning_peer.cut(self.subject.config.init, keep, self.subject.config.block_size)[0]
+            return peer.to(model.embed.weight.device, model.embed.weight.dtype)
         batches, stats = self.calibration(seed)
         if name == "SliceGPT":
-            return slicegpt(model, [x for x, _ in batches], keep)
+            if self.subject.config.offload:
+                raise UserError("SliceGPT turns the whole model on the device; leave out --offload")
+            return slicegpt(prune.in_dtype(model, torch.float32), [x for x, _ in batches], keep)
         if recipe.iterations > 1:
             return self.little_by_little(name, recipe, keep, seed, batches)
         if sparse.is_sparse(recipe.structure):
             # Its scores need other statistics, and it zeroes in place.
-            with torch.autocast("cpu", torch.bfloat16):
-                stats = prune.collect(model, batches, recipe)
+            recipe = dataclasses.replace(recipe, offload=self.subject.config.offload)
+            with self.subject.autocast():
+                stats = prune.collect(model, batches, recipe, model.embed.weight.dtype)
             return prune.cut_once(copy.deepcopy(model), stats, recipe, budget)
         damage = self.damage(recipe, seed, batches, stats) if prune.runs_again(recipe) else None
         return prune.cut_once(model, stats, recipe, budget, damage=damage)
@@ -264,8 +280,8 @@ class Cuts:
             begin = steps_done % 2 * len(batches) // 2
             half = batches[begin:begin + len(batches) // 2]
             at = max(keep, at - ADAPT_STEP)
-            with torch.autocast("cpu", torch.bfloat16):
-                stats = score.collect(model, half, prune.needs(recipe))
+            with self.subject.autocast():
+                stats = prune.calibration_pass(self.subject.config)(model, half, prune.needs(recipe))
             budget = math.floor(at * self.subject.total + 1e-6)
             model = prune.cut_once(model, stats, recipe, budget, whole.config.widths())
         models.append((keep, model))
@@ -278,8 +294,9 @@ class Cuts:
                      windows=recipe.measured_windows)
         if not self.records.find(**about):
             start = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16):
-                damage = prune.measure(self.subject.model, stats, batches, recipe)
+            model = self.subject.model
+            with self.subject.autocast():
+                damage = prune.measure(model, stats, batches, recipe, model.embed.weight.dtype)
             rows = [[*key, value] for key, value in damage.items()]
             self.records.add(**about, seconds=time.perf_counter() - start, found=rows)
         return {(layer, kind): value for layer, kind, value in self.records.find(**about)["found"]}
@@ -292,10 +309,9 @@ def can_run(name):
     return name != "torch-pruning" or find_spec("torch_pruning") is not None
 
 
-def precision(model):
+def precision(subject, model):
     """The context in which a model runs: SliceGPT's rotations are not for bf16."""
-    return contextlib.nullcontext() if isinstance(model, Sliced) else torch.autocast("cpu",
-                                                                                     torch.bfloat16)
+    return contextlib.nullcontext() if isinstance(model, Sliced) else subject.autocast()
 
 
 def losses_of(subject, model, part):
@@ -303,7 +319,7 @@ def losses_of(subject, model, part):
     windows = subject.config.tokens // subject.config.block_size
     byte_lengths = subject.tokenizer.byte_lengths()
     losses = {}
-    with precision(model):
+    with precision(subject, model):
         for text, parts in subject.texts.items():
             losses[text] = evaluate(model, parts[part], byte_lengths, windows, batch=8)["loss"]
     return losses
@@ -332,7 +348,8 @@ def run_cell(cuts, part, name, recipe, keep, seed):
         cuts.calibration(seed)      # all methods of a seed share it, so its seconds are not theirs
     start = time.perf_counter()
     try:
-        model = subject.model if name == "dense" else cuts.cut(name, recipe, keep, seed)
+        with timing.peak(subject.config.device) as memory:
+            model = subject.model if name == "dense" else cuts.cut(name, recipe, keep, seed)
     except UserError as problem:
         print(f"{where}: {problem}", flush=True)
         cuts.records.add(**about, refused=str(problem))
@@ -344,7 +361,7 @@ def run_cell(cuts, part, name, recipe, keep, seed):
         nonzero = sum(p.count_nonzero().item() for _, p in sparse.matrices(model))
         size["kept"] = nonzero / subject.total
     cuts.records.add(**about, losses=losses, perplexity=math.exp(fmean(losses.values())),
-                     seconds=seconds, **size)
+                     seconds=seconds, peak_bytes=memory["peak_bytes"], **size)
     print(f"{where}: " + "  ".join(f"{text} {loss:.4f}" for text, loss in losses.items()), flush=True)
 
 
@@ -358,7 +375,7 @@ def ask(cuts, name, recipe, keep, seed, file):
     if cuts.records.find(**about) or not cell or "refused" in cell or not can_run(name):
         return
     model = cuts.cut(name, recipe, keep, seed) if keep < 1 else subject.model
-    with precision(model):
+    with precision(subject, model):
         result = questions.multiple_choice(model, subject.tokenizer,
                                            questions.read_questions(file)[:limit], progress=False)
     cuts.records.add(**about, **{key: result[key]
@@ -393,6 +410,8 @@ def check(config):
                         f"{config.micro_batch}: of two texts, and of halves of them")
     if config.part == "questions" and not config.questions:
         raise UserError("--part questions needs --questions FILE ...")
+    if config.part == "cost" and config.offload:
+        raise UserError("--part cost takes its times with the whole model on the device; leave out --offload")
     if config.best < 0:
         raise UserError(f"--best {config.best} must be 0 or more")
     for file in config.questions:            # before the hours that come first
@@ -451,10 +470,11 @@ def print_report(config):
 
 
 def cost(subject, windows=16, rounds=3):
-    """A whole one-shot cut beside plain passes over the same calibration text, in float32 and in
+    """A whole one-shot cut beside plain passes over the same calibration text, in the weights' dtype and in
     turns: medians of the ratios of seconds and of peak memory, as Markdown."""
     model = subject.model
     config = subject.config
+    device = model.embed.weight.device
     for name, p in model.named_parameters():                # no more gradients than a score needs
         p.requires_grad_(name.startswith("blocks.") and p.dim() == 2)
     batches = score.batches(subject.texts["python"]["calibration"], config.block_size, windows,
@@ -464,12 +484,12 @@ def cost(subject, windows=16, rounds=3):
     def plain_passes(backward):
         with torch.set_grad_enabled(backward):
             for x, y in batches:
-                loss = chunked_loss(model.hidden(x), model.head_weight, y)[0]
+                loss = chunked_loss(model.hidden(x.to(device)), model.head_weight, y.to(device))[0]
                 if backward:
                     loss.backward()
 
     def whole_cut(recipe):
-        stats = prune.collect(model, batches, recipe)
+        stats = prune.collect(model, batches, recipe, model.embed.weight.dtype)
         prune.cut_once(model, stats, recipe, budget)
 
     rows = []
@@ -478,10 +498,10 @@ def cost(subject, windows=16, rounds=3):
         recipe = Prune(score=name, allocate="global", mend="none")
         ratios = []
         for _ in range(rounds):
-            plain = seconds_and_memory(plain_passes, backward)
+            plain = seconds_and_memory(config.device, plain_passes, backward)
             for p in model.parameters():
                 p.grad = None
-            whole = seconds_and_memory(whole_cut, recipe)
+            whole = seconds_and_memory(config.device, whole_cut, recipe)
             ratios.append((whole[0] / plain[0], whole[1] / plain[1]))
         seconds, memory = np.median(ratios, 0)
         rows.append([f"`{name}`", "forward, backward" if backward else "forward", f"{seconds:.2f}",
@@ -489,10 +509,10 @@ def cost(subject, windows=16, rounds=3):
     return markdown(["score", "plain passes", "seconds, ratio", "peak memory, ratio"], rows)
 
 
-def seconds_and_memory(function, *args):
-    """Call function(*args): -> seconds, and the peak memory of the process in bytes."""
-    with timing.peak("cpu") as memory:
-        seconds = timing.seconds_of(functools.partial(function, *args))
+def seconds_and_memory(device, function, *args):
+    """Call function(*args): -> seconds, and the peak memory in bytes (timing.peak)."""
+    with timing.peak(device) as memory:
+        seconds = timing.seconds_of(functools.partial(function, *args), device)
     return seconds, memory["peak_bytes"]
 
 

@@ -22,7 +22,6 @@ import json
 import operator
 import re
 import shutil
-import zipfile
 from pathlib import Path
 
 import torch
@@ -280,9 +279,7 @@ def names_in(file):
 def read_bin(file):
     """A .bin file -> {name: tensor}, each in the file until it is used. Raises UserError if the file
     holds code or anything but tensors by name."""
-    # Before torch 1.6 files were no zip archives; these are read into memory.
-    weights = read_pickled_tensors(file, "take the repository's *.safetensors, or do not use it",
-                                   mmap=zipfile.is_zipfile(file))
+    weights = read_pickled_tensors(file, "take the repository's *.safetensors, or do not use it", mmap=True)
     is_plain = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
     if not is_plain or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
         raise UserError(f"{file} holds no dictionary of tensors by name; take the model's state_dict")
@@ -299,9 +296,9 @@ def open_shard(file):
                         f"file ({problem}); download it again") from None
 
 
-def read_tensor(file, name, shape, device, dtype):
-    """Copy one tensor out of the file; `dtype` None keeps the stored one. The file is closed again
-    at once. Otherwise the part of its memory map that was read would count as ours, and the peak
+def read_rows(file, name, shape, start, stop):
+    """Copy the rows [start, stop) of a tensor out of the file, in the stored dtype. The file is closed
+    again at once. Otherwise the part of its memory map that was read would count as ours, and the peak
     would be twice the model. Raises UserError if the tensor is missing, quantized or of another
     shape."""
     if file.suffix == ".bin":
@@ -311,8 +308,7 @@ def read_tensor(file, name, shape, device, dtype):
         stored = weights[name]
         kind = stored.dtype if stored.layout == torch.strided else stored.layout
         check_tensor(file, name, shape, stored.shape, kind)
-        check_values(stored, dtype or kind, name, file)
-        return torch.empty(shape, dtype=dtype or kind, device=device).copy_(stored)
+        return stored[start:stop].clone()
     from safetensors import SafetensorError
     with open_shard(file) as shard:
         try:
@@ -321,9 +317,9 @@ def read_tensor(file, name, shape, device, dtype):
             raise missing_tensor(file, name) from None
         kind = DTYPES.get(stored.get_dtype(), stored.get_dtype())
         check_tensor(file, name, shape, stored.get_shape(), kind)
-        tensor = shard.get_tensor(name)
-        check_values(tensor, dtype or kind, name, file)
-        return tensor.to(device, dtype or kind, copy=True)
+        if start == stop:
+            return torch.empty(0, *shape[1:], dtype=kind)
+        return stored[start:stop]
 
 
 def missing_tensor(file, name):
@@ -383,13 +379,38 @@ def stored_dtype(folder):
     return str(kind).removeprefix("torch.") if kind in DTYPES.values() else None
 
 
-def load(folder, device, dtype, block_size):
-    """Open a Hugging Face folder: -> (GPT, {"huggingface": config.json, "tokenizer_files": {file
-    name: content}, "origin": see formats/origin.py}).
+class Tensors:
+    """The weights of a folder by our names. Rows are read when they are asked for."""
+    def __init__(self, folder, model, files):
+        self.folder = folder
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.files = files
+        self.ties = model.head is None and "lm_head.weight" in files
 
-    `dtype` None keeps the stored one. With the device "meta" no weights are read. `block_size` is
-    the context that is wanted; None takes all. Raises UserError if the model is not ours to
-    compute, or if a file is missing or broken."""
+    def where(self, name):
+        """What a message about a tensor names: its file, and its name there."""
+        return self.files[their_name(name)]
+
+    def rows(self, name, start, stop):
+        """The rows [start, stop) of a tensor, in main memory and in the stored dtype. Raises UserError
+        if the folder ties the head to the embedding and holds another head."""
+        rows = read_rows(*self.where(name), self.shapes[name], start, stop)
+        if name == "embed.weight" and self.ties:
+            check_values(rows, rows.dtype, *reversed(self.where(name)))
+            head = read_rows(*self.files["lm_head.weight"], self.shapes[name], start, stop)
+            if not torch.equal(rows, head.to(rows.dtype)):
+                raise UserError(f"{self.folder} ties head and embedding, but holds two different ones; set "
+                                "tie_word_embeddings to false in config.json if both are meant")
+        return rows
+
+
+def open_weights(folder, block_size=None, reads=True):
+    """Open a Hugging Face folder: -> (GPTConfig, {"huggingface": config.json, "tokenizer_files": {file
+    name: content}, "origin": see formats/origin.py}, its Tensors).
+
+    `block_size` is the context that is wanted; None takes all. If no weights will be read (not
+    `reads`), there are no Tensors. Raises UserError if the model is not ours to compute, or if a file
+    is missing or broken."""
     refuse_adapter(folder)
     hf = read_json((folder / "config.json").read_bytes(), folder / "config.json")
     about = {"huggingface": hf, "tokenizer_files": read_files(folder)}
@@ -397,25 +418,11 @@ def load(folder, device, dtype, block_size):
         model = GPT(with_context(read_config(hf, folder, block_size), block_size, folder))
     params = model.config.num_params()["total"]
     about["origin"] = origin.read(folder, folder.resolve().name, stored_dtype(folder), params)
-    if str(device) == "meta":
-        return model, about
-
+    if not reads:
+        return model.config, about, None
     files = tensor_files(folder)
     check_names(folder, hf["model_type"], model, files)
-    weights = {}
-    for name, p in model.named_parameters():
-        weights[name] = read_tensor(*files[their_name(name)], p.shape, device, dtype)
-
-    if model.head is None and "lm_head.weight" in files:
-        head = read_tensor(*files["lm_head.weight"], model.embed.weight.shape, device, dtype)
-        if not torch.equal(weights["embed.weight"], head):
-            raise UserError(f"{folder} ties head and embedding, but holds two different ones; set "
-                            "tie_word_embeddings to false in config.json if both are meant")
-    dtypes = sorted({str(weight.dtype) for weight in weights.values()})
-    if len(dtypes) > 1:
-        raise UserError(f"{folder} mixes {' and '.join(dtypes)}; choose one by --dtype")
-    model.load_state_dict(weights, assign=True)
-    return model, about
+    return model.config, about, Tensors(folder, model, files)
 
 
 # -- out

@@ -16,6 +16,7 @@ import torch
 
 from common import UserError
 from model import GPT
+from score import wide
 
 # The matrices that read the residual stream have a column per channel, the others a row.
 READ_THE_STREAM = ("q.weight", "k.weight", "v.weight", "gate.weight", "up.weight")
@@ -35,6 +36,7 @@ def channel_scores(model, stats, score):
     for name, w in model.named_parameters():
         if not name.startswith("blocks.") or w.dim() != 2:
             continue
+        w = wide(w)
         entries = w.abs() if score == "magnitude" else (w * stats.grad[name]).abs()
         total = total + entries.sum(0 if name.endswith(READ_THE_STREAM) else 1).float()
     return total

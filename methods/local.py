@@ -15,6 +15,7 @@ import torch
 
 from common import progress
 from methods.mend import Walk, token_weights
+from methods.offload import on_device
 
 
 def distil_(small, model, windows, steps=100, lr=1e-3, seed=0, dtype=None, micro_batch=4):
@@ -25,27 +26,30 @@ def distil_(small, model, windows, steps=100, lr=1e-3, seed=0, dtype=None, micro
     A layer that is gone trains nothing; the next one makes up for it. Memory: the two models'
     streams of all windows in front of a layer and behind it, N · T · C values each, and one block
     with gradients and Adam's moments."""
-    windows = windows.to(model.embed.weight.device)
+    device = model.embed.weight.device
+    windows = windows.to(device)
     walk = Walk(model, windows.size(1), dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        dense = model.embed(windows)
-        streams = small.embed(windows)
+        dense = walk.start(model, windows)
+        streams = walk.start(small, windows)
     for layer in progress(range(model.config.n_layer), "distil"):
-        targets = forward(walk, model.blocks[layer], dense, micro_batch)
+        with on_device(model.blocks[layer], device):
+            targets = forward(walk, model.blocks[layer], dense, micro_batch)
         block = small.blocks[layer]
-        outputs = forward(walk, block, streams, micro_batch)
-        is_absent = block.attn is None and block.ffn is None
-        # Where nothing is missing gradients are rounding errors, which Adam would make steps of.
-        if not is_absent and not torch.equal(outputs, targets):
-            # Tokens count as in least squares. A block that puts out the stream as it came would have
-            # a loss of 1.
-            weights = token_weights(targets)
-            scale = (weights * (targets - dense).square()).mean()
-            weights /= scale.clamp(min=torch.finfo(dense.dtype).tiny)
-            order = batches(len(windows), steps, micro_batch, generator)
-            train_(walk, block, streams, targets, weights, order, lr)
+        with on_device(block, device, changes=True):
             outputs = forward(walk, block, streams, micro_batch)
+            is_absent = block.attn is None and block.ffn is None
+            # Where nothing is missing gradients are rounding errors, which Adam would make steps of.
+            if not is_absent and not torch.equal(outputs, targets):
+                # Tokens count as in least squares. A block that puts out the stream as it came would have
+                # a loss of 1.
+                weights = token_weights(targets)
+                scale = (weights * (targets - dense).square()).mean()
+                weights /= scale.clamp(min=torch.finfo(dense.dtype).tiny)
+                order = batches(len(windows), steps, micro_batch, generator)
+                train_(walk, block, streams, targets, weights, order, lr)
+                outputs = forward(walk, block, streams, micro_batch)
         dense = targets
         streams = outputs
 
@@ -67,7 +71,9 @@ def batches(windows, steps, micro_batch, generator):
 def train_(walk, block, streams, targets, weights, order, lr):
     """Adam steps of a block, one for each row of `order`, at a rate that falls to 0 on a straight
     line. The loss is the mean squared error of the stream behind the block, where tokens count by
-    `weights` (N, T, 1)."""
+    `weights` (N, T, 1). A block of bfloat16 trains in float32, as it has no digits for small steps."""
+    stored = next(block.parameters()).dtype
+    block.to(walk.stream_dtype)
     optimizer = torch.optim.Adam(block.parameters(), lr, betas=(0.9, 0.95), fused=True)
     for step, rows in enumerate(order):
         for group in optimizer.param_groups:
@@ -77,3 +83,4 @@ def train_(walk, block, streams, targets, weights, order, lr):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    block.to(stored)

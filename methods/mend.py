@@ -17,6 +17,7 @@ import torch
 import torch.nn as nn
 
 from common import UserError, progress
+from methods.offload import on_device
 from model import GPT, reader_of, rotary
 
 # Of sequential least squares: one batch in so many is held out, and chooses one of these dampings.
@@ -65,23 +66,32 @@ def mended(w, gram, kept, damping=0.01):
 def mend_by_least_squares_(small, model, alive, gram):
     """Change, in place, the matrices of `small` that read units, where only some of the units of
     `model` are alive. `gram`: {name of the matrix: (n, n)}."""
+    device = model.embed.weight.device
     for (layer, kind), kept in alive.items():
         if 0 < len(kept) < model.config.widths()[layer, kind]:
             name = reader_of(model.config, layer, kind)
-            channels = kept_channels(model, layer, kind, kept)
-            small.get_parameter(name).copy_(mended(model.get_parameter(name), gram[name], channels))
+            with on_device(model.blocks[layer], device):
+                channels = kept_channels(model, layer, kind, kept)
+                columns = mended(model.get_parameter(name), gram[name].to(device), channels)
+            small.get_parameter(name).copy_(columns)
 
 
 # -- least squares, one sub-block after the other
 
 class Walk:
     """Brings residual streams (B, T, C) of windows of T tokens forward through a model, sub-block by
-    sub-block. Matrices are multiplied in `dtype`; streams stay in the dtype of the weights."""
+    sub-block. Matrices are multiplied in `dtype`. Streams stay in the dtype of the weights, but in
+    float32 at least: what is fitted is the small difference of two streams."""
     def __init__(self, model, T, dtype=None):
         weight = model.embed.weight
         self.dtype = dtype or weight.dtype
-        self.is_cast = self.dtype != weight.dtype
-        self.cos, self.sin = rotary(model.config, 0, T, weight.device, weight.dtype)
+        self.stream_dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.is_cast = self.dtype != self.stream_dtype
+        self.cos, self.sin = rotary(model.config, 0, T, weight.device, self.stream_dtype)
+
+    def start(self, model, idx):
+        """The residual stream (B, T, C) in front of the first layer for token ids (B, T)."""
+        return model.embed(idx).to(self.stream_dtype)
 
     def behind(self, block, stream, kinds=KINDS):
         """The residual stream behind the sub-blocks of these kinds. An absent one leaves the stream
@@ -108,18 +118,21 @@ def mend_sequentially_(small, model, windows, dtype=None, micro_batch=4):
     if len(windows) < HOLD_OUT:
         raise UserError(f"sequential mending fits to some windows and tries on others, and {len(windows)} are too "
                         f"few; give --windows {HOLD_OUT} or, better, many more")
-    texts = windows.to(model.embed.weight.device).split(min(micro_batch, len(windows) // HOLD_OUT))
+    device = model.embed.weight.device
+    texts = windows.to(device).split(min(micro_batch, len(windows) // HOLD_OUT))
     walk = Walk(model, windows.size(1), dtype)
-    dense = [model.embed(text) for text in texts]
-    streams = [small.embed(text) for text in texts]
+    dense = [walk.start(model, text) for text in texts]
+    streams = [walk.start(small, text) for text in texts]
     places = list(itertools.product(range(model.config.n_layer), KINDS))
     for layer, kind in progress(places, "mend"):
         # Run the dense part: where its streams arrive, those of the cut model should.
-        dense = [walk.behind(model.blocks[layer], stream, (kind,)) for stream in dense]
-        if small.config.widths()[layer, kind] > 0:
-            refit_(walk, small, layer, kind, streams, dense)
-        # Run the cut part, mended.
-        streams = [walk.behind(small.blocks[layer], stream, (kind,)) for stream in streams]
+        with on_device(model.blocks[layer], device):
+            dense = [walk.behind(model.blocks[layer], stream, (kind,)) for stream in dense]
+        with on_device(small.blocks[layer], device, changes=True):
+            if small.config.widths()[layer, kind] > 0:
+                refit_(walk, small, layer, kind, streams, dense)
+            # Run the cut part, mended.
+            streams = [walk.behind(small.blocks[layer], stream, (kind,)) for stream in streams]
 
 
 def token_weights(stream):

@@ -17,6 +17,7 @@ import torch
 
 import report
 import score
+from bench import __main__ as bench
 from common import read_records, write_atomic
 from experiments import (
     claims,
@@ -93,6 +94,53 @@ def recovery_of_methods(keep):
     return "\n\n".join(recovery(part, keep) for part in parts)
 
 
+MODELS = {"2.8b": "2.8B", "8b": "8B"}
+
+
+def cell(value):
+    """An entry of a table: GB and seconds with two digits behind the point, or three where they are small."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.3f}"
+    return str(value)
+
+
+def fit_rows(table):
+    """The rows of the suite fit that belong to a table, computed anew."""
+    rows = []
+    for _, account in bench.cells(bench.resolve(bench.Bench("fit"))):
+        rows += [row for row in account()["rows"] if row["table"].startswith(table)]
+    return rows
+
+
+def fit_table(rows):
+    hidden = ("table", "model", "params", "tokens")
+    head = [name for name in rows[0] if name not in hidden]
+    body = [[MODELS[row["model"]], *(cell(row[name]) for name in head)] for row in rows]
+    return report.markdown(["model", *head], body)
+
+
+def exchange_table():
+    rows = [row for row in fit_rows("communication") if not row["--recompute"]]
+    return fit_table([{name: value for name, value in row.items() if name != "--recompute"} for row in rows])
+
+
+def measured_rows():
+    """The rows of the last record of each cell of the suite memory."""
+    rows = {}
+    for record in read_records(RESULTS / "bench.jsonl"):
+        if record["suite"] == "memory":
+            rows[record["cell"]] = record["rows"]
+    return sum(rows.values(), [])
+
+
+def measured_table():
+    rows = measured_rows()
+    head = [name for name in rows[0] if name not in ("shape", "V", "params", "tokens")]
+    return report.markdown(head, [[cell(row[name]) for name in head] for row in rows])
+
+
 GENERATED = {        # (page, name of the part): function that returns its text
     ("pruning.md", "experiments/compare.py overview"): overview,
     ("pruning.md", "tests/test_docs.py adaptive"): adaptive_table,
@@ -104,6 +152,9 @@ GENERATED = {        # (page, name of the part): function that returns its text
     ("recover.md", "experiments/recover_report.py speed"): lambda: recovery(recover_report.speed_table),
     ("recover.md", "experiments/recover_report.py curve"): lambda: recovery(recover_report.curve_text),
     ("recover.md", "experiments/recover_report.py ablations"): lambda: recovery(recover_report.ablation_table),
+    ("scale.md", "tests/test_docs.py memory"): lambda: fit_table(fit_rows("memory")),
+    ("scale.md", "tests/test_docs.py exchange"): exchange_table,
+    ("scale.md", "results/bench.jsonl memory"): measured_table,
     ("scaling.md", "results/scaling/report.md errors"): lambda: scaling_table("| cut | law"),
     ("scaling.md", "results/scaling/report.md constants"): lambda: scaling_table("| cut | points"),
 }
@@ -549,6 +600,18 @@ def test_what_bfloat16_does_to_the_loss_is_what_the_records_say(file, preset, ba
     means = [f"{sum(side) / 8:.3f}" for side in zip(*pairs)]
     numbers = f"{measured.mean:+.3f} ({measured.low:+.3f} to {measured.high:+.3f})".replace("-", "−")
     assert f"8 seeds | {means[0]} | {means[1]} | {numbers} |" in prose("speed.md")
+
+
+# -- scale
+
+def test_what_scale_md_says_about_measured_peaks():
+    text = prose("scale.md")
+    rows = measured_rows()
+    assert [row["processes"] for row in rows] == [1, 1, 2, 2, 4, 4]
+    assert {f"{row['params'] / 1e6:.0f}M parameters" in text for row in rows} == {True}
+    assert {f"{row['tokens']} tokens each" in text for row in rows} == {True}
+    apart = max(abs(row["measured ÷ accounted"] - 1) for row in rows)
+    assert f"differ from the accounting by at most {math.ceil(100 * apart)} %" in text
 
 
 # -- links

@@ -13,18 +13,21 @@ ROWS = [      # a file imports only from rows above its own
     "allocate distill model report experiments.scaling_laws experiments.texts formats.chat formats.origin "
     "formats.tokenizer_json tasks.own_questions",
     "shard bench.timing experiments.scaling_curves formats.model_card formats.tokenizer formats.top_k "
-    "methods.channels methods.mend methods.slicegpt tasks.questions",
-    "data formats.gguf_vocabulary formats.huggingface formats.llamacpp methods.local methods.margin "
-    "methods.sparse tasks.probe",
+    "methods.slicegpt tasks.questions",
+    "data formats.dcp formats.gguf_vocabulary formats.huggingface formats.llamacpp methods.margin tasks.probe",
     "checkpoint score formats.gguf_export",
-    "eval export methods.depth methods.latency methods.self_text methods.torch_pruning_peer",
-    "experiments.measure methods.measured",
+    "eval export methods.channels methods.depth methods.latency methods.offload methods.self_text "
+    "methods.torch_pruning_peer",
+    "experiments.measure methods.mend",
+    "methods.local methods.measured methods.sparse",
     "prune experiments.recover_report",
     "train experiments.candidates experiments.compare_report experiments.smollm2",
-    "bench.variants experiments.claims_runs experiments.compare experiments.glassllm experiments.recover "
-    "experiments.sweep experiments.teacher",
+    "bench.cut_memory bench.variants experiments.claims_runs experiments.compare experiments.glassllm "
+    "experiments.recover experiments.sweep experiments.teacher",
     "bench.dtypes bench.inference bench.system bench.training experiments.claims_statistics "
     "experiments.recover_study experiments.scaling_runs",
+    "bench.accounting",
+    "bench.memory",
     "bench.__main__ experiments.claims_report experiments.precision experiments.scaling",
     "experiments.claims"]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}

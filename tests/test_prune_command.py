@@ -21,7 +21,7 @@ import prune
 import score
 import train
 from common import UserError, parse
-from methods import depth, sparse
+from methods import depth, mend, sparse
 
 SMALL = dict(windows=8, eval_windows=16, block_size=32, device="cpu")
 
@@ -304,6 +304,77 @@ def test_the_command_says_its_dtype_and_saves_float32(command):
         model, about, said = command(dtype, dtype=dtype, iterations=2, allocate="measured", mend="least-squares")
         assert said.count(f" tokens, {name})") == 2 and about["run"]["recipe"]["dtype"] == name
         assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+# -- weights in bfloat16, and layers in main memory
+
+@pytest.mark.parametrize("flags", [
+    dict(score="taylor"), dict(score="wanda", mend="least-squares"), dict(mend="local", local_steps=5),
+    dict(structure="layer,ffn,kv", allocate="adaptive"), dict(structure="channel", score="magnitude"),
+    dict(structure="weights", score="wanda", mend="least-squares")],
+    ids=lambda flags: "-".join(map(str, flags.values())))
+def test_weights_of_bfloat16_stay_so_and_lose_little_more(command, flags):
+    _, _, said = command(keep=.7, **flags)
+    model, about, halved = command("halved", keep=.7, weights="bfloat16", **flags)
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    assert about["run"]["recipe"]["weights"] == about["run"]["recipe"]["dtype"] == "bfloat16"
+    assert np.abs(np.subtract(losses(said), losses(halved))).max() < .02
+
+
+def test_mending_in_bfloat16_is_that_of_float32_but_for_rounding():
+    """What is fitted, a difference of two streams, is not rounded to the 8 bits of the weights."""
+    model = new(EQUAL, torch.float32)[0].to(torch.bfloat16)
+    windows = torch.cat([x for x, _ in text(EQUAL, 16)])
+    alive = {key: torch.arange(n // 2) for key, n in EQUAL.widths().items()}
+    smaller = []
+    for dtype in (torch.bfloat16, torch.float32):
+        dense = copy.deepcopy(model).to(dtype)
+        small = prune.cut(dense, alive)
+        mend.mend_sequentially_(small, dense, windows, torch.bfloat16)
+        smaller.append(small)
+    for p, q in zip(*(small.parameters() for small in smaller), strict=True):
+        assert p.dtype == torch.bfloat16 and torch.allclose(p.float(), q, rtol=.01, atol=.01 * q.std().item())
+
+
+@pytest.mark.parametrize("name", ["magnitude", "taylor", "taylor2", "wanda", "flap"])
+def test_scores_of_bfloat16_weights_are_in_float32(name):
+    model = new(EQUAL, torch.float32)[0].to(torch.bfloat16)
+    stats = score.collect(model, text(EQUAL), score.SCORES[name].needs)
+    expected = score.SCORES[name].function(copy.deepcopy(model).float(), stats)
+    assert all(torch.equal(values, expected[key]) for key, values in score.SCORES[name].function(model, stats).items())
+
+
+def test_weights_are_float32_but_on_a_gpu_as_stored(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(prune, "has_fast_bfloat16", lambda device: True)
+    recipe = prune.Prune()
+    assert prune.loading_dtype(recipe, "cpu") == torch.float32
+    assert prune.loading_dtype(dataclasses.replace(recipe, dtype="float32"), "cuda") == torch.float32
+    assert prune.loading_dtype(dataclasses.replace(recipe, weights="bfloat16"), "cpu") == torch.bfloat16
+    assert prune.loading_dtype(recipe, "cuda:1") is None
+    monkeypatch.setattr(prune, "loading_dtype", lambda recipe, device: None)
+    whole, about = checkpoint.load(trained)
+    for stored, loaded in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)):
+        file = tmp_path / f"{stored}.pt"
+        checkpoint.save(file, copy.deepcopy(whole).to(stored), **{key: about[key] for key in ("step", "run")})
+        model, _ = prune.open_model(prune.Prune(str(file), **SMALL), "cpu")
+        assert all(p.dtype == loaded for p in model.parameters())
+    with pytest.raises(UserError, match="--weights bfloat16"):
+        prune.check(prune.Prune(trained, weights="bfloat16", dtype="float32"))
+
+
+@pytest.mark.parametrize("flags", [dict(score="taylor2", iterations=2), dict(structure="channel", score="activation"),
+                                   dict(structure="sublayer", score="perplexity"),
+                                   dict(structure="weights", score="wanda", mend="least-squares")],
+                         ids=lambda flags: flags["score"])
+def test_layer_by_layer_the_command_cuts_the_same(command, trained, flags, tmp_path, capsys):
+    whole, _, said = command(keep=.6, **flags)
+    argv = [f"--{flag.replace('_', '-')}={value}" for flag, value in {**SMALL, **flags, "keep": .6}.items()]
+    prune.main(parse(prune.Prune, ["--init", trained, "--out", str(tmp_path / "layered"), "--offload", *argv]))
+    layered, _ = checkpoint.load(tmp_path / "layered")
+    assert layered.config == whole.config
+    for p, q in zip(layered.parameters(), whole.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-3, atol=1e-4)
+    assert np.abs(np.subtract(losses(said), losses(capsys.readouterr().out))).max() < .001
 
 
 @pytest.mark.parametrize("structure, name, mend", [

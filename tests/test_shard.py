@@ -14,13 +14,15 @@ import score
 import shard
 import train
 
+pytestmark = pytest.mark.skipif(torch.__version__ < shard.OLDEST_ON_CPU, reason="FSDP2 on CPUs needs a newer PyTorch")
 CLOSE = 1e-12
 B, T = 2, 8                                                   # windows of each process, tokens of a window
 
 
 def run_in(worlds, worker, folder, *args):
     """Run worker(*args) in so many processes, one thread each."""
-    torch.multiprocessing.spawn(start, (worlds, worker, str(folder), args), nprocs=worlds)
+    torch.multiprocessing.start_processes(start, (worlds, worker, str(folder), args), nprocs=worlds,
+                                          start_method="fork")            # spares the imports of torch
 
 
 def start(rank, world, worker, folder, args):

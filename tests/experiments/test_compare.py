@@ -161,3 +161,19 @@ def test_cost_is_a_ratio_of_one_run(folder, tmp_path):
     table = compare.cost(subject, windows=4, rounds=1)
     assert table.count("\n") == 5 and "| `taylor2` | forward, backward |" in table
     assert all((p == before[name]).all() and p.grad is None for name, p in subject.model.named_parameters())
+
+
+def test_weights_in_bfloat16_and_in_main_memory_give_near_losses(folder, tmp_path, few):
+    """Every row but those that need the whole model in float32. Each says the memory that it took."""
+    records = []
+    for flags in ({}, dict(weights="bfloat16", offload=True)):
+        out = str(tmp_path / f"{len(records)}.jsonl")
+        compare.main(compare.Compare(str(folder), out=out, **flags, **{**SMALL, "seeds": 1, "keeps": (.8,), "best": 0}))
+        records.append([record for record in compare.read(out) if record["tag"] == "cell"])
+    assert len(records[0]) == len(records[1])
+    for whole, halved in zip(*records):
+        if "refused" in halved:
+            assert whole["name"] == "SliceGPT" or "refused" in whole
+            continue
+        assert whole["peak_bytes"] > 0 and halved["peak_bytes"] > 0
+        assert abs(math.log(whole["perplexity"] / halved["perplexity"])) < .1, whole["name"]
