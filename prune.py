@@ -14,8 +14,8 @@ loop simple:
      rounding, and takes the same next step.
 `choose`, `zero_` and `slice` are all that training needs. The rest is the command: it cuts a given
 model once, or in several --iterations, and saves it. What a unit is worth: score.py. How a budget
-is shared: allocate.py. Whole layers, channels, 2:4, measured damage, mending, local distillation, a model that does
-not fit the device: methods/. Not here: training (train.py), all methods compared (experiments/compare.py).
+is shared: allocate.py. Whole layers, channels, single weights, measured damage, mending, local distillation, a model
+that does not fit the device: methods/. Not here: training (train.py), all methods compared (experiments/compare.py).
 """
 import copy
 import dataclasses
@@ -38,7 +38,7 @@ from allocate import ALLOCATIONS, RESOURCES
 from common import UserError, check_choices, has_fast_bfloat16, parse, pick_device, progress, refuse_idle, run
 from eval import dtype_name, evaluate
 from formats.origin import hand_on
-from methods import channels, depth, latency, local, margin, measured, mend, offload, self_text, two_four
+from methods import channels, depth, latency, local, margin, measured, mend, offload, self_text, sparse
 from model import GPT, coupled
 from score import GRADIENTS, SCORES
 from tasks.questions import read_questions
@@ -149,16 +149,19 @@ class Prune:
     keep: float = 0.8             # kept fraction of what all FFN neurons and KV groups cost
     # params; flops (per token, forward); kv_bytes (per token); ms (llama.cpp's time of a token, measured)
     budget: str = "params"
-    # ffn, kv (neurons, KV groups); layer, sublayer; layer,ffn,kv (layers first, then widths); channel; 2:4
+    # ffn, kv (neurons, KV groups); layer, sublayer; layer,ffn,kv (layers first, then widths); channel;
+    # 2:4 or any n:m (n of each m weights stay); weights (the fraction --keep of each row)
     structure: str = "ffn,kv"
-    score: str = "taylor"         # score.SCORES; for layer and sublayer also influence, perplexity
+    # score.SCORES; for layer and sublayer also influence, perplexity; for n:m and weights sparse.SCORES
+    score: str = "taylor"
     allocate: str = "global"      # allocate.ALLOCATIONS, or measured
     amplitude: float = 1.0        # of allocate adaptive: how far the layers' shares differ
     multiple_of: int = 1          # of neurons, or channels; runtimes like 32, quantizers 256
     iterations: int = 1           # cut in so many equal parts, each measured anew
     layer_share: float = 0.5      # of layer,ffn,kv: the part of what goes that whole layers make up, 0 to 1
     layer_score: Literal["influence", "perplexity"] = "influence"    # of layer,ffn,kv: ranks the layers
-    # make up for what went: none, least-squares, sequential, local; bias (FLAP's). default: sequential for widths
+    # make up for what went: none, least-squares, sequential, local; bias (FLAP's); dsnot (n:m and weights).
+    # default: sequential for widths
     mend: str | None = None
     local_steps: int = 100        # of mend local: steps of each block against the dense block
     out: str | None = None        # folder; default runs/pruned-NAME-KEEP, or -2-4
@@ -216,31 +219,43 @@ STRUCTURES = {
     "layer,ffn,kv": UNITS,
     "sublayer,ffn,kv": UNITS,
     "channel": Structure(("activation", "magnitude", "taylor")),
-    "2:4": Structure(("magnitude", "wanda")),
+    # "2:4" stands for any n:m.
+    "2:4": Structure(tuple(sparse.SCORES), mend=sparse.MENDS),
+    "weights": Structure(("magnitude", "wanda", "sparsegpt"), mend=sparse.MENDS),
 }
+
+
+def rules_of(structure):
+    """The row of STRUCTURES that holds for a --structure, None if it is none."""
+    is_pattern = sparse.is_sparse(structure) and structure != "weights"
+    return STRUCTURES.get("2:4" if is_pattern else structure)
 
 
 def check(recipe):
     """Raise UserError for a recipe that means nothing."""
     check_choices(recipe)
-    if recipe.structure not in STRUCTURES:
+    rules = rules_of(recipe.structure)
+    if rules is None:
         raise UserError(f"--structure {recipe.structure!r} must be ffn, kv, ffn,kv, layer, sublayer, "
-                        "layer,ffn,kv, sublayer,ffn,kv, channel or 2:4")
+                        "layer,ffn,kv, sublayer,ffn,kv, channel, 2:4 (or any n:m) or weights")
     for flag in ("score", "allocate", "budget", "mend"):
         value = getattr(recipe, flag)
-        allowed = getattr(STRUCTURES[recipe.structure], flag)
+        allowed = getattr(rules, flag)
         if value is not None and value not in allowed:
             raise UserError(f"--{flag} {value!r} with --structure {recipe.structure} must be one of "
                             f"{', '.join(allowed)}")
     check_numbers(recipe)
+    is_sparse = sparse.is_sparse(recipe.structure)
+    if is_sparse:
+        sparse.check(recipe.structure, recipe.score)
 
     # A flag that nothing will read is a mistake.
     has_layers_and_widths = len(parts_of(recipe)) > 1
     is_read = {
-        "keep": recipe.structure != "2:4",
-        "iterations": recipe.structure != "2:4",
+        "keep": not is_sparse or recipe.structure == "weights",
+        "iterations": not is_sparse,
         "amplitude": recipe.allocate == "adaptive",
-        "multiple_of": recipe.structure not in ("kv", "layer", "sublayer", "2:4"),
+        "multiple_of": recipe.structure not in ("kv", "layer", "sublayer") and not is_sparse,
         "layer_share": has_layers_and_widths,
         "layer_score": has_layers_and_widths,
         "measured_windows": runs_again(recipe),
@@ -299,7 +314,7 @@ def with_mend(recipe, device):
     Nothing else is mended: it was not measured."""
     if recipe.mend is not None:
         return recipe
-    has_widths = STRUCTURES[recipe.structure] is UNITS
+    has_widths = rules_of(recipe.structure) is UNITS
     usual = "sequential" if has_widths and torch.device(device).type != "mps" else "none"
     return dataclasses.replace(recipe, mend=usual)
 
@@ -366,6 +381,8 @@ def needs(recipe):
     """The fields of score.Stats that the recipe reads."""
     # The table at the end always prints the cosines.
     fields = {"cosine"}
+    if sparse.is_sparse(recipe.structure):
+        return fields | sparse.needs(recipe.score, recipe.mend)
     if recipe.structure == "channel" and recipe.score == "activation":
         fields.add("channel")
     elif recipe.score in SCORES:
@@ -386,7 +403,7 @@ def calibration_pass(recipe):
 def collect(model, batches, recipe, dtype=torch.float32, questions=()):
     """The recipe's statistics of one calibration pass, which runs in `dtype`. If there are
     `questions` (margin.batches), the gradients are those of their margin."""
-    readers = two_four.MATRICES if recipe.structure == "2:4" else score.READERS
+    readers = sparse.READERS if sparse.is_sparse(recipe.structure) else score.READERS
     running = in_dtype(model, dtype)
     fields = needs(recipe)
     of_margin = fields & GRADIENTS if questions else set()
@@ -496,12 +513,11 @@ def cut(model, alive, mend_by="none", stats=None):
 
 
 def cut_once(model, stats, recipe, budget, original=None, damage=None, resource=None):
-    """The smaller model of one cut (see `decide`). With 2:4 it is the given model, with zeros."""
-    if recipe.structure == "2:4":
-        norms = None
-        if recipe.score == "wanda":
-            norms = {name: square.sqrt() for name, square in stats.square.items()}
-        two_four.hold_(model, None, two_four.masks(model, norms))
+    """The smaller model of one cut (see `decide`). Where single weights go it is the given model, with
+    zeros."""
+    if sparse.is_sparse(recipe.structure):
+        pattern = sparse.pattern_of(recipe.structure, recipe.keep)
+        sparse.cut_(model, stats, pattern, recipe.score, recipe.mend)
         return model
     if recipe.structure == "channel":
         small = channels.narrowed(model, stats, recipe.score, budget, recipe.multiple_of)
@@ -550,8 +566,8 @@ def open_model(recipe, device):
     UserError if the recipe cannot cut it."""
     model, about = load(recipe, device)
     if about.get("masks"):
-        raise UserError(f"{recipe.init} is 2:4 already, and what is cut from it would be no "
-                        "longer; cut first")
+        raise UserError(f"{recipe.init} is sparse already, as 2:4 models are, and what is cut from it would "
+                        "be no longer; cut first")
     check_fits(recipe, model, device)
     return model, about
 
@@ -590,25 +606,29 @@ def check_fits(recipe, model, device):
     if recipe.structure != "channel" and recipe.multiple_of > max(1, widest):
         raise UserError(f"--multiple-of {recipe.multiple_of} is more than the {widest} neurons of the "
                         "widest layer; give at most that")
+    if sparse.is_sparse(recipe.structure):
+        sparse.check_widths(model, sparse.pattern_of(recipe.structure, recipe.keep))
     if recipe.mend in LEAST_SQUARES:
-        check_least_squares(recipe, model.config, T, device)
+        check_least_squares(f"--mend {recipe.mend}", recipe, model.config, T, device)
+    elif "gram" in needs(recipe):
+        check_least_squares(f"--score {recipe.score}", recipe, model.config, T, device)
     if recipe.mend in SIDE_BY_SIDE and recipe.windows < mend.HOLD_OUT:
         enough = math.ceil(mend.HOLD_OUT / recipe.micro_batch) * recipe.micro_batch
         raise UserError(f"--mend {recipe.mend} fits to some windows and tries on others, and --windows "
                         f"{recipe.windows} is too few; give --windows {enough} or, better, many more")
 
 
-def check_least_squares(recipe, config, T, device):
-    """Raise UserError if least squares lacks float64, or tokens to fit its matrices to."""
+def check_least_squares(setting, recipe, config, T, device):
+    """Raise UserError if the least squares of a `setting` lack float64, or tokens to fit matrices to."""
     if device == "mps":
-        raise UserError(f"--mend {recipe.mend} is solved in float64, which Apple's GPUs lack; give "
+        raise UserError(f"{setting} is solved in float64, which Apple's GPUs lack; give "
                         "--device cpu")
     # With fewer tokens than inputs the Gram matrix has no full rank: the fit would be to noise.
     widest = max(*config.d_ff, config.head_dim * max(config.n_head))
     tokens = recipe.windows * T
     if tokens < widest:
         enough = math.ceil(widest / T / recipe.micro_batch) * recipe.micro_batch
-        raise UserError(f"--mend {recipe.mend} fits matrices of {widest:,} inputs to "
+        raise UserError(f"{setting} fits matrices of {widest:,} inputs to "
                         f"{recipe.windows} windows x {T} = {tokens:,} tokens; give --windows "
                         f"{enough} or, better, several times as many")
 
@@ -689,8 +709,8 @@ def bars(axis, name, before, after):
 
 def save(recipe, model, out, tokenizer, fingerprint, origin=None):
     """Write the smaller model as a checkpoint that says what made it and, by `origin`, where the whole
-    one came from. A 2:4 model has its masks beside it."""
-    masks = two_four.pack(two_four.masks(model)) if recipe.structure == "2:4" else None
+    one came from. A sparse model has its masks beside it."""
+    masks = sparse.pack(sparse.nonzero(model)) if sparse.is_sparse(recipe.structure) else None
     about = {"tokenizer": tokenizer.name, "data": recipe.data, "fingerprint": fingerprint,
              "cut_from": recipe.init, "recipe": dataclasses.asdict(recipe)}
     # Nobody else can read the hold-out of a text that the whole model wrote.
@@ -707,7 +727,7 @@ def main(recipe):
     check(recipe)
     # As files record it.
     recipe = dataclasses.replace(recipe, data=data.recorded(recipe.data))
-    name = "2-4" if recipe.structure == "2:4" else f"{recipe.keep:g}"
+    name = recipe.structure.replace(":", "-") if ":" in recipe.structure else f"{recipe.keep:g}"
     out = Path(recipe.out or f"runs/pruned-{Path(recipe.init).name}-{name}")
     checkpoint.refuse_existing(out)
     with checkpoint.locked(out):
@@ -763,9 +783,8 @@ def cut_and_save(recipe, out):
         print("the text of self was written by the whole model: on it the loss rises by the KL divergence of the cut "
               "model from the whole one, as far as the tokens tell")
 
-    if recipe.structure == "2:4":
-        share = two_four.share(model)
-        print(f"2 of each 4 weights are zero in {share:.0%} of the blocks' matrices")
+    if sparse.is_sparse(recipe.structure):
+        print(sparse.describe(model, sparse.pattern_of(recipe.structure, recipe.keep)))
     else:
         left = allocate.total(priced(recipe, model), resource)
         print(f"{left:,} of {total:,} {resource} kept: {left / total:.4f}, asked {recipe.keep:g}")

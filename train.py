@@ -67,7 +67,7 @@ from eval import evaluate, sample
 from formats import pt, top_k
 from formats.origin import hand_on
 from formats.tokenizer import open_tokenizer
-from methods import two_four
+from methods import sparse
 
 LOG_EVERY = 10               # steps between "step" records, which hold means over them
 # How many of the newest steps stay unread. A GPU is then still at work on the newest while Python
@@ -275,7 +275,7 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
         nn.utils.clip_grads_with_norm_(state.model.parameters(), config.clip, norm)
         skip_if_not_finite(state.optimizer, numbers)
         state.optimizer.step()
-        two_four.hold_(state.model, state.optimizer, state.masks)      # 2:4 zeros do get gradients
+        sparse.hold_(state.model, state.optimizer, state.masks)      # 2:4 zeros do get gradients
         state.optimizer.zero_grad(set_to_none=True)
 
         # 6. Count FLOPs. The numbers are read, judged and recorded when the loop begins again.
@@ -787,7 +787,7 @@ def log_sample(setup, state, when):
 
 def save(setup, state):
     if setup.folder:
-        setup.folder.save(state, two_four.pack(state.masks))
+        setup.folder.save(state, sparse.pack(state.masks))
 
 
 # -- from a command line to a run
@@ -1132,7 +1132,7 @@ def fresh_shards(setup):
 
 def masks_of(model, packed):
     """The masks of a 2:4 model, spread as its parameters are."""
-    masks = two_four.unpack(packed, model.embed.weight.device)
+    masks = sparse.unpack(packed, model.embed.weight.device)
     return {name: shard.spread_rows(mask, model.get_parameter(name)) for name, mask in masks.items()}
 
 

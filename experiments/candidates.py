@@ -112,7 +112,7 @@ def choose(model, recipes, batches, texts, tokenizer, some=(), dtype=torch.float
     All smaller models are in memory at the end. Raises UserError for a structure that is neither
     layers nor widths."""
     for recipe in recipes.values():
-        if recipe.structure in ("channel", "2:4"):
+        if prune.rules_of(recipe.structure) not in (prune.UNITS, prune.DEPTH):
             raise UserError(f"candidates cut layers or widths, not --structure {recipe.structure}; leave it out")
     device = model.embed.weight.device
     recipes = {name: prune.with_mend(recipe, device) for name, recipe in recipes.items()}

@@ -59,7 +59,7 @@ from eval import evaluate
 from experiments import compare_report
 from experiments.compare_report import ADAPT_STEP, GRID, HALF, PUBLISHED, name_of
 from formats.tokenizer import Tokenizer
-from methods import measured, torch_pruning_peer, two_four
+from methods import measured, sparse, torch_pruning_peer
 from methods.slicegpt import Sliced, slicegpt
 from prune import Prune
 from report import markdown
@@ -260,7 +260,7 @@ class Cuts:
             return slicegpt(prune.in_dtype(model, torch.float32), [x for x, _ in batches], keep)
         if recipe.iterations > 1:
             return self.little_by_little(name, recipe, keep, seed, batches)
-        if recipe.structure == "2:4":
+        if sparse.is_sparse(recipe.structure):
             # Its scores need other statistics, and it zeroes in place.
             recipe = dataclasses.replace(recipe, offload=self.subject.config.offload)
             with self.subject.autocast():
@@ -358,7 +358,7 @@ def run_cell(cuts, part, name, recipe, keep, seed):
     losses = losses_of(subject, model, part)
     size = size_of(subject, model)
     if name in HALF:
-        nonzero = sum(p.count_nonzero().item() for _, p in two_four.matrices(model))
+        nonzero = sum(p.count_nonzero().item() for _, p in sparse.matrices(model))
         size["kept"] = nonzero / subject.total
     cuts.records.add(**about, losses=losses, perplexity=math.exp(fmean(losses.values())),
                      seconds=seconds, peak_bytes=memory["peak_bytes"], **size)

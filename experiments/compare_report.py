@@ -43,8 +43,24 @@ PUBLISHED = {  # score and allocation are the method's own
     "SliceGPT": None,                 # these two have no recipe of prune.py
     "torch-pruning": None,
 }
-HALF = {"2:4, magnitude": Cut(score="magnitude", structure="2:4"),
-        "2:4, Wanda": Cut(score="wanda", structure="2:4")}
+# Half of the weights are zero; all widths stay.
+TWO_FOUR = functools.partial(Cut, structure="2:4")
+ANY_HALF = functools.partial(Cut, structure="weights", keep=0.5)
+HALF = {
+    "2:4, magnitude": TWO_FOUR(score="magnitude"),
+    "2:4, Wanda": TWO_FOUR(score="wanda"),
+    "2:4, DSnoT": TWO_FOUR(score="wanda", mend="dsnot"),
+    "2:4, SparseGPT": TWO_FOUR(score="sparsegpt"),
+    "2:4, MRP": TWO_FOUR(score="mrp", mend="least-squares"),
+    "2:4, Wanda / mended": TWO_FOUR(score="wanda", mend="least-squares"),
+    "2:4, SparseGPT / mended": TWO_FOUR(score="sparsegpt", mend="least-squares"),
+    "half, magnitude": ANY_HALF(score="magnitude"),
+    "half, Wanda": ANY_HALF(score="wanda"),
+    "half, DSnoT": ANY_HALF(score="wanda", mend="dsnot"),
+    "half, SparseGPT": ANY_HALF(score="sparsegpt"),
+    "half, Wanda / mended": ANY_HALF(score="wanda", mend="least-squares"),
+    "half, SparseGPT / mended": ANY_HALF(score="sparsegpt", mend="least-squares"),
+}
 DEPTH = ("ShortGPT", "Shortened LLaMA, PPL", "Shortened LLaMA, Taylor+")
 # The methods that Adapt-Pruner is compared with.
 RIVALS = ("LLM-Pruner", "LLM-Pruner, FFN", "FLAP", "Wanda-sp", "Wanda-sp, FFN", "SliceGPT")
@@ -108,7 +124,8 @@ def label(name):
     """A method in a table: ours in bold letters, and what stands for a library in words."""
     if name == "torch-pruning":
         return "torch-pruning's LLM example (weight norms, no data)"
-    return name if name in (*PUBLISHED, *HALF, "dense") else f"**{name}**"
+    is_published = name in (*PUBLISHED, *HALF, "dense") and not name.endswith("/ mended")
+    return name if is_published else f"**{name}**"
 
 
 def grid_table(records, keep):

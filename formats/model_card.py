@@ -107,9 +107,14 @@ def sentence(step):
     if step.get("command") == "prune.py":
         mended = "" if step.get("mend", "none") == "none" else f", mended by {inline(step['mend'])}"
         kept = f"Cut to {inline(step.get('keep'))} of its {RESOURCES.get(str(step.get('budget')), 'budget')}"
-        # Half of the weights are zero there, whatever the setting of the kept fraction.
-        if step.get("structure") == "2:4":
+        structure = str(step.get("structure"))
+        # As many weights are zero there as n:m says, whatever the setting of the kept fraction.
+        if structure == "2:4":
             kept = "Two of each four weights were set to zero"
+        elif ":" in structure:
+            kept = "Weights were set to zero"
+        elif structure == "weights":
+            kept = f"All but {inline(step.get('keep'))} of its weights were set to zero"
         return (f"{kept} (structure {inline(step.get('structure'))}) by score {inline(step.get('score'))}, calibrated "
                 f"on {words(step.get('data'))}{mended} (`prune.py`).")
     taught = f", taught by {inline(step['teacher'])}" if step.get("teacher") else ""

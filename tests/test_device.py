@@ -28,7 +28,7 @@ import prune
 import schedule
 import shard
 import train
-from methods import two_four
+from methods import sparse
 
 FIRST_CUT, LAST_CUT, SLICE, STEPS = 1, 2, 3, 5
 WORLD, LOCAL_WORLD = 8, 4
@@ -174,7 +174,7 @@ def test_a_run_with_cuts_and_a_slice_stays_on_its_device(device, teacher):
 
 def test_a_model_of_two_in_four_stays_on_its_device(device):
     setup, state = setup_and_state(device, teacher=False)
-    state.masks = two_four.masks(state.model)
+    state.masks = sparse.masks(state.model)
     train.train(setup, state, FIRST_CUT)
     assert on_device(state, device)
 

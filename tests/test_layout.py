@@ -14,13 +14,12 @@ ROWS = [      # a file imports only from rows above its own
     "formats.pt formats.tokenizer_json tasks.own_questions",
     "shard bench.timing experiments.scaling_curves formats.model_card formats.tokenizer formats.top_k "
     "methods.slicegpt tasks.questions",
-    "data formats.dcp formats.gguf_vocabulary formats.huggingface formats.llamacpp methods.margin methods.two_four "
-    "tasks.probe",
+    "data formats.dcp formats.gguf_vocabulary formats.huggingface formats.llamacpp methods.margin tasks.probe",
     "checkpoint score formats.gguf_export",
     "eval export methods.channels methods.depth methods.latency methods.offload methods.self_text "
     "methods.torch_pruning_peer",
     "experiments.measure methods.mend",
-    "methods.local methods.measured",
+    "methods.local methods.measured methods.sparse",
     "prune experiments.recover_report",
     "train experiments.candidates experiments.compare_report experiments.smollm2",
     "bench.cut_memory bench.variants experiments.claims_runs experiments.compare experiments.glassllm "

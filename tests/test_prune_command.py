@@ -21,7 +21,7 @@ import prune
 import score
 import train
 from common import UserError, parse
-from methods import depth, mend, two_four
+from methods import depth, mend, sparse
 
 SMALL = dict(windows=8, eval_windows=16, block_size=32, device="cpu")
 
@@ -310,7 +310,8 @@ def test_the_command_says_its_dtype_and_saves_float32(command):
 
 @pytest.mark.parametrize("flags", [
     dict(score="taylor"), dict(score="wanda", mend="least-squares"), dict(mend="local", local_steps=5),
-    dict(structure="layer,ffn,kv", allocate="adaptive"), dict(structure="channel", score="magnitude")],
+    dict(structure="layer,ffn,kv", allocate="adaptive"), dict(structure="channel", score="magnitude"),
+    dict(structure="weights", score="wanda", mend="least-squares")],
     ids=lambda flags: "-".join(map(str, flags.values())))
 def test_weights_of_bfloat16_stay_so_and_lose_little_more(command, flags):
     _, _, said = command(keep=.7, **flags)
@@ -362,7 +363,9 @@ def test_weights_are_float32_but_on_a_gpu_as_stored(trained, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("flags", [dict(score="taylor2", iterations=2), dict(structure="channel", score="activation"),
-                                   dict(structure="sublayer", score="perplexity")], ids=lambda flags: flags["score"])
+                                   dict(structure="sublayer", score="perplexity"),
+                                   dict(structure="weights", score="wanda", mend="least-squares")],
+                         ids=lambda flags: flags["score"])
 def test_layer_by_layer_the_command_cuts_the_same(command, trained, flags, tmp_path, capsys):
     whole, _, said = command(keep=.6, **flags)
     argv = [f"--{flag.replace('_', '-')}={value}" for flag, value in {**SMALL, **flags, "keep": .6}.items()]
@@ -374,23 +377,28 @@ def test_layer_by_layer_the_command_cuts_the_same(command, trained, flags, tmp_p
     assert np.abs(np.subtract(losses(said), losses(capsys.readouterr().out))).max() < .001
 
 
-@pytest.mark.parametrize("name", ["magnitude", "wanda"])
-def test_2_4_is_saved_and_trains_on_with_its_masks(command, tmp_path, name):
-    model, about, said = command(structure="2:4", score=name)
-    masks = two_four.unpack(about["masks"])
-    assert two_four.share(model) == 1 and "zero in 100% of the blocks' matrices" in said
-    assert all((p[~masks[key]] == 0).all() and (p[masks[key]] != 0).all() for key, p in two_four.matrices(model))
+@pytest.mark.parametrize("structure, name, mend", [
+    ("2:4", "magnitude", "none"), ("2:4", "wanda", "dsnot"), ("4:8", "mrp", "least-squares"),
+    ("weights", "wanda", "least-squares"), ("weights", "sparsegpt", "none")])
+def test_a_sparse_model_is_saved_and_trains_on_with_its_masks(command, tmp_path, structure, name, mend):
+    flags = dict(keep=.5) if structure == "weights" else {}
+    model, about, said = command(structure=structure, score=name, mend=mend, **flags)
+    masks = sparse.unpack(about["masks"])
+    assert ("weights of the blocks' matrices are left: 0.5000" if flags else "zero in 100% of the blocks'") in said
+    assert all((p[~masks[key]] == 0).all() and (p[masks[key]] != 0).all() for key, p in sparse.matrices(model))
+    assert sum(mask.sum() for mask in masks.values()) * 2 == sum(mask.numel() for mask in masks.values())
     out = tmp_path / "trained"
     train.main(train.Train(init=str(tmp_path / "cut"), plan="scratch", steps=3, batch_tokens=256, micro_batch=4,
                            eval_windows=2, device="cpu", out=str(out)), quiet=True)
     after = checkpoint.load(out)[0]
-    assert two_four.share(after) == 1 and not torch.equal(after.head_weight, model.head_weight)
-    with pytest.raises(UserError, match="is 2:4 already, .* cut first"):
+    assert all((after.get_parameter(key)[~mask] == 0).all() for key, mask in masks.items())
+    assert not torch.equal(after.head_weight, model.head_weight)
+    with pytest.raises(UserError, match="is sparse already, .* cut first"):
         prune.main(prune.Prune(init=str(tmp_path / "cut"), out=str(tmp_path / "again"), device="cpu"))
 
 
 def test_wanda_and_magnitude_choose_other_weights_in_2_4(command):
-    a, b = (two_four.masks(command(name, structure="2:4", score=name)[0]) for name in ("magnitude", "wanda"))
+    a, b = (sparse.masks(command(name, structure="2:4", score=name)[0]) for name in ("magnitude", "wanda"))
     assert sum((a[key] != b[key]).sum().item() for key in a) > 100
 
 
@@ -415,13 +423,14 @@ ALLOWED = {  # structure: scores, allocations, budgets, mending, written out
         "sensitivity taylor taylor2 activation wanda magnitude random influence perplexity", "global middle",
         "params flops kv_bytes ms", "none sequential local")),
     "channel": ("activation magnitude taylor", "global", "params", "none"),
-    "2:4": ("magnitude wanda", "global", "params", "none")}
+    **dict.fromkeys(("2:4", "4:8"), ("magnitude wanda sparsegpt mrp", "global", "params", "none least-squares dsnot")),
+    "weights": ("magnitude wanda sparsegpt", "global", "params", "none least-squares dsnot")}
 
 
 def test_check_allows_exactly_what_has_a_meaning():
     scores, ways, budgets, mends = ([*dict.fromkeys(" ".join(row[i] for row in ALLOWED.values()).split()), "nonsense"]
                                     for i in range(4))
-    for structure in (*ALLOWED, "heads", "ffn,heads", "ffn,layer", ""):
+    for structure in (*ALLOWED, "heads", "ffn,heads", "ffn,layer", "4:2", "0:4", "2:4,ffn", ""):
         for combination in itertools.product(scores, ways, budgets, mends):
             recipe = prune.Prune(structure=structure, **dict(zip(("score", "allocate", "budget", "mend"), combination)))
             meant = structure in ALLOWED and all(
@@ -475,6 +484,11 @@ def test_it_refuses_in_a_sentence_and_overwrites_nothing(trained, tmp_path):
             (init | dict(structure="layer", multiple_of=8), "--multiple-of has no effect"),
             (init | dict(structure="2:4", score="wanda", keep=.5), "--keep has no effect"),
             (init | dict(structure="2:4", score="wanda", iterations=2), "--iterations has no effect"),
+            (init | dict(structure="4:2", score="wanda"), "--structure 4:2 keeps 4 of each 2 weights; give n:m"),
+            (init | dict(structure="8:16", score="mrp"), "--score mrp would try 12,870 sets .* smaller groups"),
+            (init | dict(structure="2:7", score="wanda"), "has 32 inputs, and 2:7 needs a multiple of 7"),
+            (init | dict(structure="2:4", score="mrp", windows=1, micro_batch=1, block_size=8),
+             "--score mrp fits .* = 8 tokens; give --windows"),
             (init | dict(mend="bias", iterations=2), "cannot be cut again; --iterations 2 must be 1"),
             (init | dict(out=trained), "is there already; give another --out"),
             (init | dict(windows=6), "--windows 6 is no multiple .* 4; try 8"),

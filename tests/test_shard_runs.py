@@ -12,7 +12,7 @@ import checkpoint
 import shard
 import train
 from common import UserError
-from methods import two_four
+from methods import sparse
 
 pytestmark = pytest.mark.skipif(torch.__version__ < shard.OLDEST_ON_CPU, reason="FSDP2 on CPUs needs a newer PyTorch")
 BATCH = dict(batch_tokens=12 * 64, dtype="float64")            # 12 windows: for 1, 2 and 3 processes
@@ -94,17 +94,17 @@ def test_two_machines_with_a_copy_each_and_a_given_sparse_model(tmp_path):
     """HSDP over 2 x 2 processes; and 2:4 weights, whose zeros stay."""
     train_toy(tmp_path / "dense", plan="scratch", steps=10)
     model, about = checkpoint.load(tmp_path / "dense")
-    masks = two_four.masks(model)
-    two_four.hold_(model, None, masks)
+    masks = sparse.masks(model)
+    sparse.hold_(model, None, masks)
     checkpoint.save(tmp_path / "sparse.pt", model, run=about["run"], tokenizer_files=about["tokenizer_files"],
-                    masks=two_four.pack(masks))
+                    masks=sparse.pack(masks))
     settings = dict(plan="scratch", init=str(tmp_path / "sparse.pt"), preset="laptop", steps=12, block_size=64,
                     save_every=5, **BATCH)
     train_shared(4, dict(out=str(tmp_path / "hsdp"), shard="hsdp", **settings), local_world=2)
     train_toy(tmp_path / "one", **settings)
     assert_alike(tmp_path / "one", tmp_path / "hsdp")
     weights, state, _ = result(tmp_path / "hsdp")
-    kept = two_four.unpack(state["masks"])
+    kept = sparse.unpack(state["masks"])
     for name, mask in masks.items():
         assert torch.equal(kept[name], mask) and (weights[name][~mask] == 0).all()
 
