@@ -20,8 +20,8 @@ ROWS = [      # a file imports only from rows above its own
     "eval export methods.depth methods.latency methods.self_text methods.torch_pruning_peer",
     "experiments.measure methods.measured",
     "prune experiments.recover_report",
-    "train experiments.candidates experiments.compare_report experiments.smollm2",
-    "bench.variants experiments.claims_runs experiments.compare experiments.glassllm experiments.recover "
+    "methods.loraprune train experiments.candidates experiments.compare_report experiments.smollm2",
+    "bench.variants experiments.claims_runs experiments.compare experiments.glassllm experiments.recover methods.lora "
     "experiments.sweep experiments.teacher",
     "bench.dtypes bench.inference bench.system bench.training experiments.claims_statistics "
     "experiments.recover_study experiments.scaling_runs",
