@@ -225,17 +225,19 @@ def backward(objective, text, settings, step, teacher, autocast):
 def save(path, identity, state):
     """Write what training has changed: the adapters, Adam's moments, the living units, the averages."""
     adapters = {name: p.detach() for name, p in state.model.named_parameters() if p.requires_grad}
-    checkpoint.write(path, {"identity": identity, "step": state.step, "adapters": adapters,
-                            "optimizer": state.optimizer.state_dict(), "alive": checkpoint.listed(state.alive),
-                            "averages": checkpoint.listed(state.averages)})
+    content = {"identity": identity, "step": state.step, "adapters": adapters,
+               "optimizer": state.optimizer.state_dict(), "alive": checkpoint.listed(state.alive),
+               "averages": checkpoint.listed(state.averages)}
+    checkpoint.write(path, {"content": content, "content_digest": checkpoint.digest_of(content)})
 
 
 @torch.no_grad()
 def resume(path, identity, state):
     """Put what `save` wrote into the State of `begin`, in place. Raises UserError for a damaged file, and
     for one of other settings, another model or another text."""
-    saved = read_pickled_tensors(path, "delete it to begin anew")
-    if saved.get("digest") != checkpoint.digest_of(saved):
+    file = read_pickled_tensors(path, "delete it to begin anew")
+    saved = file.get("content", {})
+    if file.get("content_digest") != checkpoint.digest_of(saved):
         raise UserError(f"{path} is damaged; delete it to begin anew")
     differ = [name for name, value in identity.items() if saved["identity"].get(name) != value]
     if differ:

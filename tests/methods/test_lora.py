@@ -179,7 +179,7 @@ def test_a_damaged_file_of_a_killed_run_is_refused(folder, tmp_path):
     state = lora.begin(checkpoint.load(folder / "run")[0], settings)
     lora.save(tmp_path / "adapters.pt", {}, state)
     content = torch.load(tmp_path / "adapters.pt", weights_only=True)
-    content["step"] = 7
+    content["content"]["step"] = 7
     torch.save(content, tmp_path / "adapters.pt")
     with pytest.raises(UserError, match="is damaged; delete it"):
         lora.resume(tmp_path / "adapters.pt", {}, state)
