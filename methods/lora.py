@@ -70,9 +70,11 @@ class Adapted(nn.Module):
         self.B = nn.Parameter(self.weight.new_zeros(linear.out_features, rank))
 
     def forward(self, x):
-        # B (A x) costs less than (B A) x, and W takes no gradient.
-        low = F.linear(F.linear(x, self.A), self.B)
-        return F.linear(x, self.weight, self.bias) + self.scale * low
+        # B (A x), where W takes no gradient, costs less than the gradient of all of (W + B A) x.
+        low = self.scale * F.linear(x, self.A)                          # (..., r)
+        out = F.linear(x, self.weight, self.bias)
+        # In one pass over the output.
+        return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), self.B.T).view_as(out)
 
     def merged(self):
         """W + α/r · B A, (out, in)."""
