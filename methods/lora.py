@@ -319,7 +319,7 @@ def train_and_save(settings, out):
     start = model.config
     made = {"tokenizer": tokenizer.name, "data": settings.data, "fingerprint": corpus.fingerprint,
             "lora": dataclasses.asdict(settings)}
-    identity = {name: value for name, value in made["lora"].items() if name not in ("device", "out")}
+    identity = {name: value for name, value in made["lora"].items() if name not in ("device", "out", "eval_windows")}
     identity |= {"dtype": str(dtype), "text": corpus.fingerprint, "model": checkpoint.fingerprint(model)}
     prune.print_losses(settings, model, corpus, "before", dtype)
 
