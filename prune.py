@@ -205,7 +205,7 @@ UNITS = Structure(tuple(SCORES), (*ALLOCATIONS, "measured"), BUDGETS,
 SIDE_BY_SIDE = ("sequential", "local")
 LEAST_SQUARES = ("least-squares", *SIDE_BY_SIDE)
 # FLAP's scores sum to 0 in every layer, so they cannot rank layers.
-LAYER_SCORES = [name for name in SCORES if name != "flap"]
+LAYER_SCORES = [name for name in SCORES if not name.startswith("flap")]
 DEPTH = Structure((*LAYER_SCORES, "influence", "perplexity"), ("global", "middle"), BUDGETS,
                   ("none", "sequential", "local"))
 STRUCTURES = {

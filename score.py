@@ -33,7 +33,7 @@ from model import coupled, reader_of
 READERS = ("attn.o", "ffn.down")
 # Fields of Stats that take a backward pass, and fields about what comes into a matrix.
 GRADIENTS = {"grad", "grad_sq", "sensitivity"}
-INPUTS = {"mean", "square", "position", "gram"}
+INPUTS = {"mean", "square", "position", "size", "gram"}
 
 
 # -- statistics
@@ -58,6 +58,8 @@ class Stats:
     square: dict = field(default_factory=dict)
     # {name: (T, n)}, the sum over windows of the inputs' squares at each position.
     position: dict = field(default_factory=dict)
+    # {name: (n,)}, the sum over windows of the square of the inputs' mean size in the window.
+    size: dict = field(default_factory=dict)
     # {name: (n, n)}, the mean over tokens of x xᵀ for the inputs x.
     gram: dict = field(default_factory=dict)
     # {(layer, "layer" | kind): number}, the cosine of the residual stream in front of a layer or
@@ -115,7 +117,7 @@ def add_up_processes(stats, model):
         return
     counts = torch.tensor([stats.tokens, stats.windows], device=model.embed.weight.device)
     tensors = [counts]
-    for sums in (stats.mean, stats.square, stats.position, stats.gram, stats.channel):
+    for sums in (stats.mean, stats.square, stats.position, stats.size, stats.gram, stats.channel):
         tensors += sums.values()
     for key, cosines in stats.cosine.items():
         stats.cosine[key] = [torch.stack(cosines).sum()]
@@ -212,6 +214,8 @@ def take_inputs(stats, needs, name):
             add(stats.square, name, rows.square().sum(0))
         if "position" in needs:
             add(stats.position, name, x.square().sum(0))
+        if "size" in needs:
+            add(stats.size, name, x.abs().mean(1).square().sum(0))
         if "gram" in needs:
             # Autocast would round the products to bfloat16.
             with torch.autocast(x.device.type, enabled=False):
@@ -398,6 +402,14 @@ def activation(model, stats):
     return scores
 
 
+def minitron(model, stats):
+    """Size of a unit's output: mean of the absolute values over a window, then L2 over windows and over
+    a head's channels. Minitron's order as its release has it (NVIDIA's Model-Optimizer); there query
+    heads go, here whole KV groups."""
+    scores = by_channel(model, lambda name, w: stats.size[name])
+    return {key: squares.sqrt() for key, squares in scores.items()}
+
+
 def wanda(model, stats):
     """‖x_j‖ · |W_:j|, x_j the unit's outputs over the calibration text, W what reads them:
     Wanda-sp, the structured form of Wanda (arXiv 2306.11695) that FLAP compares with."""
@@ -407,11 +419,26 @@ def wanda(model, stats):
 def flap(model, stats):
     """Var(x_j) · ‖W_:j‖², standardised over the channels of one layer and kind, so that layers and
     kinds compete: FLAP (arXiv 2312.11983, eq. 5-6)."""
+    return by_channel(model, lambda name, w: standardised(fluctuation(stats, name, w)))
+
+
+def flap_squared(model, stats):
+    """As `flap`, but the number of an attention's channel is squared before it is standardised, as in
+    FLAP's released code, which the paper does not say."""
     def channels(name, w):
-        variance = (stats.square[name] - stats.mean[name].square()).clamp(min=0)
-        metric = variance * shard.whole(w.square().sum(0))
-        return (metric - metric.mean()) / metric.std(correction=0).clamp(min=1e-30)
+        metric = fluctuation(stats, name, w)
+        return standardised(metric.square() if name.endswith("attn.o.weight") else metric)
     return by_channel(model, channels)
+
+
+def fluctuation(stats, name, w):
+    """FLAP's Var(x_j) · ‖W_:j‖² of the channels that the matrix w (C, n) reads, (n,)."""
+    variance = (stats.square[name] - stats.mean[name].square()).clamp(min=0)
+    return variance * shard.whole(w.square().sum(0))
+
+
+def standardised(metric):
+    return (metric - metric.mean()) / metric.std(correction=0).clamp(min=1e-30)
 
 
 @dataclass(frozen=True)
@@ -427,8 +454,10 @@ SCORES = {
     "taylor": Score(taylor, {"grad"}),
     "taylor2": Score(taylor2, {"grad", "grad_sq"}),
     "activation": Score(activation, {"position"}),
+    "minitron": Score(minitron, {"size"}),
     "wanda": Score(wanda, {"square"}),
     "flap": Score(flap, {"mean", "square"}),
+    "flap-squared": Score(flap_squared, {"mean", "square"}),
     "magnitude": Score(magnitude, set()),
     "random": Score(random, set()),
 }

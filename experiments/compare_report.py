@@ -64,6 +64,8 @@ HALF = {
 DEPTH = ("ShortGPT", "Shortened LLaMA, PPL", "Shortened LLaMA, Taylor+")
 # The methods that Adapt-Pruner is compared with.
 RIVALS = ("LLM-Pruner", "LLM-Pruner, FFN", "FLAP", "Wanda-sp", "Wanda-sp, FFN", "SliceGPT")
+# The scores that are combined with all allocations: not the variants of released code.
+UNIT_SCORES = [name for name in score.SCORES if name not in ("minitron", "flap-squared")]
 ALLOCATIONS = [name for name in allocate.ALLOCATIONS if name != "uniform-strict"]
 ADAPT_STEP = 0.02                     # from Adapt-Pruner's scripts
 
@@ -74,7 +76,7 @@ def grid():
     recipes = []
     for allocations, mend in ((ALLOCATIONS, "none"), (ALLOCATIONS, "least-squares"),
                               (["measured"], "least-squares"), (["measured"], "none")):
-        for unit_score, allocation in itertools.product(score.SCORES, allocations):
+        for unit_score, allocation in itertools.product(UNIT_SCORES, allocations):
             recipes.append(Prune(score=unit_score, allocate=allocation, mend=mend))
     return recipes
 
@@ -143,7 +145,7 @@ def grid_table(records, keep):
 
     allocations = [*ALLOCATIONS, "measured"]
     rows = []
-    for unit_score in score.SCORES:
+    for unit_score in UNIT_SCORES:
         rows.append([f"`{unit_score}`", *[cell(unit_score, allocation) for allocation in allocations]])
     dense = perplexities["dense", 1.0][0]
     heads = ["score", *[f"`{allocation}`" for allocation in allocations]]
@@ -255,7 +257,7 @@ def adaptive_beats_uniform(grid, keep, groups):
     lines = []
     for units, suffix in ((coarse, ""), ("FFN neurons alone", ", FFN")):
         differences = {}
-        for unit_score in score.SCORES:
+        for unit_score in UNIT_SCORES:
             adaptive = grid.get((f"{unit_score} / adaptive{suffix}", keep))
             uniform = grid.get((f"{unit_score} / uniform{suffix}", keep))
             if adaptive and uniform:

@@ -22,8 +22,10 @@ from experiments.scaling_laws import HELD_OUT, NEAR, Points
 from report import markdown
 
 P2_CONSTANTS = ("gamma", "delta", "alpha", "beta", "N_C", "D_C", "E")
-RIVALS = ("p2, outside", "p2, rate only", "chinchilla", "power")
+RIVALS = ("p2, outside", "p2, rate only", "chinchilla", "over-trained", "compute", "power")
 LABEL = "nats per token"
+# The split whose final losses are judged by themselves: a small model's runs predict a large one's end.
+LARGEST = "largest model"
 
 
 # -- fit: the laws and the records
@@ -112,7 +114,8 @@ def recovery_tables(config, kinds):
             remarks.append(f"- {kind}: {sentence}")
     constants = markdown(["cut", "points", *P2_CONSTANTS, "R² of loss - L₀", "mean error (nats)",
                           "Huber", "ASD"], fitted)
-    errors = markdown(["cut", "law", "fitted", *HELD_OUT], tested)
+    errors = markdown(["cut", "law", "fitted", *HELD_OUT, f"{LARGEST}, final loss",
+                       "the same without the first tenth"], tested)
     return [f"Constants of the P² law, fitted with {config.loss} loss. In brackets stand 90 % of a "
             "bootstrap over curves; curves of one model share its L₀, so these intervals are "
             "rather too narrow.",
@@ -122,7 +125,10 @@ def recovery_tables(config, kinds):
             "held out. \"No law: straight line\" continues every curve along a line over log(tokens) "
             f"through its last {scaling_curves.LINE_POINTS} seen points. \"No law: neighbour\" gives a "
             "curve its own L₀ plus what the nearest seen cut cost after as many tokens: that of the "
-            "next smaller model at the same rate, or of the same model at the next smaller rate.",
+            "next smaller model at the same rate, or of the same model at the next smaller rate. The "
+            "last two columns are the absolute relative error of the last losses of the largest model's "
+            "curves, fitted to those of the others, and to these without the first tenth of the tokens "
+            "of each.",
             errors]
 
 
@@ -141,9 +147,15 @@ def constants_row(kind, fit, points, samples):
 
 def error_rows(config, kind, points):
     """A row for each law that these points allow, and for each guess without a law: its mean error,
-    in nats and per cent, where it was fitted and on each part held out."""
+    in nats and per cent, where it was fitted and on each part held out; and the error of the final
+    losses of the largest model, with the first tenth of the tokens and without."""
     def show(judged):
         return f"{judged['nats']:.4f} ({judged['percent']:.2f} %)" if judged else "-"
+
+    def show_final(judged):
+        return f"{judged['final']:.2f} %" if judged else "-"
+
+    late = points.where(scaling_laws.without_start(points))
 
     laws = list(RIVALS)
     p2 = form_of_p2(points)
@@ -155,11 +167,14 @@ def error_rows(config, kind, points):
             continue
         fit = scaling_laws.fit(law, points, config.loss, config.starts)
         held_out = scaling_laws.held_out(law, points, loss=config.loss, starts=config.starts)
+        of_late = scaling_laws.held_out(law, late, (LARGEST,), loss=config.loss, starts=config.starts)
         cells = [show(judged) for judged in held_out.values()]
-        rows.append([kind, law, show(scaling_laws.judge(fit, points)), *cells])
+        finals = [show_final(judged[LARGEST]) for judged in (held_out, of_late)]
+        rows.append([kind, law, show(scaling_laws.judge(fit, points)), *cells, *finals])
     for name, guess in scaling_curves.GUESSES.items():
-        judged = scaling_curves.judged_guesses(guess, points).values()
-        rows.append([kind, name, "-", *[show(of_split) for of_split in judged]])
+        guessed = [scaling_curves.judged_guesses(guess, some) for some in (points, late)]
+        cells = [show(judged) for judged in guessed[0].values()]
+        rows.append([kind, name, "-", *cells, *[show_final(judged[LARGEST]) for judged in guessed]])
     return rows
 
 

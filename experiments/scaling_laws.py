@@ -8,11 +8,13 @@ Every law is a function below that reads as its formula, and a row of `LAWS`.
   rival forms: "outside" and "rate only" are of the same kind and our choice. So is "control", where
   the cut is compared with going on training without a cut.
 - Chinchilla is from arXiv 2203.15556. With n the average size over the training it is the law of
-  The Journey Matters (arXiv 2501.12486).
+  The Journey Matters (arXiv 2501.12486). Two rivals share its exponents: "over-trained" is the law of
+  arXiv 2403.08540, "compute" holds that only FLOPs count, as arXiv 2404.19484 does.
 Losses are in nats per token. Not here: reading runs (experiments/scaling_curves.py), tables
 (experiments/scaling.py).
 """
 import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -92,6 +94,18 @@ def chinchilla(c, p):
     return c.A * p.n**-c.alpha + c.B * p.tokens**-c.beta + c.E
 
 
+def over_trained(c, p):
+    """L = A / N^beta + B / D^beta + E. With C = 6 N D FLOPs and M = D / N tokens per parameter it is
+    (a M^eta + b M^-eta) / C^eta + E with eta = beta / 2, arXiv 2403.08540"""
+    return c.A * p.n**-c.beta + c.B * p.tokens**-c.beta + c.E
+
+
+def compute(c, p):
+    """L = B / (N D)^beta + E: FLOPs count, C = 6 N D, and not how N and D share them. This is the claim of
+    arXiv 2404.19484, whose straight line over log C is the limit of beta -> 0."""
+    return c.B * (p.n * p.tokens)**-c.beta + c.E
+
+
 def power(c, p):
     """L = B / D^beta + E for every curve by itself"""
     return c.B * p.tokens**-c.beta + c.E
@@ -108,7 +122,7 @@ class Law:
     name: str
     formula: Callable                           # (constants, points) -> losses; linear in the coefficients
     coefficients: tuple[str, ...]
-    exponents: dict[str, str]                   # exponent: the field of Points that it is over
+    exponents: dict[str, tuple[str, ...]]       # exponent: the fields of Points that it is over
     base: str | None                            # the field of Points that the formula adds to
     signed: tuple[str, ...] = ("E", "gamma", "delta")
     per_curve: bool = False                     # every curve has constants of its own
@@ -117,6 +131,11 @@ class Law:
     def names(self):
         """The constants in the order of theta."""
         return (*self.coefficients, *self.exponents)
+
+    @property
+    def columns(self):
+        """The fields of Points that stand under an exponent, once each."""
+        return tuple(dict.fromkeys(itertools.chain.from_iterable(self.exponents.values())))
 
     @property
     def is_signed(self):
@@ -180,7 +199,7 @@ class Law:
         """The points in units of their geometric means, and the Points that hold these units. In
         such units constants are far less correlated, which the fit needs."""
         units = dataclasses.replace(points.where([0]), loss=np.ones(1))
-        for column in set(self.exponents.values()):
+        for column in self.columns:
             unit = np.exp(np.log(getattr(points, column)).mean(keepdims=True))
             units = dataclasses.replace(units, **{column: unit})
             points = dataclasses.replace(points, **{column: getattr(points, column) / unit})
@@ -197,10 +216,10 @@ class Law:
         return theta
 
 
-P2 = {"gamma": "rho", "delta": "n0", "alpha": "n0", "beta": "tokens"}
-ONE_RATE = {"delta": "n0", "alpha": "n0", "beta": "tokens"}
-ONE_SIZE = {"gamma": "rho", "beta": "tokens"}
-RATE_ONLY = {"gamma": "rho", "alpha": "n0", "beta": "tokens"}
+P2 = {"gamma": ("rho",), "delta": ("n0",), "alpha": ("n0",), "beta": ("tokens",)}
+ONE_RATE = {"delta": ("n0",), "alpha": ("n0",), "beta": ("tokens",)}
+ONE_SIZE = {"gamma": ("rho",), "beta": ("tokens",)}
+RATE_ONLY = {"gamma": ("rho",), "alpha": ("n0",), "beta": ("tokens",)}
 P2_COEFFICIENTS = ("N_C", "D_C", "E")
 AFTER_CUT = (
     Law("p2", p2, P2_COEFFICIENTS, P2, "before"),
@@ -211,10 +230,12 @@ EVERY_LAW = (
     *[dataclasses.replace(law, name=f"{law.name}, control", base="control") for law in AFTER_CUT],
     Law("p2, outside", p2_outside, P2_COEFFICIENTS, P2, "before"),
     Law("p2, rate only", p2_rate_only, P2_COEFFICIENTS, RATE_ONLY, "before"),
-    # E > 0 is what endless parameters and tokens leave: no loss is below 0 (our choice; for
-    # "power", too).
-    Law("chinchilla", chinchilla, ("A", "B", "E"), {"alpha": "n", "beta": "tokens"}, None, signed=()),
-    Law("power", power, ("B", "E"), {"beta": "tokens"}, None, signed=(), per_curve=True))
+    # E > 0 is what endless parameters and tokens leave: no loss is below 0 (our choice; for all laws
+    # from here on).
+    Law("chinchilla", chinchilla, ("A", "B", "E"), {"alpha": ("n",), "beta": ("tokens",)}, None, signed=()),
+    Law("over-trained", over_trained, ("A", "B", "E"), {"beta": ("n", "tokens")}, None, signed=()),
+    Law("compute", compute, ("B", "E"), {"beta": ("n", "tokens")}, None, signed=()),
+    Law("power", power, ("B", "E"), {"beta": ("tokens",)}, None, signed=(), per_curve=True))
 LAWS = {law.name: law for law in EVERY_LAW}
 
 
@@ -262,7 +283,7 @@ def check_numbers(law, points):
     needed = {"loss": "needs"}
     if law.base:
         needed[law.base] = "needs"
-    for column in law.exponents.values():
+    for column in law.columns:
         needed[column] = "divides by"
     for column, verb in needed.items():
         values = getattr(points, column)
@@ -276,21 +297,21 @@ def check_numbers(law, points):
 
 
 def check_variables(law, points):
-    """Raise UserError if the variable of an exponent is the same at all points, or nearly."""
+    """Raise UserError if all variables of an exponent are the same at all points, or nearly."""
     same = {}
     for column in ("rho", "n0", "n", "tokens"):
         values = np.sort(getattr(points, column))
         if (values[1:] <= values[:-1] * NEAR).all():
             same[column] = values[0]
-    idle = [exponent for exponent, column in law.exponents.items() if column in same]
+    idle = [exponent for exponent, columns in law.exponents.items() if same.keys() >= set(columns)]
     if not idle:
         return
-    numbers = {law.exponents[exponent]: f"{same[law.exponents[exponent]]:g}" for exponent in idle}
-    numbers = ", ".join(f"{column} {number}" for column, number in numbers.items())
+    unchanging = dict.fromkeys(itertools.chain.from_iterable(law.exponents[exponent] for exponent in idle))
+    numbers = ", ".join(f"{column} {same[column]:g}" for column in unchanging)
     other = ""
     for simpler in EVERY_LAW:
         alike = simpler.base == law.base or simpler.per_curve
-        if alike and not set(simpler.exponents.values()) & set(same):
+        if alike and same.keys().isdisjoint(simpler.columns):
             other = f", or fit law {simpler.name!r}"
             break
     raise UserError(f"all points have {numbers}, which leaves {', '.join(idle)} of law "
@@ -390,6 +411,8 @@ def judge_losses(predicted, points):
              arXiv 2411.10272, the formula is ours)
     nats     mean |error|
     percent  mean |error| in per cent of the loss
+    final    the same of the last point of each curve only: the absolute relative error (ARE) of
+             arXiv 2410.11840
     worst    largest |error|, nats"""
     errors = predicted - points.loss
     size = np.abs(errors)
@@ -401,9 +424,12 @@ def judge_losses(predicted, points):
     if neighbours.any():
         asd = np.abs(np.diff(errors[order])[neighbours] / millions[neighbours]).mean()
     huber = np.where(size < HUBER, size ** 2 / 2, HUBER * (size - HUBER / 2))
+    is_last = np.append(np.diff(points.curve[order]) != 0, True)
+    relative = size / points.loss
     judged = {"r2": 1 - (errors ** 2).sum() / variation if variation else np.nan,
               "huber": huber.mean(), "asd": asd, "nats": size.mean(),
-              "percent": 100 * (size / points.loss).mean(), "worst": size.max()}
+              "percent": 100 * relative.mean(), "final": 100 * relative[order][is_last].mean(),
+              "worst": size.max()}
     return {name: float(value) for name, value in judged.items()}
 
 
@@ -520,21 +546,28 @@ def largest_rate(points):
     return (points.rho * NEAR >= own) & (own * NEAR >= points.rho.max())
 
 
+def without_start(points, share=.1):
+    """The mask of points (points,) behind the first `share` of the tokens of their curve. Early losses
+    follow the schedule of the learning rate more than any law: arXiv 2410.11840 leaves out a tenth."""
+    ends = np.array([points.tokens[points.curve == curve].max() for curve in points.curve])
+    return points.tokens > share * ends
+
+
 HELD_OUT = {"last 20 %": last_fifth, "largest model": largest_model, "largest rate": largest_rate}
 
 
-def held_out(law, points, **how):
-    """{split: `judge` on its test points of a fit to the other points}; `how` is passed on to
-    `fit`.
+def held_out(law, points, splits=tuple(HELD_OUT), **how):
+    """{split: `judge` on its test points of a fit to the other points}, for these names in HELD_OUT;
+    `how` is passed on to `fit`.
 
     A split is None if `check` refuses the other points, or if they leave the test open: a curve
     that "power" has not seen, or the third size, for which "p2" has three constants (N_C, alpha, E)
     but sees only two sizes."""
     if isinstance(law, str):
         law = LAWS[law]
-    judged = dict.fromkeys(HELD_OUT)
-    for name, split in HELD_OUT.items():
-        tested = split(points)
+    judged = dict.fromkeys(splits)
+    for name in splits:
+        tested = HELD_OUT[name](points)
         try:
             check(law, points)
             check(law, points.where(~tested))

@@ -64,7 +64,7 @@ def without(config, layer, kind, *units):
         [i for i in range(config.widths()[layer, kind]) if i not in units], dtype=torch.long)}
 
 
-FIELDS = {"grad", "grad_sq", "sensitivity", "mean", "square", "position", "gram", "cosine", "channel"}
+FIELDS = {"grad", "grad_sq", "sensitivity", "mean", "square", "position", "size", "gram", "cosine", "channel"}
 
 
 def text(config, n=3):

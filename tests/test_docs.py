@@ -16,7 +16,6 @@ import pytest
 import torch
 
 import report
-import score
 from bench import __main__ as bench
 from bench import cut_memory
 from common import read_records, write_atomic
@@ -66,7 +65,7 @@ def adaptive_table():
     """The change of validation perplexity by adaptive shares, for each score."""
     grid = perplexities("validation")
     rows = []
-    for name in score.SCORES:
+    for name in compare_report.UNIT_SCORES:
         row = [f"`{name}`"]
         for structure in ("", ", FFN"):
             adaptive, uniform = (grid[f"{name} / {how}{structure}", 0.8][0] for how in ("adaptive", "uniform"))

@@ -12,24 +12,24 @@ ROWS = [      # a file imports only from rows above its own
     "common schedule bench.gpt2_peer formats.modeling_nanoprune tasks.statistics",
     "allocate distill model report experiments.scaling_laws experiments.texts formats.chat formats.origin "
     "formats.pt formats.tokenizer_json tasks.own_questions",
-    "shard bench.timing experiments.scaling_curves formats.model_card formats.tokenizer formats.top_k "
-    "methods.slicegpt tasks.questions",
-    "data formats.dcp formats.gguf_vocabulary formats.huggingface formats.llamacpp methods.margin tasks.probe",
+    "shard bench.timing experiments.scaling_curves formats.dcp formats.model_card formats.tokenizer "
+    "formats.top_k methods.slicegpt tasks.questions",
+    "data formats.gguf_vocabulary formats.huggingface formats.llamacpp methods.margin tasks.probe",
     "checkpoint score formats.gguf_export",
     "eval export methods.channels methods.depth methods.latency methods.offload methods.self_text "
     "methods.torch_pruning_peer",
     "experiments.measure methods.mend",
-    "methods.local methods.measured methods.sparse",
-    "prune experiments.recover_report",
-    "train experiments.candidates experiments.compare_report experiments.smollm2",
-    "bench.cut_memory bench.variants experiments.claims_runs experiments.compare experiments.glassllm "
-    "experiments.recover experiments.sweep experiments.teacher",
+    "experiments.recover_report methods.local methods.measured methods.sparse",
+    "prune",
+    "train bench.cut_memory experiments.candidates experiments.compare_report experiments.smollm2 "
+    "methods.loraprune",
+    "bench.variants experiments.claims_runs experiments.compare experiments.glassllm experiments.recover "
+    "experiments.sweep experiments.teacher methods.lora",
     "bench.dtypes bench.inference bench.system bench.training experiments.claims_statistics "
     "experiments.recover_study experiments.scaling_runs",
-    "bench.accounting",
-    "bench.memory",
-    "bench.__main__ experiments.claims_report experiments.precision experiments.scaling",
-    "experiments.claims"]
+    "bench.accounting experiments.claims_report experiments.precision experiments.scaling",
+    "bench.memory experiments.claims",
+    "bench.__main__"]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 FILES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file
          for folder in (".", *PACKAGES) for file in (ROOT / folder).glob("*.py") if file.name != "__init__.py"}

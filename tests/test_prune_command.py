@@ -416,11 +416,11 @@ def test_a_picture_of_the_widths_or_a_sentence(command, tmp_path, monkeypatch, t
 
 ALLOWED = {  # structure: scores, allocations, budgets, mending, written out
     **dict.fromkeys(("ffn", "kv", "ffn,kv", "kv,ffn", "layer,ffn,kv", "sublayer,ffn,kv"), (
-        "sensitivity taylor taylor2 activation wanda flap magnitude random",
+        "sensitivity taylor taylor2 activation minitron wanda flap flap-squared magnitude random",
         "global standardised uniform uniform-strict middle adaptive measured", "params flops kv_bytes ms",
         "none bias least-squares sequential local")),
     **dict.fromkeys(("layer", "sublayer"), (
-        "sensitivity taylor taylor2 activation wanda magnitude random influence perplexity", "global middle",
+        "sensitivity taylor taylor2 activation minitron wanda magnitude random influence perplexity", "global middle",
         "params flops kv_bytes ms", "none sequential local")),
     "channel": ("activation magnitude taylor", "global", "params", "none"),
     **dict.fromkeys(("2:4", "4:8"), ("magnitude wanda sparsegpt mrp", "global", "params", "none least-squares dsnot")),

@@ -41,10 +41,11 @@ def test_scores_take_exactly_the_entries_of_a_unit(name):
     by_entry = {"magnitude": lambda n: w[n].abs(), "taylor": lambda n: (w[n] * mean[n]).abs(),
                 "sensitivity": lambda n: sum((w[n] * g[n]).abs() for g in each) / 3,
                 "taylor2": lambda n: (w[n] * mean[n] - w[n]**2 * 4 * sum(g[n]**2 for g in each) / 6).abs()}
-    def flap(n):
-        metric = seen[n].flatten(0, 1).var(0, correction=0) * w[n].square().sum(0)
+    def flap(n, power=1):
+        metric = (seen[n].flatten(0, 1).var(0, correction=0) * w[n].square().sum(0))**power
         return (metric - metric.mean()) / metric.std(correction=0)
-    by_channel = {"wanda": lambda n: seen[n].square().mean((0, 1)).sqrt() * w[n].abs().sum(0), "flap": flap}
+    by_channel = {"wanda": lambda n: seen[n].square().mean((0, 1)).sqrt() * w[n].abs().sum(0), "flap": flap,
+                  "flap-squared": lambda n: flap(n, 2 if "attn" in n else 1)}
     found = {name: score.SCORES[name].function(model, stats) for name in score.SCORES}
     for scores in found.values():
         assert {key: len(s) for key, s in scores.items()} == config.widths()
@@ -61,6 +62,8 @@ def test_scores_take_exactly_the_entries_of_a_unit(name):
                 torch.testing.assert_close(found[name][layer, kind][unit].double(), channel(reader)[channels].mean(),
                                            rtol=1e-3, atol=1e-3)
             x = seen[reader][..., channels]                                            # (windows, T, channels)
+            windows = x.abs().mean(1)                                                  # (windows, channels)
+            close(found["minitron"][layer, kind][unit], windows.square().sum(0).mean().sqrt(), 1e-4)
             close(found["activation"][layer, kind][unit], x.square().sum(0).mean(-1).sqrt().mean(0), 1e-4)
 
 
@@ -98,13 +101,14 @@ def test_written_examples_of_each_criterion():
     stats = score.Stats(grad={name: torch.tensor(v, dtype=torch.float32) for name, v in g.items()},
                         grad_sq={name: torch.tensor(v, dtype=torch.float32) for name, v in h.items()},
                         mean={down: torch.tensor([2., 0])}, square={down: torch.tensor([5., 9])},
-                        position={down: torch.tensor([[4., 1], [16, 0]])})
+                        position={down: torch.tensor([[4., 1], [16, 0]])}, size={down: torch.tensor([9., 4])})
     expected = {"magnitude": [(3 + 1 + 7) / 6, (2 + 2 + 2) / 6],
                 "taylor": [(1 + 2 + 0 + 1 + 3 + 4) / 6, (0 + 1 + 2 + 0 + 0 + 0) / 6],
                 # gate: |1-1| |2-2|, |0-0| |1-2|; up: 0 |-1-1|, |2-2| 0; down: |3-9| |-4-8|, |0-1| |0-1|
                 "taylor2": [(0 + 0 + 0 + 2 + 6 + 12) / 6, (0 + 1 + 0 + 0 + 1 + 1) / 6],
-                "wanda": [7 * math.sqrt(5), 2 * 3], "flap": [1, -1],              # 25 · (5 - 4) and 2 · 9
-                "activation": [(2 + 4) / 2, (1 + 0) / 2]}
+                "wanda": [7 * math.sqrt(5), 2 * 3],
+                "flap": [1, -1], "flap-squared": [1, -1],                         # 25 · (5 - 4) and 2 · 9
+                "activation": [(2 + 4) / 2, (1 + 0) / 2], "minitron": [3, 2]}
     for name, values in expected.items():
         assert score.SCORES[name].function(model, stats)[0, "ffn"].tolist() == pytest.approx(values), name
 

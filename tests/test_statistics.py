@@ -31,13 +31,14 @@ def test_statistics_are_the_plain_formulas(name, n):
         assert (stats.grad[key] - whole[key]).abs().max() <= 1e-12                    # the whole text's, in batches
         assert (stats.grad_sq[key] - 4 * sum(g[key]**2 for g in each) / n).abs().max() <= 1e-12    # one window's
     readers = {coupled(config, *key)[-1][0] for key, units in config.widths().items() if units}
-    for field in (stats.mean, stats.square, stats.position, stats.gram):
+    for field in (stats.mean, stats.square, stats.position, stats.size, stats.gram):
         assert field.keys() == readers
     for key in readers:
         x = seen[key].flatten(0, 1)
         close(stats.mean[key], x.mean(0), 1e-4, 1e-6 * x.abs().max().item())      # float32 sums that may cancel
         close(stats.square[key], (x * x).mean(0), 1e-4)
         close(stats.position[key], seen[key].square().sum(0), 1e-4)
+        close(stats.size[key], seen[key].abs().mean(1).square().sum(0), 1e-4)
         gram = x.T @ x / len(x)
         close(stats.gram[key], gram, 1e-4, 1e-6 * gram.abs().max().item())
     norms = [out for key, out in seen.items() if key.endswith("norm.weight") and not key.endswith(("q_norm.weight",

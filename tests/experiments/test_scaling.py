@@ -211,10 +211,11 @@ def test_planted_constants_come_back(grid):
 
 def test_report_has_every_law_and_trend(grid):
     text = scaling.fit_report(FitGrid(str(grid), **QUICK), scaling_curves.read(grid))
-    for law in ("p2", "p2, outside", "p2, rate only", "p2, control", "chinchilla", "power"):
+    for law in ("p2", "p2, outside", "p2, rate only", "p2, control", "chinchilla", "over-trained", "compute", "power"):
         assert re.search(rf"\| width \| {law} \| 0\.\d+", text), law
-    assert re.search(r"\| width \| no law: straight line \| - \| 0\.\d+ \(.* %\) \| - \| - \|", text)
-    assert re.search(r"\| width \| no law: neighbour \| - \| - \| 0\.\d+ \(.* %\) \| 0\.\d+ \(.* %\) \|", text)
+    assert re.search(r"\| width \| no law: straight line \| - \| 0\.\d+ \(.* %\) \| - \| - \| - \| - \|", text)
+    assert re.search(r"\| width \| no law: neighbour \| - \| - \| 0\.\d+ \(.* %\) \| 0\.\d+ \(.* %\) "
+                     r"\| \d\.\d\d % \| \d\.\d\d % \|", text)
     row = next(line for line in text.splitlines() if line.startswith("| width | p2 |"))
     assert all(float(x) < .2 for x in re.findall(r"\(([\d.]+) %\)", row))               # it is the law that was planted
     assert "*A higher ρ needs more tokens*: in 8 of 8 models" in text

@@ -36,14 +36,16 @@ FORMULAS = {  # by hand, of constants c and points p
         c["N_C"] / p.n0 ** c["alpha"] + c["D_C"] / p.tokens ** c["beta"]),
     "p2, rate only": lambda c, p: p.before + (1 / p.rho) ** c["gamma"] * (
         c["N_C"] / p.n0 ** c["alpha"] + c["D_C"] / p.tokens ** c["beta"] + c["E"]),
-    "chinchilla": lambda c, p: c["E"] + c["A"] / p.n ** c["alpha"] + c["B"] / p.tokens ** c["beta"]}
+    "chinchilla": lambda c, p: c["E"] + c["A"] / p.n ** c["alpha"] + c["B"] / p.tokens ** c["beta"],
+    "over-trained": lambda c, p: c["E"] + c["A"] / p.n ** c["beta"] + c["B"] / p.tokens ** c["beta"],
+    "compute": lambda c, p: c["E"] + c["B"] / (p.n * p.tokens) ** c["beta"]}
 for name in ("p2", "p2, one rate", "p2, one size"):
     FORMULAS[f"{name}, control"] = lambda c, p, name=name: FORMULAS[name](c, p) - p.before + p.control
 EXPONENTS = {"alpha", "beta", "gamma", "delta"}
 
 
 def constants_of(name):
-    planted = PLANTED | ({"E": 1.7} if name == "chinchilla" else {})
+    planted = PLANTED | ({} if name.startswith("p2") else {"E": 1.7}) | ({"B": 3e4} if name == "compute" else {})
     return {constant: planted[constant] for constant in LAWS[name].names}
 
 
@@ -212,6 +214,30 @@ def test_a_curve_that_only_falls_is_fitted_too():
     assert judge(found, points)["worst"] < 1e-3 and np.isfinite([*found.theta, *found.constants.values()]).all()
 
 
+def test_the_over_trained_law_is_chinchillas_with_one_exponent_and_the_papers():
+    """On chinchilla's own losses with alpha = beta it finds chinchilla's constants; its losses are those of the formula
+    in C and M; and where the exponents differ it is off."""
+    one = planted("chinchilla", alpha=.3)
+    found = fit("over-trained", one, starts=8)
+    assert found.constants == pytest.approx({"A": 90, "B": 300, "E": 1.7, "beta": .3}, rel=1e-3)
+    C, M, eta = 6 * one.n * one.tokens, one.tokens / one.n, .15
+    a, b = 90 * 6 ** eta, 300 * 6 ** eta
+    np.testing.assert_allclose(one.loss, 1.7 + (a * M ** eta + b * M ** -eta) * C ** -eta, rtol=1e-12)
+    two = planted("chinchilla", alpha=.05, A=9.)
+    assert judge(fit("over-trained", two, starts=8), two)["nats"] > 3 * judge(fit("chinchilla", two, starts=8),
+                                                                             two)["nats"]
+
+
+def test_the_compute_law_is_off_where_the_share_of_tokens_counts():
+    same = planted("compute")
+    assert judge(fit("chinchilla", same, starts=8), same)["nats"] > 1e-3             # a product is no sum
+    points = planted("chinchilla", A=0.)                                             # only tokens count
+    assert judge(fit("compute", points, starts=8), points)["nats"] > .1
+    # At one size it is the power law of the tokens, and is fitted.
+    alone = planted("compute", grid(sizes=(3e8,), rates=(.25,)))
+    assert fit("compute", alone, starts=8).constants["beta"] == pytest.approx(.3, rel=1e-3)
+
+
 # -- what is refused
 
 RUN = dict(loss=3., tokens=2e6, n0=1e8, n=8e7, rho=.2, before=2.8, control=2.7, curve=0)
@@ -246,6 +272,9 @@ def changed(index=slice(0, 2), **fields):
     ("p2, outside", grid(sizes=(3e8,), rates=(.25,)), "rho 0.25, n0 3e.08, which leaves gamma, delta, alpha.*'power'"),
     ("p2, one rate", grid(sizes=(3e8,), rates=(.25,)), "leaves delta, alpha of law.*or fit law 'power'"),
     ("chinchilla", grid(sizes=(1e8,), rates=(.25,)), "all points have n 7.5e.07, which leaves alpha.* law 'power'"),
+    ("compute", grid(sizes=(1e8,), rates=(.25,), tokens=TOKENS[[0, 0, 0]]),
+     "all points have n 7.5e.07, tokens 2e.06, which leaves beta of law 'compute' open"),
+    ("over-trained", changed(n=0), "2 of 90 points have 0 as n, which law 'over-trained' divides by"),
     ("p2", grid(tokens=TOKENS[:1]), "all points have tokens 2e.06, which leaves beta of law 'p2' open; .* over 8%$")])
 def test_refusals_give_numbers_and_a_remedy(name, points, says):
     with pytest.raises(UserError, match=says) as problem:
@@ -274,6 +303,9 @@ def test_judge_gives_the_numbers_computed_by_hand():
     assert found["asd"] == pytest.approx((.015 / 3 + .005 / 12 + .02 / 75) / 3)
     assert found["nats"] == pytest.approx(.009) and found["worst"] == pytest.approx(.02)
     assert found["percent"] == pytest.approx(20 * (.005 / 3.505 + .02 / 4.02 + .02 / 3.18))
+    assert found["final"] == pytest.approx(100 * (0 / 3.25 + 0 / 3.1) / 2, abs=1e-9)       # the last of each curve
+    early = judge(Fit(law, np.log([1000, 3, .5] * 2), "linear", 0, True), points.where([0, 1, 3]))
+    assert early["final"] == pytest.approx(100 * (.005 / 3.505 + .02 / 3.18) / 2)
     alone = judge(Fit(law, np.log([1000, 3, .5] * 2), "linear", 0, True), points.where([1, 3]))
     assert np.isnan(alone["asd"]) and np.isfinite(alone["r2"])
     assert np.isnan(judge(Fit(law, np.log([1000, 3, .5]), "linear", 0, True), points)["nats"])      # curve 1 is unknown
@@ -375,6 +407,20 @@ def test_held_out_masks_are_the_written_ones():
     ten = grid(sizes=(1e8,), rates=(.25,))
     assert HELD_OUT["last 20 %"](ten).tolist() == [False] * 8 + [True] * 2
     assert HELD_OUT["last 20 %"](ten.where(slice(None, None, -1))).tolist() == [True] * 2 + [False] * 8
+
+
+def test_the_first_tenth_is_that_of_each_curves_tokens():
+    points = Points.of([dict(loss=1., tokens=d, curve=c) for c, tokens in enumerate(((1, 10, 5), (99, 100, 1000, 101)))
+                        for d in tokens])
+    assert scaling_laws.without_start(points).tolist() == [False, True, True, False, False, True, True]
+    assert scaling_laws.without_start(points, .5).tolist() == [False, True, False, False, False, True, False]
+    # A start that follows no law spoils the fit, and its end is predicted without.
+    whole = planted("chinchilla", grid(tokens=np.geomspace(2e6, 2e8, 10)))
+    late = scaling_laws.without_start(whole)
+    spoiled = with_loss(whole, whole.loss + .5 * ~late)
+    [before] = held_out("chinchilla", spoiled, ("largest model",), starts=4).values()
+    [after] = held_out("chinchilla", spoiled.where(late), ("largest model",), starts=4).values()
+    assert after["final"] < 1e-3 < .1 < before["final"]
 
 
 def test_test_points_are_not_seen():
