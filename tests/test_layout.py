@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 LESSON = "model schedule score allocate prune distill shard train data checkpoint eval export report common".split()
 PACKAGES = ("methods", "formats", "tasks", "experiments", "bench")
 ROWS = [      # a file imports only from rows above its own
-    "common schedule bench.gpt2_peer formats.modeling_nanoprune tasks.statistics",
+    "common schedule bench.gpt2_peer formats.modeling_nanoprune methods.dynamic_batches tasks.statistics",
     "allocate distill model report experiments.scaling_laws experiments.texts formats.chat formats.origin "
     "formats.tokenizer_json tasks.own_questions",
     "shard bench.timing experiments.scaling_curves formats.model_card formats.tokenizer formats.top_k "
