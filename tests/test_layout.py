@@ -13,7 +13,7 @@ ROWS = [      # a file imports only from rows above its own
     "allocate distill model report experiments.scaling_laws experiments.texts formats.chat formats.origin "
     "formats.tokenizer_json tasks.own_questions",
     "shard bench.timing experiments.scaling_curves formats.model_card formats.tokenizer formats.top_k "
-    "methods.channels methods.mend methods.slicegpt tasks.questions",
+    "methods.channels methods.gates methods.mend methods.slicegpt methods.target_shape tasks.questions",
     "data formats.gguf_vocabulary formats.huggingface formats.llamacpp methods.local methods.margin "
     "methods.two_four tasks.probe",
     "checkpoint score formats.gguf_export",
@@ -21,6 +21,7 @@ ROWS = [      # a file imports only from rows above its own
     "experiments.measure methods.measured",
     "prune experiments.recover_report",
     "train experiments.candidates experiments.compare_report experiments.smollm2",
+    "methods.sheared",
     "bench.variants experiments.claims_runs experiments.compare experiments.glassllm experiments.recover "
     "experiments.sweep experiments.teacher",
     "bench.dtypes bench.inference bench.system bench.training experiments.claims_statistics "
