@@ -126,6 +126,7 @@ def shear_(model, kept, batch, settings, micro_steps=1, dtype="float32", log=Non
     weights = torch.optim.AdamW(model.parameters(), settings.lr, betas=(0.9, 0.95), weight_decay=0)
     groups = [{"params": [*log_alphas.values()]}, {"params": [*multipliers.values()], "maximize": True}]
     masks = torch.optim.Adam(groups, settings.gate_lr, betas=(0.9, 0.95))
+    # Without a teacher this is cross-entropy.
     objective = Objective(model, 0.0, 1.0)
     timeline = schedule.resolve("scratch", settings.steps, 1.0)
     for step in progress(range(settings.steps), "shear"):
@@ -135,6 +136,7 @@ def shear_(model, kept, batch, settings, micro_steps=1, dtype="float32", log=Non
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
 
+        # Every micro-batch draws its own gates, which makes the gates' gradient less noisy.
         total = 0.0
         for micro in range(micro_steps):
             x, y = batch(step, micro)
@@ -149,6 +151,7 @@ def shear_(model, kept, batch, settings, micro_steps=1, dtype="float32", log=Non
         reached = min(1.0, step / (TARGET_WARMUP_SHARE * settings.steps))
         lagrangian(log_alphas, goals, multipliers, reached).backward()
 
+        # Adam takes no notice of the scale of the gates' gradient.
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in (weights, masks):
             optimizer.step()
@@ -193,6 +196,7 @@ def fold(model, gates):
     still_open = {key: gate.nonzero().flatten().cpu() for key, gate in gates.items()}
     units = {key: indices for key, indices in still_open.items() if not isinstance(key, str)}
     small, _ = prune.slice(with_gates(model, gates), None, units)
+    # A layer with nothing in it would be one that stock classes do not know, so it goes as a whole.
     if "layers" in gates:
         layers = still_open["layers"].tolist()
         small.blocks = nn.ModuleList(small.blocks[layer] for layer in layers)
@@ -294,6 +298,7 @@ def shear_and_save(settings, out):
     log_alphas = shear_(model, kept, batch, settings, micro_steps, settings.dtype, print_progress)
     with torch.no_grad():
         draws = [draw(log_alphas, settings.seed, settings.steps, number) for number in range(DRAWS)]
+    # What settling does to the loss: the model has trained with gates that are drawn.
     losses["sampled"] = float(np.mean([loss_of(with_gates(model, gates)) for gates in draws]))
     small = fold(model, settled(log_alphas, kept))
     losses["settled"] = loss_of(small)

@@ -32,7 +32,7 @@ def random_gates(config, closed=True):
     gates |= {"channels": torch.rand(config.d_model, generator=g, dtype=torch.float64),
               "layers": torch.rand(config.n_layer, generator=g, dtype=torch.float64)}
     if closed:
-        for key, gate in gates.items():
+        for gate in gates.values():
             gate[torch.arange(len(gate)) % 3 == 1] = 0
     return gates
 
@@ -257,7 +257,8 @@ def test_settings_that_mean_nothing_are_refused(flags, words):
 def test_the_command_writes_a_plain_checkpoint_of_the_target(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sheared, "FEWEST_STEPS", 20)
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": f"one two three {i} " * 30}) + "\n" for i in range(60)))
+    rows = [json.dumps({"text": f"one two three {i} " * 30}) for i in range(60)]
+    (tmp_path / "t.jsonl").write_text("\n".join(rows))
     toy = dict(preset="toy", batch_tokens=256, micro_batch=2, eval_windows=4, device="cpu", data="t.jsonl")
     train.main(train.Train(plan="naive", stage="enlarge", enlarge_kv=2, steps=6, out="big", **toy), quiet=True)
     words = ("--init big --target toy --steps 20 --batch-tokens 256 --micro-batch 2 --eval-windows 4 --data t.jsonl "
