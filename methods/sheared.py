@@ -1,9 +1,10 @@
 """Learned masks: gates over KV groups, neurons, layers and channels train with the weights until as many
 are open as a target shape has.
 
-    python -m methods.sheared --init runs/naive-laptop-0 --target laptop --lr 1e-3 --out runs/sheared
-    python -m methods.sheared --init MODEL --keep 0.8                  # the same share of every layer's units
-    python train.py --init runs/sheared --plan scratch --lr 5e-3       # the published second phase: train on
+    python train.py --plan naive --stage enlarge --out runs/large
+    python -m methods.sheared --init runs/large --target laptop --lr 1e-3 --out runs/sheared
+    python -m methods.sheared --init MODEL --keep 0.8              # any model, the same share of every layer
+    python train.py --init runs/sheared --plan scratch --lr 1e-2   # the published second phase: a new cycle
     python -m pytest tests/methods/test_sheared.py
 
 Sheared LLaMA (arXiv 2310.06694, section 2.1) prunes to a shape that is given and uniform, and learns
@@ -24,7 +25,7 @@ KV groups in place of heads; gates only where something is to go; channels' gate
 (gates.py); the weights' gradient is clipped by itself; and gates and multipliers learn at a rate of 0.3.
 The release has 1.0, which is for its 3,200 steps: a gate then crosses its range in 10 steps, and those
 that no loss holds are the first to come back when too many are closed. In 400 steps a model of 0.5
-million parameters, halved, ended at 2.260 nats with 1.0 and at 2.225 with 0.3.
+million parameters, halved, ended at 2.260 nats with 1.0 and at 2.225 with 0.3 (one seed).
 
 A stopped run does not go on: it takes some hundred steps. Not here: recovery (train.py), other weights
 for texts that lag behind (methods/dynamic_batches.py).

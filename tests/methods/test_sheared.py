@@ -244,6 +244,20 @@ def test_targets_that_are_no_part_are_refused(flags, words):
         target_of(ALIKE, sheared.Shear(init="m", **flags))
 
 
+def test_which_of_uneven_layers_stay_is_not_known():
+    with pytest.raises(UserError, match="layers of m differ in width, .* a target of 2 layers"):
+        target_of(WITH_HOLES["plain"], sheared.Shear(init="m", layers=1))
+    uneven = target_of(WITH_HOLES["plain"], sheared.Shear(init="m", keep=.7))          # each layer its own share
+    assert .6 < uneven.removable_params() / WITH_HOLES["plain"].removable_params() <= .7
+
+
+def test_a_loss_that_is_no_number_ends_the_run():
+    model, _ = new(ALIKE, torch.float32)
+    model.embed.weight.data.fill_(math.inf)
+    with pytest.raises(UserError, match="step 0: the loss is nan; lower --lr"):
+        learned(model, HALF)
+
+
 @pytest.mark.parametrize("flags, words", [
     ("", "say what to shear"), ("--init m --steps 299", "--steps 299 are too few .* at least 300"),
     ("--init m --target toy --keep .5", "--keep has no effect with --target toy"),
