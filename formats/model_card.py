@@ -52,7 +52,7 @@ def head(origin, has_chat):
 
 
 def is_cut(origin):
-    return any(step.get("command") == "prune.py" for step in origin["steps"])
+    return any(step.get("command") in ("prune.py", "methods.sheared") for step in origin["steps"])
 
 
 def inline(text):
@@ -117,6 +117,8 @@ def sentence(step):
             kept = f"All but {inline(step.get('keep'))} of its weights were set to zero"
         return (f"{kept} (structure {inline(step.get('structure'))}) by score {inline(step.get('score'))}, calibrated "
                 f"on {words(step.get('data'))}{mended} (`prune.py`).")
+    if str(step.get("command")).startswith("methods."):
+        return f"Made by {inline('python -m ' + step['command'])}."
     taught = f", taught by {inline(step['teacher'])}" if step.get("teacher") else ""
     return (f"Trained by plan {inline(step.get('plan'))} on {tokens(step)} of {words(step.get('data'))}{taught} "
             "(`train.py`).")

@@ -9,11 +9,11 @@ ROOT = Path(__file__).parent.parent
 LESSON = "model schedule score allocate prune distill shard train data checkpoint eval export report common".split()
 PACKAGES = ("methods", "formats", "tasks", "experiments", "bench")
 ROWS = [      # a file imports only from rows above its own
-    "common schedule bench.gpt2_peer formats.modeling_nanoprune tasks.statistics",
+    "common schedule bench.gpt2_peer formats.modeling_nanoprune methods.dynamic_batches tasks.statistics",
     "allocate distill model report experiments.scaling_laws experiments.texts formats.chat formats.origin "
     "formats.pt formats.tokenizer_json tasks.own_questions",
     "shard bench.timing experiments.scaling_curves formats.dcp formats.model_card formats.tokenizer "
-    "formats.top_k methods.slicegpt tasks.questions",
+    "formats.top_k methods.gates methods.slicegpt methods.target_shape tasks.questions",
     "data formats.gguf_vocabulary formats.huggingface formats.llamacpp methods.margin tasks.probe",
     "checkpoint score formats.gguf_export",
     "eval export methods.channels methods.depth methods.latency methods.offload methods.self_text "
@@ -24,7 +24,7 @@ ROWS = [      # a file imports only from rows above its own
     "train bench.cut_memory experiments.candidates experiments.compare_report experiments.smollm2 "
     "methods.loraprune",
     "bench.variants experiments.claims_runs experiments.compare experiments.glassllm experiments.recover "
-    "experiments.sweep experiments.teacher methods.lora",
+    "experiments.sweep experiments.teacher methods.lora methods.sheared",
     "bench.dtypes bench.inference bench.system bench.training experiments.claims_statistics "
     "experiments.recover_study experiments.scaling_runs",
     "bench.accounting experiments.claims_report experiments.precision experiments.scaling",
