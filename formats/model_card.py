@@ -112,6 +112,8 @@ def sentence(step):
             kept = "Two of each four weights were set to zero"
         return (f"{kept} (structure {inline(step.get('structure'))}) by score {inline(step.get('score'))}, calibrated "
                 f"on {words(step.get('data'))}{mended} (`prune.py`).")
+    if step.get("command") == "methods.grow":
+        return f"Grown, with new units by way {inline(step.get('how'))} (`methods.grow`)."
     taught = f", taught by {inline(step['teacher'])}" if step.get("teacher") else ""
     return (f"Trained by plan {inline(step.get('plan'))} on {tokens(step)} of {words(step.get('data'))}{taught} "
             "(`train.py`).")

@@ -18,7 +18,7 @@ ROWS = [      # a file imports only from rows above its own
     "methods.two_four tasks.probe",
     "checkpoint score formats.gguf_export",
     "eval export methods.depth methods.latency methods.self_text methods.torch_pruning_peer",
-    "experiments.measure methods.measured",
+    "experiments.measure methods.grow methods.measured",
     "prune experiments.recover_report",
     "train experiments.candidates experiments.compare_report experiments.smollm2",
     "bench.variants experiments.claims_runs experiments.compare experiments.glassllm experiments.recover "
