@@ -17,7 +17,7 @@ ROWS = [      # a file imports only from rows above its own
     "data formats.gguf_vocabulary formats.huggingface formats.llamacpp methods.local methods.margin "
     "methods.two_four tasks.probe",
     "checkpoint score formats.gguf_export",
-    "eval export methods.depth methods.latency methods.self_text methods.torch_pruning_peer",
+    "eval export methods.depth methods.latency methods.policy methods.self_text methods.torch_pruning_peer",
     "experiments.measure methods.grow methods.measured",
     "prune experiments.recover_report",
     "train experiments.candidates experiments.compare_report experiments.smollm2",
