@@ -38,7 +38,7 @@ from allocate import ALLOCATIONS, RESOURCES
 from common import UserError, check_choices, has_fast_bfloat16, parse, pick_device, progress, refuse_idle, run
 from eval import dtype_name, evaluate
 from formats.origin import hand_on
-from methods import channels, depth, latency, local, margin, measured, mend, offload, self_text, sparse
+from methods import channels, depth, latency, local, margin, measured, mend, offload, policy, self_text, sparse
 from model import GPT, coupled
 from score import GRADIENTS, SCORES
 from tasks.questions import read_questions
@@ -152,7 +152,8 @@ class Prune:
     # ffn, kv (neurons, KV groups); layer, sublayer; layer,ffn,kv (layers first, then widths); channel;
     # 2:4 or any n:m (n of each m weights stay); weights (the fraction --keep of each row)
     structure: str = "ffn,kv"
-    # score.SCORES; for layer and sublayer also influence, perplexity; for n:m and weights sparse.SCORES
+    # score.SCORES; policy (learned masks); for layer and sublayer also influence, perplexity; for n:m
+    # and weights sparse.SCORES
     score: str = "taylor"
     allocate: str = "global"      # allocate.ALLOCATIONS, or measured
     amplitude: float = 1.0        # of allocate adaptive: how far the layers' shares differ
@@ -171,6 +172,9 @@ class Prune:
     choices: str | None = None    # questions whose margin the gradients are of, and not the text's loss
     windows: int = 32             # of the calibration text
     measured_windows: int = 4     # of those, for allocate measured and score perplexity
+    policy_steps: int = 300       # of score policy, each of two forward passes over a micro-batch
+    policy_lr: float = 0.05       # of score policy, falling to 0 along a cosine
+    policy_update: Literal["released", "unbiased"] = "released"    # of score policy (methods/policy.py)
     eval_windows: int = 32        # of the hold-out, before and after
     block_size: int | None = None    # tokens in a window; default: the model's context, at most 512
     micro_batch: int = 4          # windows per forward pass
@@ -199,7 +203,7 @@ BFLOAT16_WIDTH = 128
 
 # Taken from the tables, so that a new row of SCORES or ALLOCATIONS is allowed here at once.
 BUDGETS = (*RESOURCES, "ms")
-UNITS = Structure(tuple(SCORES), (*ALLOCATIONS, "measured"), BUDGETS,
+UNITS = Structure((*SCORES, "policy"), (*ALLOCATIONS, "measured"), BUDGETS,
                   ("none", "bias", "least-squares", "sequential", "local"))
 # Ways of mending that run the cut model beside the dense one, and all that begin with least squares.
 SIDE_BY_SIDE = ("sequential", "local")
@@ -248,6 +252,8 @@ def check(recipe):
     is_sparse = sparse.is_sparse(recipe.structure)
     if is_sparse:
         sparse.check(recipe.structure, recipe.score)
+    if recipe.score == "policy":
+        check_policy(recipe)
 
     # A flag that nothing will read is a mistake.
     has_layers_and_widths = len(parts_of(recipe)) > 1
@@ -258,7 +264,10 @@ def check(recipe):
         "multiple_of": recipe.structure not in ("kv", "layer", "sublayer") and not is_sparse,
         "layer_share": has_layers_and_widths,
         "layer_score": has_layers_and_widths,
-        "measured_windows": runs_again(recipe),
+        "measured_windows": leaves_parts_out(recipe),
+        "policy_steps": recipe.score == "policy",
+        "policy_lr": recipe.score == "policy",
+        "policy_update": recipe.score == "policy",
         "local_steps": recipe.mend == "local",
         "choices": not GRADIENTS.isdisjoint(needs(recipe)),
     }
@@ -269,6 +278,15 @@ def check(recipe):
     words = [f"--{flag} {getattr(recipe, flag)}" for flag in ("structure", "score", "allocate", "mend")
              if getattr(recipe, flag) is not None]
     refuse_idle(recipe, idle, f"with {' '.join(words)}")
+
+
+def check_policy(recipe):
+    """Raise UserError if score policy could not learn."""
+    if not 0 < recipe.policy_lr < math.inf:
+        raise UserError(f"--policy-lr {recipe.policy_lr} must be positive and finite")
+    if recipe.allocate == "measured":
+        raise UserError("--score policy learns what each unit is worth at one budget, and --allocate measured needs to "
+                        "know it at all widths; give --allocate global")
 
 
 def check_numbers(recipe):
@@ -283,13 +301,13 @@ def check_numbers(recipe):
         raise UserError("--mend bias makes a model that cannot be cut again; --iterations "
                         f"{recipe.iterations} must be 1")
     for name in ("windows", "measured_windows", "eval_windows", "micro_batch", "multiple_of",
-                 "iterations", "local_steps", "block_size"):
+                 "iterations", "local_steps", "policy_steps", "block_size"):
         value = getattr(recipe, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
     if not 0 <= recipe.seed < 2**63:
         raise UserError(f"--seed {recipe.seed} must be between 0 and {2**63 - 1}")
-    if runs_again(recipe):
+    if leaves_parts_out(recipe):
         windows = recipe.measured_windows
         if windows % recipe.micro_batch or windows > recipe.windows:
             raise UserError(f"--measured-windows {windows} must be a multiple of --micro-batch "
@@ -331,7 +349,12 @@ def parts_of(recipe):
 
 
 def runs_again(recipe):
-    """Whether the recipe measures by running the model again with something left out."""
+    """Whether the recipe runs the model again behind the calibration pass."""
+    return recipe.score == "policy" or leaves_parts_out(recipe)
+
+
+def leaves_parts_out(recipe):
+    """Whether the recipe measures by running the model with something left out."""
     return any(part.allocate == "measured" or part.score == "perplexity" for part in parts_of(recipe))
 
 
@@ -387,6 +410,8 @@ def needs(recipe):
         fields.add("channel")
     elif recipe.score in SCORES:
         fields |= SCORES[recipe.score].needs
+    elif recipe.score == "policy":
+        fields |= SCORES["wanda"].needs
     measures_mended = recipe.mend in LEAST_SQUARES and recipe.allocate == "measured"
     if recipe.mend == "least-squares" or measures_mended:
         fields.add("gram")
@@ -417,10 +442,18 @@ def collect(model, batches, recipe, dtype=torch.float32, questions=()):
 
 
 @torch.no_grad()
-def measure(model, stats, batches, recipe, dtype=torch.float32):
+def measure(model, stats, batches, recipe, dtype=torch.float32, budget=None, resource=None):
     """What the recipe learns by running the model again, in `dtype`, on its measured_windows: how
     the loss rises without each layer or sub-block (depth.without), or the damage of several widths
-    of each sub-block (measured.damage)."""
+    of each sub-block (measured.damage). Score policy learns on all windows which units stay under
+    `budget` (policy.learn)."""
+    if recipe.score == "policy":
+        kinds = recipe.structure.split(",")
+        costs, left, _ = allocate.split_budget(priced(recipe, model), budget, kinds, resource or recipe.budget)
+        of_kinds = {key: cost for key, cost in costs.items() if key[1] in kinds}
+        return policy.learn(in_dtype(model, dtype), batches, SCORES["wanda"].function(model, stats), of_kinds, left,
+                            recipe.policy_steps, recipe.policy_lr, recipe.seed, recipe.policy_update)
+
     # The model runs once for each layer, or for each width of each sub-block: few windows must do.
     batches = batches[:recipe.measured_windows // batches[0][0].size(0)]
     running = in_dtype(model, dtype)
@@ -476,7 +509,7 @@ def decide(model, stats, recipe, budget, original=None, damage=None, resource=No
         return {key: torch.arange(n) for key, n in widths.items()}
 
     # Units: first how many of each layer, then which.
-    scores = SCORES[recipe.score].function(model, stats)
+    scores = damage if recipe.score == "policy" else SCORES[recipe.score].function(model, stats)
     options = dict(structure=recipe.structure.split(","), multiple_of=recipe.multiple_of,
                    resource=resource)
     if recipe.allocate == "measured":
@@ -548,7 +581,9 @@ def cut_in_stages(model, batches, recipe, dtype=torch.float32, resource=None, co
         if written_anew and number > 1:
             batches = written_anew(model)
         stats = collect(model, batches, stage, dtype)
-        damage = measure(model, stats, batches, stage, dtype) if runs_again(stage) else None
+        damage = None
+        if runs_again(stage):
+            damage = measure(model, stats, batches, stage, dtype, budget, resource)
         model = cut_once(model, stats, stage, budget, start.widths(), damage, resource)
         # Sums of gradients take as much memory as the weights in float32, and nobody reads them any more.
         stats = score.Stats(cosine=stats.cosine)

@@ -119,7 +119,7 @@ def name_of(config):
 def numbers_of(text, scale):
     """The claims of "1,3,4". Raises UserError if one of them is not a claim of the scale."""
     words = text.split(",")
-    known = [str(number) for number in sorted(scale.claims)]
+    known = [str(number) for number in sorted(scale.claims + scale.on_request)]
     if not set(words) <= set(known):
         raise UserError(f"--claims {text!r} must be numbers of {', '.join(known)}, separated by "
                         "commas")
@@ -128,11 +128,12 @@ def numbers_of(text, scale):
 
 # -- one run
 
-def job(config, run, settings, cut, windows):
+def job(config, run, settings, recipe, windows):
     """Make a run and keep its records, with the loss on `windows` windows of the hold-out at its
     end."""
+    before = beginning(run, recipe)
     try:
-        setup, state = sweep.run_plan(f"{config.runs}/{run.name}", settings, config.device, cut)
+        setup, state = sweep.run_plan(f"{config.runs}/{run.name}", settings, config.device, **before)
     except train.NotFinite:
         if "-lr-" not in run.kind:
             raise
@@ -143,10 +144,17 @@ def job(config, run, settings, cut, windows):
         return
     final = evaluate(state.model, setup.corpus.val, setup.byte_lengths, windows,
                      batch=settings["micro_batch"])
+    # train.py's records hold the cut that made the model, but no growth.
+    growth = {name: value for name, value in before.items() if name == "growth"}
     keep_records(config, run.name, final_loss=final["loss"],
                  final_windows=final["tokens"] // setup.block_size,
-                 flops_executed=state.flops["executed"] + claims_runs.calibration_flops(run, cut),
-                 flops_credited=state.flops["credited"], seconds=state.seconds)
+                 flops_executed=state.flops["executed"] + claims_runs.calibration_flops(run, recipe),
+                 flops_credited=state.flops["credited"], seconds=state.seconds, **growth)
+
+
+def beginning(run, recipe):
+    """What is made before a run, by the name that sweep.py has for it: {"cut" or "growth": settings}."""
+    return {"growth" if claims_runs.KINDS[run.kind].grow else "cut": recipe}
 
 
 def keep_records(config, name, **about):
@@ -172,7 +180,7 @@ def keep_records(config, name, **about):
     sweep.put_runs(config.results, {name: json.loads(relative)})
 
 
-def is_recorded(config, run, runs, settings, cut):
+def is_recorded(config, run, runs, settings, recipe):
     """Whether the records of a run exist. Raises UserError if they are of another run with the same
     name."""
     def as_recorded(settings):
@@ -185,7 +193,7 @@ def is_recorded(config, run, runs, settings, cut):
         return recorded
 
     return sweep.is_finished(f"{run.name} in {config.results}", runs.get(run.name),
-                             as_recorded(settings), "--results", as_recorded(cut or {}))
+                             as_recorded(settings), "--results", **beginning(run, as_recorded(recipe or {})))
 
 
 def is_lost(config, run, runs):
@@ -220,8 +228,8 @@ class Jobs:
             self.add(other)
         if self.without_records(measures):
             return
-        settings, cut = claims_runs.settings_of(run, self.scale, self.recorded, self.config.runs)
-        if is_recorded(self.config, run, self.recorded, settings, cut):
+        settings, recipe = claims_runs.settings_of(run, self.scale, self.recorded, self.config.runs)
+        if is_recorded(self.config, run, self.recorded, settings, recipe):
             for other in self.without_records(run.needs()):
                 raise UserError(f"{self.config.results} holds {run.name}, but not {other.name}, "
                                 "from which it came; remove both")
@@ -231,7 +239,7 @@ class Jobs:
         for other in run.needs():
             self.add(other, again=other in lost)
         if not lost and not self.without_records(run.needs()):
-            self.ready[run] = self.config, run, settings, cut, self.scale.final_windows
+            self.ready[run] = self.config, run, settings, recipe, self.scale.final_windows
 
     def longest_first(self):
         flops = {run: claims_runs.expected(run, self.scale)[1]["flops_executed"] for run in self.ready}
@@ -380,7 +388,8 @@ def refuse_strangers(config, scale, runs):
     """Raise UserError if a recorded run does not belong to the plan, or has another learning rate
     than the plan. A table would show it beside the others as if it did."""
     seeds = 1 + max((claims_statistics.seed_of(name) for name in runs), default=0)
-    planned = {run.name: run for run in claims_runs.all_runs(scale, seeds)}
+    whole = dataclasses.replace(scale, claims=scale.claims + scale.on_request)
+    planned = {run.name: run for run in claims_runs.all_runs(whole, seeds)}
     for name, recorded in runs.items():
         if name not in planned:
             raise UserError(f"{name} in {config.results} is no run of this plan; move its records "

@@ -4,12 +4,12 @@
 
 A run is a *kind* (how it is trained: a row of KINDS) at a *place* (a size, and a number of tokens
 per parameter of the target: `Scale`) with a seed. A run may need others: a teacher, or a model that
-is cut for it. They are runs of the same place and seed, so that all of their cost is counted. A
+is cut or grown for it. They are runs of the same place and seed, so that all of their cost is counted. A
 claim is a list of pairs: it says that the first kind ends with a lower loss than the second, or at
 most `margin` above it. Claims 1 to 6 and 11 are from IDEA Prune (arXiv 2503.05920), 7 and 9 from
 Adapt-Pruner (2502.03460), 8 from The Journey Matters (2501.12486), 10 from the sources that
-score.py names; 12 and 13 are ours. Not here: running (experiments/claims.py), statistics
-(experiments/claims_statistics.py).
+score.py names, 14 from bert2BERT (2110.07143); 12, 13 and 15 are ours. Not here: running
+(experiments/claims.py), statistics (experiments/claims_statistics.py).
 """
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
@@ -21,6 +21,7 @@ import prune
 import train
 from common import UserError
 from formats.tokenizer import open_tokenizer
+from methods import grow
 from schedule import PLANS
 
 RECOVERY_SEED = 100                    # is added behind a cut, for another order of the data
@@ -43,6 +44,8 @@ class Scale:
     final_windows: int = 2048          # of the hold-out at the end, by which claims are judged
     data: str = "stdlib"
     claims: tuple[int, ...] = (1, 3, 4, 5, 2, 11, 13, 10, 6, 7, 8, 9, 12)      # in order of work
+    # Claims that run only if --claims names them. No report shows them.
+    on_request: tuple[int, ...] = (14, 15)
     only: tuple[str, ...] = ()         # the only kinds to run; empty: all that the claims compare
 
 
@@ -50,6 +53,7 @@ class Scale:
 # learning rates.
 PLAIN = ("scratch", "naive", "oneshot", "idea", "idea-kd")
 RIVAL_SCORES = ("activation", "taylor", "flap", "random")
+WAYS = ("fresh", "copy", "split", "aki")               # to grow
 RATED = ("scratch", "kd", "naive", "idea", "adapt", "cut-annealed", "scratch-wsd", "idea-wsd")
 SCALES = {
     # With batches of 4,096 tokens (404 steps at 4x16 and 100) all kinds ended 0.26 to 0.40 nats
@@ -57,7 +61,7 @@ SCALES = {
     "cpu": Scale("4x16", 100, 400, (25, 100, 400), 2**10, 8, 5),
     "gpu": Scale("10m", 14, 14, (3.5, 7, 14), 2**16, 64, 3, data="packages"),
     "quick": Scale("toy", 60, 60, (60,), 2**11, 32, 1, final_windows=256, claims=(1, 3, 4, 5),
-                   only=PLAIN),
+                   on_request=(), only=PLAIN),
 }
 
 
@@ -69,13 +73,16 @@ class Kind:
     plan: str
     settings: dict = field(default_factory=dict)      # of train.py, beside those of the place
     teacher: str | None = None         # the kind that teaches
-    init: str | None = None            # the kind whose model is cut to the target and trained on
-    cut: dict | None = None            # the settings of prune.py for that
+    # The kind whose model is cut to the target, or grown, and trained on; and the settings for that, of
+    # prune.py or of methods.grow.
+    init: str | None = None
+    cut: dict | None = None
+    grow: dict | None = None
     share: float = 1                   # of the place's tokens
     rate: float = 1                    # times the preset's peak learning rate
     floor: float = .1                  # the last learning rate, as a share of the peak
     # Instead of `share`: spend as much of this ("flops_executed" or "flops_credited") as that kind
-    # spent. What the two kinds need is counted in neither.
+    # spent. Of what the two kinds need only the model that one grows from is counted.
     equal: tuple[str, str] | None = None
 
 
@@ -88,6 +95,11 @@ def cut(init, share=.5, allocation="uniform-strict", score="sensitivity"):
     """A model of another kind, cut once and trained on."""
     return Kind("scratch", init=init, share=share,
                 cut=dict(structure="ffn", score=score, allocate=allocation, mend="none"))
+
+
+def grown(how, plan="scratch", **more):
+    """The target trained on a quarter of the tokens, grown to the enlarged model and trained on."""
+    return Kind(plan, init="short", grow=dict(how=how, enlarge_ff=train.Train.enlarge_ff), **more)
 
 
 def window(enlarge_share, prune_share):
@@ -137,6 +149,14 @@ KINDS = {
     "kd-annealed-longer": replace(kd(), teacher="annealed-longer"),
     "kd-floor-1%": replace(kd(), floor=.01),
     "scratch-floor-1%": Kind("scratch", floor=.01),
+    "short": Kind("scratch", share=.25),
+    # The enlarged model at the end of a cosine over scratch's tokens.
+    "enlarged-scratch": Kind("naive", dict(stage="enlarge"), share=2),
+    **{f"grown-{how}": grown(how, equal=("enlarged-scratch", "flops_executed")) for how in WAYS},
+    # Plan idea with the first half of its enlarged stage spent on the target: .25 before the growth,
+    # then .25, .2 and .3 of all tokens.
+    "grown-idea": grown("fresh", "idea", settings=dict(enlarge_share=.3333, prune_share=.2667), share=.75),
+    "scratch-grown-flops": Kind("scratch", equal=("grown-idea", "flops_executed")),
 }
 
 # Claim 13 compares these kinds at half and at twice of their rate.
@@ -203,6 +223,12 @@ ALL_CLAIMS = (
            ("kd-annealed-longer", "idea"), ("kd-floor-1%", "scratch-floor-1%")), ours=True),
     Claim(13, "the peak learning rates are near-optimal, against half and twice of them (our own "
               "claim; the rates were chosen by these runs)", tuple(RATE_PAIRS), margin=.01, ours=True),
+    Claim(14, "a model that grew from a smaller one beats the same model trained from scratch, at equal FLOPs "
+              "with those of the smaller one",
+          tuple((f"grown-{how}", "enlarged-scratch") for how in WAYS)),
+    Claim(15, "an enlarged stage that begins with the grown target costs no loss against plan idea, nor against "
+              "scratch at equal FLOPs (our own claim)",
+          (("grown-idea", "idea"), ("grown-idea", "scratch-grown-flops")), margin=.01, ours=True),
 )
 CLAIMS = {claim.number: claim for claim in ALL_CLAIMS}
 
@@ -285,6 +311,8 @@ def measures(run):
     measuring = [kind.equal[0]]
     if kind.teacher:
         measuring.append(kind.plan)
+    # The budget has to pay for the model that one of them grows from.
+    measuring += [KINDS[name].init for name in (run.kind, kind.equal[0]) if KINDS[name].grow]
     return [run.of(name) for name in measuring]
 
 
@@ -325,7 +353,8 @@ def peak_rate(run):
 
 
 def settings_of(run, scale, records, folder="runs/claims"):
-    """The settings of train.py for a run, and those of prune.py for the cut before it, or None.
+    """The settings of train.py for a run, and those of prune.py for the cut before it, of methods.grow for
+    the growth before it, or None.
 
     `records` holds {name: {tag: [records]}} of the runs that this one requires. `folder` is where
     run folders lie."""
@@ -349,9 +378,11 @@ def settings_of(run, scale, records, folder="runs/claims"):
     if not kind.init:
         return settings, None
 
-    # The run begins with the cut model instead of a preset.
+    # The run begins with the cut or grown model instead of a preset.
     del settings["preset"]
     settings["init"] = f"{folder}/from-{run.name}"
+    if kind.grow:
+        return settings, dict(kind.grow, init=f"{folder}/{run.of(kind.init).name}", seed=seed, eval_windows=0)
     keep = target.removable_params() / uncut(run).removable_params()
     recipe = dict(kind.cut, init=f"{folder}/{run.of(kind.init).name}", data=scale.data, seed=seed,
                   windows=64, keep=keep, micro_batch=scale.micro_batch)
@@ -362,16 +393,27 @@ def equal_steps(run, settings, records):
     """In how many steps a run with these settings spends what the kind it is compared with spent."""
     kind = KINDS[run.kind]
     other, cost = kind.equal
-    budget = records[run.of(other).name]["summary"][0][cost]
+    budget = spent_by(run.of(other), records, cost)
+    if kind.grow:
+        budget -= spent_by(run.of(kind.init), records, cost)
     steps = settings["steps"]
     if kind.teacher:
         # When the teacher is dropped is not known in advance; the run of the plan itself shows it.
         spent = records[run.of(kind.plan).name]["summary"][0][cost]
         return max(1, round(steps * budget / spent))
     for _ in range(4):                 # steps and FLOPs are nearly proportional: this converges
-        spent = predicted(dict(settings, steps=steps))[cost]
+        spent = predicted(dict(settings, steps=steps), given=grown_config(run))[cost]
         steps = max(1, round(steps * budget / spent))
     return steps
+
+
+def spent_by(run, records, cost):
+    """What a run spent by its records, together with the model that it grew from."""
+    spent = records[run.name]["summary"][0][cost]
+    kind = KINDS[run.kind]
+    if kind.grow:
+        spent += spent_by(run.of(kind.init), records, cost)
+    return spent
 
 
 def first_warmup(kind, steps, whole):
@@ -398,6 +440,15 @@ def uncut(run):
     return models.preset(run.size, vocabulary(), factor)[1]
 
 
+def grown_config(run):
+    """The config of the grown model that this run begins with, or None."""
+    settings = KINDS[run.kind].grow
+    if settings is None:
+        return None
+    target, _ = models.preset(run.size, vocabulary(), 1)
+    return grow.grown_config(target, grow.Grow(**settings))
+
+
 def vocabulary():
     """How many tokens the tokenizer of all these runs has: it is bytes."""
     return open_tokenizer("bytes").vocab_size
@@ -406,9 +457,9 @@ def vocabulary():
 # -- what a run costs
 
 def calibration_flops(run, recipe):
-    """What prune.py executes with this recipe before the run, without its evaluations; 0 without a
-    recipe."""
-    if not recipe:
+    """What prune.py executes with this recipe before the run, without its evaluations; 0 without a cut.
+    Growing computes nothing."""
+    if not recipe or KINDS[run.kind].grow:
         return 0
     large = uncut(run)
     backward = not {"grad", "grad_sq", "sensitivity"}.isdisjoint(prune.needs(prune.Prune(**recipe)))
@@ -416,10 +467,10 @@ def calibration_flops(run, recipe):
     return recipe["windows"] * tokens * large.flops_per_token(tokens, backward)
 
 
-def plan_of(settings, preset=None):
+def plan_of(settings, preset=None, given=None):
     """Settings of train.py, or a record of them -> (the settings resolved, the model config at the
     start, the one at the end, schedule.Timeline). `preset` is the size of the target behind an
-    --init."""
+    --init, `given` the config of a grown model that the run begins with."""
     known = {setting.name for setting in fields(train.Train)} - {"init", "teacher"}
     if not settings.get("cuts"):
         known -= {"cuts"}              # the record of a plan without cuts
@@ -427,7 +478,7 @@ def plan_of(settings, preset=None):
     if preset:
         chosen["preset"] = preset
     config = train.resolve(train.Train(**chosen), "cpu")
-    return config, *train.plan_run(config, vocabulary())
+    return config, *train.plan_run(config, vocabulary(), given)
 
 
 def config_at(start, target, size):
@@ -437,12 +488,13 @@ def config_at(start, target, size):
     return start.resized(allocate.widths_on_the_way(start, target, size, start.widths()))
 
 
-def predicted(settings, preset=None):
-    """FLOPs of a run with these settings of train.py: {"flops_executed", "flops_credited"}.
+def predicted(settings, preset=None, given=None):
+    """FLOPs of a run with these settings of train.py: {"flops_executed", "flops_credited"}. `preset`,
+    `given`: see plan_of.
 
     Scoring is not counted. A teacher counts as if it were never dropped and as large as the
     enlarged model."""
-    config, start, target, timeline = plan_of(settings, preset)
+    config, start, target, timeline = plan_of(settings, preset, given)
     length = target.block_size
     stop = config.steps
     for stage, _, end in timeline.stages:
@@ -471,7 +523,7 @@ def expected(run, scale):
     """(settings of train.py, FLOPs as `predicted`) of a run before any other has been made."""
     records = {other.name: {"summary": [expected(other, scale)[1]]} for other in measures(run)}
     settings, recipe = settings_of(run, scale, records)
-    return settings, predicted(settings, run.size if recipe else None)
+    return settings, predicted(settings, run.size if recipe else None, grown_config(run))
 
 
 def fingerprint_of(runs, scale):

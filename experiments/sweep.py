@@ -27,6 +27,7 @@ import checkpoint
 import prune
 import train
 from common import UserError, read_records, run, write_atomic
+from methods import grow
 
 # The exit codes of a run that saved and ended on a signal.
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
@@ -47,27 +48,33 @@ def locked(folder):
                         "--runs") from None
 
 
-def run_plan(folder, settings, device="cpu", cut=None):
+def run_plan(folder, settings, device="cpu", cut=None, growth=None):
     """Run one plan to its end, quietly, with these settings of train.py. Returns its setup and
     state. What the settings leave open does not depend on the machine: float32, nothing compiled.
 
-    `cut` holds the settings of prune.py that make the model which the run begins with; it is made
-    first."""
+    `cut` holds the settings of prune.py that make the model which the run begins with, and `growth`
+    those of methods.grow; it is made first."""
     with locked(folder):
         if cut:
-            make_cut(settings["init"], cut, device, folder)
+            recipe = prune.Prune(out=settings["init"], device=device, **{"dtype": "float32", **cut})
+            make_first(prune.main, recipe, "recipe", cut, folder)
+        if growth:
+            recipe = grow.Grow(out=settings["init"], device=device, **growth)
+            make_first(grow.main, recipe, "growth", growth, folder)
         settings = {"dtype": "float32", "compile": False, **settings}
         return train.main(train.Train(out=str(folder), device=device, **settings), quiet=True)
 
 
-def make_cut(path, cut, device, folder):
-    """Make the cut model at `path`, unless it exists. A model of another cut is deleted, and so is
-    the run in `folder`, which began with it."""
+def make_first(command, recipe, key, settings, folder):
+    """Make the model of a recipe by a command, unless it exists at the recipe's path. A model of other
+    `settings`, which its checkpoint holds under `key`, is deleted, and so is the run in `folder`, which
+    began with it."""
+    path = recipe.out
     if checkpoint.checkpoints(path):
         _, about = checkpoint.load(path, "meta")
-        recipe = about["run"]["recipe"]
-        # The model that was cut may lie elsewhere now, so its path is not compared.
-        if all(recipe.get(name) == value for name, value in cut.items() if name != "init"):
+        recorded = about["run"].get(key, {})
+        # The model that was cut or grown may lie elsewhere now, so its path is not compared.
+        if all(recorded.get(name) == value for name, value in settings.items() if name != "init"):
             return
         for file in Path(folder).iterdir():
             file.unlink()
@@ -75,7 +82,7 @@ def make_cut(path, cut, device, folder):
     shutil.rmtree(path, ignore_errors=True)
     silence = io.StringIO()
     with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-        prune.main(prune.Prune(out=path, device=device, **{"dtype": "float32", **cut}))
+        command(recipe)
 
 
 # -- several runs
@@ -153,15 +160,17 @@ def refuse_failure(code):
 
 # -- records of finished runs
 
-def is_finished(name, run, settings, flag, cut=None):
+def is_finished(name, run, settings, flag, cut=None, growth=None):
     """Whether the records of a run, {tag: [records]} or None, exist. Raises UserError if they were
-    made with other settings of train.py, or of prune.py's `cut` before it; the message names the
+    made with other settings of train.py, or of the `cut` or `growth` before it; the message names the
     run and the flag of its file. A setting of None is not compared."""
     if run is None:
         return False
     config = run["config"][0]
     recipe = (config.get("cut") or {}).get("recipe", {})
+    grown = run["summary"][0].get("growth", {})
     differ = differences("", config, settings) + differences("the cut's ", recipe, cut or {})
+    differ += differences("the growth's ", grown, growth or {})
     if differ:
         raise UserError(f"{name} holds another run ({'; '.join(differ)}); give another {flag}, and "
                         "another --runs")

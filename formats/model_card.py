@@ -117,6 +117,8 @@ def sentence(step):
             kept = f"All but {inline(step.get('keep'))} of its weights were set to zero"
         return (f"{kept} (structure {inline(step.get('structure'))}) by score {inline(step.get('score'))}, calibrated "
                 f"on {words(step.get('data'))}{mended} (`prune.py`).")
+    if step.get("command") == "methods.grow":
+        return f"Grown, with new units by way {inline(step.get('how'))} (`methods.grow`)."
     if str(step.get("command")).startswith("methods."):
         return f"Made by {inline('python -m ' + step['command'])}."
     taught = f", taught by {inline(step['teacher'])}" if step.get("teacher") else ""

@@ -172,6 +172,9 @@ def hand_on(about):
     if isinstance(run.get("recipe"), dict):
         settings = {name: value for name, value in run["recipe"].items() if value is not None}
         steps.append({"command": "prune.py", **settings})
+    elif isinstance(run.get("growth"), dict):
+        settings = {name: value for name, value in run["growth"].items() if value is not None}
+        steps.append({"command": "methods.grow", **settings})
     elif "plan" in run:
         settings = {name: run[name] for name in RUN_SETTINGS if run.get(name) is not None}
         steps.append({"command": "train.py", **settings, "done": about.get("step")})

@@ -16,9 +16,9 @@ ROWS = [      # a file imports only from rows above its own
     "formats.top_k methods.gates methods.slicegpt methods.target_shape tasks.questions",
     "data formats.gguf_vocabulary formats.huggingface formats.llamacpp methods.margin tasks.probe",
     "checkpoint score formats.gguf_export",
-    "eval export methods.channels methods.depth methods.latency methods.offload methods.self_text "
-    "methods.torch_pruning_peer",
-    "experiments.measure methods.mend",
+    "eval export methods.channels methods.depth methods.latency methods.offload methods.policy "
+    "methods.self_text methods.torch_pruning_peer",
+    "experiments.measure methods.grow methods.mend",
     "experiments.recover_report methods.local methods.measured methods.sparse",
     "prune",
     "train bench.cut_memory experiments.candidates experiments.compare_report experiments.smollm2 "

@@ -67,6 +67,8 @@ RECIPES = [dict(zip(("structure", "score", "allocate", "keep", "budget"), row[:5
     ("ffn", "activation", "uniform-strict", .7, "params", dict(iterations=3)),
     ("ffn", "taylor2", "measured", .6, "flops", dict(measured_windows=8)),
     ("ffn", "random", "uniform", .7, "params", dict(seed=3)),
+    ("ffn,kv", "policy", "global", .5, "params", dict(policy_steps=4, iterations=2)),
+    ("ffn", "policy", "uniform", .7, "flops", dict(policy_steps=2, policy_update="unbiased", multiple_of=4)),
     ("kv", "taylor", "global", .5, "kv_bytes", {}),
     ("kv", "wanda", "measured", .5, "kv_bytes", {}),
     ("layer", "influence", "global", .5, "params", {}),
@@ -259,22 +261,23 @@ def test_the_hold_out_only_measures(command, corpus, monkeypatch):
 COMBINATIONS = [(structure, name, how, mend) for structure, row in prune.STRUCTURES.items()
                 if structure != "kv,ffn" and not structure.endswith("layer,ffn,kv")
                 for name in row.score for how in ("global", "measured") if how in row.allocate
+                if (name, how) != ("policy", "measured")
                 for mend in row.mend if mend not in prune.SIDE_BY_SIDE]          # those come behind the choice
 
 
 @pytest.mark.parametrize("structure, name, how, mend", COMBINATIONS)
 def test_bfloat16_chooses_as_float32_does(trained, corpus, structure, name, how, mend):
     """The same widths but for near ties, and a loss near that of float32."""
-    recipe = prune.Prune(trained, structure=structure, score=name, allocate=how, mend=mend, **SMALL)
+    recipe = prune.Prune(trained, structure=structure, score=name, allocate=how, mend=mend, policy_steps=4, **SMALL)
     model = prune.open_model(recipe, "cpu")[0]
+    budget = int(.7 * model.config.removable_params())
     before = [p.detach().clone() for p in model.parameters()]
     batches = score.batches(corpus.train, 32, 8, 4, 0)
     cuts = []
     for dtype in (torch.float32, torch.bfloat16):
         stats = prune.collect(model, batches, recipe, dtype)
-        damage = prune.measure(model, stats, batches, recipe, dtype) if prune.runs_again(recipe) else None
-        small = prune.cut_once(copy.deepcopy(model), stats, recipe, int(.7 * model.config.removable_params()),
-                               damage=damage)
+        damage = prune.measure(model, stats, batches, recipe, dtype, budget) if prune.runs_again(recipe) else None
+        small = prune.cut_once(copy.deepcopy(model), stats, recipe, budget, damage=damage)
         cuts.append(small)
         for sums in (stats.grad, stats.sensitivity, stats.square, stats.position, stats.gram, stats.channel):
             assert all(value.dtype == torch.float32 for value in sums.values())
@@ -416,7 +419,7 @@ def test_a_picture_of_the_widths_or_a_sentence(command, tmp_path, monkeypatch, t
 
 ALLOWED = {  # structure: scores, allocations, budgets, mending, written out
     **dict.fromkeys(("ffn", "kv", "ffn,kv", "kv,ffn", "layer,ffn,kv", "sublayer,ffn,kv"), (
-        "sensitivity taylor taylor2 activation minitron wanda flap flap-squared magnitude random",
+        "sensitivity taylor taylor2 activation minitron wanda flap flap-squared magnitude random policy",
         "global standardised uniform uniform-strict middle adaptive measured", "params flops kv_bytes ms",
         "none bias least-squares sequential local")),
     **dict.fromkeys(("layer", "sublayer"), (
@@ -435,12 +438,14 @@ def test_check_allows_exactly_what_has_a_meaning():
             recipe = prune.Prune(structure=structure, **dict(zip(("score", "allocate", "budget", "mend"), combination)))
             meant = structure in ALLOWED and all(
                 word in words.split() for word, words in zip(combination, ALLOWED[structure]))
+            meant = meant and combination[:2] != ("policy", "measured")
             try:
                 prune.check(recipe)
                 assert meant, recipe
             except UserError as refusal:
                 assert not meant and "\n" not in str(refusal), recipe
-    assert {*score.SCORES} == {*ALLOWED["ffn"][0].split()} and {*allocate.ALLOCATIONS, "measured"} == {*ways[:-1]}
+    assert {*score.SCORES, "policy"} == {*ALLOWED["ffn"][0].split()}
+    assert {*allocate.ALLOCATIONS, "measured"} == {*ways[:-1]}
 
 
 def test_widths_are_mended_unless_told_otherwise(command):

@@ -22,6 +22,7 @@ from eval import evaluate
 from experiments import claims, claims_report, claims_runs, claims_statistics, sweep
 from experiments.claims import Report, RunAll
 from experiments.claims_runs import CLAIMS, KINDS, SCALES, Run
+from methods import grow
 from prune import Prune, check
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +68,7 @@ def test_diverged_runs_are_infinitely_worse():
                                             (.02, "contradicted")])
 def test_near_optimal_is_within_a_margin(shift, verdict):
     assert claims_statistics.effect([shift - .001, shift + .001, shift]).verdict(.01) == verdict
-    assert {n for n, claim in CLAIMS.items() if claim.margin} == {6, 8, 13}
+    assert {n for n, claim in CLAIMS.items() if claim.margin} == {6, 8, 13, 15}
 
 
 def test_bootstrap_over_seeds():
@@ -89,18 +90,24 @@ def records_of(scale, wanted):
 def test_train_accepts_every_run(preset, monkeypatch):
     """Its settings resolve, no flag is idle, its cuts fit into its steps; the shortest training has 300 steps."""
     scale = SCALES[preset]
-    wanted = [run for n in scale.claims for run in claims_runs.runs_of(CLAIMS[n], scale, scale.seeds)]
+    numbers = scale.claims + scale.on_request
+    wanted = [run for n in numbers for run in claims_runs.runs_of(CLAIMS[n], scale, scale.seeds)]
     records = records_of(scale, wanted)
     runs = claims_runs.everything(wanted)
     assert len({run.name for run in runs}) == len(runs) and all(re.fullmatch(r"[\w.-]+", run.name) for run in runs)
     for run in (r for r in runs if r.seed == 0):
         settings, cut = claims_runs.settings_of(run, scale, records)
-        c, _, _, timeline = claims_runs.plan_of(settings, run.size if cut else None)
+        c, start, end, timeline = claims_runs.plan_of(settings, run.size if cut else None,
+                                                      claims_runs.grown_config(run))
         train.refuse_idle_flags(dataclasses.replace(c, preset=train.Train.preset, init=settings.get("init"),
                                                     teacher=settings.get("teacher")))
         assert c.batch_tokens == scale.batch_tokens
         assert timeline.steps >= (6 if run.kind.startswith("large-cut") else 170 if cut else 300), run.name
-        if cut:
+        if KINDS[run.kind].grow:
+            grow.check(grow.Grow(**cut))
+            target, enlarged = claims_runs.models.preset(run.size, claims_runs.vocabulary())
+            assert start == enlarged and end == (target if run.kind == "grown-idea" else enlarged)
+        elif cut:
             check(Prune(**cut))
     assert {*KINDS} - {run.kind for run in runs} == (set() if preset != "quick" else {*KINDS} - {*claims_runs.PLAIN})
 
@@ -177,6 +184,28 @@ def test_equal_tokens_and_equal_flops():
     kd["flops_executed"] *= .8                                                     # it dropped its teacher on the way
     assert claims_runs.settings_of(at["kd-flops"], scale, records)[0]["steps"] == round(
         steps["kd"] * wanted["flops_executed"] / kd["flops_executed"]) > 1.2 * steps["kd-flops"]
+
+
+def test_the_model_that_a_run_grows_from_is_paid_for():
+    """Both kinds of a claim spend as much with what one of them grew from; the twin of idea spends less than idea."""
+    scale, place = SCALES["cpu"], ("4x16", 100, 0)
+    wanted = [Run(kind, *place) for n in (14, 15) for pair in CLAIMS[n].pairs for kind in pair]
+    records = records_of(scale, wanted)
+    flops = {name: run["summary"][0]["flops_executed"] for name, run in records.items()}
+    spent = {kind: flops[Run(kind, *place).name] for kind in
+             ("short", "scratch-grown-flops", "enlarged-scratch", "grown-idea", "grown-copy", "idea")}
+    assert spent["grown-copy"] + spent["short"] == pytest.approx(spent["enlarged-scratch"], rel=1e-3)
+    assert spent["grown-idea"] + spent["short"] == pytest.approx(spent["scratch-grown-flops"], rel=1e-3)
+    assert spent["grown-idea"] + spent["short"] < .95 * spent["idea"]
+    steps = {kind: claims_runs.settings_of(Run(kind, *place), scale, records)[0]["steps"] for kind in spent}
+    assert abs(steps["grown-idea"] + steps["short"] - steps["idea"]) <= 1
+    idea, twin = (claims_runs.expected(Run(kind, *place), scale)[0] for kind in ("idea", "grown-idea"))
+    spans = [[end - begin for _, begin, end in claims_runs.plan_of(settings, "4x16")[3].stages]
+             for settings in (idea, twin)]
+    assert all(abs(a - b) <= 1 for a, b in zip(spans[0][1:], spans[1][1:]))             # the same prune and recover
+    assert abs(spans[0][0] - spans[1][0] - steps["short"]) <= 1
+    growth = claims_runs.settings_of(Run("grown-aki", *place), scale, records)[1]
+    assert growth["how"] == "aki" and growth["seed"] == 100 and growth["init"].endswith("short-4x16-100-s0")
 
 
 @pytest.fixture
@@ -488,7 +517,8 @@ def test_report_writes_its_page_between_the_markers_and_nothing_else(tmp_path, c
     empty = page.read_text()
     assert empty.startswith(f"before\n{claims.BEGIN}\nNothing has been measured yet")
     assert empty.endswith(f"{claims.END}\nafter\n")
-    assert empty.count("not measured") == sum(len(claim.pairs) for claim in CLAIMS.values() if not claim.ours)
+    shown = [CLAIMS[number] for number in scale.claims]
+    assert empty.count("not measured") == sum(len(claim.pairs) for claim in shown if not claim.ours)
     plant(file, {kind: (100, 9., spread(1. + i / 50)) for i, kind in enumerate(claims_report.FIGURE)})
     for strange, config, words in (("idea-4x16-1600-s0", {}, "is no run of this plan; move its"),
                                    ("naive-4x16-100-s9", dict(lr=.5), "a learning rate of 0.5, the plan one of 0.02")):
@@ -657,6 +687,34 @@ def test_all_runs_are_made_once_and_in_order(tmp_path, fast, shrunk, monkeypatch
     assert not any(name.endswith("annealed-toy-1-s0") for name in claims_statistics.read(c.results))
     assert not Path(c.runs, "from-cut-annealed-toy-1-s0").exists()
     assert "cut-halfway-toy-1-s0" in claims_statistics.read(c.results)
+
+
+def test_runs_behind_a_growth(tmp_path, fast, shrunk, monkeypatch):
+    """Two pairs of claims 14 and 15 at toy size: what they grow from is made once, and records of a kind that grows in
+    another way are refused."""
+    monkeypatch.setattr(claims.sweep, "side_by_side", here)
+    for number, pair in ((14, ("grown-split", "grown-fresh")), (15, ("grown-idea", "grown-split"))):
+        monkeypatch.setitem(CLAIMS, number, dataclasses.replace(CLAIMS[number], pairs=(pair,)))
+    shrunk(seeds=1)
+    c = RunAll(claims="14,15", data=TEXT, runs=f"{tmp_path}/runs", results=f"{tmp_path}/results.jsonl", jobs=1)
+    claims.run_all(c)
+    runs = {name.removesuffix("-toy-1-s0"): run for name, run in claims_statistics.read(c.results).items()}
+    assert runs.keys() == {"short", "enlarged-scratch", "grown-fresh", "grown-split", "grown-idea"}
+    ended = {kind: run["summary"][0] for kind, run in runs.items()}
+    assert ended["grown-fresh"]["growth"]["how"] == "fresh" and "growth" not in ended["short"]
+    total = ended["grown-fresh"]["flops_executed"] + ended["short"]["flops_executed"]
+    assert total == pytest.approx(ended["enlarged-scratch"]["flops_executed"], rel=.02)
+    assert claims_statistics.cost(claims_statistics.read(c.results), "grown-fresh", "toy", 1, [0]).flops == total
+    assert ended["grown-idea"]["d_ff"] == ended["short"]["d_ff"] < ended["grown-fresh"]["d_ff"]
+    begun = {kind: run["eval"][0]["val_loss"] for kind, run in runs.items()}
+    assert begun["grown-fresh"] == pytest.approx(begun["grown-idea"], abs=1e-5)
+    assert 0 < abs(begun["grown-split"] - begun["grown-fresh"]) < 1e-2 < begun["short"] - begun["grown-fresh"]
+    assert str(tmp_path) not in Path(c.results).read_text()
+    another = dataclasses.replace(KINDS["grown-fresh"], grow=KINDS["grown-split"].grow)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="the growth's how is 'fresh' there and 'spl"):
+        patch.setitem(KINDS, "grown-fresh", another)
+        claims.run_all(c)
+    claims.main_report(Report(results=c.results))                                       # is no stranger to it
 
 
 def test_a_teacher_is_the_captured_one(tmp_path, fast, shrunk, monkeypatch):
