@@ -428,8 +428,9 @@ def wrap(setup, model, objective_of=distill.Objective):
     """The module of a training step around the model as it is now: compiled and made parallel as
     the settings say."""
     objective = objective_of(model, setup.config.kd_weight, setup.config.kd_temperature)
-    for block in model.blocks:
-        block.recompute = setup.config.recompute
+    if setup.config.recompute:
+        for block in model.blocks:
+            block.recompute = True
     if setup.mesh is not None:
         if setup.config.compile:
             compile_blocks(model)
@@ -730,7 +731,8 @@ def count_flops(setup, state, teacher, scored):
     """Add the FLOPs of a step: executed (the model as it is, its teacher, scoring) and credited
     (live units). A teacher that was cached costs none."""
     tokens = setup.config.batch_tokens
-    per_token = state.model.config.flops_per_token(setup.block_size, recompute=setup.config.recompute)
+    options = dict(recompute=True) if setup.config.recompute else {}
+    per_token = state.model.config.flops_per_token(setup.block_size, **options)
     if isinstance(teacher, models.GPT):
         per_token += teacher.config.flops_per_token(setup.block_size, backward=False)
     state.flops["executed"] += tokens * per_token
