@@ -578,7 +578,7 @@ class RunFolder:
                 outcome[0] = function(*args)
             except (UserError, OSError) as problem:
                 outcome[1] = problem
-        dist.broadcast_object_list(outcome, group=self.waiting)
+        dist.broadcast_object_list(outcome, src=0, group=self.waiting)
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]

@@ -73,7 +73,7 @@ def write(folder, tensors, group=None):
     digests = digests_of_own(folder, metadata)
     if dist.is_initialized():
         all_digests = [None] * dist.get_world_size(group) if dist.get_rank(group) == 0 else None
-        dist.gather_object(digests, all_digests, group=group)
+        dist.gather_object(digests, all_digests, dst=0, group=group)
         if all_digests is None:
             return None
         digests = {}
@@ -125,6 +125,7 @@ class Reader:
     def __init__(self, folder, index):
         self.folder = Path(folder)
         self.entries = {}
+        self.files = set()
         try:
             for name, (shape, dtype, pieces) in index.items():
                 self.entries[name] = shape, dtype, [Piece(*values) for values in pieces]
@@ -143,13 +144,19 @@ class Reader:
             if piece.first != row or not all(type(number) is int and number >= 0 for number in numbers):
                 raise ValueError(name)
             row += piece.rows
-            # Whoever sends a folder does not choose which other files of this machine are read.
-            is_name = isinstance(piece.file, str) and re.fullmatch(r"__\d+_\d+\.distcp", piece.file)
-            if not is_name or leads_out(self.folder / piece.file) or self.folder.is_symlink():
-                raise UserError(f"{self.folder} names {str(piece.file)[:100]!r}, and only *.distcp files in the folder "
-                                f"itself are read; do not use it, or {REMEDY}")
+            if piece.file not in self.files:
+                self.check_file(piece.file)
         if row != shape[0]:
             raise ValueError(name)
+
+    def check_file(self, file):
+        """Raise UserError for a file outside of the folder: whoever sends a folder does not choose which
+        other files of this machine are read."""
+        is_name = isinstance(file, str) and re.fullmatch(r"__\d+_\d+\.distcp", file)
+        if not is_name or leads_out(self.folder / file) or self.folder.is_symlink():
+            raise UserError(f"{self.folder} names {str(file)[:100]!r}, and only *.distcp files in the folder itself "
+                            f"are read; do not use it, or {REMEDY}")
+        self.files.add(file)
 
     def names(self):
         return self.entries.keys()

@@ -327,6 +327,15 @@ def test_an_index_leads_nowhere_else(name, folder, tmp_path):
     refused(folder, r"names .*, and only \*.distcp files in the folder itself are read; do not use it")
 
 
+def test_a_folder_that_is_a_link_is_not_followed(folder, tmp_path):
+    (folder / "model").rename(tmp_path / "elsewhere")
+    (folder / "model").symlink_to(tmp_path / "elsewhere")
+    refused(folder, "only \\*.distcp files in the folder itself are read")
+    (folder / "state.pt").rename(tmp_path / "state.pt")
+    (folder / "state.pt").symlink_to(tmp_path / "state.pt")
+    refused(folder, "has no file state.pt")
+
+
 @pytest.mark.parametrize("change", [
     lambda entry: ((260, 13), *entry[1:]), lambda entry: ((10**15, 12), *entry[1:]), lambda entry: ((), *entry[1:]),
     lambda entry: (entry[0], torch.int8, entry[2]), lambda entry: (entry[0], "float64", entry[2]),
