@@ -22,6 +22,7 @@ from bench.timing import interleave, median_ratio, own_process, peak
 from bench.variants import shapes
 from common import UserError, write_atomic
 from distill import CHUNK_VALUES
+from formats.pt import on_host
 from schedule import PLANS
 
 ROOT = Path(__file__).parent.parent
@@ -106,7 +107,9 @@ def disk_rounds(folder, rounds, config):
             checkpoint.save(saved, model, optimizer=optimizer.state_dict())
 
         def load():
-            checkpoint.load(saved)
+            _, about = checkpoint.load(saved)
+            # The moments stay in the file until they are used.
+            on_host(about["optimizer"])
 
         def write():
             # A new file, as the memory of an old one is warm.
