@@ -443,7 +443,7 @@ class State:
     optimizer: torch.optim.Optimizer
     alive: dict                                  # {(layer, kind): indices of live units in the model}
     averages: dict | None = None                 # {(layer, kind): (2, units)}, moving averages of the score
-    masks: dict = field(default_factory=dict)    # {parameter name: (out, in) bool} of a 2:4 model
+    masks: dict = field(default_factory=dict)    # {parameter name: (out, in) bool} of a sparse model
     teacher: GPT | None = None                   # frozen, or a top_k.CachedTeacher; it has a file of its own
     step: int = 0                                # optimizer steps done
     teacher_file: dict | None = None             # {"file", "sha256"}; it stays when the teacher is dropped

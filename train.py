@@ -137,6 +137,8 @@ class Train:
     shape: Literal["cosine", "wsd"] | None = None        # of the learning rate; default: wsd in adapt, else cosine
     warmup_share: float = 0.05               # of a cycle
     rewarm: bool = True                      # warm up in plan naive's second cycle too; without: it begins at the peak
+    sparse: float | None = None              # hold this share of the layers' weights at zero, chosen at random (SPDF)
+    dense: bool = False                      # let the zeros of a sparse --init learn (SPDF's fine-tuning)
     weight_decay: float = 0.1                # of matrices (AdamW)
     clip: float = 1.0                        # gradient norm
     enlarge_share: float | None = None       # of the run; default: the plan's, 0 in adapt with --init
@@ -275,7 +277,7 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
         nn.utils.clip_grads_with_norm_(state.model.parameters(), config.clip, norm)
         skip_if_not_finite(state.optimizer, numbers)
         state.optimizer.step()
-        sparse.hold_(state.model, state.optimizer, state.masks)      # 2:4 zeros do get gradients
+        sparse.hold_(state.model, state.optimizer, state.masks)      # single zeros do get gradients
         state.optimizer.zero_grad(set_to_none=True)
 
         # 6. Count FLOPs. The numbers are read, judged and recorded when the loop begins again.
@@ -863,6 +865,11 @@ def check_ranges(config):
     for name, limit in largest.items():
         if not 0 <= getattr(config, name) <= limit:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be between 0 and {limit:g}")
+    if config.sparse is not None and not 0 < config.sparse < 1:
+        raise UserError(f"--sparse {config.sparse} must be between 0 and 1")
+    if config.sparse is not None and schedule.prunes(config.plan):
+        raise UserError(f"--sparse {config.sparse} holds single weights at zero, and plan {config.plan!r} cuts units; "
+                        "give --plan scratch")
     if not 1 <= config.eval_growth < math.inf:
         raise UserError(f"--eval-growth {config.eval_growth} must be a factor of at least 1")
 
@@ -896,7 +903,9 @@ def refuse_idle_flags(config):
 
 
 def refuse_missing(config):
-    """Raise UserError if the plan needs a model that is not given."""
+    """Raise UserError if the plan, or a flag, needs a model that is not given."""
+    if not config.init:
+        refuse_idle(config, ("dense",), "without --init")
     if config.plan == "recover" and not (config.init and config.teacher):
         raise UserError("plan 'recover' trains a cut model back and needs both --init CUT and --teacher MODEL, what it "
                         "was cut from; plan 'kd' teaches a new model")
@@ -907,14 +916,12 @@ def refuse_missing(config):
 def open_init(config):
     """The run's Tokenizer, the GPTConfig of --init, what prune.py wrote of the cut that made it, and
     its origin (the last three None without --init). Raises UserError if model and tokenizer, or a
-    2:4 model and the plan, do not fit each other."""
+    sparse model and the plan, do not fit each other."""
     if not config.init:
         return open_tokenizer(config.tokenizer or "bytes"), None, None, None
     model, about = checkpoint.load(config.init, "meta")
     models.with_context(model.config, config.block_size, config.init)      # refuses longer windows than its context
-    if about.get("masks") and schedule.prunes(config.plan):
-        raise UserError(f"{config.init} is a 2:4 model, whose units cannot be cut while it trains, and plan "
-                        f"{config.plan!r} prunes; give --plan scratch")
+    check_sparse_init(config, bool(about.get("masks")))
     if config.tokenizer:
         tokenizer = open_tokenizer(config.tokenizer)
         tokenizer.refuse_fewer_rows(model.config.vocab_size, config.init)
@@ -922,6 +929,17 @@ def open_init(config):
         tokenizer = checkpoint.tokenizer_of(model, about, config.init)
     cut = {key: value for key, value in about.get("run", {}).items() if key in ("cut_from", "recipe")}
     return tokenizer, model.config, cut or None, hand_on(about)
+
+
+def check_sparse_init(config, has_masks):
+    """Raise UserError if the plan, --sparse or --dense does not fit an --init with or without masks."""
+    if has_masks and not config.dense and schedule.prunes(config.plan):
+        raise UserError(f"{config.init} is a sparse model, whose units cannot be cut while it trains, and plan "
+                        f"{config.plan!r} prunes; give --plan scratch, or --dense to let its zeros learn")
+    if has_masks and config.sparse is not None:
+        raise UserError(f"{config.init} is sparse already, and --sparse would choose other zeros; leave it out")
+    if config.dense and not has_masks:
+        raise UserError(f"--dense has no effect, as {config.init} holds no zeros; leave it out")
 
 
 def plan_run(config, vocab_size, given=None):
@@ -1109,8 +1127,11 @@ def fresh_state(setup):
         model, about = checkpoint.load(config.init, setup.device, dtype)
     else:
         model = models.GPT(setup.start).to(setup.device, dtype)
-    return State(model, make_optimizer(model, config), prune.everything(setup.start),
-                 masks=masks_of(model, about.get("masks")))
+    masks = {} if config.dense else masks_of(model, about.get("masks"))
+    if config.sparse is not None:
+        masks = sparse.random_masks(model, config.sparse, config.seed)
+        sparse.hold_(model, None, masks)
+    return State(model, make_optimizer(model, config), prune.everything(setup.start), masks=masks)
 
 
 def fresh_shards(setup):
@@ -1131,7 +1152,7 @@ def fresh_shards(setup):
 
 
 def masks_of(model, packed):
-    """The masks of a 2:4 model, spread as its parameters are."""
+    """The masks of a sparse model, spread as its parameters are."""
     masks = sparse.unpack(packed, model.embed.weight.device)
     return {name: shard.spread_rows(mask, model.get_parameter(name)) for name, mask in masks.items()}
 
@@ -1204,6 +1225,7 @@ def finish(setup, state, quiet):
     """Write the last sample, the summary record and the picture of a finished plan, and print the
     summary."""
     log_sample(setup, state, "recovered")
+    zeros = sum(int((~shard.whole(mask)).sum()) for mask in state.masks.values())
     if setup.rank > 0:
         return
     config = setup.config
@@ -1212,6 +1234,11 @@ def finish(setup, state, quiet):
     epochs = data.epochs(setup.corpus, setup.block_size, config.steps * config.batch_tokens / setup.block_size)
     if len(epochs) > 1:
         final |= {"val_losses": last["val_losses"], "epochs_of": epochs}
+    if zeros:
+        # What hardware that skips zeros would have done: a zero saves a multiply-add in the forward pass
+        # and two in the backward pass of each token.
+        tokens = config.steps * config.batch_tokens
+        final |= {"zeros": zeros, "flops_if_sparse": state.flops["executed"] - 6 * zeros * tokens}
     pruning = sum(state.seconds[part] for part in ("score", "cut", "slice"))
     setup.log("summary", state.step, plan=config.plan, preset=size_name(config),
               seed=config.seed, **final, epochs=max(epochs.values()),

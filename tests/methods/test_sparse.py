@@ -16,6 +16,7 @@ import torch.distributed as dist
 from test_shard import sharded_copy
 
 import checkpoint
+import common
 import report
 import shard
 import train
@@ -565,7 +566,7 @@ def test_two_processes_hold_the_same_masks_and_are_one(tmp_path, given, init):
 
 @pytest.mark.parametrize("plan", ["idea", "naive", "oneshot", "idea-kd", "journey"])
 def test_plans_that_prune_refuse_a_2_4_model(tmp_path, init, plan):
-    with pytest.raises(UserError, match=f"2:4.*cannot be cut while it trains.*{plan!r} prunes.*--plan scratch") as no:
+    with pytest.raises(UserError, match=f"sparse.*cannot be cut while.* plan {plan!r} prunes.*--plan scratch") as no:
         train_toy(tmp_path / "run", **init, plan=plan, block_size=32)
     assert "\n" not in str(no.value) and not (tmp_path / "run").exists()
 
@@ -585,3 +586,43 @@ def test_a_run_checkpoint_from_before_masks_still_goes_on(tmp_path, given, init)
     checkpoint.save(old, model, **about)
     train_toy(tmp_path / "run", **init, steps=8)
     assert same(state_of(tmp_path / "run"), whole)
+
+
+# -- SPDF: sparse pretraining, dense fine-tuning, by train.py
+
+def test_sparse_pretraining_then_dense_fine_tuning(tmp_path, init):
+    """Exact shares of each matrix are zero to the end, though the run was stopped and went on; then they learn."""
+    sparse_run = dict(preset="toy", plan="scratch", sparse=0.75, dtype="float64", seed=4)
+    train_toy(tmp_path / "sparse", **sparse_run, steps=20)
+    model, about = checkpoint.load(tmp_path / "sparse")
+    masks = sparse.unpack(about["masks"])
+    torch.manual_seed(4)
+    assert all(torch.equal(mask, masks[name]) for name, mask in sparse.random_masks(GPT(model.config), 0.75, 4).items())
+    for name, mask in masks.items():
+        assert int((~mask).sum()) == round(0.75 * mask.numel()) and (model.get_parameter(name)[~mask] == 0).all()
+        assert (model.get_parameter(name)[mask] != 0).all()
+    summary = common.read_records(tmp_path / "sparse" / "metrics.jsonl")[-1]
+    assert summary["zeros"] == sum(int((~mask).sum()) for mask in masks.values())
+    executed, saved = summary["flops_executed"], 6 * summary["zeros"] * summary["tokens"]
+    assert summary["flops_if_sparse"] == executed - saved > 0
+    fine = dict(preset="laptop", init=str(tmp_path / "sparse"), steps=5)
+    for name, settings, learns in (("still", {}, False), ("free", dict(dense=True), True)):
+        train_toy(tmp_path / name, **fine, **settings)
+        tuned, after = checkpoint.load(tmp_path / name)
+        moved = [(tuned.get_parameter(name)[~mask] != 0).all().item() for name, mask in masks.items()]
+        assert moved == [learns] * len(masks) and bool(after["masks"]) != learns
+
+
+@pytest.mark.parametrize("settings, says", [
+    (dict(plan="idea", preset="toy", sparse=0.5), "--sparse 0.5 holds single weights .* plan 'idea' cuts units"),
+    (dict(plan="scratch", preset="toy", sparse=1.0), "--sparse 1.0 must be between 0 and 1"),
+    (dict(plan="scratch", preset="toy", dense=True), "--dense has no effect without --init"),
+    (dict(preset="laptop", init="dense", dense=True), "--dense has no effect, as .* holds no zeros"),
+    (dict(preset="laptop", init="sparse", sparse=0.5), "is sparse already, and --sparse would choose other zeros")])
+def test_what_spdf_refuses(tmp_path, given, init, settings, says):
+    folders = dict(dense=given[0], sparse=given[1])
+    if "init" in settings:
+        settings = {**settings, "init": str(folders[settings["init"]])}
+    with pytest.raises(UserError, match=says):
+        train_toy(tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
