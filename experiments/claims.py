@@ -153,8 +153,12 @@ def job(config, run, settings, recipe, windows):
 
 
 def beginning(run, recipe):
-    """What is made before a run, by the name that sweep.py has for it: {"cut" or "growth": settings}."""
-    return {"growth" if claims_runs.KINDS[run.kind].grow else "cut": recipe}
+    """What is made before a run, by the name that sweep.py has for it: {"cut", "growth" or "masks":
+    settings}."""
+    kind = claims_runs.KINDS[run.kind]
+    if kind.grow:
+        return {"growth": recipe}
+    return {"masks" if kind.shear else "cut": recipe}
 
 
 def keep_records(config, name, **about):

@@ -8,8 +8,8 @@ is cut or grown for it. They are runs of the same place and seed, so that all of
 claim is a list of pairs: it says that the first kind ends with a lower loss than the second, or at
 most `margin` above it. Claims 1 to 6 and 11 are from IDEA Prune (arXiv 2503.05920), 7 and 9 from
 Adapt-Pruner (2502.03460), 8 from The Journey Matters (2501.12486), 10 from the sources that
-score.py names, 14 from bert2BERT (2110.07143); 12, 13 and 15 are ours. Not here: running
-(experiments/claims.py), statistics (experiments/claims_statistics.py).
+score.py names, 14 from bert2BERT (2110.07143), 16 and 17 from SPDF (2303.10464); 12, 13, 15 and 18
+are ours. Not here: running (experiments/claims.py), statistics (experiments/claims_statistics.py).
 """
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
@@ -45,7 +45,7 @@ class Scale:
     data: str = "stdlib"
     claims: tuple[int, ...] = (1, 3, 4, 5, 2, 11, 13, 10, 6, 7, 8, 9, 12)      # in order of work
     # Claims that run only if --claims names them. No report shows them.
-    on_request: tuple[int, ...] = (14, 15)
+    on_request: tuple[int, ...] = (14, 15, 16, 17, 18)
     only: tuple[str, ...] = ()         # the only kinds to run; empty: all that the claims compare
 
 
@@ -54,6 +54,8 @@ class Scale:
 PLAIN = ("scratch", "naive", "oneshot", "idea", "idea-kd")
 RIVAL_SCORES = ("activation", "taylor", "flap", "random")
 WAYS = ("fresh", "copy", "split", "aki")               # to grow
+SHEAR_RATE = .1                        # of the weights while masks are learned, times the preset's
+SPARSE = (.5, .75)                                     # shares of weights that SPDF holds at zero
 RATED = ("scratch", "kd", "naive", "idea", "adapt", "cut-annealed", "scratch-wsd", "idea-wsd")
 SCALES = {
     # With batches of 4,096 tokens (404 steps at 4x16 and 100) all kinds ended 0.26 to 0.40 nats
@@ -73,11 +75,12 @@ class Kind:
     plan: str
     settings: dict = field(default_factory=dict)      # of train.py, beside those of the place
     teacher: str | None = None         # the kind that teaches
-    # The kind whose model is cut to the target, or grown, and trained on; and the settings for that, of
-    # prune.py or of methods.grow.
+    # The kind whose model is trained on, and what is done to it before: it is cut to the target, grown,
+    # or cut by learned masks, by these settings of prune.py, methods.grow or methods.sheared.
     init: str | None = None
     cut: dict | None = None
     grow: dict | None = None
+    shear: dict | None = None
     share: float = 1                   # of the place's tokens
     rate: float = 1                    # times the preset's peak learning rate
     floor: float = .1                  # the last learning rate, as a share of the peak
@@ -157,6 +160,14 @@ KINDS = {
     # then .25, .2 and .3 of all tokens.
     "grown-idea": grown("fresh", "idea", settings=dict(enlarge_share=.3333, prune_share=.2667), share=.75),
     "scratch-grown-flops": Kind("scratch", equal=("grown-idea", "flops_executed")),
+    # Half of the tokens with random zeros, half with or without them.
+    "half": Kind("scratch", share=.5),
+    "half-again": Kind("scratch", init="half", share=.5),
+    **{f"sparse-{share:.0%}": Kind("scratch", dict(sparse=share), share=.5) for share in SPARSE},
+    **{f"sparse-{share:.0%}-kept": Kind("scratch", init=f"sparse-{share:.0%}", share=.5) for share in SPARSE},
+    **{f"sparse-{share:.0%}-freed": Kind("scratch", dict(dense=True), init=f"sparse-{share:.0%}", share=.5)
+       for share in SPARSE},
+    "shear-annealed": Kind("scratch", init="annealed", shear=dict(steps=400), equal=("cut-annealed", "flops_executed")),
 }
 
 # Claim 13 compares these kinds at half and at twice of their rate.
@@ -229,6 +240,12 @@ ALL_CLAIMS = (
     Claim(15, "an enlarged stage that begins with the grown target costs no loss against plan idea, nor against "
               "scratch at equal FLOPs (our own claim)",
           (("grown-idea", "idea"), ("grown-idea", "scratch-grown-flops")), margin=.01, ours=True),
+    Claim(16, "after sparse pretraining, training goes better with the zeros free than held (on the same text)",
+          tuple((f"sparse-{share:.0%}-freed", f"sparse-{share:.0%}-kept") for share in SPARSE)),
+    Claim(17, "sparse pretraining and dense training after it lose nothing against dense training",
+          tuple((f"sparse-{share:.0%}-freed", "half-again") for share in SPARSE), margin=.01),
+    Claim(18, "learned masks beat a one-shot cut to the same shape, at equal FLOPs (our own claim)",
+          (("shear-annealed", "cut-annealed"),), place="long", ours=True),
 )
 CLAIMS = {claim.number: claim for claim in ALL_CLAIMS}
 
@@ -353,8 +370,8 @@ def peak_rate(run):
 
 
 def settings_of(run, scale, records, folder="runs/claims"):
-    """The settings of train.py for a run, and those of prune.py for the cut before it, of methods.grow for
-    the growth before it, or None.
+    """The settings of train.py for a run, and those of prune.py, methods.grow or methods.sheared for what
+    is done to the model before it, or None.
 
     `records` holds {name: {tag: [records]}} of the runs that this one requires. `folder` is where
     run folders lie."""
@@ -368,7 +385,7 @@ def settings_of(run, scale, records, folder="runs/claims"):
                data=scale.data, batch_tokens=scale.batch_tokens, micro_batch=scale.micro_batch,
                eval_windows=scale.eval_windows, compile=False, **kind.settings)
     if kind.equal:
-        settings["steps"] = equal_steps(run, settings, records)
+        settings["steps"] = equal_steps(run, settings, records, shear_flops(run, scale))
     warmup = first_warmup(kind, settings["steps"], settings["steps"] if kind.init else place_steps)
     if warmup:
         settings["warmup_share"] = warmup
@@ -378,9 +395,16 @@ def settings_of(run, scale, records, folder="runs/claims"):
     if not kind.init:
         return settings, None
 
-    # The run begins with the cut or grown model instead of a preset.
+    # The run begins with a given model instead of a preset.
     del settings["preset"]
+    if not (kind.cut or kind.grow or kind.shear):
+        settings["init"] = f"{folder}/{run.of(kind.init).name}"
+        return settings, None
     settings["init"] = f"{folder}/from-{run.name}"
+    if kind.shear:
+        return settings, dict(kind.shear, init=f"{folder}/{run.of(kind.init).name}", target=run.size, data=scale.data,
+                              seed=seed, batch_tokens=scale.batch_tokens, micro_batch=scale.micro_batch,
+                              lr=lr * SHEAR_RATE)
     if kind.grow:
         return settings, dict(kind.grow, init=f"{folder}/{run.of(kind.init).name}", seed=seed, eval_windows=0)
     keep = target.removable_params() / uncut(run).removable_params()
@@ -389,11 +413,12 @@ def settings_of(run, scale, records, folder="runs/claims"):
     return settings, recipe
 
 
-def equal_steps(run, settings, records):
-    """In how many steps a run with these settings spends what the kind it is compared with spent."""
+def equal_steps(run, settings, records, spent_before=0):
+    """In how many steps a run with these settings spends what the kind it is compared with spent, if
+    `spent_before` is spent already."""
     kind = KINDS[run.kind]
     other, cost = kind.equal
-    budget = spent_by(run.of(other), records, cost)
+    budget = spent_by(run.of(other), records, cost) - spent_before
     if kind.grow:
         budget -= spent_by(run.of(kind.init), records, cost)
     steps = settings["steps"]
@@ -457,14 +482,22 @@ def vocabulary():
 # -- what a run costs
 
 def calibration_flops(run, recipe):
-    """What prune.py executes with this recipe before the run, without its evaluations; 0 without a cut.
-    Growing computes nothing."""
+    """What prune.py or methods.sheared executes with this recipe before the run, without evaluations; 0
+    without a recipe. Growing computes nothing."""
     if not recipe or KINDS[run.kind].grow:
         return 0
+    if KINDS[run.kind].shear:
+        return recipe["steps"] * recipe["batch_tokens"] * uncut(run).flops_per_token(uncut(run).block_size)
     large = uncut(run)
     backward = not {"grad", "grad_sq", "sensitivity"}.isdisjoint(prune.needs(prune.Prune(**recipe)))
     tokens = min(512, large.block_size)          # in a window
     return recipe["windows"] * tokens * large.flops_per_token(tokens, backward)
+
+
+def shear_flops(run, scale):
+    """What learning masks before the run takes; 0 without."""
+    shear = KINDS[run.kind].shear
+    return calibration_flops(run, dict(shear, batch_tokens=scale.batch_tokens)) if shear else 0
 
 
 def plan_of(settings, preset=None, given=None):
@@ -522,8 +555,8 @@ def predicted(settings, preset=None, given=None):
 def expected(run, scale):
     """(settings of train.py, FLOPs as `predicted`) of a run before any other has been made."""
     records = {other.name: {"summary": [expected(other, scale)[1]]} for other in measures(run)}
-    settings, recipe = settings_of(run, scale, records)
-    return settings, predicted(settings, run.size if recipe else None, grown_config(run))
+    settings, _ = settings_of(run, scale, records)
+    return settings, predicted(settings, run.size if KINDS[run.kind].init else None, grown_config(run))
 
 
 def fingerprint_of(runs, scale):

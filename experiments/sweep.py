@@ -27,7 +27,7 @@ import checkpoint
 import prune
 import train
 from common import UserError, read_records, run, write_atomic
-from methods import grow
+from methods import grow, sheared
 
 # The exit codes of a run that saved and ended on a signal.
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
@@ -48,12 +48,12 @@ def locked(folder):
                         "--runs") from None
 
 
-def run_plan(folder, settings, device="cpu", cut=None, growth=None):
+def run_plan(folder, settings, device="cpu", cut=None, growth=None, masks=None):
     """Run one plan to its end, quietly, with these settings of train.py. Returns its setup and
     state. What the settings leave open does not depend on the machine: float32, nothing compiled.
 
-    `cut` holds the settings of prune.py that make the model which the run begins with, and `growth`
-    those of methods.grow; it is made first."""
+    `cut` holds the settings of prune.py that make the model which the run begins with, `growth` those of
+    methods.grow, and `masks` those of methods.sheared; it is made first."""
     with locked(folder):
         if cut:
             recipe = prune.Prune(out=settings["init"], device=device, **{"dtype": "float32", **cut})
@@ -61,6 +61,9 @@ def run_plan(folder, settings, device="cpu", cut=None, growth=None):
         if growth:
             recipe = grow.Grow(out=settings["init"], device=device, **growth)
             make_first(grow.main, recipe, "growth", growth, folder)
+        if masks:
+            recipe = sheared.Shear(out=settings["init"], device=device, **{"dtype": "float32", **masks})
+            make_first(sheared.main, recipe, "recipe", masks, folder)
         settings = {"dtype": "float32", "compile": False, **settings}
         return train.main(train.Train(out=str(folder), device=device, **settings), quiet=True)
 
@@ -160,16 +163,16 @@ def refuse_failure(code):
 
 # -- records of finished runs
 
-def is_finished(name, run, settings, flag, cut=None, growth=None):
+def is_finished(name, run, settings, flag, cut=None, growth=None, masks=None):
     """Whether the records of a run, {tag: [records]} or None, exist. Raises UserError if they were
-    made with other settings of train.py, or of the `cut` or `growth` before it; the message names the
-    run and the flag of its file. A setting of None is not compared."""
+    made with other settings of train.py, or of the `cut`, `growth` or `masks` before it; the message
+    names the run and the flag of its file. A setting of None is not compared."""
     if run is None:
         return False
     config = run["config"][0]
     recipe = (config.get("cut") or {}).get("recipe", {})
     grown = run["summary"][0].get("growth", {})
-    differ = differences("", config, settings) + differences("the cut's ", recipe, cut or {})
+    differ = differences("", config, settings) + differences("the cut's ", recipe, cut or masks or {})
     differ += differences("the growth's ", grown, growth or {})
     if differ:
         raise UserError(f"{name} holds another run ({'; '.join(differ)}); give another {flag}, and "

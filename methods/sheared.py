@@ -267,7 +267,7 @@ def shear_and_save(settings, out):
     device = pick_device(settings.device)
     model, about = checkpoint.load(settings.init, device, torch.float32)
     if about.get("masks"):
-        raise UserError(f"{settings.init} is a 2:4 model, whose zeros would not stay; shear first")
+        raise UserError(f"{settings.init} is a sparse model, whose zeros would not stay; shear first")
     start = models.with_context(model.config, settings.block_size, settings.init)
     target = target_of(model.config, settings)
     kept = kept_of(model.config, target)
