@@ -38,7 +38,7 @@ from experiments import (
 )
 from formats import huggingface
 from formats.tokenizer import open_tokenizer
-from methods import self_text
+from methods import grow, lora, self_text, sheared
 from model import GPT, GPTConfig
 from tasks import own_questions
 
@@ -71,10 +71,12 @@ SETTINGS = {         # the settings that a command reads
     "bench.cut_memory": cut_memory.CutMemory,
     "experiments.teacher": teacher.Teacher, "experiments.texts": texts.Texts, "experiments.recover": recover.Recover,
     "experiments.recover_study": recover_study.Study, "experiments.candidates": candidates.Candidates,
-    "experiments.glassllm": glassllm.Glass, "methods.self_text": self_text.Write}
+    "experiments.glassllm": glassllm.Glass, "methods.self_text": self_text.Write,
+    "methods.grow": grow.Grow, "methods.sheared": sheared.Shear, "methods.lora": lora.Lora}
 CHECKS = {           # what refuses settings that mean nothing
     "prune.py": prune.check, "experiments.recover": recover.check, "experiments.recover_study": recover_study.check,
-    "experiments.candidates": candidates.read_recipes}
+    "experiments.candidates": candidates.read_recipes, "methods.sheared": sheared.check,
+    "methods.grow": grow.check, "methods.lora": lora.check}
 SUBCOMMANDS = {"experiments.claims": claims.COMMANDS, "experiments.scaling": scaling.COMMANDS}
 SHELL = ("python3 -m venv", "pip ", "tar ", "llama-cli ")
 
