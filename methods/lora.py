@@ -45,6 +45,7 @@ from common import (
     run,
 )
 from formats.origin import hand_on
+from formats.pt import digest_of
 from methods import loraprune
 from model import GPT
 
@@ -230,7 +231,7 @@ def save(path, identity, state):
     content = {"identity": identity, "step": state.step, "adapters": adapters,
                "optimizer": state.optimizer.state_dict(), "alive": checkpoint.listed(state.alive),
                "averages": checkpoint.listed(state.averages)}
-    checkpoint.write(path, {"content": content, "content_digest": checkpoint.digest_of(content)})
+    checkpoint.write(path, {"content": content, "content_digest": digest_of(content)})
 
 
 @torch.no_grad()
@@ -239,7 +240,7 @@ def resume(path, identity, state):
     for one of other settings, another model or another text."""
     file = read_pickled_tensors(path, "delete it to begin anew")
     saved = file.get("content", {})
-    if file.get("content_digest") != checkpoint.digest_of(saved):
+    if file.get("content_digest") != digest_of(saved):
         raise UserError(f"{path} is damaged; delete it to begin anew")
     differ = [name for name, value in identity.items() if saved["identity"].get(name) != value]
     if differ:
