@@ -20,9 +20,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as distributed_checkpoint
 import xxhash
-from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 
 from common import Damaged, UserError, read_pickled_tensors
 from formats.origin import leads_out
@@ -50,10 +48,13 @@ class NotWritten(Exception):
         self.cause = cause
 
 
-class Writer(distributed_checkpoint.FileSystemWriter):
-    """Writes and fsyncs a file for each process. The path on this machine is not recorded."""
-    def storage_meta(self):
-        return StorageMeta()
+def make_writer(folder):
+    """What writes and fsyncs a file for each process. The path on this machine is not recorded."""
+    from torch.distributed.checkpoint import FileSystemWriter
+    from torch.distributed.checkpoint.metadata import StorageMeta
+    writer = FileSystemWriter(folder)
+    writer.storage_meta = StorageMeta
+    return writer
 
 
 def write(folder, tensors, group=None):
@@ -62,11 +63,13 @@ def write(folder, tensors, group=None):
     If a process group is up, all processes of `group` (None: all there are) call this with the same
     names. Each writes its rows of the DTensors, and the first process gets the index; the others get
     None. What writing raises in any of them, such as an OSError, is the cause of a NotWritten in all."""
+    # Imported here, as it takes half a second, which no other command should wait for.
+    import torch.distributed.checkpoint as distributed_checkpoint
     try:
         with warnings.catch_warnings():
             # A process alone is told that it is alone.
             warnings.simplefilter("ignore")
-            metadata = distributed_checkpoint.save(tensors, storage_writer=Writer(folder), process_group=group)
+            metadata = distributed_checkpoint.save(tensors, storage_writer=make_writer(folder), process_group=group)
     except distributed_checkpoint.CheckpointException as problem:
         cause, _ = next(iter(problem.failures.values()))
         raise NotWritten(cause) from None
@@ -95,6 +98,7 @@ def digests_of_own(folder, metadata):
 
 def entry_of(name, metadata, digests):
     """The entry of a tensor in the index: its shape, its dtype and its pieces in order."""
+    from torch.distributed.checkpoint.metadata import MetadataIndex
     stored = metadata.state_dict_metadata[name]
     pieces = []
     for chunk in stored.chunks:

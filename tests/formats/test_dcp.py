@@ -126,13 +126,13 @@ def two_write(folder):
 
 def one_disk_is_full(run, state):
     """Every process says so, and the checkpoint before is the newest."""
-    written = dcp.Writer.write_data
+    written = distributed_checkpoint.FileSystemWriter.write_data
     if dist.get_rank() == 1:
-        dcp.Writer.write_data = full_disk
+        distributed_checkpoint.FileSystemWriter.write_data = full_disk
     state.step = 8
     with pytest.raises(UserError, match=r"ckpt_00000008 was not written \(.*No space.*\): it needs [\d,]+ bytes and"):
         run.save(state, {})
-    dcp.Writer.write_data = written
+    distributed_checkpoint.FileSystemWriter.write_data = written
     assert checkpoint.newest(run.path).name == "ckpt_00000007"
     dist.barrier()
     assert not list(run.path.glob(".*"))
