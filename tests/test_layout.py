@@ -24,11 +24,11 @@ ROWS = [      # a file imports only from rows above its own
     "train bench.cut_memory experiments.candidates experiments.compare_report experiments.smollm2 "
     "methods.loraprune",
     "bench.variants experiments.claims_runs experiments.compare experiments.glassllm experiments.recover "
-    "experiments.sweep experiments.teacher methods.lora methods.sheared",
+    "experiments.teacher methods.lora methods.sheared",
     "bench.dtypes bench.inference bench.system bench.training experiments.claims_statistics "
-    "experiments.recover_study experiments.scaling_runs",
-    "bench.accounting experiments.claims_report experiments.precision experiments.scaling",
-    "bench.memory experiments.claims",
+    "experiments.recover_study experiments.sweep",
+    "bench.accounting experiments.claims_report experiments.precision experiments.scaling_runs",
+    "bench.memory experiments.claims experiments.scaling",
     "bench.__main__"]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 FILES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file

@@ -22,7 +22,7 @@ from eval import evaluate
 from experiments import claims, claims_report, claims_runs, claims_statistics, sweep
 from experiments.claims import Report, RunAll
 from experiments.claims_runs import CLAIMS, KINDS, SCALES, Run
-from methods import grow
+from methods import grow, sheared
 from prune import Prune, check
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,7 @@ def test_diverged_runs_are_infinitely_worse():
                                             (.02, "contradicted")])
 def test_near_optimal_is_within_a_margin(shift, verdict):
     assert claims_statistics.effect([shift - .001, shift + .001, shift]).verdict(.01) == verdict
-    assert {n for n, claim in CLAIMS.items() if claim.margin} == {6, 8, 13, 15}
+    assert {n for n, claim in CLAIMS.items() if claim.margin} == {6, 8, 13, 15, 17}
 
 
 def test_bootstrap_over_seeds():
@@ -97,7 +97,7 @@ def test_train_accepts_every_run(preset, monkeypatch):
     assert len({run.name for run in runs}) == len(runs) and all(re.fullmatch(r"[\w.-]+", run.name) for run in runs)
     for run in (r for r in runs if r.seed == 0):
         settings, cut = claims_runs.settings_of(run, scale, records)
-        c, start, end, timeline = claims_runs.plan_of(settings, run.size if cut else None,
+        c, start, end, timeline = claims_runs.plan_of(settings, run.size if KINDS[run.kind].init else None,
                                                       claims_runs.grown_config(run))
         train.refuse_idle_flags(dataclasses.replace(c, preset=train.Train.preset, init=settings.get("init"),
                                                     teacher=settings.get("teacher")))
@@ -107,6 +107,8 @@ def test_train_accepts_every_run(preset, monkeypatch):
             grow.check(grow.Grow(**cut))
             target, enlarged = claims_runs.models.preset(run.size, claims_runs.vocabulary())
             assert start == enlarged and end == (target if run.kind == "grown-idea" else enlarged)
+        elif KINDS[run.kind].shear:
+            sheared.check(sheared.Shear(**cut))
         elif cut:
             check(Prune(**cut))
     assert {*KINDS} - {run.kind for run in runs} == (set() if preset != "quick" else {*KINDS} - {*claims_runs.PLAIN})
