@@ -5,7 +5,7 @@ zeros.
     python -m pytest tests/test_shard.py      # 2 and 3 processes against one: same losses, same cuts
 
 Training in float32 takes 16 bytes a parameter: weight, gradient and Adam's two moments. PyTorch's
-`fully_shard` (FSDP2) lets each of W processes hold the n-th part of the rows of every tensor, 16 / W
+`fully_shard` (FSDP2) lets each of W processes hold 1 / W of the rows of every tensor, so 16 / W
 bytes. A block's rows are gathered for its forward and its backward pass, and dropped again. All
 arithmetic stays in model.py; a sharded model is a GPT whose parameters are `DTensor`s.
 
@@ -165,7 +165,8 @@ def unit_of_entry(tensor, dim, units):
 
 
 def sums_by_unit(tensor, dim, units):
-    """The sum over each unit's entries of what this process holds: (units,). See `add_up_`."""
+    """The sum over each unit's entries of what this process holds: (units,). See
+    `add_up_units_`."""
     if not is_spread(tensor):
         return by_unit(tensor, dim, units).movedim(dim, 0).flatten(1).sum(1)
     held = tensor.to_local()
