@@ -450,6 +450,9 @@ class State:
     dropped: bool = False                        # whether the teacher was dropped, for good
     judged: dict = field(default_factory=lambda: {"student": None, "teacher": None, "steps": 0})  # smoothed losses
     window: dict = field(default_factory=dict)   # sums since the last "step" record
+    # Of texts that are weighed anew as the model learns: {"weights", "reference", "drawn": a number for each
+    # text, "step": of the last evaluation}
+    balance: dict | None = None
     flops: dict = field(default_factory=lambda: {"executed": 0.0, "credited": 0.0})
     seconds: dict = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
 
@@ -458,7 +461,7 @@ class State:
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 # The fields of State that are stored as they are.
-PLAIN = ("step", "teacher_file", "dropped", "judged", "window", "flops", "seconds")
+PLAIN = ("step", "teacher_file", "dropped", "judged", "window", "flops", "seconds", "balance")
 
 
 @dataclass(frozen=True)
@@ -637,6 +640,8 @@ class RunFolder:
             state = State(model, make_optimizer(model), by_key(saved["alive"]), by_key(saved["averages"], device),
                           saved.get("masks"))
             fill_optimizer(state.optimizer, model, weights)
+            # Checkpoints from before texts could be weighed anew have no balance.
+            saved.setdefault("balance", None)
             for name in PLAIN:
                 setattr(state, name, saved[name])
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as problem:

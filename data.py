@@ -39,6 +39,7 @@ import numpy as np
 from common import IGNORED, UserError, first_line, parse, printable, run, write_atomic
 from formats import chat
 from formats.tokenizer import Tokenizer, open_tokenizer
+from methods.dynamic_batches import domain_of
 
 HOLD_OUT = 20                        # one document in so many is held out (our choice)
 SHARD_TOKENS = 2**25                 # a shard is written when this many wait: 134 MB as uint32
@@ -772,20 +773,27 @@ def permute(index, n, seed, epoch):
     return x.astype(np.int64)
 
 
-def batch(tokens, block_size, seed, step, micro, rank=0, *, world=1, micro_batch, micro_steps):
+def batch(tokens, block_size, seed, step, micro, rank=0, *, world=1, micro_batch, micro_steps, weights=None):
     """-> x, y: (micro_batch, T) int64 on the CPU, with T = block_size; y[:, t] follows x[:, t], and is
     IGNORED where it is only context.
 
     Row b is sample step·(micro_steps·world·micro_batch) + (micro·world + rank)·micro_batch + b of an
     endless row. Processes take samples in order: the global batch is the same for any number of them.
-    `tokens`: (N,), or a Mixture, whose parts each have an endless row."""
+    `tokens`: (N,), or a Mixture, whose parts each have an endless row. With `weights`, one for each part,
+    chance takes the place of the mixture's turns: see dynamic_batches.domain_of. No window of a part with
+    n windows then comes twice within n samples."""
     import torch
     first = step * (micro_steps * world * micro_batch) + (micro * world + rank) * micro_batch
     samples = np.arange(first, first + micro_batch)
     if isinstance(tokens, Mixture):
         rows = np.empty((micro_batch, block_size + 1), np.int64)
+        drawn = None if weights is None else domain_of(samples, weights, seed)
         for index, part in enumerate(tokens.parts):
-            is_of_part, own = tokens.of_part(index, samples)
+            if drawn is None:
+                is_of_part, own = tokens.of_part(index, samples)
+            else:
+                is_of_part = drawn == index
+                own = samples[is_of_part]
             if own.size:
                 rows[is_of_part] = read_samples(part, block_size, (seed, index), own)
     else:

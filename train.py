@@ -67,7 +67,7 @@ from eval import evaluate, sample
 from formats import pt, top_k
 from formats.origin import hand_on
 from formats.tokenizer import open_tokenizer
-from methods import sparse
+from methods import dynamic_batches, sparse
 
 LOG_EVERY = 10               # steps between "step" records, which hold means over them
 # How many of the newest steps stay unread. A GPU is then still at work on the newest while Python
@@ -126,6 +126,9 @@ class Train:
     enlarge_kv: float = 1.0                  # the enlarged model has so many times the target's KV groups
     # stdlib; packages; files as text, .jsonl, .parquet; hf:NAME[:CONFIG]; or several of them, as A:2 B
     data: tuple[str, ...] = ("stdlib",)
+    # of several texts: those whose loss is furthest above this come more often (methods/dynamic_batches.py): auto,
+    # their losses before training, or a .json file {text: nats per token}
+    reference: str | None = None
     tokenizer: str | None = None             # bytes, a tiktoken encoding, a folder; default: bytes, or that of --init
     out: str | None = None                   # run folder; default runs/PLAN-PRESET-SEED, or --init's name for PRESET
     seed: int = 0                            # of the initial weights and the order of the data
@@ -258,7 +261,7 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
         teacher = state.teacher if stage.kd else None
         means = setup.zeros(4)
         for micro in range(setup.micro_steps):
-            x, y = setup.batch(state.step, micro)        # (B, T) each, a pure function of its arguments
+            x, y = setup.batch(state.step, micro, state.balance)   # (B, T) each, a pure function of its arguments
             exchange_gradients(setup, objective, is_last=micro == setup.micro_steps - 1)
             with setup.autocast():
                 from_teacher = read_teacher(x, state.step, micro) if teacher else ()
@@ -333,11 +336,12 @@ class Setup:
         each cut."""
         return calibration_score(self.config) is None
 
-    def batch(self, step, micro):
-        """Token ids and targets, (B, T) each, on the device. A GPU is still at the step before, or
-        at the micro-step before, when its next batch is built."""
+    def batch(self, step, micro, balance=None):
+        """Token ids and targets, (B, T) each, on the device; `balance`: State.balance. A GPU is still at
+        the step before, or at the micro-step before, when its next batch is built."""
         x, y = data.batch(self.corpus.train, self.block_size, self.config.seed, step, micro, self.rank,
-                          world=self.world, micro_batch=self.config.micro_batch, micro_steps=self.micro_steps)
+                          world=self.world, micro_batch=self.config.micro_batch, micro_steps=self.micro_steps,
+                          weights=balance and balance["weights"])
         if self.device.startswith("cuda"):
             # From pinned memory the copy waits for nothing.
             x = x.pin_memory()
@@ -511,6 +515,9 @@ def open_cache(setup, state, path):
     if teacher.index["vocab_size"] > setup.start.vocab_size:
         raise UserError(f"{path} holds probabilities of {teacher.index['vocab_size']:,} tokens, and the model has "
                         f"{setup.start.vocab_size:,}; write them with a teacher of the model's tokenizer")
+    if config.reference:
+        raise UserError(f"{path} holds a teacher's answers to windows in a fixed order, and --reference changes which "
+                        "come next; give the teacher itself, or leave --reference out")
     top_k.refuse_another(path, teacher.index, {"tokenizer": config.tokenizer, "fingerprint": setup.corpus.fingerprint,
                                                "block_size": setup.block_size, "seed": config.seed})
     teacher.refuse_fewer(config.steps * config.batch_tokens // setup.block_size)
@@ -772,8 +779,48 @@ def log_eval(setup, state, tag, **about):
     val_loss = sum(corpus.shares[name] * loss for name, loss in val_losses.items())
     if len(val_losses) > 1:
         about["val_losses"] = val_losses
+    if setup.config.reference and tag == "eval":
+        state.balance = from_first_process(setup, weighed_anew(setup, state, list(val_losses.values())))
+        about["weights"] = dict(zip(val_losses, state.balance["weights"]))
     setup.log(tag, state.step, val_loss=val_loss, bits_per_byte=bits_per_byte, **shape_record(state),
               flops_executed=state.flops["executed"], **about)
+
+
+def weighed_anew(setup, state, losses):
+    """State.balance after an evaluation: the losses of the texts, in nats per token, decide how often each
+    comes until the next one. A step that a resumed run evaluates again changes nothing."""
+    balance = state.balance
+    if balance is None:
+        reference = losses if setup.config.reference == "auto" else read_reference(setup)
+        shares = list(setup.corpus.shares.values())
+        return {"weights": shares, "reference": reference, "drawn": [0.0] * len(shares), "step": state.step}
+    if state.step == balance["step"]:
+        return balance
+    weights = dynamic_batches.reweigh(balance["weights"], losses, balance["reference"]).tolist()
+    drawn = drawn_until(setup, balance, state.step)
+    return {**balance, "weights": weights, "drawn": drawn, "step": state.step}
+
+
+def drawn_until(setup, balance, step):
+    """How many windows of each text have been drawn before this step, in expectation."""
+    windows = (step - balance["step"]) * setup.config.batch_tokens / setup.block_size
+    return [before + weight * windows for before, weight in zip(balance["drawn"], balance["weights"])]
+
+
+def read_reference(setup):
+    """The losses in the file of --reference, in the order of the texts. Raises UserError if it is not
+    about these texts."""
+    file = Path(setup.config.reference)
+    names = list(setup.corpus.domains)
+    try:
+        losses = json.loads(file.read_text())
+        numbers = [float(losses[name]) for name in names]
+    except (ValueError, TypeError, LookupError) as problem:
+        raise UserError(f"{file} must hold nats per token of {', '.join(names)}, as {{\"{names[0]}\": 2.1, …}} "
+                        f"({type(problem).__name__}: {problem}); give such a file, or --reference auto") from None
+    if not all(map(math.isfinite, numbers)):
+        raise UserError(f"{file} holds losses that are not finite; give finite ones, or --reference auto")
+    return numbers
 
 
 def log_sample(setup, state, when):
@@ -903,7 +950,9 @@ def refuse_idle_flags(config):
 
 
 def refuse_missing(config):
-    """Raise UserError if the plan, or a flag, needs a model that is not given."""
+    """Raise UserError if the plan, or a flag, needs a model or a text that is not given."""
+    if len(data.weights_of(config.data)) < 2:
+        refuse_idle(config, ("reference",), "with one text")
     if not config.init:
         refuse_idle(config, ("dense",), "without --init")
     if config.plan == "recover" and not (config.init and config.teacher):
@@ -1232,6 +1281,10 @@ def finish(setup, state, quiet):
     last = report.records(setup.folder.path)["eval"][-1]
     final = {key: last[key] for key in ("val_loss", "bits_per_byte", "params", "n_kv_head", "d_ff")}
     epochs = data.epochs(setup.corpus, setup.block_size, config.steps * config.batch_tokens / setup.block_size)
+    if state.balance:
+        drawn = drawn_until(setup, state.balance, state.step)
+        epochs = {part.name: number / data.windows(part.train, setup.block_size)
+                  for part, number in zip(setup.corpus.parts, drawn)}
     if len(epochs) > 1:
         final |= {"val_losses": last["val_losses"], "epochs_of": epochs}
     if zeros:

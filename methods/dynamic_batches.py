@@ -1,5 +1,6 @@
 """Dynamic batch loading: texts on which the model is furthest behind a reference loss come more often.
 
+    python train.py --data prose.jsonl code.jsonl --init X --plan scratch --reference auto
     python -m pytest tests/methods/test_dynamic_batches.py
 
 Sheared LLaMA (arXiv 2310.06694, section 2.2) trains on several domains at once. After every
@@ -10,7 +11,8 @@ evaluation the weight of each domain grows with its excess loss (DoReMi's rule, 
 The paper writes max(loss - reference, 0); its released code does not clip, nor does `reweigh`. The
 release draws domains from a random number generator without a seed, so that a stopped run goes on
 with other batches. Here a hash of the sample's number draws (`domain_of`): a batch is a pure function
-of (seed, step, weights). Not here: reading windows (data.py), where the references come from.
+of (seed, step, weights). Not here: reading windows (data.py), when texts are
+weighed and where the references come from (train.py).
 """
 import numpy as np
 

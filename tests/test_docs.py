@@ -5,6 +5,7 @@ the walkthrough prints what it says.
     PYTHONPATH=. python tests/test_docs.py      # write tables, the walkthrough's output and README's line counts anew
 """
 import contextlib
+import dataclasses
 import io
 import math
 import re
@@ -151,6 +152,13 @@ def cut_table():
     return report.markdown(head, body)
 
 
+def methods_table():
+    """The verdicts on the claims that run on request, from records of their own."""
+    runs = claims_statistics.read(RESULTS / "claims-methods.jsonl")
+    scale = dataclasses.replace(claims_runs.SCALES["cpu"], claims=claims_runs.SCALES["cpu"].on_request)
+    return claims_report.short_table(claims_statistics.comparisons(runs, scale), scale)
+
+
 GENERATED = {        # (page, name of the part): function that returns its text
     ("pruning.md", "experiments/compare.py overview"): overview,
     ("pruning.md", "tests/test_docs.py adaptive"): adaptive_table,
@@ -162,6 +170,7 @@ GENERATED = {        # (page, name of the part): function that returns its text
     ("recover.md", "experiments/recover_report.py speed"): lambda: recovery(recover_report.speed_table),
     ("recover.md", "experiments/recover_report.py curve"): lambda: recovery(recover_report.curve_text),
     ("recover.md", "experiments/recover_report.py ablations"): lambda: recovery(recover_report.ablation_table),
+    ("methods.md", "results/claims-methods.jsonl"): methods_table,
     ("scale.md", "tests/test_docs.py memory"): lambda: fit_table(fit_rows("memory")),
     ("scale.md", "tests/test_docs.py exchange"): exchange_table,
     ("scale.md", "tests/test_docs.py cut"): cut_table,

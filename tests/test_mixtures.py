@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import torch
 
 import checkpoint
 import data
@@ -11,6 +12,7 @@ import eval as evaluation
 import prune
 import train
 from common import UserError, parse
+from methods import dynamic_batches
 
 TOY = dict(plan="scratch", preset="toy", steps=6, batch_tokens=256, micro_batch=2, eval_windows=8, eval_every=3,
            save_every=3, device="cpu")
@@ -100,3 +102,65 @@ def test_a_part_that_is_too_short_for_the_windows_is_named(texts):
     mixture = data.load_mixture(texts).train
     with pytest.raises(UserError, match=r"is over after \d+ of 9000 windows"):
         prune.score.batches(mixture, 32, 9000, 2, 0)
+
+
+# -- texts that are weighed anew
+
+def test_texts_that_lag_behind_come_more_often_and_a_stopped_run_goes_on(texts, tmp_path):
+    """The weights are those of the formula, from the records; batches are those that the weights draw."""
+    (tmp_path / "reference.json").write_text('{"a.jsonl": 1.0, "b.jsonl": 3.0, "another": 0}')
+    settings = {**TOY, "steps": 12, "data": texts, "reference": "reference.json"}
+    setup, state = train.main(train.Train(**settings, out="whole"), quiet=True)
+    evaluations = [record for record in records(tmp_path / "whole") if record["tag"] == "eval"]
+    assert [record["step"] for record in evaluations] == [0, 3, 6, 9, 12]
+    weights = [0.75, 0.25]
+    drawn = [0, 0]
+    for number, record in enumerate(evaluations):
+        if number:
+            drawn = [before + 3 * 4 * weight for before, weight in zip(drawn, weights)]      # 4 windows a step
+            weights = dynamic_batches.reweigh(weights, list(record["val_losses"].values()), [1.0, 3.0])
+        assert list(record["weights"].values()) == pytest.approx(list(weights), abs=1e-12)
+    assert weights[0] > 0.9                                              # a lags behind, b is ahead
+    summary = records(tmp_path / "whole")[-1]
+    windows = [data.windows(part.train, 64) for part in setup.corpus.parts]
+    assert list(summary["epochs_of"].values()) == pytest.approx([n / w for n, w in zip(drawn, windows)])
+
+    # Rows of batches come from the text that the hash draws.
+    rows, _ = setup.batch(5, 0, {"weights": [0.5, 0.5]})
+    is_b = torch.tensor([(row == ord("z")).sum() > 20 for row in rows])
+    samples = range(setup.first_sample(5, 0), setup.first_sample(5, 0) + len(rows))
+    assert is_b.tolist() == (dynamic_batches.domain_of(list(samples), [0.5, 0.5], 0) == 1).tolist()
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "count_flops", lambda setup, state, *rest: stop() if state.step == 7 else original(
+            setup, state, *rest))
+        with pytest.raises(KeyboardInterrupt):
+            train.main(train.Train(**settings, out="stopped"), quiet=True)
+    (tmp_path / "reference.json").write_text('{"a.jsonl": 9.0, "b.jsonl": 9.0}')       # it is in the checkpoint
+    _, again = train.main(train.Train(**settings, out="stopped"), quiet=True)
+    assert again.balance == state.balance
+    assert all(map(torch.equal, again.model.parameters(), state.model.parameters()))
+
+
+original = train.count_flops
+
+
+@pytest.mark.parametrize("settings, says", [
+    (dict(data=("a.jsonl",), reference="auto"), "--reference has no effect with one text"),
+    (dict(reference="bad.json"), "must hold nats per token of a.jsonl, b.jsonl"),
+    (dict(reference="nan.json"), "holds losses that are not finite")])
+def test_references_that_say_nothing_are_refused(texts, tmp_path, settings, says):
+    (tmp_path / "bad.json").write_text('{"a.jsonl": 1.0}')
+    (tmp_path / "nan.json").write_text('{"a.jsonl": 1.0, "b.jsonl": NaN}')
+    with pytest.raises(UserError, match=says):
+        train.main(train.Train(**{**TOY, "data": texts, **settings}, out="run"), quiet=True)
+
+
+def test_auto_holds_the_texts_against_their_losses_before_training(texts, tmp_path):
+    _, state = train.main(train.Train(**TOY, data=texts, reference="auto", out="run"), quiet=True)
+    first = next(record for record in records(tmp_path / "run") if record["tag"] == "eval")
+    assert state.balance["reference"] == list(first["val_losses"].values())
+    assert sum(state.balance["weights"]) == pytest.approx(1)
