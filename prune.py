@@ -660,6 +660,9 @@ def check_least_squares(setting, recipe, config, T, device):
                         "--device cpu")
     # With fewer tokens than inputs the Gram matrix has no full rank: the fit would be to noise.
     widest = max(*config.d_ff, config.head_dim * max(config.n_head))
+    # Where single weights go, the matrices that read the residual stream are fitted, too.
+    if sparse.is_sparse(recipe.structure):
+        widest = max(widest, config.d_model)
     tokens = recipe.windows * T
     if tokens < widest:
         enough = math.ceil(widest / T / recipe.micro_batch) * recipe.micro_batch

@@ -20,11 +20,11 @@ import torch
 import checkpoint
 import prune
 from bench.timing import own_process, peak
-from common import parse, pick_device, run
+from common import parse, pick_device, refuse_idle, run
 from distill import CHUNK_VALUES
 from model import GPT, GPTConfig
 from report import markdown
-from score import GRADIENTS
+from score import GRADIENTS, SCORES
 
 SHAPES = {
     "100m": GPTConfig(32768, 1024, 768, 64, (12,) * 12, (4,) * 12, (2048,) * 12),
@@ -32,7 +32,6 @@ SHAPES = {
     "8b": GPTConfig(128256, 131072, 4096, 128, (32,) * 32, (8,) * 32, (14336,) * 32, tie_embeddings=False),
     "70b": GPTConfig(128256, 131072, 8192, 128, (64,) * 80, (8,) * 80, (28672,) * 80, tie_embeddings=False),
 }
-PHASES = ("load", "calibrate", "cut", "mend", "measure")
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class CutMemory:
     weights: Literal["float32", "bfloat16"] = "float32"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"    # of the passes and losses
     offload: bool = False         # the layers in main memory, one at a time on the device
-    score: str = "taylor"
+    score: Literal[tuple(SCORES)] = "taylor"
     keep: float = 0.5
     windows: int = 32             # of the calibration text
     block_size: int = 512         # tokens in a window
@@ -191,7 +190,15 @@ def rows_of(settings, device):
     return rows
 
 
+def check(settings):
+    """Raise UserError for settings that mean nothing."""
+    prune.check(recipe_of(settings))
+    if not settings.measure:
+        refuse_idle(settings, ("device",), "without --measure")
+
+
 def main(settings):
+    check(settings)
     head = ["phase", "device GB", "host GB", "bytes a parameter"]
     if settings.measure:
         head += ["measured GB", "bytes a parameter"]

@@ -237,14 +237,16 @@ ALL_CLAIMS = (
     Claim(14, "a model that grew from a smaller one beats the same model trained from scratch, at equal FLOPs "
               "with those of the smaller one",
           tuple((f"grown-{how}", "enlarged-scratch") for how in WAYS)),
-    Claim(15, "an enlarged stage that begins with the grown target costs no loss against plan idea, nor against "
-              "scratch at equal FLOPs (our own claim)",
+    Claim(15, "an enlarged stage that begins with the grown target costs no loss against plan idea at equal tokens, "
+              "nor against scratch at equal FLOPs (our own claim)",
           (("grown-idea", "idea"), ("grown-idea", "scratch-grown-flops")), margin=.01, ours=True),
     Claim(16, "after sparse pretraining, training goes better with the zeros free than held (on the same text)",
           tuple((f"sparse-{share:.0%}-freed", f"sparse-{share:.0%}-kept") for share in SPARSE)),
-    Claim(17, "sparse pretraining and dense training after it lose nothing against dense training",
+    Claim(17, "sparse pretraining and dense training after it lose nothing against dense training in two cycles of the "
+              "same lengths (on the same text)",
           tuple((f"sparse-{share:.0%}-freed", "half-again") for share in SPARSE), margin=.01),
-    Claim(18, "learned masks beat a one-shot cut to the same shape, at equal FLOPs (our own claim)",
+    Claim(18, "learned masks beat a one-shot cut to the same shape that is not mended, at equal FLOPs with those of "
+              "learning (our own claim)",
           (("shear-annealed", "cut-annealed"),), place="long", ours=True),
 )
 CLAIMS = {claim.number: claim for claim in ALL_CLAIMS}

@@ -10,9 +10,9 @@ recover with it: rank 8, α 16, peak rate 1e-4, all seven matrices of a block. I
 takes the place of W, so that the result is a plain checkpoint.
 
 The frozen matrices take no gradient at all: Adam's moments, and the file of a killed run, are those of a
-few per cent of the parameters. With --keep units are cut on the way (methods/loraprune.py). Here as there
-dropout is left out (0.05 in the releases), as no model of this project has any. A 2:4 model is refused, as
-B A would fill its zeros.
+few per cent of the parameters. With --keep units are cut on the way (methods/loraprune.py). Dropout (0.05 in
+the releases) is left out, as no model of this project has any. A sparse model is refused, as B A would fill
+its zeros.
 """
 import contextlib
 import dataclasses
@@ -259,10 +259,10 @@ def resume(path, identity, state):
 # -- the command
 
 def open_model(settings, device):
-    """The model in float32 and what its file says besides. Raises UserError for a 2:4 model."""
+    """The model in float32 and what its file says besides. Raises UserError for a sparse model."""
     model, about = checkpoint.load(settings.init, device, torch.float32)
     if about.get("masks"):
-        raise UserError(f"{settings.init} is 2:4, and adapters would fill its zeros; train it by train.py --init "
+        raise UserError(f"{settings.init} is sparse, and adapters would fill its zeros; train it by train.py --init "
                         f"{settings.init} --plan scratch")
     T = prune.window_of(settings, model)
     if T > model.config.block_size:

@@ -10,7 +10,7 @@ With LoRA (methods/lora.py) a matrix is W + s B A, s = α/r, and only A and B ha
 
 and an entry is worth |G · (W + s B A)|. At B = 0, G is s · ∂W · AᵀA, a random projection of the gradient;
 its cosine with it is about √(r/n) for n inputs, 0.12 for rank 8 and 576. So it is averaged over the steps of
-training. Every 10 steps some units go, by a cubic curve between the first tenth of the steps and the last.
+training. About every 10 steps some units go, by a cubic curve between the first tenth of the steps and the last.
 
 As in the released code (aim-uofa/LoRAPrune) the absolute value is taken, where the paper squares it, and the
 past counts 0.9 in the average. What is done otherwise than there:

@@ -113,8 +113,8 @@ def learn(model, batches, scores, cost_of, budget, steps, lr, seed=0, update="re
 
     `batches` are token ids (x, y), taken in turn. `scores` {(layer, kind): (units,)} are what s begins
     with, `cost_of` {(layer, kind): cost of a unit} of the units that may go, which may cost `budget`
-    together. The rate falls from `lr` to 0 along a cosine."""
-    keys = [key for key in cost_of if len(scores[key]) > 0]
+    together. Units that cost nothing stay. The rate falls from `lr` to 0 along a cosine."""
+    keys = [key for key, cost in cost_of.items() if cost > 0 and len(scores[key]) > 0]
     sizes = [len(scores[key]) for key in keys]
     cost = torch.tensor([float(cost_of[key]) for key in keys]).double().repeat_interleave(torch.tensor(sizes))
     s = starting_point([scores[key].cpu() for key in keys], cost, budget)

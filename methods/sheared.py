@@ -305,11 +305,11 @@ def shear_and_save(settings, out):
     losses["settled"] = loss_of(small)
     tokens = settings.steps * settings.batch_tokens
     flops = tokens * start.flops_per_token(T)
-    checkpoint.save(out / "ckpt_00000000.pt", small, step=0, tokenizer_files=tokenizer.files, masks=None,
-                    origin=hand_on(about), run={
-                        "tokenizer": tokenizer.name, "data": settings.data, "fingerprint": corpus.fingerprint,
-                        "cut_from": settings.init, "losses": losses, "flops_executed": flops,
-                        "recipe": {"command": "methods.sheared", **dataclasses.asdict(settings)}})
+    made = {"tokenizer": tokenizer.name, "data": settings.data, "fingerprint": corpus.fingerprint,
+            "cut_from": settings.init, "losses": losses, "flops_executed": flops,
+            "recipe": {"command": "methods.sheared", **dataclasses.asdict(settings)}}
+    checkpoint.save(out / "ckpt_00000000.pt", small, step=0, tokenizer_files=tokenizer.files, origin=hand_on(about),
+                    run=made)
     print(f"hold-out, nats per token: {losses['before']:.4f} before, {losses['sampled']:.4f} with sampled gates, "
           f"{losses['settled']:.4f} settled: a jump of {losses['settled'] - losses['sampled']:+.4f}, with "
           f"{undecided(log_alphas):.0%} of the gates undecided")

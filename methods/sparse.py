@@ -91,8 +91,13 @@ def check(structure, score):
 
 
 def check_widths(model, pattern):
-    """Raise UserError if a matrix's input width is no multiple of the pattern's group."""
+    """Raise UserError if a matrix's input width is no multiple of the pattern's group, or if the pattern
+    keeps no weight of a row."""
     for name, p in matrices(model):
+        if pattern.number(p.size(1)) == 0:
+            least = math.ceil(1000 / p.size(1)) / 1000
+            raise UserError(f"--keep {pattern.kept:g} keeps no weight of a row of {name}, which has {p.size(1)} "
+                            f"inputs; keep at least {least:g}")
         if pattern.group and p.size(1) % pattern.group:
             remedy = f"take a model whose d_model and head_dim are multiples of {pattern.group}"
             if name.endswith("down.weight"):

@@ -492,6 +492,8 @@ def test_it_refuses_in_a_sentence_and_overwrites_nothing(trained, tmp_path):
             (init | dict(structure="4:2", score="wanda"), "--structure 4:2 keeps 4 of each 2 weights; give n:m"),
             (init | dict(structure="8:16", score="mrp"), "--score mrp would try 12,870 sets .* smaller groups"),
             (init | dict(structure="2:7", score="wanda"), "has 32 inputs, and 2:7 needs a multiple of 7"),
+            (init | dict(structure="weights", score="wanda", keep=.01),
+             "--keep 0.01 keeps no weight of a row of blocks.0.attn.q.weight, .* 32 inputs; keep at least 0.032"),
             (init | dict(structure="2:4", score="mrp", windows=1, micro_batch=1, block_size=8),
              "--score mrp fits .* = 8 tokens; give --windows"),
             (init | dict(mend="bias", iterations=2), "cannot be cut again; --iterations 2 must be 1"),

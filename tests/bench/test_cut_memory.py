@@ -7,6 +7,7 @@ import checkpoint
 import score
 from bench import cut_memory
 from bench.cut_memory import CutMemory, accounting, activations_bytes, measured, sums_bytes
+from common import UserError
 from model import GPT, GPTConfig, rotary
 
 WIDE = GPTConfig(64, 64, 128, 64, n_head=(4, 4), n_kv_head=(2, 2), d_ff=(384, 384))
@@ -65,3 +66,12 @@ def test_every_phase_is_measured(tmp_path, monkeypatch, offload):
     peaks, small = measured(settings, str(tmp_path / "model.pt"), "cpu")
     assert peaks.keys() == accounting(WIDE, small, settings).keys()
     assert small.removable_params() <= WIDE.removable_params() / 2
+
+
+@pytest.mark.parametrize("flags, words", [
+    (dict(keep=3.), "--keep 3.0 must be between 0 and 1"), (dict(score="perplexity"), "--score 'perplexity' with"),
+    (dict(device="cuda"), "--device has no effect without --measure"),
+    (dict(weights="bfloat16", dtype="float32"), "--weights bfloat16 are not measured in --dtype float32")])
+def test_settings_that_mean_nothing_are_refused(flags, words):
+    with pytest.raises(UserError, match=words):
+        cut_memory.main(CutMemory(**flags))

@@ -134,11 +134,12 @@ def test_units_that_do_nothing_go(planted, update, lr):
     assert not torch.equal(first[0, "ffn"], other[0, "ffn"])
 
 
-def test_a_kind_without_costs_stays(planted):
+@pytest.mark.parametrize("costs", [{"ffn": 1}, {"ffn": 1, "kv": 0}])
+def test_a_kind_without_costs_stays(planted, costs):
     model, batches = planted
     keys = model.config.widths()
-    s = policy.learn(model, batches, {key: torch.rand(6) for key in keys}, {key: 1 for key in keys if key[1] == "ffn"},
-                     6, 5, .1)
+    cost_of = {key: costs[key[1]] for key in keys if key[1] in costs}
+    s = policy.learn(model, batches, {key: torch.rand(6) for key in keys}, cost_of, 6, 5, .1)
     assert all((s[key] == 1).all() == (key[1] == "kv") for key in keys)
 
 

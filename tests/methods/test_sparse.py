@@ -4,6 +4,7 @@ what stays is fitted exactly.
 The oracle of the choice is `brute`, plain Python over the entries; those of mending are torch's least squares, the
 paper's formula and all masks of a small matrix.
 """
+import dataclasses
 import itertools
 import math
 import os
@@ -17,6 +18,7 @@ from test_shard import sharded_copy
 
 import checkpoint
 import common
+import prune
 import report
 import shard
 import train
@@ -173,6 +175,17 @@ def test_widths_that_are_no_multiple_of_4_are_refused(shape, says):
         with pytest.raises(UserError, match=says) as refusal:
             call(model)
         assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("flags, setting", [(dict(score="mrp", mend="none"), "--score mrp"),
+                                            (dict(score="wanda", mend="least-squares"), "--mend least-squares")])
+def test_what_reads_the_stream_needs_as_many_tokens_as_channels(flags, setting):
+    """Where a model has been cut, its channels outnumber its neurons."""
+    model = GPT(GPTConfig(vocab_size=13, block_size=8, d_model=48, head_dim=4, n_head=(2,), n_kv_head=(1,), d_ff=(8,)))
+    recipe = prune.Prune("m", structure="2:4", windows=5, micro_batch=1, block_size=8, **flags)
+    with pytest.raises(UserError, match=f"{setting} fits matrices of 48 inputs to 5 .* = 40 tokens; give --windows 6"):
+        prune.check_fits(recipe, model, "cpu")
+    prune.check_fits(dataclasses.replace(recipe, windows=6), model, "cpu")
 
 
 # -- single matrices: scores and mending, against exact solutions and brute force
