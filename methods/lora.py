@@ -1,7 +1,7 @@
 """LoRA: train a cut model back through matrices of low rank, which then become part of its weights.
 
-    python -m methods.lora --init CUT --data brown.jsonl --steps 300 --out runs/back      # --teacher MODEL
-    python -m methods.lora --init MODEL --keep 0.8 --data brown.jsonl --steps 1000 --out runs/loraprune
+    python -m methods.lora --init CUT --data texts/brown.jsonl --steps 300 --out runs/back      # --teacher MODEL
+    python -m methods.lora --init MODEL --keep 0.8 --data texts/brown.jsonl --steps 1000 --out runs/loraprune
     python -m pytest tests/methods/test_lora.py
 
 LoRA (arXiv 2106.09685) freezes each matrix W (out, in) of the blocks and trains two small ones beside
@@ -11,7 +11,7 @@ takes the place of W, so that the result is a plain checkpoint.
 
 The frozen matrices take no gradient at all: Adam's moments, and the file of a killed run, are those of a
 few per cent of the parameters. With --keep units are cut on the way (methods/loraprune.py). Here as there
-dropout is left out (0.05 in the releases), as no model of this project has any. A 2:4 model is refused, as
+dropout is left out (0.05 in the releases), as no model of this project has any. A sparse model is refused, as
 B A would fill its zeros.
 """
 import contextlib
@@ -259,10 +259,10 @@ def resume(path, identity, state):
 # -- the command
 
 def open_model(settings, device):
-    """The model in float32 and what its file says besides. Raises UserError for a 2:4 model."""
+    """The model in float32 and what its file says besides. Raises UserError for a sparse model."""
     model, about = checkpoint.load(settings.init, device, torch.float32)
     if about.get("masks"):
-        raise UserError(f"{settings.init} is 2:4, and adapters would fill its zeros; train it by train.py --init "
+        raise UserError(f"{settings.init} is sparse, and adapters would fill its zeros; train it by train.py --init "
                         f"{settings.init} --plan scratch")
     T = prune.window_of(settings, model)
     if T > model.config.block_size:

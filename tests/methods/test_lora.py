@@ -186,7 +186,7 @@ def test_a_damaged_file_of_a_killed_run_is_refused(folder, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (dict(init="two-four"), "is 2:4, and adapters would fill its zeros"),
+    (dict(init="two-four"), "is sparse, and adapters would fill its zeros"),
     (dict(kd_weight=.2), "--kd-weight has no effect without --teacher"),
     (dict(allocate="uniform"), "--allocate has no effect without --keep"),
     (dict(batch=5), "--batch 5 is no multiple of --micro-batch 2; try 6"),
