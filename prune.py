@@ -14,8 +14,9 @@ loop simple:
      rounding, and takes the same next step.
 `choose`, `zero_` and `slice` are all that training needs. The rest is the command: it cuts a given
 model once, or in several --iterations, and saves it. What a unit is worth: score.py. How a budget
-is shared: allocate.py. Whole layers, channels, single weights, measured damage, mending, local distillation, a model
-that does not fit the device: methods/. Not here: training (train.py), all methods compared (experiments/compare.py).
+is shared: allocate.py. Whole layers, channels, single weights, learned masks, measured damage,
+mending, local distillation, a model that does not fit the device: methods/. Not here: training
+(train.py), all methods compared (experiments/compare.py).
 """
 import copy
 import dataclasses

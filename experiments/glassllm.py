@@ -1,8 +1,8 @@
 """A tiny real model that is cut and recovered in seconds: one of the two in the PyPI package glassllm.
 
     python -m experiments.glassllm fetch glass        # a Hugging Face folder of 852,608 parameters (2 MB)
-    python prune.py --init glass --keep 0.6 --data brown.jsonl --out runs/cut
-    python train.py --init runs/cut --teacher glass --plan recover --data brown.jsonl --steps 300 --lr 1e-3
+    python prune.py --init glass --keep 0.6 --data texts/brown.jsonl --out runs/cut
+    python train.py --init runs/cut --teacher glass --plan recover --data texts/brown.jsonl --steps 300 --lr 1e-3
 
 The package (MIT, 3 MB) is a Transformer in NumPy, trained on Lewis Carroll (en) or Machado de Assis
 (pt), with a context of 128 tokens. Its layers are Llama's, stored as (in, out); its rotary positions

@@ -1,7 +1,7 @@
 """LoRA: train a cut model back through matrices of low rank, which then become part of its weights.
 
-    python -m methods.lora --init CUT --data brown.jsonl --steps 300 --out runs/back      # --teacher MODEL
-    python -m methods.lora --init MODEL --keep 0.8 --data brown.jsonl --steps 1000 --out runs/loraprune
+    python -m methods.lora --init CUT --data texts/brown.jsonl --steps 300 --out runs/back      # --teacher MODEL
+    python -m methods.lora --init MODEL --keep 0.8 --data texts/brown.jsonl --steps 1000 --out runs/loraprune
     python -m pytest tests/methods/test_lora.py
 
 LoRA (arXiv 2106.09685) freezes each matrix W (out, in) of the blocks and trains two small ones beside

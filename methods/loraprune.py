@@ -1,6 +1,6 @@
 """LoRAPrune: units are scored and cut while adapters train, without a gradient of the weights.
 
-    python -m methods.lora --init MODEL --keep 0.8 --data brown.jsonl --steps 1000 --out runs/loraprune
+    python -m methods.lora --init MODEL --keep 0.8 --data texts/brown.jsonl --steps 1000 --out runs/loraprune
     python -m pytest tests/methods/test_loraprune.py
 
 With LoRA (methods/lora.py) a matrix is W + s B A, s = α/r, and only A and B have gradients. LoRAPrune (arXiv

@@ -9,7 +9,8 @@ columns gave over the calibration text. In one pass all sub-blocks are mended by
 model's units put out. Sequentially, each one is mended by what its units put out behind the cut
 sub-blocks in front of it, and so also makes up for what these could not. FLAP's bias adds the mean
 output of the columns that went. A GPTConfig has no such bias, so that model is a class of its own
-and for evaluation only. Not here: training the other matrices of a block (methods/local.py).
+and for evaluation only. Not here: training the other matrices of a block (methods/local.py), weights
+that are sparse (methods/sparse.py).
 """
 import itertools
 

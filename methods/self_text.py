@@ -3,7 +3,7 @@
     python prune.py --init MODEL --data self                    # from the model's own beginning of a text
     python prune.py --init MODEL --data self --prompts FILE     # answers to prompts
     python -m methods.self_text MODEL --tokens 100000 --out own.jsonl           # rows, to be read as any others
-    python train.py --init CUT --teacher MODEL --data own.jsonl                 # e.g. to train a cut model back
+    python train.py --plan recover --init CUT --teacher MODEL --data own.jsonl    # trains a cut model back
     python -m pytest tests/methods/test_self_text.py
 
 A cut keeps what its calibration text uses. RESP (arXiv 2512.02185) calibrates on the model's own

@@ -6,11 +6,11 @@
     python -m pytest tests/methods/test_sparse.py            # exact least squares, brute force over masks
 
 A pattern says how many weights stay: n of each m consecutive ones of a row ("2:4", which NVIDIA's
-sparse tensor cores read, arXiv 2104.08378), or a fraction of each row ("weights"). SCORES choose
-which. Two ways mend what is lost without training: the weights that stay are fitted anew (`refit`),
-or the choice is corrected (`refined`, DSnoT). All of it reads one calibration pass of the dense model.
-The released codes of Wanda, SparseGPT and DSnoT calibrate a layer behind layers that are sparse
-already.
+sparse tensor cores read, arXiv 2104.08378), or a fraction of each row ("weights"; SparseGPT takes it
+of each 128 columns). SCORES choose which. Two ways mend what is lost without training: the weights
+that stay are fitted anew (`refit`), or the choice is corrected (`refined`, DSnoT). All of it reads
+one calibration pass of the dense model. The released codes of Wanda, SparseGPT and DSnoT calibrate a
+layer behind layers that are sparse already.
 
 This is the exception to the first fact of prune.py. A unit that is zero as a whole gets gradients of
 exactly 0. A single zero inside a matrix gets a gradient like any other weight, and would come back

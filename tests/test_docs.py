@@ -9,6 +9,7 @@ import dataclasses
 import io
 import math
 import re
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -16,10 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import prune
 import report
 from bench import __main__ as bench
 from bench import cut_memory
-from common import read_records, write_atomic
+from common import parse, read_records, write_atomic
 from experiments import (
     claims,
     claims_report,
@@ -663,6 +665,19 @@ def test_the_tests_that_promises_md_names_exist():
     names = re.findall(r"`(test_\w+)`", page("promises.md"))
     assert len(names) >= 8
     assert [name for name in names if f"def {name}(" not in sources] == []
+
+
+def test_methods_md_names_every_method():
+    text = page("methods.md")
+    files = [file.name for file in (ROOT / "methods").glob("*.py") if file.name != "__init__.py"]
+    assert [name for name in files if f"methods/{name}" not in text] == []
+
+
+def test_commands_in_the_tables_of_methods_md_mean_something():
+    commands = re.findall(r"`prune\.py (.*?)`", page("methods.md"))
+    assert len(commands) >= 15
+    for words in commands:
+        prune.check(parse(prune.Prune, shlex.split(words)))
 
 
 # -- the walkthrough

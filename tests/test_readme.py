@@ -1,6 +1,7 @@
 """The README: its commands run at toy size or their flags parse, its findings are what the committed records say, its
 examples work, and the code is as long as it says."""
 import json
+import math
 import os
 import re
 import shlex
@@ -39,7 +40,7 @@ from experiments import (
 from formats import huggingface
 from formats.tokenizer import open_tokenizer
 from methods import grow, lora, self_text, sheared
-from model import GPT, GPTConfig
+from model import GPT, PRESETS, GPTConfig
 from tasks import own_questions
 
 ROOT = Path(__file__).parent.parent
@@ -109,6 +110,30 @@ def test_flags_exist_and_fit_each_other(command):
         train.refuse_idle_flags(train.resolve(config, "cpu"))
     if program in CHECKS:
         CHECKS[program](config)
+
+
+def torchrun_commands():
+    """Those of all pages, and of the first paragraphs of all files."""
+    lines = list(ALL_COMMANDS)
+    for file in (*ROOT.glob("*.py"), *(file for folder in FOLDERS for file in (ROOT / folder).glob("*.py"))):
+        lines += [line.strip().split("  #")[0] for line in file.read_text().splitlines()]
+    return sorted({line for line in lines if line.startswith("torchrun --")})
+
+
+@pytest.mark.parametrize("command", torchrun_commands())
+def test_a_step_of_several_processes_is_a_whole_number_of_micro_batches(command):
+    words = shlex.split(command)
+    counts = [int(words[words.index(flag) + 1]) for flag in ("--nnodes", "--nproc-per-node") if flag in words]
+    world = math.prod(counts)
+    _, words = program_of(command)
+    config = train.resolve(parse(train.Train, words), "cpu")
+    if config.init:
+        # Llama 3.1's context.
+        config = train.fit_to(config, 131072)
+    window = config.block_size or PRESETS[config.preset].block_size
+    train.check_batch(config, window, world)
+    # The batches of a calibration are dealt out to all processes.
+    assert config.plan != "adapt" or config.calibration_windows % (config.micro_batch * world) == 0
 
 
 def test_ci_runs_the_test_command():
