@@ -319,8 +319,9 @@ def train_and_save(settings, out):
     corpus = data.load_mixture(settings.data, tokenizer, block_size=T)
     start = model.config
     made = {"tokenizer": tokenizer.name, "data": settings.data, "fingerprint": corpus.fingerprint,
-            "lora": dataclasses.asdict(settings)}
-    identity = {name: value for name, value in made["lora"].items() if name not in ("device", "out", "eval_windows")}
+            "recipe": {"command": "methods.lora", **dataclasses.asdict(settings)}}
+    identity = {name: value for name, value in dataclasses.asdict(settings).items()
+                if name not in ("device", "out", "eval_windows")}
     identity |= {"dtype": str(dtype), "text": corpus.fingerprint, "model": checkpoint.fingerprint(model)}
     prune.print_losses(settings, model, corpus, "before", dtype)
 
@@ -336,10 +337,12 @@ def train_and_save(settings, out):
     seconds = time.perf_counter() - clock
 
     small, _ = prune.slice(merge(model), None, state.alive)
-    # What cut the model that was trained back stays known.
-    earlier = {key: value for key, value in about.get("run", {}).items() if key in ("cut_from", "recipe")}
+    # What the model that was trained back was cut from stays known. How it was cut is a step of the origin.
+    cut_from = settings.init if settings.keep < 1 else about.get("run", {}).get("cut_from")
+    if cut_from:
+        made["cut_from"] = cut_from
     checkpoint.save(out / "ckpt_00000000.pt", small, step=0, tokenizer_files=tokenizer.files, origin=hand_on(about),
-                    run=earlier | made)
+                    run=made)
     unfinished.unlink(missing_ok=True)
     prune.print_losses(settings, small, corpus, "after", dtype)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

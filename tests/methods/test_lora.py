@@ -16,6 +16,7 @@ import prune
 import schedule
 import train
 from common import UserError, parse
+from formats.origin import hand_on
 from methods import lora
 from model import GPT
 
@@ -141,7 +142,9 @@ def test_a_cut_model_comes_back_as_a_plain_checkpoint(folder, tmp_path, capsys):
     assert all(p.dtype == torch.float32 for p in model.parameters())
     assert torch.equal(model.embed.weight, cut.embed.weight) and not torch.equal(
         model.blocks[0].ffn.down.weight, cut.blocks[0].ffn.down.weight)
-    assert about["run"]["lora"]["steps"] == 60 and about["run"]["cut_from"] == str(folder / "run")
+    assert about["run"]["recipe"]["steps"] == 60 and about["run"]["cut_from"] == str(folder / "run")
+    steps = hand_on(about)["steps"]
+    assert [step["command"] for step in steps] == ["train.py", "prune.py", "methods.lora"] and steps[2]["rank"] == 8
     assert not (tmp_path / "back" / lora.UNFINISHED).exists()
     # Everything else reads it.
     prune.main(prune.Prune(init=str(tmp_path / "back"), windows=4, eval_windows=4, block_size=32, device="cpu",
