@@ -602,8 +602,8 @@ def open_model(recipe, device):
     UserError if the recipe cannot cut it."""
     model, about = load(recipe, device)
     if about.get("masks"):
-        raise UserError(f"{recipe.init} is sparse already, as 2:4 models are, and what is cut from it would "
-                        "be no longer; cut first")
+        raise UserError(f"{recipe.init} is sparse already, and what is cut from it would be sparse no "
+                        "longer; cut first, and make the smaller model sparse")
     check_fits(recipe, model, device)
     return model, about
 

@@ -404,8 +404,9 @@ def settings_of(run, scale, records, folder="runs/claims"):
         return settings, None
     settings["init"] = f"{folder}/from-{run.name}"
     if kind.shear:
+        # Another order of the data than the recovery's.
         return settings, dict(kind.shear, init=f"{folder}/{run.of(kind.init).name}", target=run.size, data=scale.data,
-                              seed=seed, batch_tokens=scale.batch_tokens, micro_batch=scale.micro_batch,
+                              seed=seed + RECOVERY_SEED, batch_tokens=scale.batch_tokens, micro_batch=scale.micro_batch,
                               lr=lr * SHEAR_RATE)
     if kind.grow:
         return settings, dict(kind.grow, init=f"{folder}/{run.of(kind.init).name}", seed=seed, eval_windows=0)

@@ -52,7 +52,12 @@ def head(origin, has_chat):
 
 
 def is_cut(origin):
-    return any(step.get("command") in ("prune.py", "methods.sheared") for step in origin["steps"])
+    for step in origin["steps"]:
+        prunes = step.get("command") in ("prune.py", "methods.sheared")
+        cuts_while_adapting = step.get("command") == "methods.lora" and step.get("keep", 1) != 1
+        if prunes or cuts_while_adapting:
+            return True
+    return False
 
 
 def inline(text):
@@ -122,7 +127,12 @@ def sentence(step):
     if str(step.get("command")).startswith("methods."):
         return f"Made by {inline('python -m ' + step['command'])}."
     taught = f", taught by {inline(step['teacher'])}" if step.get("teacher") else ""
-    return (f"Trained by plan {inline(step.get('plan'))} on {tokens(step)} of {words(step.get('data'))}{taught} "
+    zeros = ""
+    if step.get("sparse"):
+        zeros = f", with {inline(step['sparse'])} of the layers' weights held at zero"
+    elif step.get("dense"):
+        zeros = ", its zeros set free"
+    return (f"Trained by plan {inline(step.get('plan'))} on {tokens(step)} of {words(step.get('data'))}{taught}{zeros} "
             "(`train.py`).")
 
 

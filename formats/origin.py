@@ -34,7 +34,7 @@ LONGEST_STEPS = 2**16
 
 # What a card tells of a run of train.py.
 RUN_SETTINGS = ("init", "plan", "preset", "steps", "batch_tokens", "block_size", "data", "teacher", "kd_weight",
-                "kd_temperature", "lr", "dtype", "seed")
+                "kd_temperature", "lr", "dtype", "seed", "sparse", "dense")
 
 
 def read(folder, name, dtype, params):
