@@ -1,5 +1,6 @@
 """Runs whose processes share the model: the same records, cuts and weights as one process, whatever their number was
 when the run began, and what is refused."""
+import gc
 import os
 import socket
 from pathlib import Path
@@ -13,6 +14,7 @@ import shard
 import train
 from common import UserError
 from methods import sparse
+from model import GPT
 
 pytestmark = pytest.mark.skipif(torch.__version__ < shard.OLDEST_ON_CPU, reason="FSDP2 on CPUs needs a newer PyTorch")
 BATCH = dict(batch_tokens=12 * 64, dtype="float64")            # 12 windows: for 1, 2 and 3 processes
@@ -78,6 +80,33 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     assert checkpoint.newest(Path(out)).is_file()
     train_toy(tmp_path / "one", **settings)
     assert_alike(tmp_path / "one", tmp_path / "run")
+
+
+def test_models_that_were_sliced_or_dropped_are_freed_at_once(tmp_path, monkeypatch):
+    """Python by itself would free a sharded model only when it next looks for cycles, which never happens here."""
+    count_flops = train.count_flops
+
+    def count_models(setup, state, *args):
+        count_flops(setup, state, *args)
+        if state.step == 0:
+            gc.collect()                      # importing PyTorch's compiler leaves a cycle around the first frames
+        held = [thing for thing in gc.get_objects() if issubclass(type(thing), GPT)]
+        assert len(held) == 1 + (state.teacher is not None)
+
+    monkeypatch.setattr(train, "count_flops", count_models)
+    monkeypatch.setattr(train.distill, "overtaken", lambda steps, **_: steps == 3)
+    monkeypatch.setattr(train, "SAMPLE_TOKENS", 1)
+    settings = dict(plan="idea-kd", steps=20, prune_share=0.3, eval_windows=1, save_every=99, eval_every=99, **BATCH)
+    gc.collect()
+    gc.disable()
+    try:
+        train_shared(2, dict(out=str(tmp_path / "many"), **settings))
+        train_toy(tmp_path / "one", **settings)
+    finally:
+        gc.enable()
+    for name in ("one", "many"):
+        tags = [record["tag"] for record in result(tmp_path / name)[2]]
+        assert tags.count("slice") == 1 and tags.count("teacher") == 2
 
 
 def test_resuming_moves_no_bit(tmp_path):
