@@ -295,8 +295,8 @@ def open_checkpoint(path, block_size=None, reads=True):
             moments = dcp.Reader(path / "optimizer", shards.get("optimizer", {}))
         else:
             tensors = pt.Reader(file, state.pop("model"), digests.get("model"))
-            moments, _ = pt.part(state.get("optimizer"))
-            moments = pt.Reader(file, moments, digests.get("optimizer"))
+            stored_moments, _ = pt.part(state.get("optimizer"))
+            moments = pt.Reader(file, stored_moments, digests.get("optimizer"))
         weights = Weights(config, state, tensors, moments)
         check_names(weights)
         check_masks(state.get("masks"), weights.shapes)

@@ -138,6 +138,25 @@ def test_two_machines_with_a_copy_each_and_a_given_sparse_model(tmp_path):
         assert torch.equal(kept[name], mask) and (weights[name][~mask] == 0).all()
 
 
+def test_zeros_at_random_are_those_of_one_process(tmp_path):
+    settings = dict(plan="scratch", sparse=0.5, steps=6, **BATCH)
+    train_shared(2, dict(out=str(tmp_path / "many"), **settings))
+    train_toy(tmp_path / "one", **settings)
+    assert_alike(tmp_path / "one", tmp_path / "many")
+    _, state, _ = result(tmp_path / "one")
+    _, state_of_many, _ = result(tmp_path / "many")
+    masks = sparse.unpack(state["masks"])
+    masks_of_many = sparse.unpack(state_of_many["masks"])
+    assert masks and all(torch.equal(masks[name], masks_of_many[name]) for name in masks)
+
+
+def test_calibration_text_that_cannot_be_dealt_out_is_refused_before_the_run_begins(tmp_path):
+    sentence = "--calibration-windows 5 in batches of 1 cannot be dealt out to 2 processes; try 6"
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match=sentence):
+        train_shared(2, dict(out=str(tmp_path / "run"), plan="adapt", calibration_windows=5))
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_process_has_nobody_to_share_with(tmp_path):
     with pytest.raises(UserError, match="--shard fsdp .* this is the only one; start several with torchrun"):
         train_toy(tmp_path / "run", plan="scratch", shard="fsdp")
