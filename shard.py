@@ -1,7 +1,7 @@
 """One model over several processes: each holds some rows of every tensor, and a cut still only writes
 zeros.
 
-    torchrun --nproc-per-node 8 train.py --shard fsdp --recompute --preset 1.3b
+    torchrun --nproc-per-node 8 train.py --preset 1.3b --batch-tokens 524288 --shard fsdp --recompute
     python -m pytest tests/test_shard.py      # 2 and 3 processes against one: same losses, same cuts
 
 Training in float32 takes 16 bytes a parameter: weight, gradient and Adam's two moments. PyTorch's

@@ -6,7 +6,7 @@
     python train.py --init FOLDER --enlarge-ff 1.25                    # the large one is given
     python train.py --init CUT --teacher FOLDER --plan recover         # a cut model is trained back
     torchrun --nproc-per-node 8 train.py --preset 124m --tokenizer gpt2 --batch-tokens 524288
-    torchrun --nproc-per-node 8 train.py --preset 1.3b --shard fsdp --recompute      # docs/scale.md
+    torchrun --nproc-per-node 8 train.py --preset 1.3b --batch-tokens 524288 --shard fsdp --recompute
 
 A larger model than wanted is trained. It loses units while it trains (prune.py) and recovers at the
 target size. If the plan says so, a teacher helps: the model itself as it stood before the first cut
@@ -15,7 +15,7 @@ folder (checkpoint.py), and the same command goes on where a killed run stopped,
 CPU.
 
 The records that a run writes into metrics.jsonl are listed in docs/records.md. How several processes
-share one model: shard.py.
+share one model: shard.py and docs/scale.md.
 """
 import contextlib
 import dataclasses

@@ -1,20 +1,23 @@
 """Runs whose processes share the model: the same records, cuts and weights as one process, whatever their number was
 when the run began, and what is refused."""
 import gc
+import math
 import os
+import re
 import socket
 from pathlib import Path
 
 import pytest
 import torch
-from test_train import TORCHRUN, result, start, toy, train_toy
+import tyro
+from test_train import ROOT, TORCHRUN, result, start, toy, train_toy
 
 import checkpoint
+import model as models
 import shard
 import train
 from common import UserError
 from methods import sparse
-from model import GPT
 
 pytestmark = pytest.mark.skipif(torch.__version__ < shard.OLDEST_ON_CPU, reason="FSDP2 on CPUs needs a newer PyTorch")
 BATCH = dict(batch_tokens=12 * 64, dtype="float64")            # 12 windows: for 1, 2 and 3 processes
@@ -90,7 +93,7 @@ def test_models_that_were_sliced_or_dropped_are_freed_at_once(tmp_path, monkeypa
         count_flops(setup, state, *args)
         if state.step == 0:
             gc.collect()                      # importing PyTorch's compiler leaves a cycle around the first frames
-        held = [thing for thing in gc.get_objects() if issubclass(type(thing), GPT)]
+        held = [thing for thing in gc.get_objects() if issubclass(type(thing), models.GPT)]
         assert len(held) == 1 + (state.teacher is not None)
 
     monkeypatch.setattr(train, "count_flops", count_models)
@@ -155,6 +158,17 @@ def test_calibration_text_that_cannot_be_dealt_out_is_refused_before_the_run_beg
     with pytest.raises(torch.multiprocessing.ProcessRaisedException, match=sentence):
         train_shared(2, dict(out=str(tmp_path / "run"), plan="adapt", calibration_windows=5))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("file", ["train.py", "shard.py", "README.md"])
+def test_batches_of_the_commands_that_are_shown_can_be_dealt_out(file):
+    commands = re.findall(r"torchrun (.*)train.py (.*--preset.*)", (ROOT / file).read_text())
+    assert commands
+    for launcher, flags in commands:
+        world = math.prod(int(number) for number in re.findall(r"--(?:nnodes|nproc-per-node) (\d+)", launcher))
+        config = train.resolve(tyro.cli(train.Train, args=flags.split("  #")[0].split()), "cpu")
+        target, _ = models.preset(config.preset, 256, config.enlarge_ff, config.enlarge_kv)
+        train.check_batch(config, config.block_size or target.block_size, world)
 
 
 def test_one_process_has_nobody_to_share_with(tmp_path):
