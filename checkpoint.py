@@ -21,6 +21,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -283,6 +284,7 @@ def open_checkpoint(path, block_size=None, reads=True):
         form = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise UserError(f"{file} has format {form!r}, this code reads {FORMAT!r}; use the code that wrote it")
     if reads:
+        pt.check_sizes(file, state)
         pt.check_digest(file, state)
     try:
         config = with_context(config_from(file, state.pop("config")), block_size, file)
@@ -293,10 +295,11 @@ def open_checkpoint(path, block_size=None, reads=True):
             moments = dcp.Reader(path / "optimizer", shards.get("optimizer", {}))
         else:
             tensors = pt.Reader(file, state.pop("model"), digests.get("model"))
-            moments, _ = pt.part(state.get("optimizer"))
-            moments = pt.Reader(file, moments, digests.get("optimizer"))
+            stored_moments, _ = pt.part(state.get("optimizer"))
+            moments = pt.Reader(file, stored_moments, digests.get("optimizer"))
         weights = Weights(config, state, tensors, moments)
         check_names(weights)
+        check_masks(state.get("masks"), weights.shapes)
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as problem:
         raise UserError(f"{file}: config and weights disagree or are missing: "
                         f"{' '.join(str(problem).split())[:200]}") from None
@@ -323,6 +326,16 @@ def check_stored(tensors, name, shape):
     if stored != tuple(shape) or tensors.dtype(name) not in pt.DTYPES:
         raise UserError(f"{file}: config and weights disagree: {name} is {stored} of {tensors.dtype(name)} there, and "
                         f"{tuple(shape)} by the config; use another copy")
+
+
+def check_masks(packed, shapes):
+    """Raise ValueError, or what garbled values raise, unless the packed masks of a sparse model have the
+    shapes of its matrices. Unpacking takes as much memory as they say."""
+    for name, (inputs, bits) in (packed or {}).items():
+        outputs, columns = shapes[name]
+        packed_shape = (outputs, math.ceil(columns / 8))
+        if inputs != columns or bits.dtype != torch.uint8 or bits.shape != packed_shape:
+            raise ValueError(f"the mask of {name} has another shape")
 
 
 def check_state(file, state):
@@ -564,7 +577,12 @@ class RunFolder:
                 raise problem.cause from None
 
         def finish():
-            write(half / "state.pt", {"config": asdict(model.config), **content, "format": FORMAT, "shards": indices})
+            state = {"config": asdict(model.config), **content, "format": FORMAT, "shards": indices}
+            try:
+                write(half / "state.pt", state)
+            except BaseException:
+                remove(half)
+                raise
             remove(path)
             half.rename(path)
 

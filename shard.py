@@ -16,6 +16,8 @@ one sum over all processes. Only a slice moves rows, one tensor at a time.
 The functions below take plain tensors and models as well, and leave those alone. So score.py and
 prune.py call them without asking. Not here: files (formats/dcp.py), tensor or pipeline parallelism.
 """
+import gc
+
 import torch
 import torch.distributed as dist
 
@@ -96,6 +98,14 @@ def release(model):
     behind. Until then the model's parameters are these copies, and not the rows that it holds."""
     if is_sharded(model):
         model.reshard()
+
+
+def free_unused(model):
+    """Free the sharded models that nothing uses any more beside `model`, such as the one that was
+    sliced to it. FSDP2 makes a model and its hooks refer to each other, so Python would free their
+    memory only when it next looks for cycles."""
+    if is_sharded(model):
+        gc.collect()
 
 
 @torch.no_grad()

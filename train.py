@@ -15,7 +15,7 @@ folder (checkpoint.py), and the same command goes on where a killed run stopped,
 CPU.
 
 The records that a run writes into metrics.jsonl are listed in docs/records.md. How several processes
-share one model: shard.py.
+share one model: shard.py and docs/scale.md.
 """
 import contextlib
 import dataclasses
@@ -247,6 +247,7 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
                     # The compiler gives up on a function after 8 graphs; plan adapt has as many sizes.
                     torch.compiler.reset()
                 objective = wrap(setup, state.model, objective_of)     # around the smaller model
+                shard.free_unused(state.model)
                 setup.log("slice", state.step, **shape_record(state))
 
         # 3. The learning rate.
@@ -259,6 +260,9 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
         # `means` adds up the loss, cross-entropy, KL and the teacher's cross-entropy. Each micro-batch
         # counts alike, however many of its targets are IGNORED, as in transformers before 4.46.
         teacher = state.teacher if stage.kd else None
+        if state.teacher is None and read_teacher is not None:
+            read_teacher = None              # nothing else holds a dropped teacher
+            shard.free_unused(state.model)
         means = setup.zeros(4)
         for micro in range(setup.micro_steps):
             x, y = setup.batch(state.step, micro, state.balance)   # (B, T) each, a pure function of its arguments
@@ -268,6 +272,7 @@ def train(setup, state, stop, progress=None, objective_of=distill.Objective):   
                 loss, parts = objective(x, y, *from_teacher)
             (loss / setup.micro_steps).backward()
             means += torch.cat((loss.detach()[None], parts)) / setup.micro_steps
+            del loss                         # its graph holds the model, which a slice is to free
         norm = shard.whole(nn.utils.get_total_norm([p.grad for p in state.model.parameters()]))
         numbers = agree(setup, means, norm)
 
@@ -379,7 +384,8 @@ class Setup:
     def calibration_batches(self, step):
         """Windows of the training text for the cut at `step`. The seed is the pair (seed, step), so
         that they are drawn differently from the training batches. The processes that share a model deal
-        them out."""
+        them out. A gradient is then one of `world` batches together, so the scores that take its size
+        batch by batch (sensitivity, taylor2) are not those of one process."""
         batches = score.batches(self.corpus.train, self.block_size, self.config.calibration_windows,
                                 self.config.micro_batch, (self.config.seed, step), "--calibration-windows")
         if self.mesh is None:
@@ -1189,7 +1195,8 @@ def fresh_shards(setup):
     model = setup.build(setup.start)
     if setup.config.init:
         weights = checkpoint.open_weights(setup.config.init)
-        return shard.fill_(model, weights.rows), weights.about
+        rows_of = functools.partial(weights.rows, dtype=model.embed.weight.dtype)
+        return shard.fill_(model, rows_of), weights.about
     drawn = models.initial_weights(setup.start)
 
     def rows_of(name, start, stop):

@@ -281,13 +281,9 @@ def slowest_seconds(job):
 
 
 def compute_seconds(job):
-    """Seconds of a micro-batch's arithmetic at the assumed speed. --recompute runs the blocks' forward
-    pass once more."""
-    config = job.config
-    T = config.block_size
-    flops = config.flops_per_token(T)
-    if job.recompute:
-        flops += config.flops_per_token(T, backward=False) - 2 * config.vocab_size * config.d_model
+    """Seconds of a micro-batch's arithmetic at the assumed speed."""
+    T = job.config.block_size
+    flops = job.config.flops_per_token(T, recompute=job.recompute)
     if job.teacher is not None:
         flops += job.teacher.flops_per_token(T, backward=False)
     return job.tokens * flops / (PEAK_FLOPS * UTILISATION)

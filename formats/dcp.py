@@ -142,6 +142,8 @@ class Reader:
         shape, dtype, pieces = self.entries[name]
         if dtype not in DTYPES or type(shape) is not tuple or not shape:
             raise ValueError(name)
+        if not all(type(size) is int for size in shape):
+            raise ValueError(name)
         row = 0
         for piece in pieces:
             numbers = (piece.rows, piece.offset, piece.length)

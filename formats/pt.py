@@ -40,6 +40,15 @@ def check_digest(file, state):
         raise Damaged(f"{file} is damaged: its content is not what was written")
 
 
+def check_sizes(file, content):
+    """Raise Damaged for a tensor that is larger than what the file stores of it. Somebody may have sent
+    an expanded one, which would take any amount of memory when it is read."""
+    for tensor in tensors_in(content):
+        if tensor.layout == torch.strided and tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise Damaged(f"{file} is damaged: a tensor of {tensor.nbytes:,} bytes has only "
+                          f"{tensor.untyped_storage().nbytes():,} in it")
+
+
 def part(optimizer):
     """The state of an optimizer as {"exp_avg.<number of the parameter>": tensor}, its moments, and
     the rest of it, which is small."""

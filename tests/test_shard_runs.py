@@ -1,14 +1,19 @@
 """Runs whose processes share the model: the same records, cuts and weights as one process, whatever their number was
 when the run began, and what is refused."""
+import gc
+import math
 import os
+import re
 import socket
 from pathlib import Path
 
 import pytest
 import torch
-from test_train import TORCHRUN, result, start, toy, train_toy
+import tyro
+from test_train import ROOT, TORCHRUN, result, start, toy, train_toy
 
 import checkpoint
+import model as models
 import shard
 import train
 from common import UserError
@@ -80,6 +85,33 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     assert_alike(tmp_path / "one", tmp_path / "run")
 
 
+def test_models_that_were_sliced_or_dropped_are_freed_at_once(tmp_path, monkeypatch):
+    """Python by itself would free a sharded model only when it next looks for cycles, which never happens here."""
+    count_flops = train.count_flops
+
+    def count_models(setup, state, *args):
+        count_flops(setup, state, *args)
+        if state.step == 0:
+            gc.collect()                      # importing PyTorch's compiler leaves a cycle around the first frames
+        held = [thing for thing in gc.get_objects() if issubclass(type(thing), models.GPT)]
+        assert len(held) == 1 + (state.teacher is not None)
+
+    monkeypatch.setattr(train, "count_flops", count_models)
+    monkeypatch.setattr(train.distill, "overtaken", lambda steps, **_: steps == 3)
+    monkeypatch.setattr(train, "SAMPLE_TOKENS", 1)
+    settings = dict(plan="idea-kd", steps=20, prune_share=0.3, eval_windows=1, save_every=99, eval_every=99, **BATCH)
+    gc.collect()
+    gc.disable()
+    try:
+        train_shared(2, dict(out=str(tmp_path / "many"), **settings))
+        train_toy(tmp_path / "one", **settings)
+    finally:
+        gc.enable()
+    for name in ("one", "many"):
+        tags = [record["tag"] for record in result(tmp_path / name)[2]]
+        assert tags.count("slice") == 1 and tags.count("teacher") == 2
+
+
 def test_resuming_moves_no_bit(tmp_path):
     """With the same number of processes a run in stages is the run in one go, bit for bit."""
     settings = dict(plan="idea", steps=40)
@@ -107,6 +139,36 @@ def test_two_machines_with_a_copy_each_and_a_given_sparse_model(tmp_path):
     kept = sparse.unpack(state["masks"])
     for name, mask in masks.items():
         assert torch.equal(kept[name], mask) and (weights[name][~mask] == 0).all()
+
+
+def test_zeros_at_random_are_those_of_one_process(tmp_path):
+    settings = dict(plan="scratch", sparse=0.5, steps=6, **BATCH)
+    train_shared(2, dict(out=str(tmp_path / "many"), **settings))
+    train_toy(tmp_path / "one", **settings)
+    assert_alike(tmp_path / "one", tmp_path / "many")
+    _, state, _ = result(tmp_path / "one")
+    _, state_of_many, _ = result(tmp_path / "many")
+    masks = sparse.unpack(state["masks"])
+    masks_of_many = sparse.unpack(state_of_many["masks"])
+    assert masks and all(torch.equal(masks[name], masks_of_many[name]) for name in masks)
+
+
+def test_calibration_text_that_cannot_be_dealt_out_is_refused_before_the_run_begins(tmp_path):
+    sentence = "--calibration-windows 5 in batches of 1 cannot be dealt out to 2 processes; try 6"
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match=sentence):
+        train_shared(2, dict(out=str(tmp_path / "run"), plan="adapt", calibration_windows=5))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("file", ["train.py", "shard.py", "README.md"])
+def test_batches_of_the_commands_that_are_shown_can_be_dealt_out(file):
+    commands = re.findall(r"torchrun (.*)train.py (.*--preset.*)", (ROOT / file).read_text())
+    assert commands
+    for launcher, flags in commands:
+        world = math.prod(int(number) for number in re.findall(r"--(?:nnodes|nproc-per-node) (\d+)", launcher))
+        config = train.resolve(tyro.cli(train.Train, args=flags.split("  #")[0].split()), "cpu")
+        target, _ = models.preset(config.preset, 256, config.enlarge_ff, config.enlarge_kv)
+        train.check_batch(config, config.block_size or target.block_size, world)
 
 
 def test_one_process_has_nobody_to_share_with(tmp_path):

@@ -1,5 +1,7 @@
 """Models on disk that are opened without reading them, and what reading and checking leaves out."""
 import dataclasses
+import errno
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ import train
 from common import Damaged, UserError
 from formats import huggingface, pt
 from formats.tokenizer import open_tokenizer
+from methods import sparse
+from model import GPT
 
 TIED = dataclasses.replace(CONFIGS["gqa"], vocab_size=260)
 UNTIED = dataclasses.replace(CONFIGS["all"], vocab_size=260)
@@ -161,3 +165,58 @@ def test_a_checkpoint_with_one_digest_is_read_and_checked_as_a_whole(tmp_path):
     overwrite(file, content["optimizer"]["state"][0]["exp_avg"])
     with pytest.raises(UserError, match="is damaged"):
         checkpoint.load(file)
+
+
+def sent(tmp_path, **content):
+    """A file of a model that somebody sent."""
+    model, _ = trained(TIED)
+    state = {"format": checkpoint.FORMAT, "config": dataclasses.asdict(TIED), "model": model.state_dict(), "run": RUN}
+    torch.save({**state, **content}, tmp_path / "sent.pt")
+    return tmp_path / "sent.pt", model
+
+
+def test_a_tensor_larger_than_its_file_is_refused_before_memory_goes(tmp_path):
+    expanded = torch.zeros(1).expand(10**13)
+    entry = {"state": {0: {"exp_avg": expanded}}, "param_groups": []}
+    for content in (dict(averages=[(0, "ffn", expanded)]), dict(optimizer=entry), dict(other={"a": (expanded,)})):
+        file, _ = sent(tmp_path, **content)
+        with pytest.raises(Damaged, match="sent.pt is damaged: a tensor of 40,000,000,000,000 bytes has only 4 in it"):
+            checkpoint.open_checkpoint(file)
+
+
+@pytest.mark.parametrize("change", [
+    lambda name, mask: {"nothing": mask}, lambda name, mask: {name: (10**13, mask[1])},
+    lambda name, mask: {name: (-3, mask[1])}, lambda name, mask: {name: (mask[0], mask[1].float())},
+    lambda name, mask: {name: (mask[0], mask[1][1:])}, lambda name, mask: {name: 5}, lambda name, mask: 3])
+def test_masks_that_are_not_the_model_s_are_refused(change, tmp_path):
+    _, model = sent(tmp_path)
+    masks = sparse.pack(sparse.masks(model, sparse.Pattern(0.5)))
+    file, _ = sent(tmp_path, masks=masks)
+    assert sparse.unpack(checkpoint.load(file)[1]["masks"]).keys() == masks.keys()
+    file, _ = sent(tmp_path, masks=change("blocks.0.ffn.up.weight", masks["blocks.0.ffn.up.weight"]))
+    with pytest.raises(UserError, match="sent.pt: config and weights disagree or are missing"):
+        checkpoint.load(file)
+
+
+def test_weights_of_a_sharded_run_are_refused_where_its_dtype_ends(tmp_path):
+    model, _ = trained(TIED, torch.float64)
+    model.embed.weight.data[3, 1] = 1e300
+    checkpoint.save(tmp_path / "large.pt", model, run=RUN)
+
+    setup = SimpleNamespace(build=GPT, start=TIED, config=SimpleNamespace(init=tmp_path / "large.pt"))
+    with pytest.raises(UserError, match="embed.weight has a value of size 1e[+]300, and float32 ends at"):
+        train.fresh_shards(setup)
+
+
+def test_a_folder_that_does_not_fit_the_disk_leaves_nothing(tmp_path, monkeypatch):
+    """The last file of a folder of shards."""
+    model, _ = trained(TIED)
+    run = checkpoint.RunFolder(tmp_path, RUN, {}, 256, {}, writes=True)
+
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_atomic", full_disk)
+    with pytest.raises(UserError, match="state.pt was not written"):
+        run.write_shards(tmp_path / "teacher", model, {})
+    assert not list(tmp_path.iterdir())

@@ -157,6 +157,8 @@ def test_seconds_of_communication_by_hand():
     assert accounting.slowest_seconds(copies) == accounting.exchange_seconds(copies)
     row = accounting.exchange_row(eight)
     assert row["compute, s"] == pytest.approx(4096 * config.flops_per_token(4096) / (989e12 * .4))
+    again = accounting.compute_seconds(dataclasses.replace(eight, recompute=True))
+    assert again == pytest.approx(4096 * config.flops_per_token(4096, recompute=True) / (989e12 * .4))
     assert row["exchange ÷ compute"] == pytest.approx(row["exchange, s"] / row["compute, s"])
 
 

@@ -337,7 +337,8 @@ def test_a_folder_that_is_a_link_is_not_followed(folder, tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    lambda entry: ((260, 13), *entry[1:]), lambda entry: ((10**15, 12), *entry[1:]), lambda entry: ((), *entry[1:]),
+    lambda entry: ((260.0, 12.0), *entry[1:]), lambda entry: ((260, 13), *entry[1:]),
+    lambda entry: ((10**15, 12), *entry[1:]), lambda entry: ((), *entry[1:]),
     lambda entry: (entry[0], torch.int8, entry[2]), lambda entry: (entry[0], "float64", entry[2]),
     lambda entry: (entry[0], torch.float32, entry[2]), lambda entry: (*entry[:2], entry[2][1:]),
     lambda entry: (*entry[:2], entry[2] * 2), lambda entry: (*entry[:2], [(0, 260, *entry[2][0][2:])]),
