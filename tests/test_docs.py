@@ -158,7 +158,8 @@ def methods_table():
     """The verdicts on the claims that run on request, from records of their own."""
     runs = claims_statistics.read(RESULTS / "claims-methods.jsonl")
     scale = dataclasses.replace(claims_runs.SCALES["cpu"], claims=claims_runs.SCALES["cpu"].on_request)
-    return claims_report.short_table(claims_statistics.comparisons(runs, scale), scale)
+    measured = [row for row in claims_statistics.comparisons(runs, scale) if row.effect.seeds]
+    return claims_report.short_table(measured, scale)
 
 
 GENERATED = {        # (page, name of the part): function that returns its text
