@@ -419,6 +419,16 @@ def locked(path):
                 folder.rmdir()
 
 
+@contextlib.contextmanager
+def new_folder(path):
+    """Hold a folder that is to be written. Raises UserError if there is something at `path`, or if
+    another process holds it."""
+    refuse_existing(path)
+    with locked(path):
+        refuse_existing(path)                # another process may have come first
+        yield
+
+
 def provenance():
     """Which code wrote a checkpoint."""
     return {"torch": str(torch.__version__), "python": sys.version.split()[0], "commit": commit()}

@@ -768,9 +768,7 @@ def main(recipe):
     recipe = dataclasses.replace(recipe, data=data.recorded(recipe.data))
     name = recipe.structure.replace(":", "-") if ":" in recipe.structure else f"{recipe.keep:g}"
     out = Path(recipe.out or f"runs/pruned-{Path(recipe.init).name}-{name}")
-    checkpoint.refuse_existing(out)
-    with checkpoint.locked(out):
-        checkpoint.refuse_existing(out)      # another process may have come first
+    with checkpoint.new_folder(out):
         cut_and_save(recipe, out)
 
 

@@ -2,8 +2,8 @@
 
     python -c "import checkpoint; print(checkpoint.open_weights('runs/idea-laptop-0').rows('embed.weight', 0, 2))"
 
-One digest would make who wants a few weights read the whole file. So each weight and each of Adam's
-moments has its own, and all the rest has one. The same for folders of several files: formats/dcp.py.
+With one digest for the whole file, a reader of a few weights would have to read all of it. So each weight
+and each of Adam's moments has its own digest, and the rest has one. Folders of several files: formats/dcp.py.
 Not here: what a checkpoint means (checkpoint.py).
 """
 import contextlib

@@ -293,9 +293,7 @@ def main(settings):
     check(settings)
     settings = dataclasses.replace(settings, data=data.recorded(settings.data))
     out = Path(settings.out or f"runs/grown-{Path(settings.init).name}")
-    checkpoint.refuse_existing(out)
-    with checkpoint.locked(out):
-        checkpoint.refuse_existing(out)      # another process may have come first
+    with checkpoint.new_folder(out):
         grow_and_save(settings, out)
 
 

@@ -36,6 +36,7 @@ from common import (
     UserError,
     check_choices,
     check_positive,
+    first_line,
     parse,
     peak_memory,
     pick_device,
@@ -239,19 +240,30 @@ def resume(path, identity, state):
     """Put what `save` wrote into the State of `begin`, in place. Raises UserError for a damaged file, and
     for one of other settings, another model or another text."""
     file = read_pickled_tensors(path, "delete it to begin anew")
-    saved = file.get("content", {})
-    if file.get("content_digest") != digest_of(saved):
+    saved = file.get("content") if isinstance(file, dict) else None
+    if not isinstance(saved, dict) or file.get("content_digest") != digest_of(saved):
         raise UserError(f"{path} is damaged; delete it to begin anew")
-    differ = [name for name, value in identity.items() if saved["identity"].get(name) != value]
+    recorded = saved.get("identity")
+    if not isinstance(recorded, dict):
+        recorded = {}
+    differ = [name for name, value in identity.items() if recorded.get(name) != value]
     if differ:
         raise UserError(f"{path} is of a run with another {', '.join(differ)}; give another --out, or delete it to "
                         "begin anew")
-    device = state.model.embed.weight.device
+    try:
+        fill(state, saved)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
+        raise UserError(f"{path} does not hold the state of a run ({first_line(problem)}); delete it to begin "
+                        "anew") from None
+
+
+def fill(state, saved):
+    """Put what `save` wrote into the State, in place."""
     for name, value in saved["adapters"].items():
         state.model.get_parameter(name).copy_(value)
     state.optimizer.load_state_dict(saved["optimizer"])
     state.alive = checkpoint.by_key(saved["alive"])
-    state.averages = checkpoint.by_key(saved["averages"], device)
+    state.averages = checkpoint.by_key(saved["averages"], state.model.embed.weight.device)
     state.step = saved["step"]
     loraprune.zero_(state.model, state.optimizer, state.alive)
 

@@ -3,6 +3,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 import data
 from methods.dynamic_batches import domain_of, mixed, reweigh
@@ -55,20 +56,23 @@ def test_a_sample_has_its_domain_whatever_is_asked_with_it():
     assert (more >= less).all() and (more != less).any()
 
 
-def test_a_batch_is_a_function_of_step_weights_and_seed_rank_by_rank():
-    """As data.batch would read them: a sample's window is the one of its number in the endless row of its domain."""
+def test_batches_take_rows_of_the_drawn_text_and_ranks_share_them():
+    """data.batch: a sample's window is the one of its number in the endless row of its text."""
     texts = [np.arange(start, start + 1000) for start in (0, 10_000, 50_000)]
+    mixture, weights = data.Mixture(texts, (1, 1, 1)), (.5, .3, .2)
 
-    def rows(samples, weights):
-        domains, found = domain_of(samples, weights, 1), np.empty((len(samples), 9), np.int64)
-        for index, tokens in enumerate(texts):
-            found[domains == index] = data.read_samples(tokens, 8, (1, index), samples[domains == index])
-        return found
+    def batch(rank, world, weights, step=2):
+        return data.batch(mixture, 8, 1, step, 0, rank, world=world, micro_batch=32 // world, micro_steps=1,
+                          weights=weights)[0]
 
-    whole = rows(np.arange(64, 96), (.5, .3, .2))
-    assert (whole == rows(np.arange(64, 96), (.5, .3, .2))).all()
-    ranks = [rows(np.arange(64 + 8 * rank, 72 + 8 * rank), (.5, .3, .2)) for rank in range(4)]
-    assert (np.concatenate(ranks) == whole).all() and len({*(whole[:, 0] // 10_000)}) == 3
-    # Within as many samples as a domain has windows none of its windows comes twice.
-    epoch = rows(np.arange(124), (.5, .3, .2))[:, 0]
-    assert len(np.unique(epoch)) == 124
+    whole = batch(0, 1, weights)
+    samples = np.arange(64, 96)
+    for sample, domain, row in zip(samples, domain_of(samples, weights, 1).tolist(), whole.tolist()):
+        [expected] = data.read_samples(texts[domain], 8, (1, domain), np.array([sample]))
+        assert row == expected[:8].tolist()
+    assert whole.equal(torch.cat([batch(rank, 4, weights) for rank in range(4)]))
+    assert not whole.equal(batch(0, 1, (.2, .3, .5))) and not whole.equal(batch(0, 1, None))
+    assert len({*(whole[:, 0] // 10_000).tolist()}) == 3
+    # Within as many samples as a text has windows none of its windows comes twice.
+    epoch, _ = data.batch(mixture, 8, 1, 0, 0, micro_batch=124, micro_steps=1, weights=weights)
+    assert len(epoch[:, 0].unique()) == 124

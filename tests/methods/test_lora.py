@@ -188,6 +188,22 @@ def test_a_damaged_file_of_a_killed_run_is_refused(folder, tmp_path):
         lora.resume(tmp_path / "adapters.pt", {}, state)
 
 
+@pytest.mark.parametrize("crafted", [
+    {"adapters": {"blocks.0.attn.nothing": torch.zeros(1)}}, {"adapters": {"embed.weight": torch.zeros(3, 5)}},
+    {"alive": [(0, "ffn", torch.tensor([10**6]))]}, {"optimizer": {}}, {"step": None}, {"identity": 3}, None])
+def test_a_file_that_somebody_made_ends_in_a_sentence(folder, tmp_path, crafted):
+    """Its digest is right."""
+    state = lora.begin(checkpoint.load(folder / "run")[0], lora.Lora(rank=2))
+    lora.save(tmp_path / "adapters.pt", {"lr": 1}, state)
+    content = torch.load(tmp_path / "adapters.pt", weights_only=True)["content"] | (crafted or {})
+    if crafted == {"step": None}:
+        del content["step"]
+    file = {"content": content, "content_digest": lora.digest_of(content)} if crafted else [1, 2]
+    torch.save(file, tmp_path / "adapters.pt")
+    with pytest.raises(UserError, match="to begin anew"):
+        lora.resume(tmp_path / "adapters.pt", {"lr": 1}, state)
+
+
 @pytest.mark.parametrize("flags, message", [
     (dict(init="two-four"), "is sparse, and adapters would fill its zeros; train it by"),
     (dict(kd_weight=.2), "--kd-weight has no effect without --teacher"),
