@@ -57,7 +57,7 @@ from common import (
 from distill import chunked_loss
 from eval import evaluate
 from experiments import compare_report
-from experiments.compare_report import ADAPT_STEP, GRID, HALF, PUBLISHED, name_of
+from experiments.compare_report import ADAPT_STEP, GRID, HALF, OWN_BUDGET, PUBLISHED, name_of
 from formats.tokenizer import Tokenizer
 from methods import measured, sparse, torch_pruning_peer
 from methods.slicegpt import Sliced, slicegpt
@@ -70,8 +70,8 @@ from tasks import questions
 class Compare:
     init: str                     # the model: a Hugging Face folder or hub id, or a checkpoint
     out: str = "runs/compare.jsonl"    # file of records
-    # what to make; cost: the seconds and the memory of a cut
-    part: Literal["all", "grid", "rows", "questions", "report", "cost"] = "all"
+    # what to make; alone: seconds and memory of each row in a process of its own; cost: beside plain passes
+    part: Literal["all", "grid", "rows", "questions", "report", "alone", "cost"] = "all"
     keeps: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6)    # kept fractions of the reported rows
     grid_keep: float = 0.8        # of the grid, and of the questions
     seeds: int = 2                # calibrations of the reported rows
@@ -216,36 +216,50 @@ def open_subject(config):
 
 class Cuts:
     """Makes the smaller models. What several of them need is made once: the calibration of a seed,
-    Adapt-Pruner's models on the way, and what the recipes measure, which goes into the records."""
-    def __init__(self, subject, records):
+    Adapt-Pruner's models on the way, and what the recipes measure, which goes into the records. A
+    calibration has the `fields` of score.Stats: by default all that any method needs."""
+    def __init__(self, subject, records=None, fields=None):
         self.subject = subject
         self.records = records
-        self.calibrated = None                   # (seed, batches, Stats) of the last seed
+        self.fields = fields
+        if fields is None:
+            self.fields = {"cosine", "channel", "gram"}.union(*(row.needs for row in score.SCORES.values()))
+        self.calibrated = None                   # (seed, Stats) of the last seed
         self.on_the_way = {}                     # {(name, seed): [(keep, Adapt-Pruner's model)]}
+        self.last = (None, None)                 # of `cut`: (name, keep, seed) and the model
 
-    def calibration(self, seed):
-        """The batches of a seed, and Stats with everything that any method needs."""
-        if self.calibrated and self.calibrated[0] == seed:
-            return self.calibrated[1:]
+    def batches(self, seed):
+        """The calibration windows of a seed, from one text and the other in turns: [(x, y)]."""
         config = self.subject.config
         halves = []
         for parts in self.subject.texts.values():
             halves.append(score.batches(parts["calibration"], config.block_size, config.windows // 2,
                                         config.micro_batch, seed))
-        batches = list(itertools.chain(*zip(*halves)))      # from one text and the other in turns
-        needs = {"cosine", "channel", "gram"}
-        for row in score.SCORES.values():
-            needs |= row.needs
+        return list(itertools.chain(*zip(*halves)))
+
+    def calibration(self, seed):
+        """The Stats of a seed."""
+        if self.calibrated and self.calibrated[0] == seed:
+            return self.calibrated[1]
         start = time.perf_counter()
         with self.subject.autocast():
-            stats = prune.calibration_pass(config)(self.subject.model, batches, needs)
+            stats = prune.calibration_pass(self.subject.config)(self.subject.model, self.batches(seed), self.fields)
         stats.seed = seed
         print(f"calibrated on {stats.tokens:,} tokens, seed {seed}: "
               f"{time.perf_counter() - start:.0f} s", flush=True)
-        self.calibrated = seed, batches, stats
-        return batches, stats
+        self.calibrated = seed, stats
+        return stats
 
     def cut(self, name, recipe, keep, seed):
+        """The smaller model of a row, which is kept until another row's is made: its losses and its
+        questions are measured one after the other. Raises UserError if there is none."""
+        key = (name, keep, seed)
+        if self.last[0] != key:
+            self.last = (None, None)
+            self.last = (key, self.cut_anew(name, recipe, keep, seed))
+        return self.last[1]
+
+    def cut_anew(self, name, recipe, keep, seed):
         """The smaller model of a recipe; SliceGPT's and torch-pruning's by name. Raises UserError
         if there is none."""
         model = self.subject.model
@@ -253,11 +267,12 @@ class Cuts:
         if name == "torch-pruning":
             peer = torch_pruning_peer.cut(self.subject.config.init, keep, self.subject.config.block_size)[0]
             return peer.to(model.embed.weight.device, model.embed.weight.dtype)
-        batches, stats = self.calibration(seed)
-        if name == "SliceGPT":
+        batches = self.batches(seed)
+        if name.startswith("SliceGPT"):
             if self.subject.config.offload:
                 raise UserError("SliceGPT turns the whole model on the device; leave out --offload")
-            return slicegpt(prune.in_dtype(model, torch.float32), [x for x, _ in batches], keep)
+            whole = prune.in_dtype(model, torch.float32)
+            return slicegpt(whole, [x for x, _ in batches], keep, counts_directions=name in OWN_BUDGET)
         if recipe.iterations > 1:
             return self.little_by_little(name, recipe, keep, seed, batches)
         if sparse.is_sparse(recipe.structure):
@@ -266,7 +281,14 @@ class Cuts:
             with self.subject.autocast():
                 stats = prune.collect(model, batches, recipe, model.embed.weight.dtype)
             return prune.cut_once(copy.deepcopy(model), stats, recipe, budget)
-        damage = self.damage(recipe, seed, batches, stats) if prune.runs_again(recipe) else None
+        stats = self.calibration(seed)
+        damage = None
+        if recipe.score == "policy":
+            # The probabilities hold for one budget.
+            with self.subject.autocast():
+                damage = prune.measure(model, stats, batches, recipe, model.embed.weight.dtype, budget)
+        elif prune.runs_again(recipe):
+            damage = self.damage(recipe, seed, batches, stats)
         return prune.cut_once(model, stats, recipe, budget, damage=damage)
 
     def little_by_little(self, name, recipe, keep, seed, batches):
@@ -288,18 +310,21 @@ class Cuts:
         return model
 
     def damage(self, recipe, seed, batches, stats):
-        """prune.measure of a recipe, from the records or into them."""
+        """prune.measure of a recipe, from the records or into them, if there are any."""
         about = dict(tag="measured", score=recipe.score, mend=recipe.mend,
                      structure=recipe.structure, seed=seed, shares=list(measured.SHARES),
                      windows=recipe.measured_windows)
-        if not self.records.find(**about):
-            start = time.perf_counter()
-            model = self.subject.model
-            with self.subject.autocast():
-                damage = prune.measure(model, stats, batches, recipe, model.embed.weight.dtype)
+        recorded = self.records and self.records.find(**about)
+        if recorded:
+            return {(layer, kind): value for layer, kind, value in recorded["found"]}
+        start = time.perf_counter()
+        model = self.subject.model
+        with self.subject.autocast():
+            damage = prune.measure(model, stats, batches, recipe, model.embed.weight.dtype)
+        if self.records:
             rows = [[*key, value] for key, value in damage.items()]
             self.records.add(**about, seconds=time.perf_counter() - start, found=rows)
-        return {(layer, kind): value for layer, kind, value in self.records.find(**about)["found"]}
+        return damage
 
 
 # -- evaluation
@@ -345,7 +370,7 @@ def run_cell(cuts, part, name, recipe, keep, seed):
         return
     where = f"{part:10} {name:34} keep {keep:g} seed {seed}"
     if name not in ("dense", "torch-pruning"):
-        cuts.calibration(seed)      # all methods of a seed share it, so its seconds are not theirs
+        cuts.calibration(seed)      # the methods of a seed share it, so its seconds are not theirs
     start = time.perf_counter()
     try:
         with timing.peak(subject.config.device) as memory:
@@ -365,23 +390,26 @@ def run_cell(cuts, part, name, recipe, keep, seed):
     print(f"{where}: " + "  ".join(f"{text} {loss:.4f}" for text, loss in losses.items()), flush=True)
 
 
-def ask(cuts, name, recipe, keep, seed, file):
-    """Record the share of a file's questions that a cut model answers, unless the records have
-    it."""
+def ask(cuts, name, recipe, keep):
+    """Record the shares of the questions that a model of the first calibration answers, of each file
+    that the records lack."""
     subject = cuts.subject
     limit = subject.config.limit
-    about = dict(tag="questions", name=name, keep=keep, seed=seed, file=Path(file).stem, limit=limit)
-    cell = cuts.records.find(tag="cell", part="test", name=name, keep=keep, seed=seed)
-    if cuts.records.find(**about) or not cell or "refused" in cell or not can_run(name):
+    cell = cuts.records.find(tag="cell", part="test", name=name, keep=keep, seed=0)
+    if not cell or "refused" in cell or not can_run(name):
         return
-    model = cuts.cut(name, recipe, keep, seed) if keep < 1 else subject.model
-    with precision(subject, model):
-        result = questions.multiple_choice(model, subject.tokenizer,
-                                           questions.read_questions(file)[:limit], progress=False)
-    cuts.records.add(**about, **{key: result[key]
-                                 for key in ("questions", "acc", "acc_norm", "acc_norm_stderr")})
-    print(f"questions  {name:34} keep {keep:g}: {Path(file).stem} {result['acc_norm']:.4f}",
-          flush=True)
+    for file in subject.config.questions:
+        about = dict(tag="questions", name=name, keep=keep, seed=0, file=Path(file).stem, limit=limit)
+        if cuts.records.find(**about):
+            continue
+        model = cuts.cut(name, recipe, keep, 0) if keep < 1 else subject.model
+        with precision(subject, model):
+            result = questions.multiple_choice(model, subject.tokenizer,
+                                               questions.read_questions(file)[:limit], progress=False)
+        cuts.records.add(**about, **{key: result[key]
+                                     for key in ("questions", "acc", "acc_norm", "acc_norm_stderr")})
+        print(f"questions  {name:34} keep {keep:g}: {Path(file).stem} {result['acc_norm']:.4f}",
+              flush=True)
 
 
 def best_of_grid(records, config):
@@ -439,25 +467,65 @@ def main(config):
     rows = {**PUBLISHED, **best_of_grid(cuts.records.all, config)}
     if config.part in ("rows", "all"):
         run_rows(cuts, rows)
-    if config.part in ("questions", "all"):
-        for file in config.questions:
-            ask(cuts, "dense", None, 1.0, 0, file)
-            for name, recipe in rows.items():
-                ask(cuts, name, recipe, config.grid_keep, 0, file)
+    if config.part == "questions":
+        ask_rows(cuts, rows)
+    if config.part == "alone":
+        for name, recipe in {**rows, **HALF}.items():
+            run_alone(cuts.records, config, name, recipe)
     print_report(config)
 
 
+def run_alone(records, config, name, recipe):
+    """Record what the cut of a row takes in a process of its own, unless the records have it."""
+    keep = 0.5 if name in HALF else config.grid_keep
+    about = dict(tag="alone", name=name, keep=keep)
+    if records.find(**about) or not can_run(name):
+        return
+    try:
+        took = timing.own_process(cut_alone, config, name, recipe, keep)
+    except UserError as problem:
+        took = {"refused": str(problem)}
+    records.add(**about, **took)
+    print(f"alone      {name:34} " + "  ".join(f"{key} {value}" for key, value in took.items()), flush=True)
+
+
+def cut_alone(config, name, recipe, keep):
+    """{seconds, peak_bytes, threads} of one cut with the calibration that it needs, and no other."""
+    subject = open_subject(config)
+    cuts = Cuts(subject, fields=prune.needs(recipe) if recipe else None)
+    start = time.perf_counter()
+    with timing.peak(subject.config.device) as memory:
+        cuts.cut(name, recipe, keep, seed=0)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "peak_bytes": memory["peak_bytes"], "threads": torch.get_num_threads()}
+
+
 def run_rows(cuts, rows):
-    """The reported rows: every method at every kept fraction with every calibration."""
+    """The reported rows: every method at every kept fraction with every calibration, and the questions
+    of the first."""
     config = cuts.subject.config
     run_cell(cuts, "test", "dense", None, 1.0, 0)
+    ask(cuts, "dense", None, 1.0)
     keeps = sorted(config.keeps, reverse=True)
     for seed, keep, (name, recipe) in itertools.product(range(config.seeds), keeps, rows.items()):
         repeats = name == "torch-pruning" and seed > 0       # it looks at no data, so seeds are alike
         if can_run(name) and not repeats:
             run_cell(cuts, "test", name, recipe, keep, seed)
+            if keep == config.grid_keep and seed == 0:
+                ask(cuts, name, recipe, keep)
     for seed, (name, recipe) in itertools.product(range(config.seeds), HALF.items()):
         run_cell(cuts, "test", name, recipe, 0.5, seed)      # half of the weights; all widths stay
+        if seed == 0:
+            ask(cuts, name, recipe, 0.5)
+
+
+def ask_rows(cuts, rows):
+    """The questions of all rows that have losses."""
+    ask(cuts, "dense", None, 1.0)
+    for name, recipe in rows.items():
+        ask(cuts, name, recipe, cuts.subject.config.grid_keep)
+    for name, recipe in HALF.items():
+        ask(cuts, name, recipe, 0.5)
 
 
 def print_report(config):

@@ -28,21 +28,30 @@ PUBLISHED = {  # score and allocation are the method's own
     "Wanda-sp": Cut(score="wanda", allocate="uniform"),
     "Wanda-sp, FFN": FFN(score="wanda", allocate="uniform"),
     "FLAP": Prune(score="flap", allocate="global", mend="bias"),
+    "FLAP, squared": Prune(score="flap-squared", allocate="global", mend="bias"),
     "LLM-Pruner": Cut(score="taylor", allocate="middle"),
     "LLM-Pruner, FFN": FFN(score="taylor", allocate="middle"),
     "LLM-Pruner, channels": Cut(score="taylor", structure="channel"),
     "Minitron, width": Cut(score="activation", allocate="uniform"),
     "Minitron, FFN": FFN(score="activation", allocate="uniform"),
+    "Minitron, width, means": Cut(score="minitron", allocate="uniform"),
+    "Minitron, FFN, means": FFN(score="minitron", allocate="uniform"),
     "Minitron, channels": Cut(score="activation", structure="channel"),
     # Adapt-Pruner's iterations are those that ADAPT_STEP gives.
     "Adapt-Pruner": Cut(score="taylor", allocate="adaptive", iterations=20),
     "Adapt-Pruner, FFN": FFN(score="taylor", allocate="adaptive", iterations=20),
     "ShortGPT": Cut(score="influence", structure="layer"),
     "Shortened LLaMA, PPL": Cut(score="perplexity", structure="layer", measured_windows=16),
+    "Shortened LLaMA, PPL+": Cut(score="perplexity", structure="layer", allocate="middle", measured_windows=16),
     "Shortened LLaMA, Taylor+": Cut(score="taylor", structure="layer", allocate="middle"),
-    "SliceGPT": None,                 # these two have no recipe of prune.py
+    "Bypass Back-propagation": Cut(score="policy"),
+    # These three have no recipe of prune.py.
+    "SliceGPT": None,
+    "SliceGPT, own budget": None,
     "torch-pruning": None,
 }
+# A row that keeps more than the others: it is shown, and no verdict rests on it.
+OWN_BUDGET = ("SliceGPT, own budget",)
 # Half of the weights are zero; all widths stay.
 TWO_FOUR = functools.partial(Cut, structure="2:4")
 ANY_HALF = functools.partial(Cut, structure="weights", keep=0.5)
@@ -61,7 +70,45 @@ HALF = {
     "half, Wanda / mended": ANY_HALF(score="wanda", mend="least-squares"),
     "half, SparseGPT / mended": ANY_HALF(score="sparsegpt", mend="least-squares"),
 }
-DEPTH = ("ShortGPT", "Shortened LLaMA, PPL", "Shortened LLaMA, Taylor+")
+# What a row does otherwise than the code that its authors released, or wrote where there is none. All rows have
+# the text of this comparison, statistics of one pass over the dense model, and no training after the cut. Scores
+# of units are means over their entries.
+DIFFERS = {
+    "random": "",
+    "magnitude": "no release; tables of papers have norms of layers or of all",
+    "Wanda-sp": "its pass sees layers that are cut already",
+    "Wanda-sp, FFN": "the same; FFNs alone",
+    "FLAP": "attention's score is not squared, as in the paper; an exact variance",
+    "FLAP, squared": "an exact variance",
+    "LLM-Pruner": "whole KV groups; 16,384 tokens for 640",
+    "LLM-Pruner, FFN": "the same; FFNs alone",
+    "LLM-Pruner, channels": "embeddings and norms do not count in the score",
+    "Minitron, width": "the paper's order of means; whole KV groups for query heads",
+    "Minitron, FFN": "the paper's order of means; FFNs alone",
+    "Minitron, channels": "the paper's order of means",
+    "Minitron, width, means": "the release's order of means; whole KV groups for query heads",
+    "Minitron, FFN, means": "the release's order of means; FFNs alone",
+    "Adapt-Pruner": "2 % at a time as there; shares from the original widths; embeddings do not count in the budget",
+    "Adapt-Pruner, FFN": "the same; FFNs alone",
+    "ShortGPT": "no release",
+    "Shortened LLaMA, PPL": "all layers compete; 16 windows",
+    "Shortened LLaMA, PPL+": "an eighth and a sixteenth of the layers stay, four and two there; 16 windows",
+    "Shortened LLaMA, Taylor+": "the same layers stay; norms do not count",
+    "Bypass Back-propagation": "one budget; 300 steps at a rate of 0.05 for 15,000 at 0.002",
+    "SliceGPT": "its shortcuts count in the budget, so fewer directions stay",
+    "SliceGPT, own budget": "as there: 0.8 of the directions, shortcuts on top, so it keeps more than the other rows",
+    "torch-pruning": "its own example and code",
+    "2:4, magnitude": "",
+    "2:4, Wanda": "its pass sees layers that are cut already",
+    "2:4, DSnoT": "the same; a row stops at the best exchange; FFNs too",
+    "2:4, SparseGPT": "its pass sees layers that are cut already; float64",
+    "2:4, MRP": "no release; 40 steps of conjugate gradients",
+    "half, magnitude": "weights of a row compete, as in Wanda's code",
+    "half, Wanda": "its pass sees layers that are cut already",
+    "half, DSnoT": "the same; a row stops at the best exchange; FFNs too",
+    "half, SparseGPT": "its pass sees layers that are cut already; float64",
+}
+DEPTH = ("ShortGPT", "Shortened LLaMA, PPL", "Shortened LLaMA, PPL+", "Shortened LLaMA, Taylor+")
 # The methods that Adapt-Pruner is compared with.
 RIVALS = ("LLM-Pruner", "LLM-Pruner, FFN", "FLAP", "Wanda-sp", "Wanda-sp, FFN", "SliceGPT")
 # The scores that are combined with all allocations: not the variants of released code.
@@ -194,12 +241,12 @@ def row_tables(records):
 
 def overview(records, keep):
     """Every method by kept fraction: its test perplexity, and the share of questions answered at
-    `keep`. The best there comes first; methods that did not run at it come last."""
+    `keep`, by sparse weights at a half. The best there comes first; methods that did not run at it come last."""
     perplexities = by_method(cells(records, "test"))
     keeps = sorted({at for _, at in perplexities if at < 1}, reverse=True)
     shares = {}
     for (name, at), of_method in answers(records).items():
-        if at in (keep, 1):
+        if at in (keep, 1) or name in HALF:
             shares[name] = of_method
     files = all_files(shares.values())
 
@@ -221,11 +268,27 @@ def overview(records, keep):
     heads = ["method", *[f"keep {at:g}" for at in keeps]]
     title = "Test perplexity by kept fraction"
     if files:
-        heads.append(f"questions at {keep:g}")
+        heads.append(f"questions at {keep:g}, or 0.5")
         counts = ", ".join(f"{limit} of {file}" for file, limit in files)
         title += f", and mean accuracy (acc_norm) on {counts}"
     title += " (ours in bold; ± is half of the range of calibration seeds):"
     return f"{title}\n\n{markdown(heads, rows)}"
+
+
+def cost_table(records):
+    """What each published row does otherwise than its release, and what its cut took in a process of its
+    own (`--part alone`)."""
+    alone = {record["name"]: record for record in records if record["tag"] == "alone"}
+    rows = []
+    for name, words in DIFFERS.items():
+        record = alone.get(name)
+        measured = [f"{record['seconds']:.0f}", f"{record['peak_bytes'] / 1e9:.1f}"] if record else ["", ""]
+        rows.append([name, words, *measured])
+    for name, record in alone.items():
+        if name not in DIFFERS:
+            rows.append([f"**{name}**", "ours", f"{record['seconds']:.0f}", f"{record['peak_bytes'] / 1e9:.1f}"])
+    heads = ["method", "what differs from the release", "seconds", "peak memory (GB)"]
+    return f"Each cut with its calibration, in a process of its own:\n\n{markdown(heads, rows)}"
 
 
 # -- the papers' claims
@@ -289,7 +352,7 @@ def width_and_ours(test, keep, chosen):
     """Width against depth, and the method that the grid chose against the best published one, at
     one kept fraction."""
     mean = {name: fmean(by_seed.values()) for (name, at), by_seed in test.items() if at == keep}
-    published = [name for name in mean if name in PUBLISHED]
+    published = [name for name in mean if name in PUBLISHED and name not in OWN_BUDGET]
     depth = min((name for name in published if name in DEPTH), key=mean.get, default=None)
     width = min((name for name in published if name not in DEPTH), key=mean.get, default=None)
     lines = []
@@ -338,5 +401,5 @@ def report(records, keep):
     if cells(records, "validation").empty:
         raise UserError("no records there; give the --out of a comparison that ran")
     blocks = (overview(records, keep), grid_table(records, keep), claims(records, keep),
-              *row_tables(records))
+              *row_tables(records), cost_table(records))
     return "\n\n".join(blocks)

@@ -196,15 +196,18 @@ def sliced_to(model, batches, k):
     return Sliced(model.config, embedding, sub_blocks, norm, model.head_weight.clone())
 
 
-def slicegpt(model, batches, keep):
+def slicegpt(model, batches, keep, counts_directions=False):
     """Slice a float32 GPT, which stays as it is -> Sliced, on the model's device, with at most
-    `keep` of its attention and FFN parameters, shortcuts included.
+    `keep` of its attention and FFN parameters, shortcuts included. With `counts_directions` the
+    budget is that of the authors' code: `keep` of the directions, and the shortcuts come on top.
 
     `batches`: calibration token ids, (B, T) each. Their stream (tokens · d_model values) stays in
     memory. Raises UserError as `width` does, for fewer tokens than d_model, and on a device without
     float64."""
-    k = width(model.config, keep)
     C = model.config.d_model
+    k = int(keep * C) // 8 * 8 if counts_directions else width(model.config, keep)
+    if k < 8:
+        raise UserError(f"keep {keep} of {C} directions is less than 8; keep more")
     device = model.embed.weight.device
     tokens = sum(idx.numel() for idx in batches)
     if tokens < C:
