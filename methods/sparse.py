@@ -1,16 +1,16 @@
 """Sparse weights: single weights of the blocks' matrices are zero and stay zero.
 
     python prune.py --init runs/scratch-laptop-0 --structure 2:4 --score wanda --mend least-squares --out runs/two-four
-    python prune.py --init runs/scratch-laptop-0 --structure weights --keep 0.5 --score sparsegpt
+    python prune.py --init runs/scratch-laptop-0 --structure weights --keep 0.5 --score sparsegpt --layer-by-layer
     python train.py --init runs/two-four --plan scratch      # trains on, 2:4 after every step
     python -m pytest tests/methods/test_sparse.py            # exact least squares, brute force over masks
 
 A pattern says how many weights stay: n of each m consecutive ones of a row ("2:4", which NVIDIA's
 sparse tensor cores read, arXiv 2104.08378), or a fraction of each row ("weights"; SparseGPT takes it
 of each 128 columns). SCORES choose which. Two ways mend what is lost without training: the weights
-that stay are fitted anew (methods/refit.py), or the choice is corrected (methods/dsnot.py). All of
-it reads one calibration pass of the dense model. The released codes of Wanda, SparseGPT and DSnoT calibrate
-a layer behind layers that are sparse already.
+that stay are fitted anew (methods/refit.py), or the choice is corrected (methods/dsnot.py). Both read
+what `cut_` is given, the statistics of one pass over the dense model. `cut_layer_by_layer_` calibrates
+each layer behind layers that are sparse already, as the released codes of Wanda, SparseGPT and DSnoT do.
 
 This is the exception to the first fact of prune.py. A unit that is zero as a whole gets gradients of
 exactly 0. A single zero inside a matrix gets a gradient like any other weight, and would come back
@@ -19,6 +19,7 @@ Embedding and head stay dense. The model is stored and run dense, so it costs wh
 here: the scores by the inverse Hessian (methods/sparsegpt.py), masks that change while the model trains,
 compressed storage and sparse kernels.
 """
+import contextlib
 import math
 import re
 from collections.abc import Callable
@@ -26,12 +27,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import shard
-from common import UserError
+from common import UserError, progress
 from methods.dsnot import refined
+from methods.mend import Walk
+from methods.offload import on_device
 from methods.refit import refit
 from methods.sparsegpt import MOST_SETS, mrp, sparsegpt
+from score import Stats, averaged, hook_activations
 
 # Ends of the module names of the matrices whose inputs are measured. See `reader`.
 READERS = (".q", ".o", ".gate", ".down")
@@ -289,9 +294,56 @@ def cut_(model, stats, pattern, score, mend="none", layer=None):
         # Weights may be stored in bfloat16, and layers elsewhere than the rest of the model.
         w = p.to(device, torch.promote_types(p.dtype, torch.float32))
         inputs = inputs_of(name, stats, device)
-        weights, mask = SCORES[score].function(w, inputs, pattern)
-        if mend == "least-squares":
-            weights = refit(w, mask, inputs.gram)
-        elif mend == "dsnot":
-            weights = w * refined(w, mask, inputs, pattern)
+        # Autocast, if the caller has it on, would round the products of least squares.
+        with torch.autocast(device.type, enabled=False):
+            weights, mask = SCORES[score].function(w, inputs, pattern)
+            if mend == "least-squares":
+                weights = refit(w, mask, inputs.gram)
+            elif mend == "dsnot":
+                weights = w * refined(w, mask, inputs, pattern)
         p.copy_(weights)
+
+
+@torch.no_grad()
+def cut_layer_by_layer_(model, batches, pattern, score, mend="none", dtype=None):
+    """Make the model's matrices sparse, in place, by statistics of the text as it arrives behind sparse
+    layers. `score` and `mend` are those of `cut_`, `batches` a list of token ids (x, y), each (B, T).
+    Products are in `dtype`, by default that of autocast or of the weights; streams are as in mend.Walk.
+    Raises UserError as `check_widths` does.
+
+    As in the released codes of Wanda, SparseGPT and DSnoT, a layer runs twice: dense for the statistics
+    of all of its matrices, and sparse for the inputs of the next layer. Memory: the residual streams of
+    all windows in front of a layer and behind it, and the sums of one layer. Returns Stats with the
+    cosine of each dense layer's input and output."""
+    check_widths(model, pattern)
+    device = model.embed.weight.device
+    if dtype is None and torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    walk = Walk(model, batches[0][0].size(1), dtype)
+    streams = [walk.start(model, x.to(device)) for x, _ in batches]
+    cosine = {}
+    for layer, block in enumerate(progress(model.blocks, "cut")):
+        with on_device(block, device, changes=True):
+            stats = layer_stats(walk, model, layer, streams, needs(score, mend))
+            cut_(model, stats, pattern, score, mend, layer)
+            streams = [walk.behind(block, stream) for stream in streams]
+        cosine |= stats.cosine
+        # Two layers' sums would lie in memory at once.
+        del stats
+    return Stats(cosine=cosine)
+
+
+def layer_stats(walk, model, layer, streams, fields):
+    """Stats with the `fields` of one layer's inputs and its cosine, from the streams (B, T, C) in front of
+    it."""
+    stats = Stats()
+    cosines = []
+    with contextlib.ExitStack() as hooks:
+        hook_activations(model, stats, fields, READERS, hooks)
+        for stream in streams:
+            output = walk.behind(model.blocks[layer], stream)
+            cosines.append(F.cosine_similarity(stream, output, dim=-1).sum())
+            stats.tokens += stream[..., 0].numel()
+            stats.windows += len(stream)
+    stats.cosine[layer, "layer"] = cosines
+    return averaged(stats, model, len(streams))

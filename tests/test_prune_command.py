@@ -489,6 +489,8 @@ def test_it_refuses_in_a_sentence_and_overwrites_nothing(trained, tmp_path):
             (init | dict(structure="layer", multiple_of=8), "--multiple-of has no effect"),
             (init | dict(structure="2:4", score="wanda", keep=.5), "--keep has no effect"),
             (init | dict(structure="2:4", score="wanda", iterations=2), "--iterations has no effect"),
+            (init | dict(layer_by_layer=True), "--layer-by-layer has no effect .* --structure ffn,kv"),
+            (init | dict(structure="2:4", score="magnitude", layer_by_layer=True), "--layer-by-layer has no effect"),
             (init | dict(structure="4:2", score="wanda"), "--structure 4:2 keeps 4 of each 2 weights; give n:m"),
             (init | dict(structure="8:16", score="mrp"), "--score mrp would try 12,870 sets .* smaller groups"),
             (init | dict(structure="2:7", score="wanda"), "has 32 inputs, and 2:7 needs a multiple of 7"),
