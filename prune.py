@@ -165,6 +165,8 @@ class Prune:
     # make up for what went: none, least-squares, sequential, local; bias (FLAP's); dsnot (n:m and weights).
     # default: sequential for widths
     mend: str | None = None
+    # of n:m and weights: calibrate each layer behind layers that are sparse already, as released
+    layer_by_layer: bool = False
     local_steps: int = 100        # of mend local: steps of each block against the dense block
     out: str | None = None        # folder; default runs/pruned-NAME-KEEP, or -2-4
     # calibration texts, A:2 B (data.py), self: the model's own (methods/self_text.py); their hold-outs measure the loss
@@ -261,6 +263,8 @@ def check(recipe):
     is_read = {
         "keep": not is_sparse or recipe.structure == "weights",
         "iterations": not is_sparse,
+        # Without statistics there is nothing to take layer by layer.
+        "layer_by_layer": is_sparse and bool(sparse.needs(recipe.score, recipe.mend)),
         "amplitude": recipe.allocate == "adaptive",
         "multiple_of": recipe.structure not in ("kv", "layer", "sublayer") and not is_sparse,
         "layer_share": has_layers_and_widths,
@@ -576,6 +580,9 @@ def cut_in_stages(model, batches, recipe, dtype=torch.float32, resource=None, co
     its own `collect`. `written_anew(smaller model)` returns the batches behind the first cut."""
     dense = model
     recipe = with_mend(recipe, model.embed.weight.device)
+    if recipe.layer_by_layer:
+        pattern = sparse.pattern_of(recipe.structure, recipe.keep)
+        return model, sparse.cut_layer_by_layer_(model, batches, pattern, recipe.score, recipe.mend, dtype)
     start = priced(recipe, model)
     cuts = stages(recipe, start, resource)
     for number, (stage, budget) in enumerate(cuts, start=1):

@@ -46,6 +46,11 @@ def ridge_size(gram, damping):
     return (damping * gram.diagonal().mean()).clamp(min=torch.finfo(gram.dtype).tiny)
 
 
+def damped(gram, damping):
+    """G + λ I, λ = damping · mean of the diagonal of G."""
+    return gram + torch.diag(ridge_size(gram, damping).expand(len(gram)))
+
+
 # -- least squares, all sub-blocks in one pass
 
 def mended(w, gram, kept, damping=0.01):

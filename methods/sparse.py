@@ -1,24 +1,25 @@
 """Sparse weights: single weights of the blocks' matrices are zero and stay zero.
 
     python prune.py --init runs/scratch-laptop-0 --structure 2:4 --score wanda --mend least-squares --out runs/two-four
-    python prune.py --init runs/scratch-laptop-0 --structure weights --keep 0.5 --score sparsegpt
+    python prune.py --init runs/scratch-laptop-0 --structure weights --keep 0.5 --score sparsegpt --layer-by-layer
     python train.py --init runs/two-four --plan scratch      # trains on, 2:4 after every step
     python -m pytest tests/methods/test_sparse.py            # exact least squares, brute force over masks
 
 A pattern says how many weights stay: n of each m consecutive ones of a row ("2:4", which NVIDIA's
 sparse tensor cores read, arXiv 2104.08378), or a fraction of each row ("weights"; SparseGPT takes it
 of each 128 columns). SCORES choose which. Two ways mend what is lost without training: the weights
-that stay are fitted anew (`refit`), or the choice is corrected (`refined`, DSnoT). All of it reads
-one calibration pass of the dense model. The released codes of Wanda, SparseGPT and DSnoT calibrate a
-layer behind layers that are sparse already.
+that stay are fitted anew (methods/refit.py), or the choice is corrected (methods/dsnot.py). Both read
+what `cut_` is given, the statistics of one pass over the dense model. `cut_layer_by_layer_` calibrates
+each layer behind layers that are sparse already, as the released codes of Wanda, SparseGPT and DSnoT do.
 
 This is the exception to the first fact of prune.py. A unit that is zero as a whole gets gradients of
 exactly 0. A single zero inside a matrix gets a gradient like any other weight, and would come back
 with the next step. So these zeros need a mask, applied after every optimizer step (`hold_`).
-Embedding and head stay dense. Not here: masks that change while the model trains, compressed storage
-and sparse kernels. The model is stored and run dense, so it costs what it cost before.
+Embedding and head stay dense. The model is stored and run dense, so it costs what it cost before. Not
+here: the scores by the inverse Hessian (methods/sparsegpt.py), masks that change while the model trains,
+compressed storage and sparse kernels.
 """
-import itertools
+import contextlib
 import math
 import re
 from collections.abc import Callable
@@ -26,19 +27,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import shard
-from common import UserError
-from methods.mend import ridge_size
+from common import UserError, progress
+from methods.dsnot import refined
+from methods.mend import Walk
+from methods.offload import on_device
+from methods.refit import refit
+from methods.sparsegpt import MOST_SETS, mrp, sparsegpt
+from score import Stats, averaged, hook_activations
 
 # Ends of the module names of the matrices whose inputs are measured. See `reader`.
 READERS = (".q", ".o", ".gate", ".down")
 MENDS = ("none", "least-squares", "dsnot")
-# Score "mrp" tries every set of weights that could go from a group. 8 choose 4 is 70.
-MOST_SETS = 100
-# DSnoT stops where less than this is missing of an output's mean. The released code has 0.1 for the
-# sum over a window of 2,048 tokens.
-MISSING = 0.1 / 2048
 
 
 # -- patterns
@@ -58,8 +60,12 @@ class Pattern:
         """How many weights stay of a group of this size."""
         return self.kept if self.group else math.floor(self.kept * size + 1e-6)
 
-
-TWO_FOUR = Pattern(2, 4)
+    def best(self, scores):
+        """The mask (out, in) of the best scores (out, in) of each group. Ties go to the lower index."""
+        order = self.grouped(scores).argsort(dim=-1, descending=True, stable=True)
+        mask = torch.zeros_like(order, dtype=torch.bool)               # (out, groups, size)
+        mask.scatter_(-1, order[..., :self.number(order.size(-1))], True)
+        return mask.flatten(1)
 
 
 def is_sparse(structure):
@@ -108,22 +114,15 @@ def check_widths(model, pattern):
 
 # -- masks
 
-def matrices(model):
-    """All matrices of the blocks, which become sparse: [(parameter name, parameter (out, in))]."""
-    parameters = model.named_parameters()
-    return [(name, p) for name, p in parameters if name.startswith("blocks.") and p.dim() == 2]
-
-
-def best(scores, pattern):
-    """The mask (out, in) of the best scores of each group. Ties go to the lower index."""
-    order = pattern.grouped(scores).argsort(dim=-1, descending=True, stable=True)
-    mask = torch.zeros_like(order, dtype=torch.bool)                   # (out, groups, size)
-    mask.scatter_(-1, order[..., :pattern.number(order.size(-1))], True)
-    return mask.flatten(1)
+def matrices(model, layer=None):
+    """All matrices of the blocks, or of one layer's, which become sparse: [(parameter name, parameter
+    (out, in))]."""
+    blocks = "blocks." if layer is None else f"blocks.{layer}."
+    return [(name, p) for name, p in model.named_parameters() if name.startswith(blocks) and p.dim() == 2]
 
 
 @torch.no_grad()
-def masks(model, pattern=TWO_FOUR, norms=None):
+def masks(model, pattern, norms=None):
     """Which weights stay: {parameter name: (out, in) bool}, on the model's device. The model is left
     as it is.
 
@@ -134,7 +133,7 @@ def masks(model, pattern=TWO_FOUR, norms=None):
     kept = {}
     for name, p in matrices(model):
         score = p.abs() if norms is None else p.abs() * norms[name].to(p.device)
-        kept[name] = best(score, pattern)
+        kept[name] = pattern.best(score)
     return kept
 
 
@@ -175,7 +174,7 @@ def hold_(model, optimizer, masks):
 
 
 @torch.no_grad()
-def share(model, pattern=TWO_FOUR):
+def share(model, pattern):
     """The fraction of the groups that have no more non-zeros than the pattern keeps: 1.0 for a model
     that obeys it. Raises UserError as `check_widths` does."""
     check_widths(model, pattern)
@@ -192,7 +191,7 @@ def describe(model, pattern):
     """A sentence that says how far the model obeys the pattern."""
     if pattern.group:
         return (f"{pattern.group - pattern.kept} of each {pattern.group} weights are zero in "
-                f"{share(model, pattern):.0%} of the blocks' matrices")
+                f"{share(model, pattern):.0%} of the groups in the blocks' matrices")
     weights = sum(p.numel() for _, p in matrices(model))
     left = sum(p.count_nonzero().item() for _, p in matrices(model))
     return f"{left:,} of the {weights:,} weights of the blocks' matrices are left: {left / weights:.4f}"
@@ -247,80 +246,14 @@ def inputs_of(name, stats, device):
 
 def magnitude(w, inputs, pattern):
     """|w|."""
-    mask = best(w.abs(), pattern)
+    mask = pattern.best(w.abs())
     return w * mask, mask
 
 
 def wanda(w, inputs, pattern):
     """|w| · ‖x‖, where weights of one row compete (arXiv 2306.11695, eq. 1)."""
-    mask = best(w.abs() * inputs.square.sqrt(), pattern)
+    mask = pattern.best(w.abs() * inputs.square.sqrt())
     return w * mask, mask
-
-
-def damped(gram, damping):
-    """G + λ I, λ = damping · mean of the diagonal of G."""
-    return gram + torch.diag(ridge_size(gram, damping).expand(len(gram)))
-
-
-def inverse(gram, damping):
-    """(G + λ I)^-1 in float64."""
-    return torch.cholesky_inverse(torch.linalg.cholesky(damped(gram.double(), damping)))
-
-
-def mrp(w, inputs, pattern, damping=0.01):
-    """Of each group that set M of weights goes whose loss ½ w_M ([H^-1]_MM)^-1 w_Mᵀ is the least: what
-    remains of the error when all other weights of the row make up for the set. It is exact for one
-    group alone (arXiv 2410.15567, there for the pairs of 2:4; H = G + λ I)."""
-    size = pattern.group
-    h = inverse(inputs.gram, damping)
-    blocks = torch.stack([h[i:i + size, i:i + size] for i in range(0, len(h), size)])    # (groups, m, m)
-    sets = list(itertools.combinations(range(size), size - pattern.kept))
-    losses = []
-    for gone in map(list, sets):
-        metric = torch.linalg.inv(blocks[:, gone][:, :, gone]).to(w.dtype)
-        values = pattern.grouped(w)[..., gone]                                           # (out, groups, m - n)
-        losses.append(torch.einsum("ogi,gij,ogj->og", values, metric, values))
-    stays = torch.ones(len(sets), size, dtype=torch.bool, device=w.device)
-    for row, gone in zip(stays, map(list, sets)):
-        row[gone] = False
-    mask = stays[torch.stack(losses).argmin(0)].flatten(1)
-    return w * mask, mask
-
-
-def sparsegpt(w, inputs, pattern, damping=0.01, block=128):
-    """SparseGPT (arXiv 2301.00774, algorithm 1): columns are pruned from left to right, and those to
-    the right of a column make up for what it lost. With H^-1 = Uᵀ U, U upper triangular, weights with
-    the least (w_j / U_jj)² go, as they are by then: of each group when the column gets there, or of
-    each `block` of columns over all rows. The updates of columns behind a block wait until its end."""
-    w = w.clone()
-    w[:, inputs.gram.diagonal() == 0] = 0
-    factor = torch.linalg.cholesky(inverse(inputs.gram, damping), upper=True).to(w.dtype)
-    if pattern.group:
-        block = math.ceil(block / pattern.group) * pattern.group
-    mask = torch.ones_like(w, dtype=torch.bool)
-    for begin in range(0, w.size(1), block):
-        part = slice(begin, begin + block)
-        errors = sparsegpt_block_(w[:, part], mask[:, part], factor[part, part], pattern)
-        w[:, begin + block:] -= errors @ factor[part, begin + block:]
-    return w * mask, mask
-
-
-def sparsegpt_block_(w, mask, factor, pattern):
-    """Prune, in place, a block of columns and fill in its mask. Returns the errors (out, block) that the
-    columns behind the block make up for."""
-    scale = factor.diagonal()
-    errors = torch.zeros_like(w)
-    # Without groups all weights of the block compete.
-    if pattern.group is None:
-        scores = (w / scale).square()
-        mask.copy_(best(scores.reshape(1, -1), pattern).view_as(mask))
-    for j in range(w.size(1)):
-        if pattern.group and j % pattern.group == 0:
-            group = slice(j, j + pattern.group)
-            mask[:, group] = best((w[:, group] / scale[group]).square(), pattern)
-        errors[:, j] = torch.where(mask[:, j], 0, w[:, j] / scale[j])
-        w[:, j:] -= errors[:, j:j + 1] * factor[j, j:]
-    return errors
 
 
 @dataclass(frozen=True)
@@ -338,73 +271,7 @@ SCORES = {
 }
 
 
-# -- mending without training
-
-def refit(w, mask, gram, damping=0.01, steps=40):
-    """The weights (out, in) on the mask that come nearest to what w puts out over the calibration text:
-    the least tr((v - w) G (v - w)ᵀ) + λ |v - w·mask|². Row by row this is mend.mended with a mask
-    for each row, W_S + W_D G_DS (G_SS + λ I)^-1, and the optimum of arXiv 2410.15567 for removing many
-    weights at once, -w_M ([H^-1]_MM)^-1 [H^-1]_M.
-
-    Each row has equations of its own. Conjugate gradients solve them all at once by products of whole
-    matrices (our choice), `steps` of them, with every input scaled to the same size."""
-    h = damped(gram.to(w.dtype), damping)
-    scale = h.diagonal().sqrt()
-    h = h / scale / scale[:, None]
-    tiny = torch.finfo(w.dtype).tiny
-    kept = mask.to(w.dtype)
-    dense = w * scale
-    fitted = dense * kept
-    residual = ((dense - fitted) @ h).mul_(kept)
-    direction = residual.clone()
-    energy = residual.square().sum(1, keepdim=True)
-    for _ in range(steps):
-        product = (direction @ h).mul_(kept)
-        length = energy / (direction * product).sum(1, keepdim=True).clamp(min=tiny)
-        fitted.addcmul_(length, direction)
-        residual.addcmul_(length, product, value=-1)
-        before = energy
-        energy = residual.square().sum(1, keepdim=True)
-        direction.mul_(energy / before.clamp(min=tiny)).add_(residual)
-    return fitted / scale
-
-
-def refined(w, mask, inputs, pattern, cycles=50):
-    """The mask after DSnoT (arXiv 2310.08915), which trains no weight. What a row's pruned weights would
-    have put out on average, Σ w E[x], is missing. In each cycle that pruned weight returns whose
-    w E[x] / Var[x] helps most, and the weight with the least |w| ‖x‖ goes for it: of the same group, or
-    without groups of those whose w E[x] has the other sign.
-
-    A row stops where no exchange brings the missing mean nearer to 0. That is our choice: the released
-    code watches the sign of the mean for n:m, and nothing without groups."""
-    mask = mask.clone()
-    outputs = w * inputs.mean
-    gains = outputs / (inputs.square - inputs.mean.square()).clamp(min=torch.finfo(w.dtype).tiny)
-    losses = w.abs() * inputs.square.sqrt()
-    missing = outputs.masked_fill(mask, 0).sum(1)
-    columns = torch.arange(w.size(1), device=w.device)
-    rows = (missing.abs() > MISSING).nonzero().flatten()
-    for _ in range(cycles):
-        sign = missing[rows].sign()[:, None]
-        gain, grown = (sign * gains[rows]).masked_fill(mask[rows], -math.inf).max(1)
-        if pattern.group:
-            may_go = columns // pattern.group == (grown // pattern.group)[:, None]
-        else:
-            may_go = sign * outputs[rows] < 0
-        loss, gone = losses[rows].masked_fill(~(may_go & mask[rows]), math.inf).min(1)
-        after = missing[rows] - outputs[rows, grown] + outputs[rows, gone]
-        is_better = (after.abs() < missing[rows].abs()) & gain.isfinite() & loss.isfinite()
-        rows = rows[is_better]
-        mask[rows, grown[is_better]] = True
-        mask[rows, gone[is_better]] = False
-        missing[rows] = after[is_better]
-        rows = rows[missing[rows].abs() > MISSING]
-        if rows.numel() == 0:
-            break
-    return mask
-
-
-# -- all together
+# -- the cut
 
 def needs(score, mend):
     """The fields of score.Stats, for the matrices in READERS, that `cut_` reads."""
@@ -417,19 +284,66 @@ def needs(score, mend):
 
 
 @torch.no_grad()
-def cut_(model, stats, pattern, score, mend="none"):
-    """Make the model's matrices sparse, in place. `mend`: "least-squares" fits the weights that stay to
-    the dense ones (`refit`), and "dsnot" exchanges some (`refined`); both forget SparseGPT's updates.
-    Raises UserError as `check_widths` does."""
+def cut_(model, stats, pattern, score, mend="none", layer=None):
+    """Make the model's matrices sparse, in place, or only those of one `layer`. `mend`: "least-squares"
+    fits the weights that stay to the dense ones (`refit`), and "dsnot" exchanges some (`refined`); both
+    forget SparseGPT's updates. Raises UserError as `check_widths` does."""
     check_widths(model, pattern)
     device = model.embed.weight.device
-    for name, p in matrices(model):
+    for name, p in matrices(model, layer):
         # Weights may be stored in bfloat16, and layers elsewhere than the rest of the model.
         w = p.to(device, torch.promote_types(p.dtype, torch.float32))
         inputs = inputs_of(name, stats, device)
-        weights, mask = SCORES[score].function(w, inputs, pattern)
-        if mend == "least-squares":
-            weights = refit(w, mask, inputs.gram)
-        elif mend == "dsnot":
-            weights = w * refined(w, mask, inputs, pattern)
+        # Autocast, if the caller has it on, would round the products of least squares.
+        with torch.autocast(device.type, enabled=False):
+            weights, mask = SCORES[score].function(w, inputs, pattern)
+            if mend == "least-squares":
+                weights = refit(w, mask, inputs.gram)
+            elif mend == "dsnot":
+                weights = w * refined(w, mask, inputs, pattern)
         p.copy_(weights)
+
+
+@torch.no_grad()
+def cut_layer_by_layer_(model, batches, pattern, score, mend="none", dtype=None):
+    """Make the model's matrices sparse, in place, by statistics of the text as it arrives behind sparse
+    layers. `score` and `mend` are those of `cut_`, `batches` a list of token ids (x, y), each (B, T).
+    Products are in `dtype`, by default that of autocast or of the weights; streams are as in mend.Walk.
+    Raises UserError as `check_widths` does.
+
+    As in the released codes of Wanda, SparseGPT and DSnoT, a layer runs twice: dense for the statistics
+    of all of its matrices, and sparse for the inputs of the next layer. Memory: the residual streams of
+    all windows in front of a layer and behind it, and the sums of one layer. Returns Stats with the
+    cosine of each dense layer's input and output."""
+    check_widths(model, pattern)
+    device = model.embed.weight.device
+    if dtype is None and torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    walk = Walk(model, batches[0][0].size(1), dtype)
+    streams = [walk.start(model, x.to(device)) for x, _ in batches]
+    cosine = {}
+    for layer, block in enumerate(progress(model.blocks, "cut")):
+        with on_device(block, device, changes=True):
+            stats = layer_stats(walk, model, layer, streams, needs(score, mend))
+            cut_(model, stats, pattern, score, mend, layer)
+            streams = [walk.behind(block, stream) for stream in streams]
+        cosine |= stats.cosine
+        # Two layers' sums would lie in memory at once.
+        del stats
+    return Stats(cosine=cosine)
+
+
+def layer_stats(walk, model, layer, streams, fields):
+    """Stats with the `fields` of one layer's inputs and its cosine, from the streams (B, T, C) in front of
+    it."""
+    stats = Stats()
+    cosines = []
+    with contextlib.ExitStack() as hooks:
+        hook_activations(model, stats, fields, READERS, hooks)
+        for stream in streams:
+            output = walk.behind(model.blocks[layer], stream)
+            cosines.append(F.cosine_similarity(stream, output, dim=-1).sum())
+            stats.tokens += stream[..., 0].numel()
+            stats.windows += len(stream)
+    stats.cosine[layer, "layer"] = cosines
+    return averaged(stats, model, len(streams))

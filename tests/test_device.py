@@ -174,7 +174,7 @@ def test_a_run_with_cuts_and_a_slice_stays_on_its_device(device, teacher):
 
 def test_a_model_of_two_in_four_stays_on_its_device(device):
     setup, state = setup_and_state(device, teacher=False)
-    state.masks = sparse.masks(state.model)
+    state.masks = sparse.masks(state.model, sparse.Pattern(2, 4))
     train.train(setup, state, FIRST_CUT)
     assert on_device(state, device)
 

@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent.parent
 LESSON = "model schedule score allocate prune distill shard train data checkpoint eval export report common".split()
 PACKAGES = ("methods", "formats", "tasks", "experiments", "bench")
 ROWS = [      # a file imports only from rows above its own
-    "common schedule bench.gpt2_peer formats.modeling_nanoprune methods.dynamic_batches tasks.statistics",
+    "common schedule bench.gpt2_peer formats.modeling_nanoprune methods.dsnot methods.dynamic_batches "
+    "tasks.statistics",
     "allocate distill model report experiments.scaling_laws experiments.texts formats.chat formats.origin "
     "formats.pt formats.tokenizer_json tasks.own_questions",
     "shard bench.timing experiments.scaling_curves formats.dcp formats.model_card formats.tokenizer "
@@ -19,7 +20,8 @@ ROWS = [      # a file imports only from rows above its own
     "eval export methods.channels methods.depth methods.latency methods.offload methods.policy "
     "methods.self_text methods.torch_pruning_peer",
     "experiments.measure methods.grow methods.mend",
-    "experiments.recover_report methods.local methods.measured methods.sparse",
+    "experiments.recover_report methods.local methods.measured methods.refit methods.sparsegpt",
+    "methods.sparse",
     "prune",
     "train bench.cut_memory experiments.candidates experiments.compare_report experiments.smollm2 "
     "methods.loraprune",

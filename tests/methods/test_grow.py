@@ -17,7 +17,7 @@ from formats.model_card import model_card
 from formats.tokenizer import open_tokenizer
 from methods import grow as command
 from methods.grow import Grow, grow, grown_config, shares, source_layers
-from methods.sparse import masks, pack
+from methods.sparse import Pattern, masks, pack
 from model import GPT, GPTConfig, reader_of
 
 ONE_DIMENSION = {"ffn": dict(enlarge_ff=3.), "kv": dict(enlarge_kv=2.), "layers": dict(enlarge_layers=1.5),
@@ -246,7 +246,7 @@ def test_refusals_are_one_sentence(folder, settings, words, monkeypatch):
 
 def test_a_masked_model_does_not_grow(folder):
     model, about = checkpoint.load(folder / "small")
-    checkpoint.save(folder / "ckpt_00000000.pt", model, step=0, masks=pack(masks(model)),
+    checkpoint.save(folder / "ckpt_00000000.pt", model, step=0, masks=pack(masks(model, Pattern(2, 4))),
                     tokenizer_files=about["tokenizer_files"], run={"tokenizer": "bytes"})
     with pytest.raises(UserError, match="has weights that a mask holds at zero.*grow the dense model"):
         command.main(Grow(init=str(folder / "ckpt_00000000.pt"), out=str(folder / "new"), enlarge_ff=2, device="cpu"))

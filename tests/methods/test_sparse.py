@@ -24,12 +24,16 @@ import shard
 import train
 from common import UserError
 from methods import mend, sparse
+from methods.dsnot import refined
+from methods.refit import refit
+from methods.sparsegpt import mrp, sparsegpt
 from model import GPT, GPTConfig, preset
 from score import collect
 
 ROOT = Path(__file__).parents[2]
 CONFIG = GPTConfig(vocab_size=13, block_size=8, d_model=12, head_dim=4, n_head=(2, 0, 3), n_kv_head=(1, 0, 3),
                    d_ff=(20, 8, 0), qkv_bias=True, qk_norm=True)
+TWO_FOUR = sparse.Pattern(2, 4)
 ENDS = ".q", ".k", ".v", ".o", ".gate", ".up", ".down"
 MATRICES = {f"blocks.{layer}.{name}.weight" for layer, names in (
     (0, ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down")),
@@ -63,12 +67,12 @@ def test_the_two_best_of_each_four_stay(values, wanda):
     norms = {name: torch.randint(0, values + 1, (p.size(1),), generator=g).float()
              for name, p in sparse.matrices(model)}
     before = {name: p.clone() for name, p in model.named_parameters()}
-    found = sparse.masks(model, norms=norms if wanda else None)
+    found = sparse.masks(model, TWO_FOUR, norms=norms if wanda else None)
     assert found.keys() == MATRICES
     for name, mask in found.items():
         score = before[name].abs() * (norms[name] if wanda else 1)
         assert mask.tolist() == brute(score) and (mask.unflatten(1, (-1, 4)).sum(-1) == 2).all()
-    magnitude = sparse.masks(model)
+    magnitude = sparse.masks(model, TWO_FOUR)
     assert all(torch.equal(magnitude[name], found[name]) for name in found) != wanda       # the norms decide
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
@@ -80,7 +84,7 @@ def test_a_written_example():
     norms = {name: torch.ones(p.size(1)) for name, p in sparse.matrices(model)}
     norms["blocks.0.attn.q.weight"][:4] = torch.tensor([9., 1, 1, 7])
     for given, first in ((None, [0, 1, 1, 0]), (norms, [1, 1, 0, 0])):
-        mask = sparse.masks(model, norms=given)["blocks.0.attn.q.weight"]
+        mask = sparse.masks(model, TWO_FOUR, norms=given)["blocks.0.attn.q.weight"]
         assert mask[0].int().tolist() == [*first, 1, 1, 0, 0, 1, 1, 0, 0]
 
 
@@ -106,12 +110,12 @@ OPTIMIZERS = {"adamw": (lambda p: torch.optim.AdamW(p, lr=5e-3, weight_decay=.1,
 @pytest.mark.parametrize("held", [True, False])
 def test_2_4_holds_over_50_steps_and_not_without_hold(kind, held):
     model = new()
-    assert sparse.share(model) == 0
-    masks = sparse.masks(model)
+    assert sparse.share(model, TWO_FOUR) == 0
+    masks = sparse.masks(model, TWO_FOUR)
     make, moments = OPTIMIZERS[kind]
     optimizer = make(model.parameters())
     sparse.hold_(model, None, masks)
-    assert sparse.share(model) == 1
+    assert sparse.share(model, TWO_FOUR) == 1
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     steps(model, optimizer, masks if held else None, 50)
     for name, p in model.named_parameters():
@@ -123,7 +127,7 @@ def test_2_4_holds_over_50_steps_and_not_without_hold(kind, held):
                 assert (tensor[out] != 0).all(), name                # every single one came back
             assert (tensor[~out] != 0).all()
         assert (p != before[name])[~out].all()                       # all others were trained
-    assert sparse.share(model) == (1 if held else 0)
+    assert sparse.share(model, TWO_FOUR) == (1 if held else 0)
 
 
 def test_hold_touches_nothing_but_what_the_masks_leave_out():
@@ -132,7 +136,7 @@ def test_hold_touches_nothing_but_what_the_masks_leave_out():
     steps(model, optimizer, None, 3)
     everything_of = lambda: {(name, key): t.clone() for name, p in model.named_parameters()
                              for key, t in (("w", p.detach()), *optimizer.state[p].items())}
-    before, masks = everything_of(), sparse.masks(model)
+    before, masks = everything_of(), sparse.masks(model, TWO_FOUR)
     sparse.hold_(model, optimizer, masks)
     for (name, key), t in everything_of().items():
         masked = name in masks and key != "step"
@@ -141,24 +145,24 @@ def test_hold_touches_nothing_but_what_the_masks_leave_out():
 
 def test_share_counts_blocks():
     model = new()
-    sparse.hold_(model, None, sparse.masks(model))
+    sparse.hold_(model, None, sparse.masks(model, TWO_FOUR))
     blocks = sum(p.numel() // 4 for _, p in sparse.matrices(model))
     model.blocks[0].ffn.up.weight.data[3] = 1                        # 12 inputs: 3 blocks
-    assert sparse.share(model) == 1 - 3 / blocks
+    assert sparse.share(model, TWO_FOUR) == 1 - 3 / blocks
     model.blocks[0].ffn.up.weight.data[3, :4] = 0                    # more zeros than 2 are 2:4 as well
-    assert sparse.share(model) == 1 - 2 / blocks
+    assert sparse.share(model, TWO_FOUR) == 1 - 2 / blocks
 
 
 def test_packed_masks_come_back_through_a_checkpoint(tmp_path):
     model, g = new(), torch.Generator().manual_seed(0)
-    masks = sparse.masks(model) | {f"odd.{n}": torch.rand(5, n, generator=g) < .5 for n in (1, 7, 8, 9, 64)}
+    masks = sparse.masks(model, TWO_FOUR) | {f"odd.{n}": torch.rand(5, n, generator=g) < .5 for n in (1, 7, 8, 9, 64)}
     packed = sparse.pack(masks)
     assert {name: bits.numel() for name, (_, bits) in packed.items()} == {
         name: mask.size(0) * -(-mask.size(1) // 8) for name, mask in masks.items()}
     checkpoint.save(tmp_path / "cut.pt", model, masks={name: packed[name] for name in packed if "odd" not in name})
     _, about = checkpoint.load(tmp_path / "cut.pt")
     back = sparse.unpack(about["masks"])
-    assert back.keys() == sparse.masks(model).keys()
+    assert back.keys() == sparse.masks(model, TWO_FOUR).keys()
     back |= sparse.unpack({name: packed[name] for name in packed if "odd" in name})      # no model has such
     for name, mask in masks.items():
         assert back[name].dtype == torch.bool and torch.equal(back[name], mask)
@@ -174,7 +178,7 @@ def test_widths_that_are_no_multiple_of_4_are_refused(shape, says):
                                     n_kv_head=(3, 3), d_ff=(20, 8)), **shape}))
     for call in (sparse.masks, sparse.share):
         with pytest.raises(UserError, match=says) as refusal:
-            call(model)
+            call(model, TWO_FOUR)
         assert "\n" not in str(refusal.value)
 
 
@@ -211,7 +215,7 @@ def error(w, changed, inputs, damping=.01):
     return ((change @ inputs.gram) * change).sum(1) + ridge * (change * kept).square().sum(1)
 
 
-PATTERNS = [sparse.TWO_FOUR, sparse.Pattern(1, 4), sparse.Pattern(3, 8), sparse.Pattern(.5), sparse.Pattern(.3)]
+PATTERNS = [TWO_FOUR, sparse.Pattern(1, 4), sparse.Pattern(3, 8), sparse.Pattern(.5), sparse.Pattern(.3)]
 SCORES = [(name, pattern) for name in sparse.SCORES for pattern in PATTERNS if name != "mrp" or pattern.group]
 
 
@@ -227,7 +231,7 @@ def test_a_score_keeps_what_the_pattern_says_and_the_refit_beats_it(score, patte
         assert (counts == pattern.number(mask.size(1))).all()
     if score != "sparsegpt":
         assert torch.equal(weights, w * mask)
-    fitted = sparse.refit(w, mask, inputs.gram)
+    fitted = refit(w, mask, inputs.gram)
     assert (fitted[~mask] == 0).all()
     assert (error(w, fitted, inputs) <= error(w, weights, inputs) * (1 + 1e-9)).all()
     assert error(w, fitted, inputs).sum() < .95 * error(w, w * mask, inputs).sum()
@@ -237,7 +241,7 @@ def test_the_refit_is_exact_least_squares_and_mrp_s_formula():
     w, x, inputs = matrix_and_inputs()
     mask = torch.rand(w.shape, generator=torch.Generator().manual_seed(1)) < .5
     mask[0], mask[1] = True, False                                      # a row that stays whole, one that goes
-    fitted = sparse.refit(w, mask, inputs.gram)
+    fitted = refit(w, mask, inputs.gram)
     ridge = .01 * inputs.gram.diagonal().mean()
     h_inverse = torch.linalg.inv(inputs.gram + ridge * torch.eye(IN).double())
     stacked = torch.cat((x / len(x) ** .5, ridge.sqrt() * torch.eye(IN).double()))
@@ -258,16 +262,16 @@ def test_with_one_mask_for_all_rows_the_refit_is_that_of_units():
     kept = torch.tensor([0, 1, 5, 6, 7, 11])
     mask = torch.zeros_like(w, dtype=torch.bool)
     mask[:, kept] = True
-    torch.testing.assert_close(sparse.refit(w, mask, inputs.gram)[:, kept], mend.mended(w, inputs.gram, kept))
+    torch.testing.assert_close(refit(w, mask, inputs.gram)[:, kept], mend.mended(w, inputs.gram, kept))
 
 
 def test_forty_steps_of_float32_are_enough_for_inputs_of_very_different_sizes():
     w, _, inputs = matrix_and_inputs(n=96, out=24, tokens=300)
     inputs.gram[3] *= 300
     inputs.gram[:, 3] *= 300
-    mask = sparse.best(w.abs(), sparse.TWO_FOUR)
-    exact = sparse.refit(w, mask, inputs.gram, steps=2000)
-    rounded = sparse.refit(w.float(), mask, inputs.gram.float())
+    mask = TWO_FOUR.best(w.abs())
+    exact = refit(w, mask, inputs.gram, steps=2000)
+    rounded = refit(w.float(), mask, inputs.gram.float())
     assert rounded.dtype == torch.float32
     assert error(w, rounded.double(), inputs).sum() < 1.01 * error(w, exact, inputs).sum()
 
@@ -275,28 +279,28 @@ def test_forty_steps_of_float32_are_enough_for_inputs_of_very_different_sizes():
 def test_sparsegpt_on_inputs_without_correlation_is_wanda():
     w, _, inputs = matrix_and_inputs()
     inputs.gram = torch.diag(inputs.square)
-    for pattern in (sparse.TWO_FOUR, sparse.Pattern(2, 8)):
-        weights, mask = sparse.sparsegpt(w, inputs, pattern, damping=0)
+    for pattern in (TWO_FOUR, sparse.Pattern(2, 8)):
+        weights, mask = sparsegpt(w, inputs, pattern, damping=0)
         assert torch.equal(mask, sparse.wanda(w, inputs, pattern)[1])
         torch.testing.assert_close(weights, w * mask)
 
 
 def test_sparsegpt_s_blocks_change_nothing_and_dead_inputs_do_no_harm():
     w, x, inputs = matrix_and_inputs()
-    whole = sparse.sparsegpt(w, inputs, sparse.TWO_FOUR)
+    whole = sparsegpt(w, inputs, TWO_FOUR)
     for block in (3, 4, 8):
-        for a, b in zip(whole, sparse.sparsegpt(w, inputs, sparse.TWO_FOUR, block=block)):
+        for a, b in zip(whole, sparsegpt(w, inputs, TWO_FOUR, block=block)):
             torch.testing.assert_close(a, b)
     # Within a mask that is given the columns' updates are those of the paper: no better than the best there.
     assert error(w, whole[0], inputs).sum() < error(w, w * whole[1], inputs).sum()
     dead = x.clone()
     dead[:, :4] = 0
     inputs = sparse.Inputs(dead.mean(0), dead.square().mean(0), dead.T @ dead / len(dead))
-    for function in (sparse.sparsegpt, sparse.mrp):
-        weights, mask = function(w, inputs, sparse.TWO_FOUR)
+    for function in (sparsegpt, mrp):
+        weights, mask = function(w, inputs, TWO_FOUR)
         assert weights.isfinite().all() and (mask.unflatten(1, (-1, 4)).sum(-1) == 2).all()
-    assert (sparse.sparsegpt(w, inputs, sparse.TWO_FOUR)[0][:, :4] == 0).all()
-    assert sparse.refit(w, mask, inputs.gram).isfinite().all()
+    assert (sparsegpt(w, inputs, TWO_FOUR)[0][:, :4] == 0).all()
+    assert refit(w, mask, inputs.gram).isfinite().all()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -308,18 +312,18 @@ def test_brute_force_over_all_masks_is_no_worse_than_any_score(seed):
     for first, second in itertools.product(pairs, pairs):
         mask = torch.zeros(3, 8, dtype=torch.bool)
         mask[:, first + [4 + i for i in second]] = True
-        least = torch.minimum(least, error(w, sparse.refit(w, mask, inputs.gram), inputs))
+        least = torch.minimum(least, error(w, refit(w, mask, inputs.gram), inputs))
     for row in sparse.SCORES.values():
-        weights, mask = row.function(w, inputs, sparse.TWO_FOUR)
-        assert (error(w, sparse.refit(w, mask, inputs.gram), inputs) >= least * (1 - 1e-9)).all()
-    _, mask = sparse.mrp(w, inputs, sparse.TWO_FOUR)
+        weights, mask = row.function(w, inputs, TWO_FOUR)
+        assert (error(w, refit(w, mask, inputs.gram), inputs) >= least * (1 - 1e-9)).all()
+    _, mask = mrp(w, inputs, TWO_FOUR)
     for begin in (0, 4):
         losses = []
         for pair in pairs:
             alone = torch.ones(3, 8, dtype=torch.bool)
             alone[:, begin:begin + 4] = False
             alone[:, [begin + i for i in pair]] = True
-            losses.append(error(w, sparse.refit(w, alone, inputs.gram), inputs))
+            losses.append(error(w, refit(w, alone, inputs.gram), inputs))
         for row, index in enumerate(torch.stack(losses).argmin(0).tolist()):
             assert mask[row, begin:begin + 4].nonzero().flatten().tolist() == pairs[index]
 
@@ -331,14 +335,14 @@ def test_dsnot_brings_the_missing_mean_nearer_and_keeps_the_pattern(pattern):
     missing = lambda mask: (w * ~mask * inputs.mean).sum(1).abs()
     history = [mask]
     for cycles in (1, 2, 5, 50):
-        history.append(sparse.refined(w, mask, inputs, pattern, cycles))
+        history.append(refined(w, mask, inputs, pattern, cycles))
         assert (pattern.grouped(history[-1]).sum(-1) == pattern.number(64)).all()
     for before, after in zip(history, history[1:]):
         assert (missing(after) <= missing(before) + 1e-12).all()
     assert (history[1] != mask).sum(1).max() <= 2                       # one exchange a row and cycle
     assert missing(history[-1]).sum() < (.8 if pattern.group else .2) * missing(mask).sum()
     inputs.mean = torch.zeros(64)
-    assert torch.equal(sparse.refined(w, mask, inputs, pattern), mask)
+    assert torch.equal(refined(w, mask, inputs, pattern), mask)
 
 
 def test_dsnot_s_first_exchange_is_the_paper_s():
@@ -349,9 +353,9 @@ def test_dsnot_s_first_exchange_is_the_paper_s():
     inputs = sparse.Inputs(mean, mean.square() + torch.tensor([1, 1, 1, 1, 1, 9, 1, 9]), None)
     mask = torch.tensor([[1, 0, 0, 1, 1, 0, 0, 1]]).bool()              # missing: 1 + 1 + 2 + 2 = 6
     # w E[x] / Var[x] of the pruned: 1, 1, 2 / 9, 2. The last one returns (column 6).
-    four = sparse.refined(w, mask, inputs, sparse.TWO_FOUR, cycles=1)
+    four = refined(w, mask, inputs, TWO_FOUR, cycles=1)
     assert four.int().tolist() == [[1, 0, 0, 1, 0, 0, 1, 1]]            # 3 · √2 is less than 1.5 · √10 in its group
-    rows = sparse.refined(w, mask, inputs, sparse.Pattern(.5), cycles=1)
+    rows = refined(w, mask, inputs, sparse.Pattern(.5), cycles=1)
     assert rows.int().tolist() == [[0, 0, 0, 1, 1, 0, 1, 1]]            # 1 · √2 is less than 3 · √2 of the other sign
 
 
@@ -364,15 +368,15 @@ def test_a_model_becomes_sparse_by_the_inputs_of_its_own_matrices(score, mend_by
     fields = sparse.needs(score, mend_by)
     stats = collect(model, [(tokens, tokens) for tokens in x], fields, sparse.READERS)
     every = collect(model, [(tokens, tokens) for tokens in x], {"gram", "mean", "square"}, ENDS)
-    sparse.cut_(model, stats, sparse.TWO_FOUR, score, mend_by)
-    assert sparse.share(model) == 1
+    sparse.cut_(model, stats, TWO_FOUR, score, mend_by)
+    assert sparse.share(model, TWO_FOUR) == 1
     for name, p in sparse.matrices(dense):
         inputs = sparse.Inputs(every.mean[name], every.square[name], every.gram[name])
-        weights, mask = sparse.SCORES[score].function(p.detach(), inputs, sparse.TWO_FOUR)
+        weights, mask = sparse.SCORES[score].function(p.detach(), inputs, TWO_FOUR)
         if mend_by == "least-squares":
-            weights = sparse.refit(p.detach(), mask, inputs.gram)
+            weights = refit(p.detach(), mask, inputs.gram)
         elif mend_by == "dsnot":
-            weights = p.detach() * sparse.refined(p.detach(), mask, inputs, sparse.TWO_FOUR)
+            weights = p.detach() * refined(p.detach(), mask, inputs, TWO_FOUR)
         assert torch.equal(model.get_parameter(name), weights), name
     others = {name for name, p in model.named_parameters() if not torch.equal(p, dense.get_parameter(name))}
     assert others == MATRICES
@@ -385,7 +389,7 @@ def test_bfloat16_weights_become_sparse_as_float32_ones_do(score, mend_by):
     tokens = torch.randint(13, (8, 8), generator=torch.Generator().manual_seed(0))
     stats = collect(exact, [(tokens, tokens)], sparse.needs(score, mend_by), sparse.READERS)
     for model in (halves, exact):
-        sparse.cut_(model, stats, sparse.TWO_FOUR, score, mend_by)
+        sparse.cut_(model, stats, TWO_FOUR, score, mend_by)
     assert all(torch.equal(p, q.bfloat16()) for p, q in zip(halves.parameters(), exact.parameters()))
 
 
@@ -476,14 +480,14 @@ def obeys(out, masks):
     states = dict(zip(matrices + [n for n in names if n not in matrices], about["optimizer"]["state"].values()))
     zeros = [t[~mask] for name, mask in masks.items()
              for t in (model.get_parameter(name).detach(), states[name]["exp_avg"], states[name]["exp_avg_sq"])]
-    return sparse.share(model) == 1 and all((z == 0).all() for z in zeros)
+    return sparse.share(model, TWO_FOUR) == 1 and all((z == 0).all() for z in zeros)
 
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
     """-> (folder of a dense model, folder of it cut to 2:4, the masks)."""
     home, model = tmp_path_factory.mktemp("given"), new(preset("toy", 256)[0], torch.float32)
-    masks, about = sparse.masks(model), {"step": 0, "run": {"tokenizer": "bytes"}}
+    masks, about = sparse.masks(model, TWO_FOUR), {"step": 0, "run": {"tokenizer": "bytes"}}
     checkpoint.save(home / "plain" / "ckpt_00000000.pt", model, **about)
     sparse.hold_(model, None, masks)
     checkpoint.save(home / "cut" / "ckpt_00000000.pt", model, masks=sparse.pack(masks), **about)
@@ -529,7 +533,7 @@ def test_without_hold_a_run_loses_it(tmp_path, monkeypatch, given, init):
     monkeypatch.setattr(sparse, "hold_", lambda *_: None)
     train_toy(tmp_path / "run", **init, steps=3)
     assert not obeys(tmp_path / "run", given[2])
-    assert sparse.share(checkpoint.load(tmp_path / "run")[0]) < .05
+    assert sparse.share(checkpoint.load(tmp_path / "run")[0], TWO_FOUR) < .05
 
 
 def test_a_run_without_masks_is_as_it_was(tmp_path, monkeypatch, given, init):
