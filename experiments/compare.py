@@ -276,11 +276,7 @@ class Cuts:
         if recipe.iterations > 1:
             return self.little_by_little(name, recipe, keep, seed, batches)
         if sparse.is_sparse(recipe.structure):
-            # Its scores need other statistics, and it zeroes in place.
-            recipe = dataclasses.replace(recipe, offload=self.subject.config.offload)
-            with self.subject.autocast():
-                stats = prune.collect(model, batches, recipe, model.embed.weight.dtype)
-            return prune.cut_once(copy.deepcopy(model), stats, recipe, budget)
+            return self.sparse(recipe, batches, budget)
         stats = self.calibration(seed)
         damage = None
         if recipe.score == "policy":
@@ -290,6 +286,18 @@ class Cuts:
         elif prune.runs_again(recipe):
             damage = self.damage(recipe, seed, batches, stats)
         return prune.cut_once(model, stats, recipe, budget, damage=damage)
+
+    def sparse(self, recipe, batches, budget):
+        """A copy of the model with zeros. Its scores need statistics of their own."""
+        recipe = dataclasses.replace(recipe, offload=self.subject.config.offload)
+        model = copy.deepcopy(self.subject.model)
+        with self.subject.autocast():
+            if recipe.layer_by_layer:
+                pattern = sparse.pattern_of(recipe.structure, recipe.keep)
+                sparse.cut_layer_by_layer_(model, batches, pattern, recipe.score, recipe.mend)
+                return model
+            stats = prune.collect(model, batches, recipe, model.embed.weight.dtype)
+        return prune.cut_once(model, stats, recipe, budget)
 
     def little_by_little(self, name, recipe, keep, seed, batches):
         """Adapt-Pruner cuts ADAPT_STEP of the model at a time and measures anew each time, on one
@@ -369,7 +377,7 @@ def run_cell(cuts, part, name, recipe, keep, seed):
     if cuts.records.find(**about):
         return
     where = f"{part:10} {name:34} keep {keep:g} seed {seed}"
-    if name not in ("dense", "torch-pruning"):
+    if recipe is not None and not sparse.is_sparse(recipe.structure):
         cuts.calibration(seed)      # the methods of a seed share it, so its seconds are not theirs
     start = time.perf_counter()
     try:

@@ -63,10 +63,15 @@ HALF = {
     "2:4, MRP": TWO_FOUR(score="mrp", mend="least-squares"),
     "2:4, Wanda / mended": TWO_FOUR(score="wanda", mend="least-squares"),
     "2:4, SparseGPT / mended": TWO_FOUR(score="sparsegpt", mend="least-squares"),
+    "2:4, Wanda, layer by layer": TWO_FOUR(score="wanda", layer_by_layer=True),
+    "2:4, SparseGPT, layer by layer": TWO_FOUR(score="sparsegpt", layer_by_layer=True),
+    "2:4, Wanda, layer by layer / mended": TWO_FOUR(score="wanda", mend="least-squares", layer_by_layer=True),
     "half, magnitude": ANY_HALF(score="magnitude"),
     "half, Wanda": ANY_HALF(score="wanda"),
     "half, DSnoT": ANY_HALF(score="wanda", mend="dsnot"),
     "half, SparseGPT": ANY_HALF(score="sparsegpt"),
+    "half, Wanda, layer by layer": ANY_HALF(score="wanda", layer_by_layer=True),
+    "half, SparseGPT, layer by layer": ANY_HALF(score="sparsegpt", layer_by_layer=True),
     "half, Wanda / mended": ANY_HALF(score="wanda", mend="least-squares"),
     "half, SparseGPT / mended": ANY_HALF(score="sparsegpt", mend="least-squares"),
 }
@@ -103,10 +108,14 @@ DIFFERS = {
     "2:4, DSnoT": "the same; a row stops at the best exchange; FFNs too",
     "2:4, SparseGPT": "its pass sees layers that are cut already; float64",
     "2:4, MRP": "no release; 40 steps of conjugate gradients",
+    "2:4, Wanda, layer by layer": "",
+    "2:4, SparseGPT, layer by layer": "float64",
     "half, magnitude": "weights of a row compete, as in Wanda's code",
     "half, Wanda": "its pass sees layers that are cut already",
     "half, DSnoT": "the same; a row stops at the best exchange; FFNs too",
     "half, SparseGPT": "its pass sees layers that are cut already; float64",
+    "half, Wanda, layer by layer": "",
+    "half, SparseGPT, layer by layer": "float64",
 }
 DEPTH = ("ShortGPT", "Shortened LLaMA, PPL", "Shortened LLaMA, PPL+", "Shortened LLaMA, Taylor+")
 # The methods that Adapt-Pruner is compared with.
