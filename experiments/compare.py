@@ -16,7 +16,7 @@ Two things are not as published. Adapt-Pruner measures anew every 2 %, on one ha
 calibration windows and then on the other. Shortened LLaMA's perplexity and our `measured` run the
 model again on a few windows only. With 3 KV groups in a layer, equal shares take whole groups of
 some layers, whichever they are, so methods of equal shares are also shown with FFNs alone. Not
-here: recovery (train.py).
+here: training after the cut (experiments/compare_recovery.py).
 """
 import contextlib
 import copy
@@ -56,7 +56,7 @@ from common import (
 )
 from distill import chunked_loss
 from eval import evaluate
-from experiments import compare_report
+from experiments import compare_recovery, compare_report
 from experiments.compare_report import ADAPT_STEP, GRID, HALF, PUBLISHED, name_of
 from formats.tokenizer import Tokenizer
 from methods import measured, sparse, torch_pruning_peer
@@ -70,8 +70,8 @@ from tasks import questions
 class Compare:
     init: str                     # the model: a Hugging Face folder or hub id, or a checkpoint
     out: str = "runs/compare.jsonl"    # file of records
-    # what to make; cost: the seconds and the memory of a cut
-    part: Literal["all", "grid", "rows", "questions", "report", "cost"] = "all"
+    # what to make; cost: the seconds and the memory of a cut; recovery: cuts that are trained back
+    part: Literal["all", "grid", "rows", "questions", "report", "cost", "recovery"] = "all"
     keeps: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6)    # kept fractions of the reported rows
     grid_keep: float = 0.8        # of the grid, and of the questions
     seeds: int = 2                # calibrations of the reported rows
@@ -82,6 +82,9 @@ class Compare:
     questions: tuple[str, ...] = ()    # files of questions (tasks/questions.py)
     limit: int = 500              # questions per file
     best: int = 6                 # of the grid's cells go into the reported rows
+    recovery_tokens: int = 131072    # that each cut is trained on
+    recovery_lr: float = 2e-5     # peak rate of full training
+    lora_lr: float = 1e-4         # peak rate of adapters
     device: str = "auto"          # auto, cpu, cuda, mps
     weights: Literal["auto", "float32", "bfloat16"] = "auto"    # see prune.py
     offload: bool = False         # see prune.py
@@ -414,6 +417,7 @@ def check(config):
         raise UserError("--part cost takes its times with the whole model on the device; leave out --offload")
     if config.best < 0:
         raise UserError(f"--best {config.best} must be 0 or more")
+    compare_recovery.check(config)
     for file in config.questions:            # before the hours that come first
         questions.read_questions(file)
 
@@ -444,6 +448,8 @@ def main(config):
             ask(cuts, "dense", None, 1.0, 0, file)
             for name, recipe in rows.items():
                 ask(cuts, name, recipe, config.grid_keep, 0, file)
+    if config.part == "recovery":
+        compare_recovery.recover(cuts, losses_of)
     print_report(config)
 
 

@@ -68,6 +68,7 @@ RIVALS = ("LLM-Pruner", "LLM-Pruner, FFN", "FLAP", "Wanda-sp", "Wanda-sp, FFN", 
 UNIT_SCORES = [name for name in score.SCORES if name not in ("minitron", "flap-squared")]
 ALLOCATIONS = [name for name in allocate.ALLOCATIONS if name != "uniform-strict"]
 ADAPT_STEP = 0.02                     # from Adapt-Pruner's scripts
+WAYS = {"full": "full training", "lora": "LoRA"}
 
 
 def grid():
@@ -228,6 +229,31 @@ def overview(records, keep):
     return f"{title}\n\n{markdown(heads, rows)}"
 
 
+def recovery_table(records):
+    """Perplexity before and after training, for each number of tokens: a row each cut, a column each way
+    and its peak rate. The best after any training comes first; the dense row tells what the text alone
+    gives."""
+    tables = []
+    recovered = [record for record in records if record["tag"] == "recovered" and "perplexity" in record]
+    for tokens in sorted({record["tokens"] for record in recovered}):
+        after = {}
+        before = {}
+        for record in recovered:
+            if record["tokens"] == tokens:
+                key = (record["name"], record["keep"])
+                before[key] = record["before"]
+                after.setdefault(key, {})[record["way"], record["lr"]] = record["perplexity"]
+        ways = sorted(set().union(*after.values()))
+        rows = []
+        for key in sorted(after, key=lambda key: min(after[key].values())):
+            numbers = [number(after[key][way]) if way in after[key] else "" for way in ways]
+            rows.append([label(key[0]), f"{key[1]:g}", number(before[key]), *numbers])
+        heads = ["method", "keep", "as cut", *[f"{WAYS[way]}, rate {lr:g}" for way, lr in ways]]
+        tables.append(f"Test perplexity before and after training on {tokens:,} tokens, half of them Python and half "
+                      f"prose:\n\n{markdown(heads, rows)}")
+    return "\n\n".join(tables)
+
+
 # -- the papers' claims
 
 def verdict(differences):
@@ -325,7 +351,7 @@ def claims(records, keep):
         lines += width_and_ours(test, at, chosen)
     refused = set()
     for record in records:
-        if "refused" in record and record["part"] == "test":
+        if "refused" in record and record.get("part") == "test":
             refused.add((record["name"], record["keep"]))
     if refused:
         lines.append("Refused: " + ", ".join(f"{name} at {at:g}" for name, at in sorted(refused)))
@@ -338,5 +364,5 @@ def report(records, keep):
     if cells(records, "validation").empty:
         raise UserError("no records there; give the --out of a comparison that ran")
     blocks = (overview(records, keep), grid_table(records, keep), claims(records, keep),
-              *row_tables(records))
-    return "\n\n".join(blocks)
+              *row_tables(records), recovery_table(records))
+    return "\n\n".join(filter(None, blocks))
