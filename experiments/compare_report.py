@@ -193,6 +193,29 @@ def row_tables(records):
     return tables
 
 
+def recovery_tables(records):
+    """A table for each number of tokens: perplexity before and after training, a row for each cut and a
+    column for each way and peak rate. The best after any training comes first; the dense row tells what
+    the text alone gives."""
+    tables = {}
+    for record in records:
+        if record["tag"] == "recovered" and "perplexity" in record:
+            cuts = tables.setdefault(record["tokens"], {})
+            row = cuts.setdefault((record["name"], record["keep"]), {"before": record["before"], "after": {}})
+            row["after"][record["way"], record["lr"]] = record["perplexity"]
+    texts = []
+    for tokens, cuts in sorted(tables.items()):
+        ways = sorted(set().union(*[row["after"] for row in cuts.values()]))
+        rows = []
+        for (name, keep), row in sorted(cuts.items(), key=lambda item: min(item[1]["after"].values())):
+            after = [number(row["after"][way]) if way in row["after"] else "" for way in ways]
+            rows.append([label(name), f"{keep:g}", number(row["before"]), *after])
+        heads = ["method", "keep", "as cut", *[f"{WAYS[way]}, rate {lr:g}" for way, lr in ways]]
+        texts.append(f"Test perplexity before and after training on {tokens:,} tokens, half of them Python and half "
+                     f"prose:\n\n{markdown(heads, rows)}")
+    return texts
+
+
 def overview(records, keep):
     """Every method by kept fraction: its test perplexity, and the share of questions answered at
     `keep`. The best there comes first; methods that did not run at it come last."""
@@ -227,31 +250,6 @@ def overview(records, keep):
         title += f", and mean accuracy (acc_norm) on {counts}"
     title += " (ours in bold; ± is half of the range of calibration seeds):"
     return f"{title}\n\n{markdown(heads, rows)}"
-
-
-def recovery_table(records):
-    """Perplexity before and after training, for each number of tokens: a row each cut, a column each way
-    and its peak rate. The best after any training comes first; the dense row tells what the text alone
-    gives."""
-    tables = []
-    recovered = [record for record in records if record["tag"] == "recovered" and "perplexity" in record]
-    for tokens in sorted({record["tokens"] for record in recovered}):
-        after = {}
-        before = {}
-        for record in recovered:
-            if record["tokens"] == tokens:
-                key = (record["name"], record["keep"])
-                before[key] = record["before"]
-                after.setdefault(key, {})[record["way"], record["lr"]] = record["perplexity"]
-        ways = sorted(set().union(*after.values()))
-        rows = []
-        for key in sorted(after, key=lambda key: min(after[key].values())):
-            numbers = [number(after[key][way]) if way in after[key] else "" for way in ways]
-            rows.append([label(key[0]), f"{key[1]:g}", number(before[key]), *numbers])
-        heads = ["method", "keep", "as cut", *[f"{WAYS[way]}, rate {lr:g}" for way, lr in ways]]
-        tables.append(f"Test perplexity before and after training on {tokens:,} tokens, half of them Python and half "
-                      f"prose:\n\n{markdown(heads, rows)}")
-    return "\n\n".join(tables)
 
 
 # -- the papers' claims
@@ -364,5 +362,5 @@ def report(records, keep):
     if cells(records, "validation").empty:
         raise UserError("no records there; give the --out of a comparison that ran")
     blocks = (overview(records, keep), grid_table(records, keep), claims(records, keep),
-              *row_tables(records), recovery_table(records))
-    return "\n\n".join(filter(None, blocks))
+              *row_tables(records), *recovery_tables(records))
+    return "\n\n".join(blocks)
