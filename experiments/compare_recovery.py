@@ -1,7 +1,6 @@
 """One common recovery: the best cut of each family is trained on equally many tokens, in two ways.
 
     python -m experiments.compare smollm2 --out runs/compare.jsonl --tokens 8192 --part recovery
-    python -m pytest tests/experiments/test_compare_recovery.py
 
 Each row of RECOVERED is cut with the first calibration and saved as a checkpoint. Two commands train it,
 each in a process of its own: `train.py --plan scratch` all weights, `methods.lora` adapters. The records
@@ -59,10 +58,8 @@ def check(config):
 def recipes(grid_keep):
     """{name: (recipe, kept fraction)} of the rows, the dense model first."""
     table = {name_of(recipe): recipe for recipe in GRID} | PUBLISHED | HALF
-    rows = {"dense": (None, 1.0)}
-    for name in RECOVERED:
-        rows[name] = (table[name], 0.5 if name in HALF else grid_keep)
-    return rows
+    rows = {name: (table[name], 0.5 if name in HALF else grid_keep) for name in RECOVERED}
+    return {"dense": (None, 1.0), **rows}
 
 
 def run_command(way, flags, out, device):
@@ -102,12 +99,12 @@ class Recovery:
 
     def cut(self, name, recipe, keep):
         """The path of the model that a row's training begins with. A cut that is not there is made."""
-        config = self.config
         if name == "dense":
-            return config.init
+            return self.config.init
         path = self.folder / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{keep:g}"
         if not checkpoint.newest(path):
             model = self.cuts.cut(name, recipe, keep, SEED)
+            config = self.config
             recipe = dataclasses.replace(recipe, init=config.init, keep=keep, windows=config.windows, seed=SEED,
                                          block_size=config.block_size, micro_batch=config.micro_batch,
                                          data=data.recorded(self.sources))
@@ -124,8 +121,9 @@ class Recovery:
         """The flags of the command that trains the model at `init` as the record `about` says."""
         T = self.config.block_size
         steps = about["tokens"] // (WINDOWS * T)
-        flags = ["--init", init, "--data", *self.sources, "--lr", about["lr"], "--steps", steps, "--block-size", T,
-                 "--micro-batch", WINDOWS, "--eval-windows", WINDOWS, "--device", self.config.device, "--out", out]
+        flags = ["--init", init, "--out", out, "--data", *self.sources, "--lr", about["lr"], "--steps", steps,
+                 "--seed", SEED, "--block-size", T, "--micro-batch", WINDOWS, "--eval-windows", WINDOWS,
+                 "--device", self.config.device]
         if about["way"] == "full":
             flags += ["--plan", "scratch", "--batch-tokens", WINDOWS * T, "--eval-every", steps]
         else:
