@@ -88,14 +88,17 @@ class Recovery:
         self.folder = Path(self.config.out).with_suffix("") / "runs"
         python = self.subject.texts["python"]["calibration"]
         prose = self.subject.tokenizer.decode(self.subject.texts["prose"]["calibration"].tolist())
+        line = json.dumps({"text": prose}).encode() + b"\n"
         file = self.folder / "prose.jsonl"
         if not file.exists():
-            write_atomic(file, lambda opened: opened.write(json.dumps({"text": prose}).encode() + b"\n"))
+            write_atomic(file, lambda opened: opened.write(line))
         self.sources = ("stdlib", str(file))      # as --data takes them: each as often as the other
         self.corpus = data.load_mixture(self.sources, self.subject.tokenizer, block_size=self.config.block_size)
         stdlib = self.corpus.parts[0].train
-        if not np.array_equal(stdlib[0:len(stdlib)], python[0:len(python)]):
-            raise UserError("stdlib is not the comparison's calibration text, as its files have changed; start again")
+        is_calibration = np.array_equal(stdlib[0:len(stdlib)], python[0:len(python)])
+        if not is_calibration or file.read_bytes() != line:
+            raise UserError(f"stdlib or {file} is not the comparison's calibration text; delete {self.folder} and start "
+                            "again")
 
     def cut(self, name, recipe, keep):
         """The path of the model that a row's training begins with. A cut that is not there is made."""

@@ -188,10 +188,12 @@ def test_refusals(recovery, tmp_path, monkeypatch):
     compare.main(compare.Compare("tiny", **{**SMALL, "out": recovery.config.out}))
     assert {record["refused"] for (name, _), record in records_of(recovery).items() if "channels" in name} == {
         "no such budget"}
-    texts = {**recovery.subject.texts, "python": {"calibration": recovery.subject.texts["python"]["test"]}}
-    subject = compare.Subject(recovery.config, recovery.subject.model, recovery.subject.tokenizer, texts)
-    with pytest.raises(UserError, match="stdlib is not the comparison's calibration text"):
-        compare_recovery.Recovery(compare.Cuts(subject, None), compare.losses_of)
+    # Neither text may be another part of the comparison.
+    for text, parts in recovery.subject.texts.items():
+        texts = {**recovery.subject.texts, text: {"calibration": parts["test"]}}
+        subject = compare.Subject(recovery.config, recovery.subject.model, recovery.subject.tokenizer, texts)
+        with pytest.raises(UserError, match="stdlib or .*prose.jsonl is not the comparison's calibration text"):
+            compare_recovery.Recovery(compare.Cuts(subject, None), compare.losses_of)
 
 
 def test_rows_and_their_recipes(monkeypatch):
