@@ -97,8 +97,7 @@ class Recovery:
         stdlib = self.corpus.parts[0].train
         is_calibration = np.array_equal(stdlib[0:len(stdlib)], python[0:len(python)])
         if not is_calibration or file.read_bytes() != line:
-            raise UserError(f"stdlib or {file} is not the comparison's calibration text; delete {self.folder} and start "
-                            "again")
+            raise UserError(f"stdlib or {file} is not the comparison's calibration text; delete {self.folder}")
 
     def cut(self, name, recipe, keep):
         """The path of the model that a row's training begins with. A cut that is not there is made."""
