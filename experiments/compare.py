@@ -16,7 +16,7 @@ Two things are not as published. Adapt-Pruner measures anew every 2 %, on one ha
 calibration windows and then on the other. Shortened LLaMA's perplexity and our `measured` run the
 model again on a few windows only. With 3 KV groups in a layer, equal shares take whole groups of
 some layers, whichever they are, so methods of equal shares are also shown with FFNs alone. Not
-here: recovery (train.py).
+here: training after the cut (experiments/compare_recovery.py).
 """
 import contextlib
 import copy
@@ -56,7 +56,7 @@ from common import (
 )
 from distill import chunked_loss
 from eval import evaluate
-from experiments import compare_report
+from experiments import compare_recovery, compare_report
 from experiments.compare_report import ADAPT_STEP, GRID, HALF, OWN_BUDGET, PUBLISHED, name_of
 from formats.tokenizer import Tokenizer
 from methods import measured, sparse, torch_pruning_peer
@@ -70,8 +70,9 @@ from tasks import questions
 class Compare:
     init: str                     # the model: a Hugging Face folder or hub id, or a checkpoint
     out: str = "runs/compare.jsonl"    # file of records
-    # what to make; alone: seconds and memory of each row in a process of its own; cost: beside plain passes
-    part: Literal["all", "grid", "rows", "questions", "report", "alone", "cost"] = "all"
+    # what to make; recovery: cuts that are trained back; alone: seconds and memory of each row's cut in a
+    # process of its own; cost: beside plain passes
+    part: Literal["all", "grid", "rows", "questions", "recovery", "report", "alone", "cost"] = "all"
     keeps: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6)    # kept fractions of the reported rows
     grid_keep: float = 0.8        # of the grid, and of the questions
     seeds: int = 2                # calibrations of the reported rows
@@ -82,6 +83,9 @@ class Compare:
     questions: tuple[str, ...] = ()    # files of questions (tasks/questions.py)
     limit: int = 500              # questions per file
     best: int = 6                 # of the grid's cells go into the reported rows
+    recovery_tokens: int = 65536    # that each cut is trained on
+    recovery_lr: float = 2e-5     # peak rate of full training
+    lora_lr: float = 1e-4         # peak rate of adapters
     device: str = "auto"          # auto, cpu, cuda, mps
     weights: Literal["auto", "float32", "bfloat16"] = "auto"    # see prune.py
     offload: bool = False         # see prune.py
@@ -450,6 +454,7 @@ def check(config):
         raise UserError("--part cost takes its times with the whole model on the device; leave out --offload")
     if config.best < 0:
         raise UserError(f"--best {config.best} must be 0 or more")
+    compare_recovery.check(config)
     for file in config.questions:            # before the hours that come first
         questions.read_questions(file)
 
@@ -480,6 +485,8 @@ def main(config):
     if config.part == "alone":
         for name, recipe in {**rows, **HALF}.items():
             run_alone(cuts.records, config, name, recipe)
+    if config.part == "recovery":
+        compare_recovery.recover(cuts, losses_of)
     print_report(config)
 
 

@@ -124,6 +124,7 @@ RIVALS = ("LLM-Pruner", "LLM-Pruner, FFN", "FLAP", "Wanda-sp", "Wanda-sp, FFN", 
 UNIT_SCORES = [name for name in score.SCORES if name not in ("minitron", "flap-squared")]
 ALLOCATIONS = [name for name in allocate.ALLOCATIONS if name != "uniform-strict"]
 ADAPT_STEP = 0.02                     # from Adapt-Pruner's scripts
+WAYS = {"full": "full training", "lora": "LoRA"}
 
 
 def grid():
@@ -182,7 +183,7 @@ def label(name):
     """A method in a table: ours in bold letters, and what stands for a library in words."""
     if name == "torch-pruning":
         return "torch-pruning's LLM example (weight norms, no data)"
-    is_published = name in (*PUBLISHED, *HALF, "dense") and not name.endswith("/ mended")
+    is_published = name in (*PUBLISHED, *HALF, "dense", "LoRAPrune") and not name.endswith("/ mended")
     return name if is_published else f"**{name}**"
 
 
@@ -248,9 +249,34 @@ def row_tables(records):
     return tables
 
 
+def recovery_tables(records):
+    """A table for each number of tokens: perplexity before and after training, a row for each cut and a
+    column for each way and peak rate. The best after any training comes first; the dense row tells what
+    the text alone gives."""
+    tables = {}
+    for record in records:
+        if record["tag"] == "recovered" and "perplexity" in record:
+            cuts = tables.setdefault(record["tokens"], {})
+            row = cuts.setdefault((record["name"], record["keep"]), {"before": record["before"], "after": {}})
+            row["after"][record["way"], record["lr"]] = record["perplexity"]
+    texts = []
+    for tokens, cuts in sorted(tables.items()):
+        ways = sorted(set().union(*[row["after"] for row in cuts.values()]))
+        rows = []
+        for (name, keep), row in sorted(cuts.items(), key=lambda item: min(item[1]["after"].values())):
+            after = [number(row["after"][way]) if way in row["after"] else "" for way in ways]
+            before = number(row["before"]) if row["before"] else ""
+            rows.append([label(name), f"{keep:g}", before, *after])
+        heads = ["method", "keep", "as cut", *[f"{WAYS[way]}, rate {lr:g}" for way, lr in ways]]
+        texts.append(f"Test perplexity before and after training on {tokens:,} tokens, half of them Python and half "
+                     f"prose:\n\n{markdown(heads, rows)}")
+    return texts
+
+
 def overview(records, keep):
     """Every method by kept fraction: its test perplexity, and the share of questions answered at
-    `keep`, by sparse weights at a half. The best there comes first; methods that did not run at it come last."""
+    `keep`, by sparse weights at a half. The best there comes first; methods that did not run at it come
+    last."""
     perplexities = by_method(cells(records, "test"))
     keeps = sorted({at for _, at in perplexities if at < 1}, reverse=True)
     shares = {}
@@ -287,7 +313,7 @@ def overview(records, keep):
 def cost_table(records):
     """What each published row does otherwise than its release, and what its cut took in a process of its
     own (`--part alone`)."""
-    alone = {record["name"]: record for record in records if record["tag"] == "alone"}
+    alone = {record["name"]: record for record in records if record["tag"] == "alone" and "seconds" in record}
     rows = []
     for name, words in DIFFERS.items():
         record = alone.get(name)
@@ -397,7 +423,7 @@ def claims(records, keep):
         lines += width_and_ours(test, at, chosen)
     refused = set()
     for record in records:
-        if "refused" in record and record["part"] == "test":
+        if "refused" in record and record.get("part") == "test":
             refused.add((record["name"], record["keep"]))
     if refused:
         lines.append("Refused: " + ", ".join(f"{name} at {at:g}" for name, at in sorted(refused)))
@@ -410,5 +436,5 @@ def report(records, keep):
     if cells(records, "validation").empty:
         raise UserError("no records there; give the --out of a comparison that ran")
     blocks = (overview(records, keep), grid_table(records, keep), claims(records, keep),
-              *row_tables(records), cost_table(records))
+              *row_tables(records), *recovery_tables(records), cost_table(records))
     return "\n\n".join(blocks)

@@ -25,11 +25,11 @@ ROWS = [      # a file imports only from rows above its own
     "prune",
     "train bench.cut_memory experiments.candidates experiments.compare_report experiments.smollm2 "
     "methods.loraprune",
-    "bench.variants experiments.claims_runs experiments.compare experiments.glassllm experiments.recover "
+    "bench.variants experiments.claims_runs experiments.glassllm experiments.recover "
     "experiments.teacher methods.lora methods.sheared",
     "bench.dtypes bench.inference bench.system bench.training experiments.claims_statistics "
-    "experiments.recover_study experiments.sweep",
-    "bench.accounting experiments.claims_report experiments.precision experiments.scaling_runs",
+    "experiments.compare_recovery experiments.recover_study experiments.sweep",
+    "bench.accounting experiments.claims_report experiments.compare experiments.precision experiments.scaling_runs",
     "bench.memory experiments.claims experiments.scaling",
     "bench.__main__"]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
