@@ -75,6 +75,13 @@ def save(path, model, **state):
     write(path, content_of(model, state))
 
 
+def save_made(folder, model, tokenizer, source, made, **state):
+    """Write a model that was made of another one as the folder of a run with one checkpoint. `source` is
+    the origin of the model (formats/origin.py). `made` says how, and stands where a run has its settings."""
+    save(folder / "ckpt_00000000.pt", model, step=0, tokenizer_files=tokenizer.files, origin=source,
+         run={"tokenizer": tokenizer.name, **made}, **state)
+
+
 def content_of(model, state):
     """What a checkpoint holds, except for its digests."""
     # torch.compile's wrapper would prefix every name.

@@ -16,8 +16,9 @@ from formats import huggingface, origin
 from formats.model_card import model_card
 from formats.tokenizer import open_tokenizer
 from methods import grow as command
-from methods.grow import Grow, grow, grown_config, shares, source_layers
+from methods.grow import Grow, grow, shares
 from methods.sparse import masks, pack
+from methods.target_shape import grown_config, source_layers
 from model import GPT, GPTConfig, reader_of
 
 ONE_DIMENSION = {"ffn": dict(enlarge_ff=3.), "kv": dict(enlarge_kv=2.), "layers": dict(enlarge_layers=1.5),
