@@ -358,8 +358,7 @@ class Setup:
         return ((step * self.micro_steps + micro) * self.world + self.rank) * self.config.micro_batch
 
     def autocast(self):
-        kind = self.device.split(":")[0]
-        return torch.autocast(kind, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
+        return autocast(self.config, self.device)
 
     def measuring(self):
         """What a model runs under outside of training. The blocks of a sharded one are bfloat16 there,
@@ -906,6 +905,11 @@ def dtype_for(config, model_config, device):
         return config.dtype
     wide_enough = device.startswith("cuda") or model_config.d_model >= BFLOAT16_WIDTH
     return "bfloat16" if wide_enough and has_fast_bfloat16(device) else "float32"
+
+
+def autocast(config, device):
+    """What training and its measurements run under: with --dtype bfloat16 products are in bfloat16."""
+    return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
 def check_ranges(config):

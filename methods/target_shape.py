@@ -30,6 +30,11 @@ def sizes_of(config):
     return {**config.widths(), "layers": config.n_layer, "channels": config.d_model}
 
 
+def kind_of(key):
+    """What a key of `sizes_of` counts: "kv", "ffn", "layers" or "channels"."""
+    return key if isinstance(key, str) else key[1]
+
+
 def goals_of(config, target):
     """What stays of each of `sizes_of(config)`. If layers go, all layers of the target are alike."""
     goals = sizes_of(target)
@@ -83,9 +88,9 @@ def refuse_no_part(config, target, settings):
         raise UserError(f"the layers of {settings.init} differ in width, and which of them stay is not known yet; give "
                         f"a target of {config.n_layer} layers")
     goals = goals_of(config, target)
+    names = {"ffn": "neurons", "kv": "KV groups"}
     for key, size in sizes_of(config).items():
-        name = key if isinstance(key, str) else {"ffn": "neurons", "kv": "KV groups"}[key[1]]
-        refuse_larger(settings.init, goals[key], size, name)
+        refuse_larger(settings.init, goals[key], size, names.get(kind_of(key), key))
     if not kept_of(config, target):
         raise UserError(f"the target has the shape of {settings.init} already; give another --target, or --enlarge-ff, "
                         "--enlarge-kv, --keep, --layers or --channels")

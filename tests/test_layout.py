@@ -13,7 +13,7 @@ ROWS = [      # a file imports only from rows above its own
     "allocate distill model report experiments.scaling_laws experiments.texts formats.chat formats.origin "
     "formats.pt formats.tokenizer_json tasks.own_questions",
     "shard bench.timing experiments.scaling_curves formats.dcp formats.model_card formats.tokenizer "
-    "formats.top_k methods.gates methods.slicegpt methods.target_shape tasks.questions",
+    "formats.top_k methods.slicegpt methods.target_shape tasks.questions",
     "data formats.gguf_vocabulary formats.huggingface formats.llamacpp methods.margin tasks.probe",
     "checkpoint score formats.gguf_export",
     "eval export methods.channels methods.depth methods.latency methods.offload methods.policy "
@@ -22,7 +22,7 @@ ROWS = [      # a file imports only from rows above its own
     "experiments.recover_report methods.local methods.measured methods.sparse",
     "prune",
     "train bench.cut_memory experiments.candidates experiments.compare_report experiments.smollm2 "
-    "methods.loraprune",
+    "methods.gates methods.loraprune",
     "bench.variants experiments.claims_runs experiments.compare experiments.glassllm experiments.recover "
     "experiments.teacher methods.lora methods.sheared",
     "bench.dtypes bench.inference bench.system bench.training experiments.claims_statistics "
