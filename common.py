@@ -101,6 +101,13 @@ def check_seed(config):
         raise UserError(f"--seed {config.seed} must be between 0 and {2**63 - 1}")
 
 
+def check_multiple(flag, windows, micro_batch):
+    """Raise UserError if so many windows are no whole number of micro-batches."""
+    if windows % micro_batch:
+        raise UserError(f"{flag} {windows} is no multiple of --micro-batch {micro_batch}; try "
+                        f"{math.ceil(windows / micro_batch) * micro_batch}")
+
+
 def check_choices(config):
     """Raise UserError if a field whose type is a `Literal` has another value. `parse` refuses it on
     the command line; this is for callers that make their settings themselves."""

@@ -24,8 +24,8 @@ ROWS = [      # a file imports only from rows above its own
     "train bench.cut_memory experiments.candidates experiments.compare_report experiments.smollm2 "
     "methods.gates methods.loraprune",
     "bench.variants experiments.claims_runs experiments.compare experiments.glassllm experiments.recover "
-    "experiments.teacher methods.lora methods.sheared",
-    "bench.dtypes bench.inference bench.system bench.training experiments.claims_statistics "
+    "experiments.teacher methods.adapters methods.sheared",
+    "methods.lora bench.dtypes bench.inference bench.system bench.training experiments.claims_statistics "
     "experiments.recover_study experiments.sweep",
     "bench.accounting experiments.claims_report experiments.precision experiments.scaling_runs",
     "bench.memory experiments.claims experiments.scaling",
