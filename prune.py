@@ -51,7 +51,7 @@ from common import (
 from eval import dtype_name, evaluate
 from formats.origin import hand_on
 from methods import channels, depth, latency, local, margin, measured, mend, offload, policy, self_text, sparse
-from model import GPT, coupled
+from model import GPT, coupled, with_context
 from score import GRADIENTS, SCORES
 from tasks.questions import read_questions
 
@@ -645,9 +645,7 @@ def loading_dtype(recipe, device):
 def check_fits(recipe, model, device):
     """Raise UserError if this model cannot be cut by the recipe."""
     T = window_of(recipe, model)
-    if T > model.config.block_size:
-        raise UserError(f"{recipe.init} was trained with a context of {model.config.block_size} "
-                        f"tokens, not {T}; ask for at most that")
+    with_context(model.config, T, recipe.init)         # refuses longer windows than its context
     widest = max(model.config.d_ff)
     if recipe.structure != "channel" and recipe.multiple_of > max(1, widest):
         raise UserError(f"--multiple-of {recipe.multiple_of} is more than the {widest} neurons of the "

@@ -22,7 +22,7 @@ import checkpoint
 from common import UserError, first_line, read_pickled_tensors
 from formats.pt import digest_of
 from methods import loraprune
-from model import GPT
+from model import from_weights
 
 # What a killed run leaves.
 UNFINISHED = "adapters.pt"
@@ -75,10 +75,7 @@ def merge(model):
     for name, module in model.named_modules():
         if isinstance(module, Adapted):
             weights[f"{name}.weight"] = module.merged()
-    with torch.device("meta"):
-        plain = GPT(model.config)
-    plain.load_state_dict(weights, assign=True)
-    return plain
+    return from_weights(model.config, weights)
 
 
 # -- on disk: a run that was killed
@@ -101,26 +98,19 @@ def resume(path, identity, state):
     saved = file.get("content") if isinstance(file, dict) else None
     if not isinstance(saved, dict) or file.get("content_digest") != digest_of(saved):
         raise UserError(f"{path} is damaged; delete it to begin anew")
-    recorded = saved.get("identity")
-    if not isinstance(recorded, dict):
-        recorded = {}
-    differ = [name for name, value in identity.items() if recorded.get(name) != value]
-    if differ:
-        raise UserError(f"{path} is of a run with another {', '.join(differ)}; give another --out, or delete it to "
-                        "begin anew")
     try:
-        fill(state, saved)
+        recorded = saved["identity"]
+        differ = [name for name, value in identity.items() if recorded.get(name) != value]
+        if differ:
+            raise UserError(f"{path} is of a run with another {', '.join(differ)}; give another --out, or delete it "
+                            "to begin anew")
+        for name, value in saved["adapters"].items():
+            state.model.get_parameter(name).copy_(value)
+        state.optimizer.load_state_dict(saved["optimizer"])
+        state.alive = checkpoint.by_key(saved["alive"])
+        state.averages = checkpoint.by_key(saved["averages"], state.model.embed.weight.device)
+        state.step = saved["step"]
+        loraprune.zero_(state.model, state.optimizer, state.alive)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
         raise UserError(f"{path} does not hold the state of a run ({first_line(problem)}); delete it to begin "
                         "anew") from None
-
-
-def fill(state, saved):
-    """Put what `save` wrote into the State, in place."""
-    for name, value in saved["adapters"].items():
-        state.model.get_parameter(name).copy_(value)
-    state.optimizer.load_state_dict(saved["optimizer"])
-    state.alive = checkpoint.by_key(saved["alive"])
-    state.averages = checkpoint.by_key(saved["averages"], state.model.embed.weight.device)
-    state.step = saved["step"]
-    loraprune.zero_(state.model, state.optimizer, state.alive)

@@ -19,7 +19,7 @@ import math
 import torch
 
 from common import UserError
-from model import GPT, by_unit
+from model import by_unit, from_weights
 from score import wide
 
 # The matrices that read the residual stream have a column per channel, the others a row.
@@ -56,8 +56,6 @@ def slice_channels(model, kept):
     n = len(kept)
     scale = math.sqrt(C / n)
     config = dataclasses.replace(model.config, d_model=n, norm_eps=model.config.norm_eps * C / n)
-    with torch.device("meta"):
-        small = GPT(config)
     weights = {}
     for name, w in model.named_parameters():
         part = name.removesuffix(".weight").rsplit(".", 1)[-1]
@@ -70,8 +68,7 @@ def slice_channels(model, kept):
         if config.qk_norm and (".attn.q." in name or ".attn.k." in name):
             w = w * scale
         weights[name] = w.clone()
-    small.load_state_dict(weights, assign=True)
-    return small
+    return from_weights(config, weights)
 
 
 def narrowed(model, stats, score, budget, multiple_of):

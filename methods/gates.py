@@ -23,7 +23,7 @@ import torch.nn as nn
 import prune
 from methods.channels import slice_channels
 from methods.target_shape import with_layers
-from model import GPT, by_unit, reader_of
+from model import by_unit, from_weights, reader_of
 
 # The hard concrete distribution: where a gate is stretched to, its temperature, the nearest that a
 # probability comes to 0 or 1.
@@ -83,10 +83,7 @@ def gated(model, gates):
 @torch.no_grad()
 def with_gates(model, gates):
     """The GPT of the same shape whose weights have the gates in them; it shares the other weights."""
-    with torch.device("meta"):
-        whole = GPT(model.config)
-    whole.load_state_dict({**dict(model.named_parameters()), **gated(model, gates)}, assign=True)
-    return whole
+    return from_weights(model.config, {**dict(model.named_parameters()), **gated(model, gates)})
 
 
 @torch.no_grad()

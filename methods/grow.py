@@ -44,7 +44,7 @@ from eval import evaluate
 from formats.origin import hand_on
 from methods.channels import more_channels
 from methods.target_shape import grown_config, refuse_misfit, source_layers
-from model import GPT, by_unit, coupled, reader_of
+from model import by_unit, coupled, from_weights, reader_of, shapes_of
 
 How = Literal["fresh", "copy", "split", "aki"]
 
@@ -64,11 +64,9 @@ def grow(model, config, how="fresh", seed=0):
     sources = source_layers(old.n_layer, config.n_layer, how)
     refuse_misfit(old, config, sources)
     generator = torch.Generator().manual_seed(seed)
-    with torch.device("meta"):
-        large = GPT(config)
 
     small = dict(model.named_parameters())
-    weights = {name: small[source_name(name, sources)].clone() for name, _ in large.named_parameters()}
+    weights = {name: small[source_name(name, sources)].clone() for name in shapes_of(config)}
     for (layer, kind), units in config.widths().items():
         if units == 0:
             continue
@@ -81,8 +79,7 @@ def grow(model, config, how="fresh", seed=0):
     if copies > 1:
         noise = None if how == "copy" else functools.partial(fresh, generator=generator)
         weights = {name: more_channels(name, w, copies, noise) for name, w in weights.items()}
-    large.load_state_dict(weights, assign=True)
-    return large
+    return from_weights(config, weights)
 
 
 # -- layers
