@@ -11,6 +11,7 @@ from helpers import fingerprint as as_it_was
 import checkpoint
 import export
 import prune
+import train
 from common import UserError, parse
 from formats import huggingface, origin
 from formats.model_card import model_card
@@ -211,6 +212,9 @@ def test_the_command_writes_a_checkpoint_that_everything_reads(folder, capsys):
     model, about = checkpoint.load(folder / "grown")
     assert model.config.d_ff == (64,) * 4 and model.config.n_kv_head == (2,) * 4 and model.config.d_model == 32
     assert about["run"]["grown_from"] == f"{folder}/small" and about["run"]["growth"]["how"] == "fresh"
+    # A run that begins with it records where it comes from.
+    _, _, made, _ = train.open_init(train.Train(init=f"{folder}/grown"))
+    assert made == {key: about["run"][key] for key in ("grown_from", "growth")}
     export.main(export.Export(f"{folder}/grown", f"{folder}/out"))
     again, _ = checkpoint.load(folder / "out")
     assert again.config == model.config
