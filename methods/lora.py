@@ -52,47 +52,6 @@ SAVE_EVERY = 50               # steps that a killed run loses at most
 
 # -- training
 
-@dataclass(frozen=True)
-class Lora:
-    init: str | None = None       # what is trained back, or with --keep cut: a checkpoint, run, HF folder or hub id
-    out: str | None = None        # folder; default runs/lora-NAME, or runs/loraprune-NAME-KEEP
-    keep: float = 1.0             # below 1: LoRAPrune, and the kept fraction of what all units cost in parameters
-    allocate: Literal["middle", "uniform", "global"] = "middle"    # of --keep: which layers lose units
-    data: tuple[str, ...] = ("stdlib",)    # stdlib; packages; files; hf:NAME[:CONFIG]; or several, as A:2 B
-    teacher: str | None = None    # a model with the same tokenizer to learn from as well
-    kd_weight: float = 0.5        # share of the teacher's KL in the loss
-    rank: int = 8                 # of the adapters
-    alpha: float = 16.0           # the adapters' product counts alpha / rank times
-    lr: float = 1e-4              # peak; it falls on a cosine to a tenth
-    steps: int = 256              # optimizer steps
-    batch: int = 8                # windows per step
-    micro_batch: int = 4          # windows per forward pass
-    block_size: int | None = None    # tokens in a window; default: the model's context, at most 512
-    eval_windows: int = 32        # of the hold-out, before and after
-    seed: int = 0                 # of the adapters and the order of the data
-    device: str = "auto"          # auto, cpu, cuda, mps
-    # of products in training and of losses; auto: bfloat16 where it is faster
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-
-
-def check(settings):
-    """Raise UserError for settings that mean nothing."""
-    check_init(settings, "to train")
-    check_choices(settings)
-    check_positive(settings, ("rank", "alpha", "lr", "steps", "batch", "micro_batch", "block_size", "eval_windows"))
-    if not 0 < settings.keep <= 1:
-        raise UserError(f"--keep {settings.keep} must be above 0 and at most 1")
-    if not 0 <= settings.kd_weight <= 1:
-        raise UserError(f"--kd-weight {settings.kd_weight} must be between 0 and 1")
-    check_seed(settings)
-    check_multiple("--batch", settings.batch, settings.micro_batch)
-    if settings.teacher is None:
-        refuse_idle(settings, ("kd_weight",), "without --teacher")
-    if settings.keep == 1:
-        refuse_idle(settings, ("allocate",), "without --keep")
-    loraprune.cuts_of(settings.steps, settings.keep)
-
-
 def begin(model, settings):
     """Put adapters into the model, in place: the State before the first step."""
     parameters = adapters.adapt(model, settings.rank, settings.alpha, settings.seed)
@@ -152,6 +111,47 @@ def backward(objective, text, settings, step, teacher, autocast):
 
 
 # -- the command
+
+@dataclass(frozen=True)
+class Lora:
+    init: str | None = None       # what is trained back, or with --keep cut: a checkpoint, run, HF folder or hub id
+    out: str | None = None        # folder; default runs/lora-NAME, or runs/loraprune-NAME-KEEP
+    keep: float = 1.0             # below 1: LoRAPrune, and the kept fraction of what all units cost in parameters
+    allocate: Literal["middle", "uniform", "global"] = "middle"    # of --keep: which layers lose units
+    data: tuple[str, ...] = ("stdlib",)    # stdlib; packages; files; hf:NAME[:CONFIG]; or several, as A:2 B
+    teacher: str | None = None    # a model with the same tokenizer to learn from as well
+    kd_weight: float = 0.5        # share of the teacher's KL in the loss
+    rank: int = 8                 # of the adapters
+    alpha: float = 16.0           # the adapters' product counts alpha / rank times
+    lr: float = 1e-4              # peak; it falls on a cosine to a tenth
+    steps: int = 256              # optimizer steps
+    batch: int = 8                # windows per step
+    micro_batch: int = 4          # windows per forward pass
+    block_size: int | None = None    # tokens in a window; default: the model's context, at most 512
+    eval_windows: int = 32        # of the hold-out, before and after
+    seed: int = 0                 # of the adapters and the order of the data
+    device: str = "auto"          # auto, cpu, cuda, mps
+    # of products in training and of losses; auto: bfloat16 where it is faster
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+def check(settings):
+    """Raise UserError for settings that mean nothing."""
+    check_init(settings, "to train")
+    check_choices(settings)
+    check_positive(settings, ("rank", "alpha", "lr", "steps", "batch", "micro_batch", "block_size", "eval_windows"))
+    if not 0 < settings.keep <= 1:
+        raise UserError(f"--keep {settings.keep} must be above 0 and at most 1")
+    if not 0 <= settings.kd_weight <= 1:
+        raise UserError(f"--kd-weight {settings.kd_weight} must be between 0 and 1")
+    check_seed(settings)
+    check_multiple("--batch", settings.batch, settings.micro_batch)
+    if settings.teacher is None:
+        refuse_idle(settings, ("kd_weight",), "without --teacher")
+    if settings.keep == 1:
+        refuse_idle(settings, ("allocate",), "without --keep")
+    loraprune.cuts_of(settings.steps, settings.keep)
+
 
 def open_model(settings, device):
     """The model in float32 and what its file says besides. Raises UserError for a sparse model."""

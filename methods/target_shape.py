@@ -16,7 +16,6 @@ import torch
 import allocate
 import model as models
 from common import UserError
-from model import times
 
 # What growing leaves as it is.
 FIXED = ("vocab_size", "block_size", "head_dim", "tie_embeddings", "qkv_bias", "qk_norm", "norm_eps", "rope_theta",
@@ -136,7 +135,7 @@ def source_layers(old, new, how):
 
 def grown_config(config, settings):
     """The larger GPTConfig that the settings ask for."""
-    layers = times(config.n_layer, settings.enlarge_layers, 1, "--enlarge-layers")
+    layers = models.times(config.n_layer, settings.enlarge_layers, 1, "--enlarge-layers")
     sources = source_layers(config.n_layer, layers, settings.how)
     groups = [widened(config.n_kv_head[layer], settings.enlarge_kv, 1, "--enlarge-kv") for layer in sources]
     return dataclasses.replace(
@@ -148,8 +147,8 @@ def grown_config(config, settings):
 
 
 def widened(units, factor, multiple, flag):
-    """`times`, where an absent sub-block stays absent."""
-    return times(units, factor, multiple, flag) if units else 0
+    """`model.times`, where an absent sub-block stays absent."""
+    return models.times(units, factor, multiple, flag) if units else 0
 
 
 def refuse_misfit(old, config, sources):
