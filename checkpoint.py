@@ -50,7 +50,7 @@ from common import (
 from distill import freeze
 from formats import dcp, huggingface, origin, pt
 from formats.tokenizer import FILES, has_tokenizer, open_tokenizer
-from model import GPT, GPTConfig, check_values, config_from, with_context
+from model import GPT, GPTConfig, check_values, config_from, from_weights, shapes_of, with_context
 
 # In the first, one digest is over everything. In the second, each large tensor has its own.
 FORMATS = ("nanoprune checkpoint 1", "nanoprune checkpoint 2")
@@ -73,6 +73,13 @@ def save(path, model, **state):
     (the tokenizer's name, step, optimizer …), so that it loads with weights_only=True. Raises
     UserError for a model that no GPTConfig describes."""
     write(path, content_of(model, state))
+
+
+def save_made(folder, model, tokenizer, source, made, **state):
+    """Write a model that was made of another one as the folder of a run with one checkpoint. `source` is
+    the origin of the model (formats/origin.py). `made` says how, and stands where a run has its settings."""
+    save(folder / "ckpt_00000000.pt", model, step=0, tokenizer_files=tokenizer.files, **state, origin=source,
+         run={"tokenizer": tokenizer.name, **made})
 
 
 def content_of(model, state):
@@ -135,9 +142,7 @@ class Weights:
     @functools.cached_property
     def shapes(self):
         """{name: shape} of the parameters, in the model's order."""
-        with torch.device("meta"):
-            model = GPT(self.config)
-        return {name: tuple(p.shape) for name, p in model.named_parameters()}
+        return shapes_of(self.config)
 
     def rows(self, name, start, stop, dtype=None):
         """The rows [start, stop) of a parameter, in main memory and in the stored dtype. Raises Damaged
@@ -839,14 +844,11 @@ def fill_optimizer(optimizer, model, weights):
 def without_padding(model, rows):
     """The same model with the first `rows` rows of its embedding and head. The others are padding:
     no text has their tokens."""
-    with torch.device("meta"):
-        small = GPT(replace(model.config, vocab_size=rows))
     weights = model.state_dict()
     for name in ("embed.weight", "head.weight"):
         if name in weights:
             weights[name] = weights[name][:rows].clone()
-    small.load_state_dict(weights, assign=True)
-    return small
+    return from_weights(replace(model.config, vocab_size=rows), weights)
 
 
 def identity_of(config, corpus_fingerprint):

@@ -89,6 +89,25 @@ def check_positive(config, names):
             raise UserError(f"--{name.replace('_', '-')} {value} must be positive and finite")
 
 
+def check_init(config, purpose):
+    """Raise UserError if --init names no model. `purpose` completes the sentence "say what …"."""
+    if config.init is None:
+        raise UserError(f"say what {purpose} by --init: a checkpoint, a run folder, a Hugging Face folder or a hub id")
+
+
+def check_seed(config):
+    """Raise UserError for a --seed that random-number generators do not take."""
+    if not 0 <= config.seed < 2**63:
+        raise UserError(f"--seed {config.seed} must be between 0 and {2**63 - 1}")
+
+
+def check_multiple(flag, windows, micro_batch):
+    """Raise UserError if so many windows are no whole number of micro-batches."""
+    if windows % micro_batch:
+        raise UserError(f"{flag} {windows} is no multiple of --micro-batch {micro_batch}; try "
+                        f"{math.ceil(windows / micro_batch) * micro_batch}")
+
+
 def check_choices(config):
     """Raise UserError if a field whose type is a `Literal` has another value. `parse` refuses it on
     the command line; this is for callers that make their settings themselves."""

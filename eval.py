@@ -44,6 +44,7 @@ from common import (
     IGNORED,
     UserError,
     check_choices,
+    check_seed,
     has_fast_bfloat16,
     parse,
     pick_device,
@@ -285,8 +286,7 @@ def print_sample(config, model, tokenizer):
     if not 0 <= config.temperature < math.inf or config.top_k < 0 or config.tokens < 1:
         raise UserError(f"--temperature {config.temperature} and --top-k {config.top_k} must be "
                         f"finite and not negative, --tokens {config.tokens} at least 1")
-    if not 0 <= config.seed < 2**63:
-        raise UserError(f"--seed {config.seed} must be between 0 and {2**63 - 1}")
+    check_seed(config)
     texts = sample(model, tokenizer, prompts, config.tokens, config.temperature, config.top_k, config.seed)
     for prompt, text in zip(config.sample, texts):
         print(printable(f"\n{prompt}{text}"))

@@ -511,6 +511,22 @@ class GPT(nn.Module):
         return idx
 
 
+def shapes_of(config):
+    """The shapes of the parameters of GPT(config): {name: tuple}, in the model's order."""
+    with torch.device("meta"):
+        model = GPT(config)
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def from_weights(config, weights):
+    """The GPT of this config around the tensors {parameter name: tensor}, which it shares."""
+    # On the meta device no weights are made that would be thrown away at once.
+    with torch.device("meta"):
+        model = GPT(config)
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
 def padding_mask(lengths, start, device):
     """The causal mask (B, 1, T, S) of the columns from `start` in a batch that is padded on the
     left: true where row t sees column s. Padding sees itself, as attention must see something."""

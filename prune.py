@@ -36,11 +36,22 @@ import data
 import score
 import shard
 from allocate import ALLOCATIONS, RESOURCES
-from common import UserError, check_choices, has_fast_bfloat16, parse, pick_device, progress, refuse_idle, run
+from common import (
+    UserError,
+    check_choices,
+    check_init,
+    check_seed,
+    has_fast_bfloat16,
+    parse,
+    pick_device,
+    progress,
+    refuse_idle,
+    run,
+)
 from eval import dtype_name, evaluate
 from formats.origin import hand_on
 from methods import channels, depth, latency, local, margin, measured, mend, offload, policy, self_text, sparse
-from model import GPT, coupled
+from model import GPT, coupled, with_context
 from score import GRADIENTS, SCORES
 from tasks.questions import read_questions
 
@@ -310,8 +321,7 @@ def check_numbers(recipe):
         value = getattr(recipe, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
-    if not 0 <= recipe.seed < 2**63:
-        raise UserError(f"--seed {recipe.seed} must be between 0 and {2**63 - 1}")
+    check_seed(recipe)
     if leaves_parts_out(recipe):
         windows = recipe.measured_windows
         if windows % recipe.micro_batch or windows > recipe.windows:
@@ -642,9 +652,7 @@ def loading_dtype(recipe, device):
 def check_fits(recipe, model, device):
     """Raise UserError if this model cannot be cut by the recipe."""
     T = window_of(recipe, model)
-    if T > model.config.block_size:
-        raise UserError(f"{recipe.init} was trained with a context of {model.config.block_size} "
-                        f"tokens, not {T}; ask for at most that")
+    with_context(model.config, T, recipe.init)         # refuses longer windows than its context
     widest = max(model.config.d_ff)
     if recipe.structure != "channel" and recipe.multiple_of > max(1, widest):
         raise UserError(f"--multiple-of {recipe.multiple_of} is more than the {widest} neurons of the "
@@ -757,19 +765,16 @@ def save(recipe, model, out, tokenizer, fingerprint, origin=None):
     """Write the smaller model as a checkpoint that says what made it and, by `origin`, where the whole
     one came from. A sparse model has its masks beside it."""
     masks = sparse.pack(sparse.nonzero(model)) if sparse.is_sparse(recipe.structure) else None
-    about = {"tokenizer": tokenizer.name, "data": recipe.data, "fingerprint": fingerprint,
-             "cut_from": recipe.init, "recipe": dataclasses.asdict(recipe)}
+    made = {"data": recipe.data, "fingerprint": fingerprint, "cut_from": recipe.init,
+            "recipe": dataclasses.asdict(recipe)}
     # Nobody else can read the hold-out of a text that the whole model wrote.
     if writes_itself(recipe):
-        del about["data"]
-    checkpoint.save(out / "ckpt_00000000.pt", model, step=0, tokenizer_files=tokenizer.files,
-                    masks=masks, origin=origin, run=about)
+        del made["data"]
+    checkpoint.save_made(out, model, tokenizer, origin, made, masks=masks)
 
 
 def main(recipe):
-    if recipe.init is None:
-        raise UserError("say what to cut by --init: a checkpoint, a run folder, a Hugging Face folder "
-                        "or a hub id")
+    check_init(recipe, "to cut")
     check(recipe)
     # As files record it.
     recipe = dataclasses.replace(recipe, data=data.recorded(recipe.data))

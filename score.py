@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import data
 import shard
-from common import UserError
+from common import UserError, check_multiple
 from distill import chunked_loss
 from model import coupled, reader_of
 
@@ -298,9 +298,7 @@ def batches(tokens, block_size, windows, micro_batch, seed, flag="--windows"):
         raise UserError(f"the calibration text has {len(tokens):,} tokens, {windows} windows of "
                         f"{block_size} need {windows * block_size + 1:,}: give more text, or fewer "
                         f"{flag}")
-    if windows % micro_batch:
-        raise UserError(f"{flag} {windows} is no multiple of --micro-batch {micro_batch}; try "
-                        f"{math.ceil(windows / micro_batch) * micro_batch}")
+    check_multiple(flag, windows, micro_batch)
     return [data.batch(tokens, block_size, seed, step, 0, micro_batch=micro_batch, micro_steps=1)
             for step in range(windows // micro_batch)]
 

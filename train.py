@@ -321,7 +321,7 @@ class Setup:
     rank: int = 0
     world: int = 1
     folder: checkpoint.RunFolder | None = None     # None: nothing is evaluated, recorded or saved
-    cut_before: dict | None = None           # what prune.py wrote of the cut that made --init
+    cut_before: dict | None = None           # what the file of --init says of the cut or growth that made it
     waiting: object = None                   # the process group for long waits, see `join_processes`
     mesh: object = None                      # the processes that share the model; None: each has all of it
     signals: list = field(default_factory=list)    # those that this process has received
@@ -358,8 +358,7 @@ class Setup:
         return ((step * self.micro_steps + micro) * self.world + self.rank) * self.config.micro_batch
 
     def autocast(self):
-        kind = self.device.split(":")[0]
-        return torch.autocast(kind, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
+        return autocast(self.config, self.device)
 
     def measuring(self):
         """What a model runs under outside of training. The blocks of a sharded one are bfloat16 there,
@@ -908,6 +907,11 @@ def dtype_for(config, model_config, device):
     return "bfloat16" if wide_enough and has_fast_bfloat16(device) else "float32"
 
 
+def autocast(config, device):
+    """What training and its measurements run under: with --dtype bfloat16 products are in bfloat16."""
+    return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=config.dtype == "bfloat16")
+
+
 def check_ranges(config):
     """Raise UserError for numbers that mean nothing."""
     positive = ("steps", "batch_tokens", "micro_batch", "lr", "clip", "cuts", "score_every", "score_window",
@@ -969,8 +973,8 @@ def refuse_missing(config):
 
 
 def open_init(config):
-    """The run's Tokenizer, the GPTConfig of --init, what prune.py wrote of the cut that made it, and
-    its origin (the last three None without --init). Raises UserError if model and tokenizer, or a
+    """The run's Tokenizer, the GPTConfig of --init, what its file says of the cut or growth that made it,
+    and its origin (the last three None without --init). Raises UserError if model and tokenizer, or a
     sparse model and the plan, do not fit each other."""
     if not config.init:
         return open_tokenizer(config.tokenizer or "bytes"), None, None, None
@@ -982,7 +986,8 @@ def open_init(config):
         tokenizer.refuse_fewer_rows(model.config.vocab_size, config.init)
     else:
         tokenizer = checkpoint.tokenizer_of(model, about, config.init)
-    cut = {key: value for key, value in about.get("run", {}).items() if key in ("cut_from", "recipe")}
+    made_by = ("cut_from", "recipe", "grown_from", "growth")
+    cut = {key: value for key, value in about.get("run", {}).items() if key in made_by}
     return tokenizer, model.config, cut or None, hand_on(about)
 
 

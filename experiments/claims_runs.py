@@ -21,7 +21,7 @@ import prune
 import train
 from common import UserError
 from formats.tokenizer import open_tokenizer
-from methods import grow
+from methods import grow, target_shape
 from schedule import PLANS
 
 RECOVERY_SEED = 100                    # is added behind a cut, for another order of the data
@@ -474,7 +474,7 @@ def grown_config(run):
     if settings is None:
         return None
     target, _ = models.preset(run.size, vocabulary(), 1)
-    return grow.grown_config(target, grow.Grow(**settings))
+    return target_shape.grown_config(target, grow.Grow(**settings))
 
 
 def vocabulary():

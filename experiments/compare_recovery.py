@@ -37,7 +37,8 @@ from methods import lora
 LORAPRUNE = "LoRAPrune"       # the dense model, whose units go while its adapters train
 RECOVERED = (
     "dense", LORAPRUNE, "taylor / global / mended", "LLM-Pruner, FFN", "Adapt-Pruner, FFN", "Minitron, FFN",
-    "Shortened LLaMA, PPL", "Minitron, channels", "Bypass Back-propagation", "2:4, Wanda / mended", "half, SparseGPT / mended")
+    "Shortened LLaMA, PPL", "Minitron, channels", "Bypass Back-propagation", "2:4, Wanda / mended",
+    "half, SparseGPT / mended")
 WAYS = {"full": "train.py", "lora": "-m methods.lora"}     # what follows "python" in a command
 WINDOWS = 4                   # of an optimizer step
 SEED = 0                      # of the calibration, the adapters and the order of the text

@@ -52,9 +52,9 @@ def recoveries(runs, first):
     for curve, run in enumerate(recovered.values()):
         config = run["config"][0]
         cut = config.get("cut")
-        if not cut or (cut["cut_from"], config["seed"]) not in controls:
+        model = (cut or {}).get("cut_from"), config["seed"]
+        if model not in controls:
             continue
-        model = cut["cut_from"], config["seed"]
         n0, before, losses = controls[model]
         kind = KINDS[cut["recipe"]["structure"]]
         n = removable(config["start"])

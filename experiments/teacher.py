@@ -95,11 +95,6 @@ def held(model, student, x, y, k):
     return known / len(hidden), full / len(hidden)
 
 
-def autocast(settings, device):
-    """As train.py runs a teacher."""
-    return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=settings.dtype == "bfloat16")
-
-
 def open_model(config, device):
     """The teacher, its tokenizer and its corpus: -> model, corpus, and the settings of train.py that
     they belong to."""
@@ -136,7 +131,7 @@ def main(config):
     if config.student:
         student, _ = checkpoint.load(config.student, device, torch.float32)
         x, y = data.batch(corpus.train, T, config.seed, 0, 0, micro_batch=config.batch, micro_steps=1)
-        with autocast(settings, device):
+        with train.autocast(settings, device):
             known, full = held(model, student, x.to(device), y.to(device), config.top)
         print(f"on {config.batch * T:,} tokens the KL of {config.student} is {full:.4f} nats per token, to the "
               f"{config.top} likeliest tokens and their tail {known:.4f} ({known / full:.1%})")
@@ -161,7 +156,7 @@ def write(config, settings, model, corpus, identity, folder):
     # Batches begin at multiples of --batch. One of which the folder holds a part is read again.
     for step in progress(range(samples // config.batch, -(-needed // config.batch)), "teacher"):
         x, y = data.batch(corpus.train, T, config.seed, step, 0, micro_batch=config.batch, micro_steps=1)
-        with autocast(settings, device):
+        with train.autocast(settings, device):
             records = records_of(model, x.to(device), y.to(device), kind)
         first = step * config.batch
         records = records[:needed - first]

@@ -1,5 +1,5 @@
-"""A narrower residual stream: every matrix, norm and embedding loses the same channels (d_model
-gets smaller).
+"""A narrower or wider residual stream: every matrix, norm and embedding loses the same channels, or gets
+as many copies of each (d_model changes).
 
     python prune.py --init runs/scratch-laptop-0 --keep 0.7 --structure channel --score activation
     python -m pytest tests/methods/test_channels.py            # sliced channels are zeroed channels
@@ -8,6 +8,10 @@ Minitron (arXiv 2407.14679) ranks channels by what the norms put out. LLM-Pruner
 ranks them by the weights that read or write them. A dead channel is 0 everywhere in the stream, so
 slicing it off keeps the logits; it does not keep the next step of AdamW, as slicing units does
 (prune.py), because the norms' gains change.
+
+Channels grow by a whole factor r (methods/grow.py): RMSNorm sees the same mean of squares only if all
+channels have equally many copies. bert2BERT (arXiv 2110.07143) takes any factor, which changes what
+its norms put out.
 """
 import dataclasses
 import math
@@ -15,7 +19,7 @@ import math
 import torch
 
 from common import UserError
-from model import GPT
+from model import by_unit, from_weights
 from score import wide
 
 # The matrices that read the residual stream have a column per channel, the others a row.
@@ -52,8 +56,6 @@ def slice_channels(model, kept):
     n = len(kept)
     scale = math.sqrt(C / n)
     config = dataclasses.replace(model.config, d_model=n, norm_eps=model.config.norm_eps * C / n)
-    with torch.device("meta"):
-        small = GPT(config)
     weights = {}
     for name, w in model.named_parameters():
         part = name.removesuffix(".weight").rsplit(".", 1)[-1]
@@ -66,8 +68,7 @@ def slice_channels(model, kept):
         if config.qk_norm and (".attn.q." in name or ".attn.k." in name):
             w = w * scale
         weights[name] = w.clone()
-    small.load_state_dict(weights, assign=True)
-    return small
+    return from_weights(config, weights)
 
 
 def narrowed(model, stats, score, budget, multiple_of):
@@ -84,3 +85,27 @@ def narrowed(model, stats, score, budget, multiple_of):
                         "channels; keep more")
     ranked = channel_scores(model, stats, score).argsort(descending=True, stable=True)
     return slice_channels(model, ranked[:fitting].sort().values)
+
+
+def more_channels(name, w, r, noise=None):
+    """A parameter of a model with r times as many channels. The residual stream and the norms' outputs
+    are r copies of what they were.
+
+    A matrix that reads the stream has W / r in each copy. With `noise`, a function that draws numbers of
+    a tensor's shape, numbers that sum to 0 over the copies are added to that: they read differences of
+    copies, which are 0 at first, and give the copies different gradients. The head reads 1/r of the
+    stream by the gain of the norm before it, as it may be the embedding."""
+    if name.endswith(("bias", "q_norm.weight", "k_norm.weight")):
+        return w
+    if name.endswith(("o.weight", "down.weight")):
+        return w.repeat(r, 1)
+    if w.dim() == 1:
+        return w.repeat(r) / (r if name == "norm.weight" else 1)
+    tiled = w.repeat(1, r)
+    if not name.endswith(READ_THE_STREAM):
+        return tiled
+    tiled = tiled / r
+    if noise is not None:
+        added = by_unit(noise(tiled), 1, r)                            # (out, r, C)
+        tiled += (added - added.mean(1, keepdim=True)).flatten(1)
+    return tiled

@@ -22,14 +22,14 @@ Four ways to grow:
             above, U[i] = W_above[g(i)]. Not exact. New units with the same g(i) stay copies of each other.
 
 Layers: a new one is a copy of the one below that writes zeros into the residual stream, which is exact
-(LLaMA Pro, arXiv 2401.02415); "aki" stacks the layers as bert2BERT does. Channels grow by a whole factor
-r, in every way of growing exactly: RMSNorm sees the same mean of squares only if all channels have
-equally many copies. bert2BERT takes any factor, which changes what its norms put out.
+(LLaMA Pro, arXiv 2401.02415); "aki" stacks the layers as bert2BERT does. Channels grow exactly in all
+four ways (methods/channels.py).
 
 Not here: bert2BERT's second stage (training the lower layers first), the optimizer's moments, and another
 head_dim, vocabulary or number of query heads to a KV head.
 """
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,11 +39,12 @@ import torch
 
 import checkpoint
 import data
-from common import UserError, check_choices, parse, pick_device, run
+from common import UserError, check_choices, check_init, check_seed, parse, pick_device, run
 from eval import evaluate
 from formats.origin import hand_on
-from methods.channels import READ_THE_STREAM
-from model import GPT, by_unit, coupled, reader_of, times
+from methods.channels import more_channels
+from methods.target_shape import grown_config, refuse_misfit, source_layers
+from model import by_unit, coupled, from_weights, reader_of, shapes_of
 
 How = Literal["fresh", "copy", "split", "aki"]
 
@@ -53,9 +54,6 @@ STD = 0.02
 # range in which each copy's share is drawn before the shares of a unit are divided by their sum.
 NOISE = 0.1
 SHARES = (0.5, 1.5)
-# What growing leaves as it is.
-FIXED = ("vocab_size", "block_size", "head_dim", "tie_embeddings", "qkv_bias", "qk_norm", "norm_eps", "rope_theta",
-         "rope_scaling")
 
 
 @torch.no_grad()
@@ -66,11 +64,9 @@ def grow(model, config, how="fresh", seed=0):
     sources = source_layers(old.n_layer, config.n_layer, how)
     refuse_misfit(old, config, sources)
     generator = torch.Generator().manual_seed(seed)
-    with torch.device("meta"):
-        large = GPT(config)
 
     small = dict(model.named_parameters())
-    weights = {name: small[source_name(name, sources)].clone() for name, _ in large.named_parameters()}
+    weights = {name: small[source_name(name, sources)].clone() for name in shapes_of(config)}
     for (layer, kind), units in config.widths().items():
         if units == 0:
             continue
@@ -79,23 +75,14 @@ def grow(model, config, how="fresh", seed=0):
             weights[name] = tensor
         if how != "aki" and sources[layer] in sources[:layer]:
             weights[reader_of(config, layer, kind)].zero_()
-    times_channels = config.d_model // old.d_model
-    if times_channels > 1:
-        weights = {name: more_channels(name, w, times_channels, how, generator) for name, w in weights.items()}
-    large.load_state_dict(weights, assign=True)
-    return large
+    copies = config.d_model // old.d_model
+    if copies > 1:
+        noise = None if how == "copy" else functools.partial(fresh, generator=generator)
+        weights = {name: more_channels(name, w, copies, noise) for name, w in weights.items()}
+    return from_weights(config, weights)
 
 
 # -- layers
-
-def source_layers(old, new, how):
-    """The layer that each of `new` layers is made of, as a list. New layers are spread evenly, each
-    behind the one that it copies; "aki" stacks the model as a whole, and fills up with its top."""
-    if how == "aki":
-        whole = new // old * old
-        return [layer % old for layer in range(whole)] + list(range(old - new + whole, old))
-    return [layer * old // new for layer in range(new)]
-
 
 def source_name(name, sources):
     """The parameter of the small model that stands where this one does in the large model."""
@@ -103,6 +90,16 @@ def source_name(name, sources):
         return name
     _, layer, rest = name.split(".", 2)
     return f"blocks.{sources[int(layer)]}.{rest}"
+
+
+def layer_above(config, layer, kind):
+    """The layer that "aki" takes new rows from: the next one if its units have the same shape, else the
+    layer itself."""
+    above = layer + 1
+    if above == config.n_layer or config.widths()[above, kind] == 0:
+        return layer
+    is_alike = kind == "ffn" or config.queries_per_group(above) == config.queries_per_group(layer)
+    return above if is_alike else layer
 
 
 # -- units
@@ -132,16 +129,6 @@ def grown_units(model, layer, kind, units, how, generator):
     return tensors
 
 
-def layer_above(config, layer, kind):
-    """The layer that "aki" takes new rows from: the next one if its units have the same shape, else the
-    layer itself."""
-    above = layer + 1
-    if above == config.n_layer or config.widths()[above, kind] == 0:
-        return layer
-    is_alike = kind == "ffn" or config.queries_per_group(above) == config.queries_per_group(layer)
-    return above if is_alike else layer
-
-
 def shares(source, old, how, generator):
     """What each unit's columns are multiplied by: (units,) float64. Those of one unit's copies sum to 1.
     With "fresh" the first `old` units keep theirs and the new ones have 0."""
@@ -159,7 +146,7 @@ def changed_rows(rows, w, how, generator):
     bias has no noise, and is 0 in fresh units, as in a new model."""
     is_bias = w.dim() == 2                                             # (units, entries)
     if how == "fresh":
-        return torch.zeros_like(rows) if is_bias else STD * drawn(rows, generator)
+        return torch.zeros_like(rows) if is_bias else fresh(rows, generator)
     if how == "split" and not is_bias:
         return rows + NOISE * w.std() * drawn(rows, generator)
     return rows
@@ -170,56 +157,9 @@ def drawn(like, generator):
     return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
 
 
-# -- channels
-
-def more_channels(name, w, r, how, generator):
-    """A parameter of a model with r times as many channels. The residual stream and the norms' outputs
-    are r copies of what they were.
-
-    A matrix that reads the stream has W / r in each copy. Apart from "copy", numbers that sum to 0 over
-    the copies are added to that: they read differences of copies, which are 0 at first, and give the
-    copies different gradients. The head reads 1/r of the stream by the gain of the norm before it, as
-    it may be the embedding."""
-    if name.endswith(("bias", "q_norm.weight", "k_norm.weight")):
-        return w
-    if name.endswith(("o.weight", "down.weight")):
-        return w.repeat(r, 1)
-    if w.dim() == 1:
-        return w.repeat(r) / (r if name == "norm.weight" else 1)
-    tiled = w.repeat(1, r)
-    if not name.endswith(READ_THE_STREAM):
-        return tiled
-    tiled = tiled / r
-    if how != "copy":
-        noise = by_unit(STD * drawn(tiled, generator), 1, r)           # (out, r, C)
-        tiled += (noise - noise.mean(1, keepdim=True)).flatten(1)
-    return tiled
-
-
-# -- refusals
-
-def refuse_misfit(old, config, sources):
-    """Raise UserError if a model of the config `old` cannot grow into one of the other config."""
-    for name in FIXED:
-        if getattr(old, name) != getattr(config, name):
-            raise UserError(f"a model grows in units, layers and channels, and its {name} stays {getattr(old, name)}, "
-                            f"not {getattr(config, name)}; train another model")
-    if config.d_model % old.d_model:
-        raise UserError(f"{config.d_model} channels are no whole multiple of {old.d_model}, and RMSNorm would see "
-                        f"another mean of squares; give {old.d_model * math.ceil(config.d_model / old.d_model)}")
-    if config.n_layer < old.n_layer:
-        raise UserError(f"{config.n_layer} layers are fewer than the model's {old.n_layer}; cut by prune.py instead")
-    for (layer, kind), units in config.widths().items():
-        source = sources[layer]
-        before = old.widths()[source, kind]
-        if units < before:
-            raise UserError(f"layer {layer} would have {units} {kind} units, fewer than the {before} that it grows "
-                            "from; cut by prune.py instead")
-        if before == 0 and units > 0:
-            raise UserError(f"layer {layer} has no {kind} units that could grow into {units}; leave it without")
-        if kind == "kv" and config.queries_per_group(layer) != old.queries_per_group(source):
-            raise UserError(f"layer {layer} has {old.queries_per_group(source)} query heads to a KV head, which stay, "
-                            f"and not {config.queries_per_group(layer)}; grow the KV heads")
+def fresh(like, generator):
+    """Weights as a new model has them."""
+    return STD * drawn(like, generator)
 
 
 # -- the command
@@ -242,8 +182,7 @@ class Grow:
 def check(settings):
     """Raise UserError for settings that mean nothing."""
     check_choices(settings)
-    if settings.init is None:
-        raise UserError("say what grows by --init: a checkpoint, a run folder, a Hugging Face folder or a hub id")
+    check_init(settings, "grows")
     factors = {name: getattr(settings, name) for name in ("enlarge_ff", "enlarge_kv", "enlarge_layers",
                                                           "enlarge_channels")}
     for name, factor in factors.items():
@@ -255,26 +194,7 @@ def check(settings):
                         "1")
     if settings.eval_windows < 0:
         raise UserError(f"--eval-windows {settings.eval_windows} must be 0 or more")
-    if not 0 <= settings.seed < 2**63:
-        raise UserError(f"--seed {settings.seed} must be between 0 and {2**63 - 1}")
-
-
-def grown_config(config, settings):
-    """The larger GPTConfig that the settings ask for."""
-    layers = times(config.n_layer, settings.enlarge_layers, 1, "--enlarge-layers")
-    sources = source_layers(config.n_layer, layers, settings.how)
-    groups = [widened(config.n_kv_head[layer], settings.enlarge_kv, 1, "--enlarge-kv") for layer in sources]
-    return dataclasses.replace(
-        config,
-        d_ff=[widened(config.d_ff[layer], settings.enlarge_ff, 8, "--enlarge-ff") for layer in sources],
-        n_kv_head=groups,
-        n_head=[config.queries_per_group(layer) * n for layer, n in zip(sources, groups)],
-        d_model=config.d_model * settings.enlarge_channels)
-
-
-def widened(units, factor, multiple, flag):
-    """`times`, where an absent sub-block stays absent."""
-    return times(units, factor, multiple, flag) if units else 0
+    check_seed(settings)
 
 
 def print_loss(settings, model, corpus, when):
@@ -305,15 +225,14 @@ def grow_and_save(settings, out):
                         "mask; grow the dense model, then prune.py")
     tokenizer = checkpoint.tokenizer_of(model, about, settings.init)
     larger = grow(model, grown_config(model.config, settings), settings.how, settings.seed)
-    saved = {"tokenizer": tokenizer.name, "grown_from": settings.init, "growth": dataclasses.asdict(settings)}
+    made = {"grown_from": settings.init, "growth": dataclasses.asdict(settings)}
     corpus = None
     if settings.eval_windows:
         corpus = data.load_mixture(settings.data, tokenizer, block_size=min(512, model.config.block_size))
-        saved |= {"data": settings.data, "fingerprint": corpus.fingerprint}
+        made |= {"data": settings.data, "fingerprint": corpus.fingerprint}
     print_loss(settings, model, corpus, "before")
     print_loss(settings, larger, corpus, "after")
-    checkpoint.save(out / "ckpt_00000000.pt", larger, step=0, tokenizer_files=tokenizer.files, origin=hand_on(about),
-                    run=saved)
+    checkpoint.save_made(out, larger, tokenizer, hand_on(about), made)
     if settings.how == "copy":
         print("a copied unit gets the gradients of the unit that it copies: the copies never differ, however long they "
               "train; --how fresh or split parts them")

@@ -4,15 +4,12 @@
     python -m methods.lora --init MODEL --keep 0.8 --data texts/brown.jsonl --steps 1000 --out runs/loraprune
     python -m pytest tests/methods/test_lora.py
 
-LoRA (arXiv 2106.09685) freezes each matrix W (out, in) of the blocks and trains two small ones beside
-it: y = W x + α/r · B A x, with A (r, in) drawn and B (out, r) zero. LLM-Pruner and Shortened LLaMA
-recover with it: rank 8, α 16, peak rate 1e-4, all seven matrices of a block. In the end W + α/r · B A
-takes the place of W, so that the result is a plain checkpoint.
+LoRA (arXiv 2106.09685) trains y = W x + α/r · B A x, where only A and B learn (methods/adapters.py).
+LLM-Pruner and Shortened LLaMA recover with it: rank 8, α 16, peak rate 1e-4, all seven matrices of a
+block. In the end B A becomes part of W, so that the result is a plain checkpoint.
 
-The frozen matrices take no gradient at all: Adam's moments, and the file of a killed run, are those of a
-few per cent of the parameters. With --keep units are cut on the way (methods/loraprune.py). Dropout (0.05 in
-the releases) is left out, as no model of this project has any. A sparse model is refused, as B A would fill
-its zeros.
+With --keep units are cut on the way (methods/loraprune.py). Dropout (0.05 in the releases) is left out, as
+no model of this project has any. A sparse model is refused, as B A would fill its zeros.
 """
 import contextlib
 import dataclasses
@@ -25,150 +22,39 @@ from typing import Literal
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 import checkpoint
 import data
 import distill
 import prune
 import schedule
+from checkpoint import State
 from common import (
     UserError,
     check_choices,
+    check_init,
+    check_multiple,
     check_positive,
-    first_line,
+    check_seed,
     parse,
     peak_memory,
     pick_device,
     progress,
-    read_pickled_tensors,
     refuse_idle,
     run,
 )
 from formats.origin import hand_on
-from formats.pt import digest_of
-from methods import loraprune
-from model import GPT
+from methods import adapters, loraprune
 
 CLIP = 1.0                    # gradient norm, as in the trainer that both papers use
-# What a killed run leaves, and how many steps it loses at most.
-UNFINISHED = "adapters.pt"
-SAVE_EVERY = 50
-
-
-# -- the adapters
-
-class Adapted(nn.Module):
-    """A linear layer that is frozen and trained through two matrices of rank r: (..., in) -> (..., out).
-    Its weight and bias keep their names."""
-    def __init__(self, linear, rank, alpha, generator):
-        super().__init__()
-        self.weight = linear.weight
-        self.bias = linear.bias
-        self.scale = alpha / rank
-        # On the CPU, so that the same seed draws the same numbers for every device.
-        uniform = 2 * torch.rand(rank, linear.in_features, generator=generator) - 1
-        self.A = nn.Parameter(uniform.to(self.weight) / math.sqrt(linear.in_features))
-        self.B = nn.Parameter(self.weight.new_zeros(linear.out_features, rank))
-
-    def forward(self, x):
-        # B (A x), where W takes no gradient, costs less than the gradient of all of (W + B A) x.
-        low = self.scale * F.linear(x, self.A)                          # (..., r)
-        out = F.linear(x, self.weight, self.bias)
-        # In one pass over the output.
-        return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), self.B.T).view_as(out)
-
-    def merged(self):
-        """W + α/r · B A, (out, in)."""
-        return self.weight + self.scale * (self.B @ self.A)
-
-
-def adapt(model, rank=8, alpha=16, seed=0):
-    """Freeze the model, in place, and put adapters beside all matrices of its blocks. Returns the
-    parameters that train."""
-    generator = torch.Generator().manual_seed(seed)
-    model.requires_grad_(False)
-    for block in model.blocks:
-        for part in block.children():
-            for name, linear in list(part.named_children()):
-                if isinstance(linear, nn.Linear):
-                    setattr(part, name, Adapted(linear, rank, alpha, generator))
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-@torch.no_grad()
-def merge(model):
-    """A plain GPT with the same logits, up to rounding. The adapted model stays as it is."""
-    weights = {name: p.detach() for name, p in model.named_parameters() if not name.endswith((".A", ".B"))}
-    for name, module in model.named_modules():
-        if isinstance(module, Adapted):
-            weights[f"{name}.weight"] = module.merged()
-    with torch.device("meta"):
-        plain = GPT(model.config)
-    plain.load_state_dict(weights, assign=True)
-    return plain
+SAVE_EVERY = 50               # steps that a killed run loses at most
 
 
 # -- training
 
-@dataclass(frozen=True)
-class Lora:
-    init: str | None = None       # what is trained back, or with --keep cut: a checkpoint, run, HF folder or hub id
-    out: str | None = None        # folder; default runs/lora-NAME, or runs/loraprune-NAME-KEEP
-    keep: float = 1.0             # below 1: LoRAPrune, and the kept fraction of what all units cost in parameters
-    allocate: Literal["middle", "uniform", "global"] = "middle"    # of --keep: which layers lose units
-    data: tuple[str, ...] = ("stdlib",)    # stdlib; packages; files; hf:NAME[:CONFIG]; or several, as A:2 B
-    teacher: str | None = None    # a model with the same tokenizer to learn from as well
-    kd_weight: float = 0.5        # share of the teacher's KL in the loss
-    rank: int = 8                 # of the adapters
-    alpha: float = 16.0           # the adapters' product counts alpha / rank times
-    lr: float = 1e-4              # peak; it falls on a cosine to a tenth
-    steps: int = 256              # optimizer steps
-    batch: int = 8                # windows per step
-    micro_batch: int = 4          # windows per forward pass
-    block_size: int | None = None    # tokens in a window; default: the model's context, at most 512
-    eval_windows: int = 32        # of the hold-out, before and after
-    seed: int = 0                 # of the adapters and the order of the data
-    device: str = "auto"          # auto, cpu, cuda, mps
-    # of products in training and of losses; auto: bfloat16 where it is faster
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-
-
-def check(settings):
-    """Raise UserError for settings that mean nothing."""
-    if settings.init is None:
-        raise UserError("say what to train by --init: a checkpoint, a run folder, a Hugging Face folder or a hub id")
-    check_choices(settings)
-    check_positive(settings, ("rank", "alpha", "lr", "steps", "batch", "micro_batch", "block_size", "eval_windows"))
-    if not 0 < settings.keep <= 1:
-        raise UserError(f"--keep {settings.keep} must be above 0 and at most 1")
-    if not 0 <= settings.kd_weight <= 1:
-        raise UserError(f"--kd-weight {settings.kd_weight} must be between 0 and 1")
-    if not 0 <= settings.seed < 2**63:
-        raise UserError(f"--seed {settings.seed} must be between 0 and {2**63 - 1}")
-    if settings.batch % settings.micro_batch:
-        raise UserError(f"--batch {settings.batch} is no multiple of --micro-batch {settings.micro_batch}; try "
-                        f"{math.ceil(settings.batch / settings.micro_batch) * settings.micro_batch}")
-    if settings.teacher is None:
-        refuse_idle(settings, ("kd_weight",), "without --teacher")
-    if settings.keep == 1:
-        refuse_idle(settings, ("allocate",), "without --keep")
-    loraprune.cuts_of(settings.steps, settings.keep)
-
-
-@dataclass
-class State:
-    """All that a training step changes."""
-    model: GPT                       # with adapters
-    optimizer: torch.optim.Optimizer
-    alive: dict                      # {(layer, kind): indices of living units}
-    averages: dict | None = None     # {(layer, kind): (2, units)}, of `importance`
-    step: int = 0                    # steps done
-
-
 def begin(model, settings):
     """Put adapters into the model, in place: the State before the first step."""
-    parameters = adapt(model, settings.rank, settings.alpha, settings.seed)
+    parameters = adapters.adapt(model, settings.rank, settings.alpha, settings.seed)
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
     return State(model, optimizer, prune.everything(model.config))
 
@@ -224,51 +110,48 @@ def backward(objective, text, settings, step, teacher, autocast):
     return mean
 
 
-# -- a run that was killed
-
-def save(path, identity, state):
-    """Write what training has changed: the adapters, Adam's moments, the living units, the averages."""
-    adapters = {name: p.detach() for name, p in state.model.named_parameters() if p.requires_grad}
-    content = {"identity": identity, "step": state.step, "adapters": adapters,
-               "optimizer": state.optimizer.state_dict(), "alive": checkpoint.listed(state.alive),
-               "averages": checkpoint.listed(state.averages)}
-    checkpoint.write(path, {"content": content, "content_digest": digest_of(content)})
-
-
-@torch.no_grad()
-def resume(path, identity, state):
-    """Put what `save` wrote into the State of `begin`, in place. Raises UserError for a damaged file, and
-    for one of other settings, another model or another text."""
-    file = read_pickled_tensors(path, "delete it to begin anew")
-    saved = file.get("content") if isinstance(file, dict) else None
-    if not isinstance(saved, dict) or file.get("content_digest") != digest_of(saved):
-        raise UserError(f"{path} is damaged; delete it to begin anew")
-    recorded = saved.get("identity")
-    if not isinstance(recorded, dict):
-        recorded = {}
-    differ = [name for name, value in identity.items() if recorded.get(name) != value]
-    if differ:
-        raise UserError(f"{path} is of a run with another {', '.join(differ)}; give another --out, or delete it to "
-                        "begin anew")
-    try:
-        fill(state, saved)
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
-        raise UserError(f"{path} does not hold the state of a run ({first_line(problem)}); delete it to begin "
-                        "anew") from None
-
-
-def fill(state, saved):
-    """Put what `save` wrote into the State, in place."""
-    for name, value in saved["adapters"].items():
-        state.model.get_parameter(name).copy_(value)
-    state.optimizer.load_state_dict(saved["optimizer"])
-    state.alive = checkpoint.by_key(saved["alive"])
-    state.averages = checkpoint.by_key(saved["averages"], state.model.embed.weight.device)
-    state.step = saved["step"]
-    loraprune.zero_(state.model, state.optimizer, state.alive)
-
-
 # -- the command
+
+@dataclass(frozen=True)
+class Lora:
+    init: str | None = None       # what is trained back, or with --keep cut: a checkpoint, run, HF folder or hub id
+    out: str | None = None        # folder; default runs/lora-NAME, or runs/loraprune-NAME-KEEP
+    keep: float = 1.0             # below 1: LoRAPrune, and the kept fraction of what all units cost in parameters
+    allocate: Literal["middle", "uniform", "global"] = "middle"    # of --keep: which layers lose units
+    data: tuple[str, ...] = ("stdlib",)    # stdlib; packages; files; hf:NAME[:CONFIG]; or several, as A:2 B
+    teacher: str | None = None    # a model with the same tokenizer to learn from as well
+    kd_weight: float = 0.5        # share of the teacher's KL in the loss
+    rank: int = 8                 # of the adapters
+    alpha: float = 16.0           # the adapters' product counts alpha / rank times
+    lr: float = 1e-4              # peak; it falls on a cosine to a tenth
+    steps: int = 256              # optimizer steps
+    batch: int = 8                # windows per step
+    micro_batch: int = 4          # windows per forward pass
+    block_size: int | None = None    # tokens in a window; default: the model's context, at most 512
+    eval_windows: int = 32        # of the hold-out, before and after
+    seed: int = 0                 # of the adapters and the order of the data
+    device: str = "auto"          # auto, cpu, cuda, mps
+    # of products in training and of losses; auto: bfloat16 where it is faster
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+def check(settings):
+    """Raise UserError for settings that mean nothing."""
+    check_init(settings, "to train")
+    check_choices(settings)
+    check_positive(settings, ("rank", "alpha", "lr", "steps", "batch", "micro_batch", "block_size", "eval_windows"))
+    if not 0 < settings.keep <= 1:
+        raise UserError(f"--keep {settings.keep} must be above 0 and at most 1")
+    if not 0 <= settings.kd_weight <= 1:
+        raise UserError(f"--kd-weight {settings.kd_weight} must be between 0 and 1")
+    check_seed(settings)
+    check_multiple("--batch", settings.batch, settings.micro_batch)
+    if settings.teacher is None:
+        refuse_idle(settings, ("kd_weight",), "without --teacher")
+    if settings.keep == 1:
+        refuse_idle(settings, ("allocate",), "without --keep")
+    loraprune.cuts_of(settings.steps, settings.keep)
+
 
 def open_model(settings, device):
     """The model in float32 and what its file says besides. Raises UserError for a sparse model."""
@@ -281,10 +164,7 @@ def open_model(settings, device):
         raise UserError(f"{settings.init} was trained with a context of {model.config.block_size} tokens, not {T}; "
                         "give --block-size of at most that")
     if settings.keep < 1:
-        # An impossible budget is refused before the work begins.
-        alive = prune.everything(model.config)
-        even = {key: torch.zeros(2, len(indices)) for key, indices in alive.items()}
-        loraprune.living(model.config, settings.keep, settings.allocate, even, alive)
+        loraprune.check_budget(model.config, settings.keep, settings.allocate)
     return model, about
 
 
@@ -315,7 +195,7 @@ def main(settings):
     out = Path(settings.out or usual)
     with checkpoint.locked(out):
         # What a killed run left is gone on with.
-        if checkpoint.newest(out) or not (out / UNFINISHED).exists():
+        if checkpoint.newest(out) or not (out / adapters.UNFINISHED).exists():
             checkpoint.refuse_existing(out)
         train_and_save(settings, out)
 
@@ -330,7 +210,7 @@ def train_and_save(settings, out):
     T = prune.window_of(settings, model)
     corpus = data.load_mixture(settings.data, tokenizer, block_size=T)
     start = model.config
-    made = {"tokenizer": tokenizer.name, "data": settings.data, "fingerprint": corpus.fingerprint,
+    made = {"data": settings.data, "fingerprint": corpus.fingerprint,
             "recipe": {"command": "methods.lora", **dataclasses.asdict(settings)}}
     identity = {name: value for name, value in dataclasses.asdict(settings).items()
                 if name not in ("device", "out", "eval_windows")}
@@ -338,23 +218,22 @@ def train_and_save(settings, out):
     prune.print_losses(settings, model, corpus, "before", dtype)
 
     state = begin(model, settings)
-    unfinished = out / UNFINISHED
+    unfinished = out / adapters.UNFINISHED
     if unfinished.exists():
-        resume(unfinished, identity, state)
+        adapters.resume(unfinished, identity, state)
         print(f"going on from step {state.step}")
     clock = time.perf_counter()
     steps = settings.steps - state.step
     autocast = functools.partial(torch.autocast, device.split(":")[0], torch.bfloat16, dtype == torch.bfloat16)
-    train(state, corpus.train, settings, teacher, autocast, functools.partial(save, unfinished, identity))
+    train(state, corpus.train, settings, teacher, autocast, functools.partial(adapters.save, unfinished, identity))
     seconds = time.perf_counter() - clock
 
-    small, _ = prune.slice(merge(model), None, state.alive)
+    small, _ = prune.slice(adapters.merge(model), None, state.alive)
     # What the model that was trained back was cut from stays known. How it was cut is a step of the origin.
     cut_from = settings.init if settings.keep < 1 else about.get("run", {}).get("cut_from")
     if cut_from:
         made["cut_from"] = cut_from
-    checkpoint.save(out / "ckpt_00000000.pt", small, step=0, tokenizer_files=tokenizer.files, origin=hand_on(about),
-                    run=made)
+    checkpoint.save_made(out, small, tokenizer, hand_on(about), made)
     unfinished.unlink(missing_ok=True)
     prune.print_losses(settings, small, corpus, "after", dtype)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

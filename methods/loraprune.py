@@ -3,7 +3,7 @@
     python -m methods.lora --init MODEL --keep 0.8 --data texts/brown.jsonl --steps 1000 --out runs/loraprune
     python -m pytest tests/methods/test_loraprune.py
 
-With LoRA (methods/lora.py) a matrix is W + s B A, s = α/r, and only A and B have gradients. LoRAPrune (arXiv
+With LoRA (methods/adapters.py) a matrix is W + s B A, s = α/r, and only A and B have gradients. LoRAPrune (arXiv
 2305.18403) takes one step of gradient descent on B A for the gradient of W,
 
     G = ∂B · A + B · ∂A - ∂B · ∂A,
@@ -107,6 +107,13 @@ def cuts_of(steps, keep):
     except ValueError:
         raise UserError(f"--keep {keep:g} is cut between the first and the last tenth of --steps {steps}, which "
                         "leaves no step to cut at; give more --steps") from None
+
+
+def check_budget(config, keep, how):
+    """Raise UserError if no cut can leave so little, before the work begins."""
+    alive = prune.everything(config)
+    even = {key: torch.zeros(2, len(indices)) for key, indices in alive.items()}
+    living(config, keep, how, even, alive)
 
 
 def living(config, keep, how, averages, alive):

@@ -8,17 +8,15 @@ are open as a target shape has.
     python -m pytest tests/methods/test_sheared.py
 
 Sheared LLaMA (arXiv 2310.06694, section 2.1) prunes to a shape that is given and uniform, and learns
-which units, layers and channels make it up. A gate z has one parameter, log_alpha. While it trains it
-is drawn from the hard concrete distribution (arXiv 1712.01312), with u uniform in (0, 1):
+which units, layers and channels make it up. A gate z has one parameter, log_alpha, and is drawn anew
+in each micro-batch (gates.py).
 
-    z        = clamp(sigmoid((log(u / (1 - u)) + log_alpha) / T) · 1.2 - 0.1, 0, 1)         T = 2/3
-    P(z > 0) = sigmoid(log_alpha - T · log(1/11))
-    loss     = cross-entropy + Σ over kinds of mean over layers of  m1 · (s - t) + m2 · (s - t)²
+    loss = cross-entropy + Σ over kinds of mean over layers of  m1 · (s - t) + m2 · (s - t)²
 
 s is the share of closed gates, 1 - mean P(z > 0), and t the target's, reached on a line over the first
 fifth of the steps. The multipliers m1, m2 ascend. In the end each layer's gates with the largest
-log_alpha stay (`settled`), so the shape is met exactly, and the multipliers only decide how far the
-model has got used to it. Gates are folded into the weights: the result is a plain checkpoint.
+log_alpha stay, so the shape is met exactly, and the multipliers only decide how far the model has got
+used to it. Gates are folded into the weights: the result is a plain checkpoint.
 
 As in the release: the constants, one cosine for all rates, one gate for both sub-blocks of a layer. Ours:
 KV groups in place of heads; gates only where something is to go; channels' gates apply once, everywhere
@@ -30,7 +28,9 @@ million parameters, halved, ended at 2.260 nats with 1.0 and at 2.225 with 0.3 (
 A stopped run does not go on: it takes some hundred steps. Not here: recovery (train.py), other weights
 for texts that lag behind (methods/dynamic_batches.py).
 """
+import contextlib
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,18 +43,15 @@ import torch.nn as nn
 import checkpoint
 import data
 import model as models
-import prune
 import schedule
 import train
-from common import UserError, check_positive, parse, pick_device, progress, refuse_idle, run
+from common import UserError, check_init, check_positive, check_seed, parse, pick_device, progress, refuse_idle, run
 from distill import Objective
 from eval import evaluate
 from formats.origin import hand_on
-from methods.channels import slice_channels
-from methods.gates import EDGE, LIMIT, TEMPERATURE, gated, open_probability, sample, with_gates
-from methods.target_shape import kept_of, shape_of, sizes_of, target_of, with_layers
+from methods.gates import LIMIT, closed_shares, draw, fold, gated, new_gates, settled, undecided, with_gates
+from methods.target_shape import kept_of, kind_of, shape_of, sizes_of, target_of
 
-SHARPNESS = 0.8              # of a settled gate
 WARMUP_SHARE = 0.1           # of the learning rates
 TARGET_WARMUP_SHARE = 0.2    # of the target
 # Against a toy loss 400 steps end within 0.04 of a target of one half, with at most 4 % of the gates
@@ -64,47 +61,7 @@ DRAWS = 4                    # of the gates, for the loss before they settle
 RECORDS = 20                 # of a run
 
 
-def settled(log_alphas, kept):
-    """The gates of the end: {key: (n,)}. Of each key the kept[key] largest log_alpha are open by
-    sigmoid(0.8 · log_alpha / T), at most 0.996, and all others 0. Ties go to the lower index."""
-    gates = {}
-    for key, alive in prune.choose(log_alphas, kept).items():
-        log_alpha = log_alphas[key].detach()
-        alive = alive.to(log_alpha.device)
-        gates[key] = torch.zeros_like(log_alpha)
-        gates[key][alive] = torch.sigmoid(SHARPNESS / TEMPERATURE * log_alpha[alive])
-    return gates
-
-
-# -- all gates
-
-def kind_of(key):
-    """What the gates of a key are: "kv", "ffn", "layers" or "channels"."""
-    return key if isinstance(key, str) else key[1]
-
-
-def new_gates(config, kept, device):
-    """-> log_alphas {key: (n,)}, all open, and multipliers {kind: (2,)}, all 0."""
-    sizes = sizes_of(config)
-    log_alphas = {key: torch.full((sizes[key],), LIMIT, device=device).requires_grad_() for key in kept}
-    kinds = dict.fromkeys(map(kind_of, kept))
-    return log_alphas, {kind: torch.zeros(2, device=device).requires_grad_() for kind in kinds}
-
-
-def draw(log_alphas, seed, step, micro):
-    """Gates of a micro-batch, a pure function of its arguments: {key: (n,)}."""
-    rng = np.random.default_rng((seed, step, micro))
-    gates = {}
-    for key, log_alpha in log_alphas.items():
-        u = torch.from_numpy(rng.uniform(EDGE, 1 - EDGE, log_alpha.shape)).to(log_alpha)
-        gates[key] = sample(log_alpha, u)
-    return gates
-
-
-def closed_shares(log_alphas):
-    """The expected share of closed gates of each key: {key: ()}."""
-    return {key: 1 - open_probability(log_alpha).mean() for key, log_alpha in log_alphas.items()}
-
+# -- the penalty
 
 def lagrangian(log_alphas, goals, multipliers, reached):
     """The penalty, (). `goals` {key: share of closed gates in the end}; `reached`, from 0 to 1, is how
@@ -117,12 +74,15 @@ def lagrangian(log_alphas, goals, multipliers, reached):
     return penalty
 
 
-def shear_(model, kept, batch, settings, micro_steps=1, dtype="float32", log=None):
+# -- training
+
+def shear_(model, kept, batch, settings, micro_steps=1, autocast=contextlib.nullcontext, log=None):
     """Train the model in place together with its gates, so that in the end kept[key] gates of each key
     are open: -> log_alphas. `batch(step, micro)` gives token ids and targets (B, T), `log` is called
     some twenty times. Raises UserError if the loss is no finite number."""
     device = model.embed.weight.device
-    log_alphas, multipliers = new_gates(model.config, kept, device)
+    log_alphas = new_gates(sizes_of(model.config), kept, device)
+    multipliers = {kind: torch.zeros(2, device=device).requires_grad_() for kind in map(kind_of, kept)}
     goals = {key: 1 - n / len(log_alphas[key]) for key, n in kept.items()}
     weights = torch.optim.AdamW(model.parameters(), settings.lr, betas=(0.9, 0.95), weight_decay=0)
     groups = [{"params": [*log_alphas.values()]}, {"params": [*multipliers.values()], "maximize": True}]
@@ -143,7 +103,7 @@ def shear_(model, kept, batch, settings, micro_steps=1, dtype="float32", log=Non
             x, y = batch(step, micro)
             changed = gated(model, draw(log_alphas, settings.seed, step, micro))
             changed = {f"model.{name}": weight for name, weight in changed.items()}
-            with autocast(device, dtype):
+            with autocast():
                 loss, _ = torch.func.functional_call(objective, changed, (x.to(device), y.to(device)))
             (loss / micro_steps).backward()
             total += loss.item() / micro_steps
@@ -165,10 +125,6 @@ def shear_(model, kept, batch, settings, micro_steps=1, dtype="float32", log=Non
     return log_alphas
 
 
-def autocast(device, dtype):
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-
-
 def print_progress(step, loss, log_alphas, goals):
     """Print the loss of a step, and the share of closed gates of each kind beside what is asked for now."""
     words = []
@@ -180,31 +136,6 @@ def print_progress(step, loss, log_alphas, goals):
         goal = sum(goals[key] for key in keys) / len(keys)
         words.append(f"{kind} {share:.3f} of {goal:.3f}")
     print(f"step {step:5}   loss {loss:.4f}   closed: {', '.join(words)}")
-
-
-def undecided(log_alphas):
-    """The share of all gates that are neither open nor closed with nine chances of ten."""
-    chances = open_probability(torch.cat([*log_alphas.values()]).detach())
-    return ((chances > 0.1) & (chances < 0.9)).float().mean().item()
-
-
-# -- a plain model
-
-@torch.no_grad()
-def fold(model, gates):
-    """The plain GPT without what is closed, gates multiplied into its weights. Its logits are those of
-    the gated model, as the norms of a narrower stream take gains and eps for it (slice_channels)."""
-    still_open = {key: gate.nonzero().flatten().cpu() for key, gate in gates.items()}
-    units = {key: indices for key, indices in still_open.items() if not isinstance(key, str)}
-    small, _ = prune.slice(with_gates(model, gates), None, units)
-    # A layer with nothing in it would be one that stock classes do not know, so it goes as a whole.
-    if "layers" in gates:
-        layers = still_open["layers"].tolist()
-        small.blocks = nn.ModuleList(small.blocks[layer] for layer in layers)
-        small.config = with_layers(small.config, layers)
-    if "channels" in gates:
-        small = slice_channels(small, still_open["channels"].to(model.embed.weight.device))
-    return small
 
 
 # -- the command
@@ -234,15 +165,13 @@ class Shear:
 
 def check(settings):
     """Raise UserError for settings that mean nothing."""
-    if settings.init is None:
-        raise UserError("say what to shear by --init: a checkpoint, a run folder, a Hugging Face folder or a hub id")
+    check_init(settings, "to shear")
     check_positive(settings, ("steps", "lr", "gate_lr", "layers", "channels", "block_size", "batch_tokens",
                               "micro_batch", "eval_windows"))
     if settings.steps < FEWEST_STEPS:
         raise UserError(f"--steps {settings.steps} are too few for gates to open or close, and what is then cut off "
                         f"was in use; give at least {FEWEST_STEPS}")
-    if not 0 <= settings.seed < 2**63:
-        raise UserError(f"--seed {settings.seed} must be between 0 and {2**63 - 1}")
+    check_seed(settings)
     if settings.target:
         refuse_idle(settings, ("enlarge_ff", "enlarge_kv", "keep", "layers", "channels"),
                     f"with --target {settings.target}")
@@ -278,6 +207,7 @@ def shear_and_save(settings, out):
                         f"{settings.micro_batch} windows of {T} tokens")
     tokenizer = checkpoint.tokenizer_of(model, about, settings.init)
     corpus = data.load_mixture(settings.data, tokenizer, block_size=T)
+    autocast = functools.partial(train.autocast, settings, device)
 
     def batch(step, micro):
         return data.batch(corpus.train, T, settings.seed, step, micro, micro_batch=settings.micro_batch,
@@ -286,7 +216,7 @@ def shear_and_save(settings, out):
     def loss_of(gpt):
         losses = []
         for name, tokens in corpus.domains.items():
-            with autocast(gpt.embed.weight.device, settings.dtype):
+            with autocast():
                 measured = evaluate(gpt, tokens, tokenizer.byte_lengths(), settings.eval_windows,
                                     batch=settings.micro_batch, block_size=T)
             losses.append(corpus.shares[name] * measured["loss"])
@@ -294,7 +224,7 @@ def shear_and_save(settings, out):
 
     print(f"{shape_of(model.config)}, to be {shape_of(target)}")
     losses = {"before": loss_of(model)}
-    log_alphas = shear_(model, kept, batch, settings, micro_steps, settings.dtype, print_progress)
+    log_alphas = shear_(model, kept, batch, settings, micro_steps, autocast, print_progress)
     with torch.no_grad():
         draws = [draw(log_alphas, settings.seed, settings.steps, number) for number in range(DRAWS)]
     # What settling does to the loss: the model has trained with gates that are drawn.
@@ -303,11 +233,9 @@ def shear_and_save(settings, out):
     losses["settled"] = loss_of(small)
     tokens = settings.steps * settings.batch_tokens
     flops = tokens * start.flops_per_token(T)
-    made = {"tokenizer": tokenizer.name, "data": settings.data, "fingerprint": corpus.fingerprint,
-            "cut_from": settings.init, "losses": losses, "flops_executed": flops,
-            "recipe": {"command": "methods.sheared", **dataclasses.asdict(settings)}}
-    checkpoint.save(out / "ckpt_00000000.pt", small, step=0, tokenizer_files=tokenizer.files, origin=hand_on(about),
-                    run=made)
+    made = {"data": settings.data, "fingerprint": corpus.fingerprint, "cut_from": settings.init, "losses": losses,
+            "flops_executed": flops, "recipe": {"command": "methods.sheared", **dataclasses.asdict(settings)}}
+    checkpoint.save_made(out, small, tokenizer, hand_on(about), made)
     print(f"hold-out, nats per token: {losses['before']:.4f} before, {losses['sampled']:.4f} with sampled gates, "
           f"{losses['settled']:.4f} settled: a jump of {losses['settled'] - losses['sampled']:+.4f}, with "
           f"{undecided(log_alphas):.0%} of the gates undecided")

@@ -1,10 +1,12 @@
-"""The shape that a model is to have in the end: a preset, narrower layers, fewer layers or channels.
+"""The shape that a model is to have in the end: smaller for methods/sheared.py, larger for methods/grow.py.
 
     python -m methods.sheared --init MODEL --keep 0.8
+    python -m methods.grow --init MODEL --enlarge-ff 2.6
 
-methods/sheared.py trains towards it. The shape is given before anybody knows which units, layers and
-channels will make it up. Where layers go, all layers of model and target are alike. Not here: shapes
-that follow from scores (allocate.py).
+A smaller shape is a preset, narrower layers, fewer layers or channels. It is given before anybody knows
+which units, layers and channels will make it up. Where layers go, all layers of model and target are
+alike. A larger shape comes with the layer that each of its layers is made of. Not here: shapes that
+follow from scores (allocate.py).
 """
 import dataclasses
 import math
@@ -15,10 +17,21 @@ import allocate
 import model as models
 from common import UserError
 
+# What growing leaves as it is.
+FIXED = ("vocab_size", "block_size", "head_dim", "tie_embeddings", "qkv_bias", "qk_norm", "norm_eps", "rope_theta",
+         "rope_scaling")
+
+
+# -- smaller
 
 def sizes_of(config):
     """What a model has of all that may go: {(layer, "ffn" | "kv"): units, "layers": L, "channels": C}."""
     return {**config.widths(), "layers": config.n_layer, "channels": config.d_model}
+
+
+def kind_of(key):
+    """What a key of `sizes_of` counts: "kv", "ffn", "layers" or "channels"."""
+    return key if isinstance(key, str) else key[1]
 
 
 def goals_of(config, target):
@@ -74,9 +87,9 @@ def refuse_no_part(config, target, settings):
         raise UserError(f"the layers of {settings.init} differ in width, and which of them stay is not known yet; give "
                         f"a target of {config.n_layer} layers")
     goals = goals_of(config, target)
+    names = {"ffn": "neurons", "kv": "KV groups"}
     for key, size in sizes_of(config).items():
-        name = key if isinstance(key, str) else {"ffn": "neurons", "kv": "KV groups"}[key[1]]
-        refuse_larger(settings.init, goals[key], size, name)
+        refuse_larger(settings.init, goals[key], size, names.get(kind_of(key), key))
     if not kept_of(config, target):
         raise UserError(f"the target has the shape of {settings.init} already; give another --target, or --enlarge-ff, "
                         "--enlarge-kv, --keep, --layers or --channels")
@@ -107,3 +120,56 @@ def shape_of(config):
     neurons = "/".join(map(str, dict.fromkeys(config.d_ff)))
     groups = "/".join(map(str, dict.fromkeys(config.n_kv_head)))
     return f"{config.n_layer} layers of {groups} KV groups and {neurons} neurons, {config.d_model} channels"
+
+
+# -- larger
+
+def source_layers(old, new, how):
+    """The layer that each of `new` layers is made of, as a list. New layers are spread evenly, each
+    behind the one that it copies; "aki" stacks the model as a whole, and fills up with its top."""
+    if how == "aki":
+        whole = new // old * old
+        return [layer % old for layer in range(whole)] + list(range(old - new + whole, old))
+    return [layer * old // new for layer in range(new)]
+
+
+def grown_config(config, settings):
+    """The larger GPTConfig that the settings ask for."""
+    layers = models.times(config.n_layer, settings.enlarge_layers, 1, "--enlarge-layers")
+    sources = source_layers(config.n_layer, layers, settings.how)
+    groups = [widened(config.n_kv_head[layer], settings.enlarge_kv, 1, "--enlarge-kv") for layer in sources]
+    return dataclasses.replace(
+        config,
+        d_ff=[widened(config.d_ff[layer], settings.enlarge_ff, 8, "--enlarge-ff") for layer in sources],
+        n_kv_head=groups,
+        n_head=[config.queries_per_group(layer) * n for layer, n in zip(sources, groups)],
+        d_model=config.d_model * settings.enlarge_channels)
+
+
+def widened(units, factor, multiple, flag):
+    """`model.times`, where an absent sub-block stays absent."""
+    return models.times(units, factor, multiple, flag) if units else 0
+
+
+def refuse_misfit(old, config, sources):
+    """Raise UserError if a model of the config `old` cannot grow into one of the other config."""
+    for name in FIXED:
+        if getattr(old, name) != getattr(config, name):
+            raise UserError(f"a model grows in units, layers and channels, and its {name} stays {getattr(old, name)}, "
+                            f"not {getattr(config, name)}; train another model")
+    if config.d_model % old.d_model:
+        raise UserError(f"{config.d_model} channels are no whole multiple of {old.d_model}, and RMSNorm would see "
+                        f"another mean of squares; give {old.d_model * math.ceil(config.d_model / old.d_model)}")
+    if config.n_layer < old.n_layer:
+        raise UserError(f"{config.n_layer} layers are fewer than the model's {old.n_layer}; cut by prune.py instead")
+    for (layer, kind), units in config.widths().items():
+        source = sources[layer]
+        before = old.widths()[source, kind]
+        if units < before:
+            raise UserError(f"layer {layer} would have {units} {kind} units, fewer than the {before} that it grows "
+                            "from; cut by prune.py instead")
+        if before == 0 and units > 0:
+            raise UserError(f"layer {layer} has no {kind} units that could grow into {units}; leave it without")
+        if kind == "kv" and config.queries_per_group(layer) != old.queries_per_group(source):
+            raise UserError(f"layer {layer} has {old.queries_per_group(source)} query heads to a KV head, which stay, "
+                            f"and not {config.queries_per_group(layer)}; grow the KV heads")

@@ -25,7 +25,7 @@ import checkpoint
 import data
 from common import UserError, parse, run
 from formats import huggingface
-from model import GPT
+from model import from_weights, shapes_of
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,10 @@ def cut(folder, keep, block_size=None):
     config = huggingface.read_config(llama.config.to_dict(), folder)
     if block_size is not None:
         config = dataclasses.replace(config, block_size=block_size)
-    with torch.device("meta"):
-        model = GPT(config)
     weights = {}
-    for name in model.state_dict():
+    for name in shapes_of(config):
         weights[name] = llama.get_parameter(huggingface.their_name(name))
-    model.load_state_dict(weights, assign=True)
+    model = from_weights(config, weights)
     check_logits(model, llama)
     return model, seconds, ratio
 
@@ -140,16 +138,14 @@ def check_logits(model, llama):
 
 def main(settings):
     out = Path(settings.out or f"runs/torch-pruning-{settings.keep:g}")
-    if out.exists():
-        raise UserError(f"{out} is there already; give another --out or delete it")
+    checkpoint.refuse_existing(out)
     model, seconds, ratio = cut(settings.folder, settings.keep)
     _, about = checkpoint.load(settings.folder, "meta")
     tokenizer = checkpoint.tokenizer_of(model, about, settings.folder)
     # eval.py measures the hold-out of this text.
     corpus = data.load("stdlib", tokenizer)
-    checkpoint.save(out / "ckpt_00000000.pt", model, step=0, tokenizer_files=tokenizer.files, run={
-        "tokenizer": tokenizer.name, "data": "stdlib", "fingerprint": corpus.fingerprint,
-        "cut_from": settings.folder})
+    made = {"data": "stdlib", "fingerprint": corpus.fingerprint, "cut_from": settings.folder}
+    checkpoint.save_made(out, model, tokenizer, None, made)
     config = model.config
     print(f"ratio {ratio:.4f}, {seconds:.2f} s: {config.num_params()['total']:,} parameters, "
           f"{config.removable_params():,} in attention and FFN; d_model {config.d_model}, "

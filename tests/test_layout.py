@@ -14,7 +14,7 @@ ROWS = [      # a file imports only from rows above its own
     "allocate distill model report experiments.scaling_laws experiments.texts formats.chat formats.origin "
     "formats.pt formats.tokenizer_json tasks.own_questions",
     "shard bench.timing experiments.scaling_curves formats.dcp formats.model_card formats.tokenizer "
-    "formats.top_k methods.gates methods.slicegpt methods.target_shape tasks.questions",
+    "formats.top_k methods.slicegpt methods.target_shape tasks.questions",
     "data formats.gguf_vocabulary formats.huggingface formats.llamacpp methods.margin tasks.probe",
     "checkpoint score formats.gguf_export",
     "eval export methods.channels methods.depth methods.latency methods.offload methods.policy "
@@ -23,14 +23,15 @@ ROWS = [      # a file imports only from rows above its own
     "experiments.recover_report methods.local methods.measured methods.refit methods.sparsegpt",
     "methods.sparse",
     "prune",
-    "train bench.cut_memory experiments.candidates experiments.compare_report experiments.smollm2 "
+    "train bench.cut_memory experiments.candidates experiments.compare_report experiments.smollm2 methods.gates "
     "methods.loraprune",
-    "bench.variants experiments.claims_runs experiments.glassllm experiments.recover "
-    "experiments.teacher methods.lora methods.sheared",
+    "bench.variants experiments.claims_runs experiments.glassllm experiments.recover experiments.teacher "
+    "methods.adapters methods.sheared",
     "bench.dtypes bench.inference bench.system bench.training experiments.claims_statistics "
-    "experiments.compare_recovery experiments.recover_study experiments.sweep",
-    "bench.accounting experiments.claims_report experiments.compare experiments.precision experiments.scaling_runs",
-    "bench.memory experiments.claims experiments.scaling",
+    "experiments.recover_study experiments.sweep methods.lora",
+    "bench.accounting experiments.claims_report experiments.compare_recovery experiments.precision "
+    "experiments.scaling_runs",
+    "bench.memory experiments.claims experiments.compare experiments.scaling",
     "bench.__main__"]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 FILES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file

@@ -11,13 +11,15 @@ from helpers import fingerprint as as_it_was
 import checkpoint
 import export
 import prune
+import train
 from common import UserError, parse
 from formats import huggingface, origin
 from formats.model_card import model_card
 from formats.tokenizer import open_tokenizer
 from methods import grow as command
-from methods.grow import Grow, grow, grown_config, shares, source_layers
+from methods.grow import Grow, grow, shares
 from methods.sparse import Pattern, masks, pack
+from methods.target_shape import grown_config, source_layers
 from model import GPT, GPTConfig, reader_of
 
 ONE_DIMENSION = {"ffn": dict(enlarge_ff=3.), "kv": dict(enlarge_kv=2.), "layers": dict(enlarge_layers=1.5),
@@ -210,6 +212,9 @@ def test_the_command_writes_a_checkpoint_that_everything_reads(folder, capsys):
     model, about = checkpoint.load(folder / "grown")
     assert model.config.d_ff == (64,) * 4 and model.config.n_kv_head == (2,) * 4 and model.config.d_model == 32
     assert about["run"]["grown_from"] == f"{folder}/small" and about["run"]["growth"]["how"] == "fresh"
+    # A run that begins with it records where it comes from.
+    _, _, made, _ = train.open_init(train.Train(init=f"{folder}/grown"))
+    assert made == {key: about["run"][key] for key in ("grown_from", "growth")}
     export.main(export.Export(f"{folder}/grown", f"{folder}/out"))
     again, _ = checkpoint.load(folder / "out")
     assert again.config == model.config

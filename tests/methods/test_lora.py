@@ -17,7 +17,7 @@ import schedule
 import train
 from common import UserError, parse
 from formats.origin import hand_on
-from methods import lora
+from methods import adapters, lora
 from model import GPT
 
 SMALL = dict(steps=6, batch=4, micro_batch=2, block_size=8, eval_windows=4, device="cpu", dtype="float32", lr=1e-2)
@@ -26,10 +26,10 @@ SMALL = dict(steps=6, batch=4, micro_batch=2, block_size=8, eval_windows=4, devi
 def adapted(config, rank=3, seed=0, moved=True):
     """A model with adapters, whose B are far from 0 if they have `moved`."""
     model, _ = new(config)
-    lora.adapt(model, rank, alpha=2 * rank, seed=seed)
+    adapters.adapt(model, rank, alpha=2 * rank, seed=seed)
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
-        if isinstance(module, lora.Adapted) and moved:
+        if isinstance(module, adapters.Adapted) and moved:
             module.B.data = torch.randn(module.B.shape, generator=generator, dtype=torch.float64) / 4
     return model
 
@@ -41,7 +41,7 @@ def test_merged_is_unmerged_and_zeros_change_nothing(name):
     base, _ = new(config)
     assert torch.equal(adapted(config, moved=False)(x), base(x))
     model = adapted(config)
-    plain = lora.merge(model)
+    plain = adapters.merge(model)
     assert type(plain) is GPT and plain.config == config
     assert (plain(x) - model(x)).abs().max() < 1e-12 < 1e-3 < (plain(x) - base(x)).abs().max()
     assert all(p.requires_grad for p in plain.parameters())
@@ -56,7 +56,7 @@ def test_merged_is_unmerged_and_zeros_change_nothing(name):
 
 def test_a_is_kaimings_and_the_seed_is_all_the_chance():
     linear = nn.Linear(400, 7)
-    module, again, other = (lora.Adapted(linear, 50, 8, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    module, again, other = (adapters.Adapted(linear, 50, 8, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
     expected = torch.empty(50, 400)
     nn.init.kaiming_uniform_(expected, a=5**.5)
     assert abs(module.A.std() / expected.std() - 1) < .02 and module.A.abs().max() <= 1 / 20
@@ -145,7 +145,7 @@ def test_a_cut_model_comes_back_as_a_plain_checkpoint(folder, tmp_path, capsys):
     assert about["run"]["recipe"]["steps"] == 60 and about["run"]["cut_from"] == str(folder / "run")
     steps = hand_on(about)["steps"]
     assert [step["command"] for step in steps] == ["train.py", "prune.py", "methods.lora"] and steps[2]["rank"] == 8
-    assert not (tmp_path / "back" / lora.UNFINISHED).exists()
+    assert not (tmp_path / "back" / adapters.UNFINISHED).exists()
     # Everything else reads it.
     prune.main(prune.Prune(init=str(tmp_path / "back"), windows=4, eval_windows=4, block_size=32, device="cpu",
                            mend="none", out=str(tmp_path / "again")))
@@ -180,12 +180,12 @@ def test_a_killed_run_goes_on_bit_for_bit(folder, tmp_path, monkeypatch, capsys,
 def test_a_damaged_file_of_a_killed_run_is_refused(folder, tmp_path):
     settings = lora.Lora(rank=2)
     state = lora.begin(checkpoint.load(folder / "run")[0], settings)
-    lora.save(tmp_path / "adapters.pt", {}, state)
+    adapters.save(tmp_path / "adapters.pt", {}, state)
     content = torch.load(tmp_path / "adapters.pt", weights_only=True)
     content["content"]["step"] = 7
     torch.save(content, tmp_path / "adapters.pt")
     with pytest.raises(UserError, match="is damaged; delete it"):
-        lora.resume(tmp_path / "adapters.pt", {}, state)
+        adapters.resume(tmp_path / "adapters.pt", {}, state)
 
 
 @pytest.mark.parametrize("crafted", [
@@ -194,14 +194,14 @@ def test_a_damaged_file_of_a_killed_run_is_refused(folder, tmp_path):
 def test_a_file_that_somebody_made_ends_in_a_sentence(folder, tmp_path, crafted):
     """Its digest is right."""
     state = lora.begin(checkpoint.load(folder / "run")[0], lora.Lora(rank=2))
-    lora.save(tmp_path / "adapters.pt", {"lr": 1}, state)
+    adapters.save(tmp_path / "adapters.pt", {"lr": 1}, state)
     content = torch.load(tmp_path / "adapters.pt", weights_only=True)["content"] | (crafted or {})
     if crafted == {"step": None}:
         del content["step"]
-    file = {"content": content, "content_digest": lora.digest_of(content)} if crafted else [1, 2]
+    file = {"content": content, "content_digest": adapters.digest_of(content)} if crafted else [1, 2]
     torch.save(file, tmp_path / "adapters.pt")
     with pytest.raises(UserError, match="to begin anew"):
-        lora.resume(tmp_path / "adapters.pt", {"lr": 1}, state)
+        adapters.resume(tmp_path / "adapters.pt", {"lr": 1}, state)
 
 
 @pytest.mark.parametrize("flags, message", [

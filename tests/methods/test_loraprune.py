@@ -10,7 +10,7 @@ from test_lora import SMALL, adapted
 
 import prune
 from common import UserError
-from methods import lora, loraprune
+from methods import adapters, lora, loraprune
 from model import GPTConfig
 
 CONFIG = GPTConfig(vocab_size=13, block_size=8, d_model=12, head_dim=4, n_head=(6,) * 4, n_kv_head=(3,) * 4,
@@ -24,7 +24,7 @@ def with_gradients(config, **flags):
 
 
 def adapters_of(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, lora.Adapted)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, adapters.Adapted)}
 
 
 def test_the_estimate_is_a_step_of_gradient_descent_on_the_product():
@@ -40,7 +40,7 @@ def test_with_the_identity_for_a_the_estimate_is_the_true_gradient():
     torch.manual_seed(0)
     linear = nn.Linear(6, 5, bias=False, dtype=torch.float64)
     x, y = torch.randn(9, 6, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
-    module = lora.Adapted(linear, 6, 6, torch.Generator())
+    module = adapters.Adapted(linear, 6, 6, torch.Generator())
     module.A.data = torch.eye(6, dtype=torch.float64)
     for B in (torch.zeros(5, 6).double(), torch.randn(5, 6).double()):
         module.B.data = B.clone()
@@ -60,7 +60,7 @@ def test_at_zero_it_is_a_projection_of_the_gradient_whose_mean_is_right():
     linear = nn.Linear(n, 16, bias=False)
     total, cosines = 0, []
     for _ in range(4000):
-        module = lora.Adapted(linear, r, r, generator)
+        module = adapters.Adapted(linear, r, r, generator)
         module.A.grad, module.B.grad = torch.zeros_like(module.A), G @ module.A.detach().T
         estimate = loraprune.estimate(module)
         total = total + estimate / 4000
@@ -108,7 +108,7 @@ def test_dead_units_stay_dead_and_slicing_is_exact():
     loraprune.zero_(model, optimizer, alive)
     for number in range(3, 8):
         step(number)
-    plain = lora.merge(model)
+    plain = adapters.merge(model)
     for (layer, kind), units in CONFIG.widths().items():
         for unit in set(range(units)) - set(alive[layer, kind].tolist()):
             assert not any(plain.get_parameter(name)[index].any() for name, index in entries(CONFIG, layer, kind, unit))
@@ -136,7 +136,7 @@ def test_a_model_is_cut_to_its_budget_while_it_trains():
     tokens = torch.randint(13, (999,), generator=torch.Generator().manual_seed(0)).numpy().astype("uint16")
     state = lora.begin(new(config)[0], settings)
     lora.train(state, tokens, settings)
-    small, _ = prune.slice(lora.merge(state.model), None, state.alive)
+    small, _ = prune.slice(adapters.merge(state.model), None, state.alive)
     budget = .7 * config.removable_params()
     cheapest = min(config.unit_params(*key) for key in config.widths())
     assert budget - cheapest < small.config.removable_params() <= budget

@@ -64,11 +64,11 @@ def elsewhere(monkeypatch):
             module, torch.device("cpu", 0), changes))
 
 
-def cut_by(by, is_offloaded):
+def cut_by(flags, is_offloaded):
     """-> (the smaller model, products with layers that lie in main memory)"""
     model, _ = new(EQUAL, torch.float32)
-    recipe = prune.Prune(keep=.6, score="taylor", mend=by, local_steps=3, iterations=2, block_size=8, micro_batch=4,
-                         offload=is_offloaded)
+    usual = dict(keep=.6, score="taylor", mend="none", local_steps=3, iterations=2, block_size=8, micro_batch=4)
+    recipe = prune.Prune(**usual | flags, offload=is_offloaded)
     if is_offloaded:
         offload.keep_layers_off(model, torch.device("cpu"))
     with Watch(model.blocks.parameters()) as watch:
@@ -76,11 +76,13 @@ def cut_by(by, is_offloaded):
     return small, watch.products
 
 
-@pytest.mark.parametrize("by", ["none", "least-squares", "sequential", "local"])
-def test_a_cut_is_the_same_and_layers_are_multiplied_on_the_device(elsewhere, by):
-    expected, products = cut_by(by, is_offloaded=False)
+@pytest.mark.parametrize("flags", [
+    dict(mend="none"), dict(mend="least-squares"), dict(mend="sequential"), dict(mend="local"),
+    dict(mend="bias", iterations=1), dict(structure="channel"), dict(score="policy", policy_steps=3)])
+def test_a_cut_is_the_same_and_layers_are_multiplied_on_the_device(elsewhere, flags):
+    expected, products = cut_by(flags, is_offloaded=False)
     assert products
-    small, products = cut_by(by, is_offloaded=True)
+    small, products = cut_by(flags, is_offloaded=True)
     assert not products and small.config == expected.config
     for (name, p), q in zip(small.named_parameters(), expected.parameters(), strict=True):
         assert (p - q).abs().max() <= 2e-4 * q.abs().max(), name

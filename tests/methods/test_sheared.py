@@ -16,8 +16,21 @@ from common import UserError, parse
 from formats import model_card
 from formats.origin import hand_on
 from methods import sheared
-from methods.gates import EDGE, LIMIT, gated, open_probability, sample, with_gates
-from methods.target_shape import kept_of, target_of
+from methods.gates import (
+    EDGE,
+    LIMIT,
+    closed_shares,
+    draw,
+    fold,
+    gated,
+    new_gates,
+    open_probability,
+    sample,
+    settled,
+    undecided,
+    with_gates,
+)
+from methods.target_shape import kept_of, kind_of, sizes_of, target_of
 from model import GPTConfig
 
 # Four layers alike, of which everything may go.
@@ -56,7 +69,7 @@ def test_what_the_release_computes():
     """P(z > 0) at both limits, and the end's gates: not stretched, so that no gate is 1."""
     limits = torch.tensor([-LIMIT, LIMIT])
     assert open_probability(limits).tolist() == pytest.approx([.0471, .998], abs=5e-5)
-    gates = sheared.settled({"layers": torch.tensor([LIMIT, 0., -1., LIMIT])}, {"layers": 3})["layers"]
+    gates = settled({"layers": torch.tensor([LIMIT, 0., -1., LIMIT])}, {"layers": 3})["layers"]
     assert gates.tolist() == pytest.approx([.996, .5, 0, .996], abs=5e-5)
 
 
@@ -72,7 +85,7 @@ def test_settled_gates_are_the_target_in_each_layer():
     g = torch.Generator().manual_seed(0)
     log_alphas = {(layer, "ffn"): torch.randn(9, generator=g) for layer in range(3)} | {"channels": torch.zeros(5)}
     kept = {(0, "ffn"): 9, (1, "ffn"): 4, (2, "ffn"): 0, "channels": 3}
-    gates = sheared.settled(log_alphas, kept)
+    gates = settled(log_alphas, kept)
     assert {key: int((gate > 0).sum()) for key, gate in gates.items()} == kept
     assert gates["channels"].tolist() == [.5, .5, .5, 0, 0]                        # ties go to the lower index
     is_open = gates[1, "ffn"] > 0
@@ -90,9 +103,9 @@ def test_open_gates_change_nothing_and_a_folded_model_is_the_gated_one(name, tie
     ones = {key: torch.ones_like(gate) for key, gate in gates.items()}
     assert torch.equal(functional_call(model, gated(model, ones), x), model(x))
     for kinds in (("ffn", "kv"), ("layers",), ("channels",), ("ffn", "kv", "layers", "channels")):
-        some = {key: gate for key, gate in gates.items() if sheared.kind_of(key) in kinds}
+        some = {key: gate for key, gate in gates.items() if kind_of(key) in kinds}
         expected = functional_call(model, gated(model, some), x)
-        small = sheared.fold(model, some)
+        small = fold(model, some)
         assert (small(x) - expected).abs().max() <= 1e-12 < 1e-3 < (expected - model(x)).abs().max()
         assert torch.equal(with_gates(model, some)(x), expected)
         assert small.config.num_params()["total"] == sum(p.numel() for p in small.parameters())
@@ -181,7 +194,7 @@ def test_the_penalty_alone_reaches_the_target():
     before = copy.deepcopy(model)
     log_alphas, kept = learned(model, HALF)
     assert len(log_alphas) == 10
-    for key, share in sheared.closed_shares(log_alphas).items():
+    for key, share in closed_shares(log_alphas).items():
         assert share.item() == pytest.approx(1 - kept[key] / len(log_alphas[key]), abs=.02)
     assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(model.parameters(), before.parameters()))
 
@@ -210,19 +223,19 @@ def test_useless_units_are_closed():
     settings = dataclasses.replace(HALF, enlarge_ff=1, enlarge_kv=1, layers=None, channels=None, keep=.75)
     log_alphas, kept = learned(model, settings, text)
     assert kept == {(0, "ffn"): 12, (1, "ffn"): 12, (0, "kv"): 3, (1, "kv"): 3}
-    gates = sheared.settled(log_alphas, kept)
+    gates = settled(log_alphas, kept)
     assert {key: (gate == 0).nonzero().flatten().tolist() for key, gate in gates.items()} == useless
-    assert sheared.undecided(log_alphas) < .2
+    assert undecided(log_alphas) < .2
 
 
 def test_draws_are_a_function_of_seed_step_and_micro_batch():
-    log_alphas, _ = sheared.new_gates(ALIKE, {(0, "ffn"): 3, "channels": 5}, "cpu")
+    log_alphas = new_gates(sizes_of(ALIKE), {(0, "ffn"): 3, "channels": 5}, "cpu")
     log_alphas["channels"].data.zero_()
-    first = sheared.draw(log_alphas, 0, 1, 2)
-    again = sheared.draw(log_alphas, 0, 1, 2)
+    first = draw(log_alphas, 0, 1, 2)
+    again = draw(log_alphas, 0, 1, 2)
     assert all(torch.equal(first[key], again[key]) for key in log_alphas)
     for other in ((1, 1, 2), (0, 2, 2), (0, 1, 3)):
-        assert not torch.equal(first["channels"], sheared.draw(log_alphas, *other)["channels"])
+        assert not torch.equal(first["channels"], draw(log_alphas, *other)["channels"])
 
 
 # -- shapes and the command
