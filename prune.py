@@ -187,7 +187,7 @@ class Prune:
     windows: int = 32             # of the calibration text
     measured_windows: int = 4     # of those, for allocate measured and score perplexity
     policy_steps: int = 300       # of score policy, each of two forward passes over a micro-batch
-    policy_lr: float = 0.05       # of score policy, falling to 0 along a cosine
+    policy_lr: float = 0.002      # of score policy, falling to 0 along a cosine
     policy_update: Literal["released", "unbiased"] = "released"    # of score policy (methods/policy.py)
     eval_windows: int = 32        # of the hold-out, before and after
     block_size: int | None = None    # tokens in a window; default: the model's context, at most 512

@@ -99,7 +99,7 @@ DIFFERS = {
     "Shortened LLaMA, PPL": "all layers compete; 16 windows",
     "Shortened LLaMA, PPL+": "an eighth and a sixteenth of the layers stay, four and two there; 16 windows",
     "Shortened LLaMA, Taylor+": "the same layers stay; norms do not count",
-    "Bypass Back-propagation": "one budget; 300 steps at a rate of 0.05 for 15,000 at 0.002",
+    "Bypass Back-propagation": "one budget; 300 steps for 15,000",
     "SliceGPT": "its shortcuts count in the budget, so fewer directions stay",
     "SliceGPT, own budget": "as there: 0.8 of the directions, shortcuts on top, so it keeps more than the other rows",
     "torch-pruning": "its own example and code",
