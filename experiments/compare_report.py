@@ -311,18 +311,16 @@ def overview(records, keep):
 
 
 def cost_table(records):
-    """What each published row does otherwise than its release, and what its cut took: in a process of its
-    own (`--part alone`), or for sparse weights, which share no calibration, in the process of the rows."""
+    """What each published row does otherwise than its release, and what its cut took in a process of its
+    own (`--part alone`)."""
     took = {}
     for record in records:
-        is_alone = record["tag"] == "alone" and "seconds" in record
-        is_cell = record["tag"] == "cell" and record["name"] in HALF and "peak_bytes" in record
-        if is_alone or (is_cell and record["name"] not in took):
+        if record["tag"] == "alone" and "seconds" in record:
             took[record["name"]] = [f"{record['seconds']:.0f}", f"{record['peak_bytes'] / 1e9:.1f}"]
     rows = [[name, words, *took.get(name, ["", ""])] for name, words in DIFFERS.items()]
     rows += [[label(name), "ours", *numbers] for name, numbers in took.items() if name not in DIFFERS]
     heads = ["method", "what differs from the release", "seconds", "peak memory (GB)"]
-    return f"What each cut takes with its calibration:\n\n{markdown(heads, rows)}"
+    return f"What each cut takes with its calibration, in a process of its own:\n\n{markdown(heads, rows)}"
 
 
 # -- the papers' claims
