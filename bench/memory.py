@@ -7,7 +7,6 @@
 weights and tokens, one thread each, and prints the peak of a process beside bench/accounting.py. The
 process is a CPU's, so the buffers of gloo and of the kernels are in it, too.
 """
-import contextlib
 import dataclasses
 import json
 import os
@@ -23,7 +22,7 @@ import shard
 import train
 from bench import accounting
 from bench.accounting import Job
-from bench.timing import peak
+from bench.timing import freed_at_once, peak
 from bench.variants import shapes
 from distill import Objective
 from model import GPT, GPTConfig
@@ -106,22 +105,6 @@ def worker(rank, job, folder):
     Path(folder, f"{rank}.json").write_text(json.dumps({**memory, **held_bytes(model, optimizer)}))
     dist.barrier()
     os._exit(0)              # gloo's threads have been seen to abort a process that ended normally
-
-
-@contextlib.contextmanager
-def freed_at_once():
-    """Processes that start inside give arrays of 128 KB and more back to the system as soon as they are
-    free. By itself glibc keeps freed arrays of up to 32 MB, and the peak would count them."""
-    name = "MALLOC_MMAP_THRESHOLD_"
-    before = os.environ.get(name)
-    os.environ[name] = str(2**17)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def measured(processes, settings, preset, vocab_size):

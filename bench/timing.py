@@ -130,6 +130,22 @@ def peak(device):
     memory["peak_bytes"] = process_memory("VmHWM")
 
 
+@contextlib.contextmanager
+def freed_at_once():
+    """Processes that start inside give arrays of 128 KB and more back to the system as soon as they are
+    free. By itself glibc keeps freed arrays of up to 32 MB, and the peak would count them."""
+    name = "MALLOC_MMAP_THRESHOLD_"
+    before = os.environ.get(name)
+    os.environ[name] = str(2**17)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 def own_process(function, *args):
     """Call the function in a fresh process with as many threads as ours, so that its peak memory is
     its own: -> what it returns. What it raises is raised here. Raises UserError if the system

@@ -1,22 +1,21 @@
 """Every criterion and allocation and the published methods on one pretrained model, on equal terms.
 
-    python -m experiments.compare smollm2 --out runs/compare.jsonl --tokens 8192      # 9 core-hours
+    python -m experiments.compare smollm2 --out runs/compare.jsonl --tokens 8192      # 12 core-hours
     python -m experiments.compare smollm2 --out results/smollm2.jsonl --part report   # tables only
 
 There are two texts: the standard library's Python source, and English prose (the language reference
 in `pydoc_data.topics`). Each has three parts that share no document: for calibration (one pass for
 all methods and a seed), for validation (the grid, and so our choices) and for the test (the
 reported rows). Budgets are in the parameters of FFNs and attention; embeddings are not counted.
-Nothing is trained after the cut. Losses are nats per token in windows of
+Nothing is trained after the cut, unless by --part recovery. Losses are nats per token in windows of
 --block-size. Models run in bf16 autocast (their losses differ by 2e-4 from float32's), SliceGPT's in float32.
-On a GPU weights that are stored in bfloat16 stay so. A cell's `peak_bytes` are the most memory that its cut
-took, of the process or of the GPU.
+On a GPU weights that are stored in bfloat16 stay so. A cell's `peak_bytes` are those of a process that holds
+what earlier rows left; --part alone measures each cut by itself.
 
-Two things are not as published. Adapt-Pruner measures anew every 2 %, on one half of the
-calibration windows and then on the other. Shortened LLaMA's perplexity and our `measured` run the
-model again on a few windows only. With 3 KV groups in a layer, equal shares take whole groups of
-some layers, whichever they are, so methods of equal shares are also shown with FFNs alone. Not
-here: training after the cut (experiments/compare_recovery.py).
+compare_report.DIFFERS says for each row what it does otherwise than its release, and the report prints
+it. With 3 KV groups in a layer, equal shares take whole groups of some layers, whichever they are, so
+methods of equal shares are also shown with FFNs alone. Not here: the training after a cut
+(experiments/compare_recovery.py).
 """
 import contextlib
 import copy
@@ -497,7 +496,8 @@ def run_alone(records, config, name, recipe):
     if records.find(**about) or not can_run(name):
         return
     try:
-        took = timing.own_process(cut_alone, config, name, recipe, keep)
+        with timing.freed_at_once():
+            took = timing.own_process(cut_alone, config, name, recipe, keep)
     except UserError as problem:
         took = {"refused": str(problem)}
     records.add(**about, **took)

@@ -58,6 +58,16 @@ def overview():
     return compare_report.overview(compare.read(RESULTS / "smollm2.jsonl"), 0.8)
 
 
+def compared(table):
+    """A table of compare_report without its title."""
+    return table(compare.read(RESULTS / "smollm2.jsonl")).split("\n\n", 1)[1]
+
+
+def trained_back(records):
+    """The recovery of the most tokens."""
+    return compare_report.recovery_tables(records)[-1]
+
+
 def scaling_table(head):
     """The table of results/scaling/report.md that begins with these columns."""
     parts = (RESULTS / "scaling" / "report.md").read_text().split("\n\n")
@@ -164,6 +174,8 @@ def methods_table():
 
 GENERATED = {        # (page, name of the part): function that returns its text
     ("pruning.md", "experiments/compare.py overview"): overview,
+    ("pruning.md", "experiments/compare.py recovery"): lambda: compared(trained_back),
+    ("pruning.md", "experiments/compare.py cost"): lambda: compared(compare_report.cost_table),
     ("pruning.md", "tests/test_docs.py adaptive"): adaptive_table,
     ("recover.md", "results/recover-smollm2.jsonl"): lambda: one_command("table"),
     ("recover.md", "results/recover-smollm2.jsonl speed"): lambda: one_command("speed"),
