@@ -125,7 +125,7 @@ class Recovery:
     def measured(self, path):
         """The losses of the model at `path` on the test parts, and what its file says."""
         # In bfloat16, which a GPU's cut may have, small steps would be rounded away.
-        model, about = checkpoint.load(path, self.config.device, torch.float32)
+        model, about = checkpoint.load(path, self.config.device, torch.float32, self.config.block_size)
         return self.losses_of(self.subject, model, "test"), about
 
     def flags(self, about, init, out):

@@ -52,7 +52,7 @@ class Watched(compare_recovery.Recovery):
         Watched.now = None
 
     def measured(self, path):
-        self.trained[self.now] = checkpoint.load(path)
+        self.trained[self.now] = checkpoint.load(path, block_size=self.config.block_size)
         return super().measured(path)
 
 
@@ -130,6 +130,11 @@ def test_a_record_says_what_was_trained(recovery):
     assert records_of(recovery)[WAYS[0]]["trained"] == tiny.config.num_params()["total"]
     # Rank 8 beside q, k, v, o, gate, up and down: in + out of each.
     assert records_of(recovery)[WAYS[1]]["trained"] == 2 * 8 * (48 + 36 + 36 + 48 + 56 + 56 + 56)
+
+
+def test_the_dense_model_is_measured_in_the_same_windows(recovery):
+    losses = compare.losses_of(recovery.subject, recovery.subject.model, "test")
+    assert records_of(recovery)["dense", "full"]["before"] == math.exp(sum(losses.values()) / 2)
 
 
 def test_loraprune_is_told_what_to_keep(recovery):
