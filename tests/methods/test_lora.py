@@ -214,6 +214,7 @@ def test_a_file_that_somebody_made_ends_in_a_sentence(folder, tmp_path, crafted)
     (dict(keep=.1, steps=40), "the layers that middle keeps whole cost"),
     (dict(block_size=65), "was trained with a context of 64 tokens, not 65"),
     (dict(lr=0), "--lr 0.0 must be positive"),
+    (dict(seed=-1), "--seed -1 must be between 0"),
     (dict(lr=1e30, steps=9), "gradient norm .*; lower --lr"),
 ])
 def test_what_means_nothing_is_refused_and_leaves_nothing(folder, tmp_path, flags, message):
