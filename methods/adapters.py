@@ -47,7 +47,7 @@ class Adapted(nn.Module):
         # B (A x), where W takes no gradient, costs less than the gradient of all of (W + B A) x.
         low = self.scale * F.linear(x, self.A)                          # (..., r)
         out = F.linear(x, self.weight, self.bias)
-        # In one pass over the output.
+        # The product is added while it is computed, in one pass over the output.
         return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), self.B.T).view_as(out)
 
     def merged(self):
