@@ -189,8 +189,9 @@ def test_a_damaged_file_of_a_killed_run_is_refused(folder, tmp_path):
 
 
 @pytest.mark.parametrize("crafted", [
-    {"adapters": {"blocks.0.attn.nothing": torch.zeros(1)}}, {"adapters": {"embed.weight": torch.zeros(3, 5)}},
-    {"alive": [(0, "ffn", torch.tensor([10**6]))]}, {"optimizer": {}}, {"step": None}, {"identity": 3}, None])
+    {"adapters": {}}, {"adapters": {"blocks.0.attn.nothing": torch.zeros(1)}},
+    {"adapters": {"embed.weight": torch.zeros(3, 5)}}, {"alive": [(0, "ffn", torch.tensor([10**6]))]},
+    {"optimizer": {}}, {"step": None}, {"identity": 3}, None])
 def test_a_file_that_somebody_made_ends_in_a_sentence(folder, tmp_path, crafted):
     """Its digest is right."""
     state = lora.begin(checkpoint.load(folder / "run")[0], lora.Lora(rank=2))
