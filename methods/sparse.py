@@ -312,9 +312,9 @@ def cut_layer_by_layer_(model, batches, pattern, score, mend="none", dtype=None)
     Raises UserError as `check_widths` does.
 
     As in the released codes of Wanda, SparseGPT and DSnoT, a layer runs twice: dense for the statistics
-    of all of its matrices, and sparse for the inputs of the next layer. Memory: the residual streams of
-    all windows in front of a layer and behind it, and the sums of one layer. Returns Stats with the
-    cosine of each dense layer's input and output."""
+    of all of its matrices, and sparse for the inputs of the next layer. Memory on the device, besides the
+    weights: the residual streams of all windows in front of a layer and behind it, and the sums of one
+    layer. Returns Stats with the cosine of each dense layer's input and output."""
     check_widths(model, pattern)
     device = model.embed.weight.device
     if dtype is None and torch.is_autocast_enabled(device.type):
