@@ -47,7 +47,7 @@ class Adapted(nn.Module):
         # B (A x), where W takes no gradient, costs less than the gradient of all of (W + B A) x.
         low = self.scale * F.linear(x, self.A)                          # (..., r)
         out = F.linear(x, self.weight, self.bias)
-        # In one pass over the output.
+        # The product is added while it is computed, in one pass over the output.
         return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), self.B.T).view_as(out)
 
     def merged(self):
@@ -80,10 +80,15 @@ def merge(model):
 
 # -- on disk: a run that was killed
 
+def adapters_of(model):
+    """The parameters that train: {name: parameter}."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def save(path, identity, state):
     """Write what training has changed of a checkpoint.State: the adapters, Adam's moments, the living units,
     the averages."""
-    adapters = {name: p.detach() for name, p in state.model.named_parameters() if p.requires_grad}
+    adapters = {name: p.detach() for name, p in adapters_of(state.model).items()}
     content = {"identity": identity, "step": state.step, "adapters": adapters,
                "optimizer": state.optimizer.state_dict(), "alive": checkpoint.listed(state.alive),
                "averages": checkpoint.listed(state.averages)}
@@ -104,8 +109,11 @@ def resume(path, identity, state):
         if differ:
             raise UserError(f"{path} is of a run with another {', '.join(differ)}; give another --out, or delete it "
                             "to begin anew")
-        for name, value in saved["adapters"].items():
-            state.model.get_parameter(name).copy_(value)
+        adapters = adapters_of(state.model)
+        if saved["adapters"].keys() != adapters.keys():
+            raise ValueError("its adapters are those of another model")
+        for name, p in adapters.items():
+            p.copy_(saved["adapters"][name])
         state.optimizer.load_state_dict(saved["optimizer"])
         state.alive = checkpoint.by_key(saved["alive"])
         state.averages = checkpoint.by_key(saved["averages"], state.model.embed.weight.device)

@@ -1,5 +1,5 @@
-"""A narrower or wider residual stream: every matrix, norm and embedding loses the same channels, or gets
-as many copies of each (d_model changes).
+"""A narrower or wider residual stream: every matrix, norm and embedding loses the same channels, or repeats
+all of its channels equally often (d_model changes).
 
     python prune.py --init runs/scratch-laptop-0 --keep 0.7 --structure channel --score activation
     python -m pytest tests/methods/test_channels.py            # sliced channels are zeroed channels

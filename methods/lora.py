@@ -53,7 +53,7 @@ SAVE_EVERY = 50               # steps that a killed run loses at most
 # -- training
 
 def begin(model, settings):
-    """Put adapters into the model, in place: the State before the first step."""
+    """Put adapters into the model, in place. Returns the State before the first step."""
     parameters = adapters.adapt(model, settings.rank, settings.alpha, settings.seed)
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
     return State(model, optimizer, prune.everything(model.config))

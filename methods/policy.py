@@ -21,8 +21,9 @@ the budget. Two updates:
 s begins with Wanda-sp's score, standardised in each layer. In the end the units with the highest s stay;
 prune.py takes s as their score. Differences from the release (our choices): one budget in what
 --budget counts for KV groups and neurons together, instead of one for each; s begins inside of (0, 1), as
-a unit at 0 or 1 never moves. The paper takes 15,000 steps at a rate of 0.002, each on new text. A few
-hundred steps need a larger rate (--policy-lr). Not here: the penalty term, which is off in the release.
+a unit at 0 or 1 never moves. The paper takes 15,000 steps at a rate of 0.002, each on new text. By default
+the command has the same rate and only 300 steps; larger rates do worse in so few (docs/pruning.md). Not
+here: the penalty term, which is off in the release.
 """
 import contextlib
 import math

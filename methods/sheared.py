@@ -9,7 +9,7 @@ are open as a target shape has.
 
 Sheared LLaMA (arXiv 2310.06694, section 2.1) prunes to a shape that is given and uniform, and learns
 which units, layers and channels make it up. A gate z has one parameter, log_alpha, and is drawn anew
-in each micro-batch (gates.py).
+in each micro-batch (methods/gates.py).
 
     loss = cross-entropy + Σ over kinds of mean over layers of  m1 · (s - t) + m2 · (s - t)²
 
@@ -20,13 +20,13 @@ used to it. Gates are folded into the weights: the result is a plain checkpoint.
 
 As in the release: the constants, one cosine for all rates, one gate for both sub-blocks of a layer. Ours:
 KV groups in place of heads; gates only where something is to go; channels' gates apply once, everywhere
-(gates.py); the weights' gradient is clipped by itself; and gates and multipliers learn at a rate of 0.3.
-The release has 1.0, which is for its 3,200 steps: a gate then crosses its range in 10 steps, and those
-that no loss holds are the first to come back when too many are closed. In 400 steps a model of 0.5
+(methods/gates.py); the weights' gradient is clipped by itself; and gates and multipliers learn at a rate
+of 0.3. The release has 1.0, which is for its 3,200 steps: a gate then crosses its range in 10 steps, and
+those that no loss holds are the first to come back when too many are closed. In 400 steps a model of 0.5
 million parameters, halved, ended at 2.260 nats with 1.0 and at 2.225 with 0.3 (one seed).
 
-A stopped run does not go on: it takes some hundred steps. Not here: recovery (train.py), other weights
-for texts that lag behind (methods/dynamic_batches.py).
+A stopped run does not go on: a whole run has a few hundred steps. Not here: recovery (train.py), other
+weights for texts that lag behind (methods/dynamic_batches.py).
 """
 import contextlib
 import dataclasses

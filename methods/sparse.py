@@ -8,9 +8,9 @@
 A pattern says how many weights stay: n of each m consecutive ones of a row ("2:4", which NVIDIA's
 sparse tensor cores read, arXiv 2104.08378), or a fraction of each row ("weights"; SparseGPT takes it
 of each 128 columns). SCORES choose which. Two ways mend what is lost without training: the weights
-that stay are fitted anew (methods/refit.py), or the choice is corrected (methods/dsnot.py). Both read
-what `cut_` is given, the statistics of one pass over the dense model. `cut_layer_by_layer_` calibrates
-each layer behind layers that are sparse already, as the released codes of Wanda, SparseGPT and DSnoT do.
+that stay are fitted anew (methods/refit.py), or the choice is corrected (methods/dsnot.py). `cut_` is
+given the statistics of one pass over the dense model. `cut_layer_by_layer_` calibrates each layer behind
+layers that are sparse already, as the released codes of Wanda, SparseGPT and DSnoT do.
 
 This is the exception to the first fact of prune.py. A unit that is zero as a whole gets gradients of
 exactly 0. A single zero inside a matrix gets a gradient like any other weight, and would come back
@@ -312,9 +312,9 @@ def cut_layer_by_layer_(model, batches, pattern, score, mend="none", dtype=None)
     Raises UserError as `check_widths` does.
 
     As in the released codes of Wanda, SparseGPT and DSnoT, a layer runs twice: dense for the statistics
-    of all of its matrices, and sparse for the inputs of the next layer. Memory: the residual streams of
-    all windows in front of a layer and behind it, and the sums of one layer. Returns Stats with the
-    cosine of each dense layer's input and output."""
+    of all of its matrices, and sparse for the inputs of the next layer. Memory on the device, besides the
+    weights: the residual streams of all windows in front of a layer and behind it, and the sums of one
+    layer. Returns Stats with the cosine of each dense layer's input and output."""
     check_widths(model, pattern)
     device = model.embed.weight.device
     if dtype is None and torch.is_autocast_enabled(device.type):
@@ -328,7 +328,7 @@ def cut_layer_by_layer_(model, batches, pattern, score, mend="none", dtype=None)
             cut_(model, stats, pattern, score, mend, layer)
             streams = [walk.behind(block, stream) for stream in streams]
         cosine |= stats.cosine
-        # Two layers' sums would lie in memory at once.
+        # Else the sums of two layers would lie in memory at once.
         del stats
     return Stats(cosine=cosine)
 

@@ -60,7 +60,9 @@ def sparsegpt(w, inputs, pattern, damping=0.01, block=128):
     The updates of columns behind a block wait until its end."""
     w = w.clone()
     w[:, inputs.gram.diagonal() == 0] = 0
-    factor = torch.linalg.cholesky(inverse(inputs.gram, damping), upper=True).to(w.dtype)
+    factor = torch.linalg.cholesky(inverse(inputs.gram, damping), upper=True)
+    # If all inputs are 0, it would be infinite in float32, and 0 times infinity is no number.
+    factor = factor.clamp(max=torch.finfo(w.dtype).max).to(w.dtype)
     if pattern.group:
         block = math.ceil(block / pattern.group) * pattern.group
     mask = torch.ones_like(w, dtype=torch.bool)

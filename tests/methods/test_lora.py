@@ -189,8 +189,9 @@ def test_a_damaged_file_of_a_killed_run_is_refused(folder, tmp_path):
 
 
 @pytest.mark.parametrize("crafted", [
-    {"adapters": {"blocks.0.attn.nothing": torch.zeros(1)}}, {"adapters": {"embed.weight": torch.zeros(3, 5)}},
-    {"alive": [(0, "ffn", torch.tensor([10**6]))]}, {"optimizer": {}}, {"step": None}, {"identity": 3}, None])
+    {"adapters": {}}, {"adapters": {"blocks.0.attn.nothing": torch.zeros(1)}},
+    {"adapters": {"embed.weight": torch.zeros(3, 5)}}, {"alive": [(0, "ffn", torch.tensor([10**6]))]},
+    {"optimizer": {}}, {"step": None}, {"identity": 3}, None])
 def test_a_file_that_somebody_made_ends_in_a_sentence(folder, tmp_path, crafted):
     """Its digest is right."""
     state = lora.begin(checkpoint.load(folder / "run")[0], lora.Lora(rank=2))
@@ -214,6 +215,7 @@ def test_a_file_that_somebody_made_ends_in_a_sentence(folder, tmp_path, crafted)
     (dict(keep=.1, steps=40), "the layers that middle keeps whole cost"),
     (dict(block_size=65), "was trained with a context of 64 tokens, not 65"),
     (dict(lr=0), "--lr 0.0 must be positive"),
+    (dict(seed=-1), "--seed -1 must be between 0"),
     (dict(lr=1e30, steps=9), "gradient norm .*; lower --lr"),
 ])
 def test_what_means_nothing_is_refused_and_leaves_nothing(folder, tmp_path, flags, message):

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import prune
 import score
-from methods import local, mend, offload
+from methods import local, mend, offload, sparse
 
 
 def fields_of(stats):
@@ -59,7 +59,7 @@ class Watch(TorchDispatchMode):
 def elsewhere(monkeypatch):
     """The CPU as a second device: "cpu:0" is another name of it, so that tensors are copied there and back."""
     real = offload.on_device
-    for module in (offload, mend, local):
+    for module in (offload, mend, local, sparse):
         monkeypatch.setattr(module, "on_device", lambda module, _, changes=False: real(
             module, torch.device("cpu", 0), changes))
 
@@ -78,10 +78,13 @@ def cut_by(flags, is_offloaded):
 
 @pytest.mark.parametrize("flags", [
     dict(mend="none"), dict(mend="least-squares"), dict(mend="sequential"), dict(mend="local"),
-    dict(mend="bias", iterations=1), dict(structure="channel"), dict(score="policy", policy_steps=3)])
-def test_a_cut_is_the_same_and_layers_are_multiplied_on_the_device(elsewhere, flags):
+    dict(mend="bias", iterations=1), dict(structure="channel"), dict(score="policy", policy_steps=3),
+    dict(structure="weights", score="sparsegpt", layer_by_layer=True),
+    dict(structure="2:4", score="magnitude", mend="least-squares", layer_by_layer=True)])
+def test_a_cut_is_the_same_and_layers_are_multiplied_on_the_device(request, flags):
     expected, products = cut_by(flags, is_offloaded=False)
     assert products
+    request.getfixturevalue("elsewhere")
     small, products = cut_by(flags, is_offloaded=True)
     assert not products and small.config == expected.config
     for (name, p), q in zip(small.named_parameters(), expected.parameters(), strict=True):

@@ -177,6 +177,13 @@ def test_evaluate_and_loglikelihoods_agree_with_plain_logits(trained):
         assert nats == pytest.approx(sum(log_p[i, token].item() for i, token in enumerate(continuation)), rel=1e-9)
 
 
+@pytest.mark.parametrize("keep, k", [(.34, 8), (.66, 8), (.67, 16), (.99, 16)])
+def test_the_budget_of_the_release_is_a_share_of_the_directions(keep, k):
+    model = new(CONFIGS["plain"])
+    sliced = slicegpt(model, calibration(model.config), keep, counts_directions=True)
+    assert sliced.embed.weight.shape == (29, k)
+
+
 def test_refusals_are_one_sentence_with_the_numbers_and_the_remedy():
     config, absent = CONFIGS["plain"], GPTConfig(**SHAPE, n_head=(0,), n_kv_head=(0,), d_ff=(0,))
     model, batches = new(config, torch.float32), calibration(config)
@@ -187,6 +194,7 @@ def test_refusals_are_one_sentence_with_the_numbers_and_the_remedy():
     calls += [(lambda: slicegpt(model, batches, .4), f"allows 2,457 of 6,144 .* 8 of 24 .* {least:,}.*keep more"),
               (lambda: slicegpt(on_mps, batches, .8), "float64.*on the CPU"),
               (lambda: slicegpt(GPT(absent), batches, .9), "allows 0 of 0"),
+              (lambda: slicegpt(model, batches, .3, counts_directions=True), "keep 0.3 of 24 directions is less than"),
               (lambda: slicegpt(model, [tokens_of(config, 1, 0)], .8), "16 calibration tokens .* 24 .*at least 24"),
               (lambda: slicegpt(model, [], .8), "0 calibration tokens"),
               (lambda: sliced_to(model, batches, 8).hidden(batches[0], cache=[[], []]), "cache None")]

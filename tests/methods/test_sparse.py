@@ -303,6 +303,16 @@ def test_sparsegpt_s_blocks_change_nothing_and_dead_inputs_do_no_harm():
     assert refit(w, mask, inputs.gram).isfinite().all()
 
 
+@pytest.mark.parametrize("pattern", [TWO_FOUR, sparse.Pattern(.5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_matrix_whose_inputs_are_all_zero_stays_finite(pattern, dtype):
+    w = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    inputs = sparse.Inputs(torch.zeros(8).to(dtype), torch.zeros(8).to(dtype), torch.zeros(8, 8).to(dtype))
+    weights, mask = sparsegpt(w, inputs, pattern)
+    assert (weights == 0).all() and mask.sum() == 24
+    assert refit(w, mask, inputs.gram).isfinite().all()
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_brute_force_over_all_masks_is_no_worse_than_any_score(seed):
     """8 inputs: 6² masks of 2:4, each with its exact weights. A group alone is chosen exactly by mrp."""

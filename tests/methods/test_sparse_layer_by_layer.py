@@ -112,11 +112,12 @@ def test_layers_in_main_memory_are_cut_alike(monkeypatch):
     assert visits == [True] * LAYERS.n_layer and not differing(model, expected)
 
 
-def test_a_recipe_is_cut_layer_by_layer_and_takes_no_other_statistics():
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_a_recipe_is_cut_layer_by_layer_and_takes_no_other_statistics(weights):
     recipe = prune.Prune(structure="weights", keep=.5, score="sparsegpt", layer_by_layer=True, block_size=8)
     prune.check(recipe)
-    _, expected, _ = layer_by_layer(LAYERS, Pattern(.5), "sparsegpt", "none", torch.bfloat16, torch.bfloat16)
-    model, _ = new(LAYERS, torch.bfloat16)
+    _, expected, _ = layer_by_layer(LAYERS, Pattern(.5), "sparsegpt", "none", weights, torch.bfloat16)
+    model, _ = new(LAYERS, weights)
     cut, stats = prune.cut_in_stages(model, text(LAYERS), recipe, torch.bfloat16, collect=None)
     assert not differing(cut, expected)
     assert prune.table(LAYERS, cut.config, stats).count("\n") == LAYERS.n_layer
