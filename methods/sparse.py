@@ -90,10 +90,9 @@ def check(structure, score):
     if not 0 < pattern.kept < pattern.group:
         raise UserError(f"--structure {structure} keeps {pattern.kept} of each {pattern.group} weights; give n:m with "
                         "n at least 1 and less than m, such as 2:4")
-    sets = math.comb(pattern.group, pattern.kept) if score == "mrp" else 0
-    if sets > MOST_SETS:
-        raise UserError(f"--score mrp would try {sets:,} sets of weights for each {pattern.group}, and at most "
-                        f"{MOST_SETS} are tried; give smaller groups, such as 4:8, or another score")
+    if score == "mrp" and math.comb(pattern.group, pattern.kept) > MOST_SETS:
+        raise UserError(f"--score mrp would try every set of {pattern.kept} of {pattern.group} weights, which are more "
+                        f"than {MOST_SETS}; give smaller groups, such as 4:8, or another score")
 
 
 def check_widths(model, pattern):
