@@ -152,8 +152,11 @@ class Recovery:
         return [str(flag) for flag in flags]
 
     def train(self, about, init, before):
-        """Train the model at `init` as `about` says, and record that with its losses."""
+        """Train the model at `init` as `about` says, and record that with its losses. Raises UserError if the
+        process that a killed call began trains there still."""
         out = Path(f"{self.folder / Path(init).name}-{about['way']}-{about['keep']:g}")
+        with checkpoint.locked(out):
+            pass
         checkpoint.remove(out)                    # a killed call's: its seconds would be those of a part
         flags = self.flags(about, init, out)
         took = timing.own_process(run_command, about["way"], flags, out, self.config.device)

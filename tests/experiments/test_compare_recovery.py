@@ -185,6 +185,10 @@ def test_refusals(recovery, tmp_path, monkeypatch):
     refused("--lora-lr 0 must be positive", lora_lr=0)
     refused("--recovery-tokens has no effect without --part recovery", part="grid")
     assert not (tmp_path / "x.jsonl").exists()
+    # The process of a call that was killed may train on.
+    about = {"name": "dense", "way": "full", "lr": 1e-2, "tokens": 128, "keep": 1.0}
+    with checkpoint.locked(recovery.folder / "tiny-full-1"), pytest.raises(UserError, match="another process works in"):
+        recovery.train(about, "tiny", None)
     # A row that cannot be cut is a finding.
     monkeypatch.setattr(compare_recovery, "RECOVERED", ("Minitron, channels",))
 
@@ -195,7 +199,7 @@ def test_refusals(recovery, tmp_path, monkeypatch):
     compare.main(compare.Compare("tiny", **{**SMALL, "out": recovery.config.out}))
     assert {record["refused"] for (name, _), record in records_of(recovery).items() if "channels" in name} == {
         "no such budget"}
-    # A disk that is full is none.
+    # A full disk is none.
     before = Path(recovery.config.out).read_bytes()
     monkeypatch.setattr(compare_recovery, "RECOVERED", ("Minitron, width",))
     monkeypatch.setattr(compare.Cuts, "cut", lambda *_: recovery.subject.model)
