@@ -279,7 +279,7 @@ class Cuts:
         if recipe.iterations > 1:
             return self.little_by_little(name, recipe, keep, seed, batches)
         if sparse.is_sparse(recipe.structure):
-            return self.sparse(recipe, batches, budget)
+            return self.with_zeros(recipe, batches, budget)
         stats = self.calibration(seed)
         damage = None
         if recipe.score == "policy":
@@ -290,7 +290,7 @@ class Cuts:
             damage = self.damage(recipe, seed, batches, stats)
         return prune.cut_once(model, stats, recipe, budget, damage=damage)
 
-    def sparse(self, recipe, batches, budget):
+    def with_zeros(self, recipe, batches, budget):
         """A copy of the model with zeros. Its scores need statistics of their own."""
         recipe = dataclasses.replace(recipe, offload=self.subject.config.offload)
         model = copy.deepcopy(self.subject.model)
