@@ -279,7 +279,7 @@ class Cuts:
         if recipe.iterations > 1:
             return self.little_by_little(name, recipe, keep, seed, batches)
         if sparse.is_sparse(recipe.structure):
-            return self.sparse(recipe, batches, budget)
+            return self.with_zeros(recipe, batches, budget)
         stats = self.calibration(seed)
         damage = None
         if recipe.score == "policy":
@@ -290,7 +290,7 @@ class Cuts:
             damage = self.damage(recipe, seed, batches, stats)
         return prune.cut_once(model, stats, recipe, budget, damage=damage)
 
-    def sparse(self, recipe, batches, budget):
+    def with_zeros(self, recipe, batches, budget):
         """A copy of the model with zeros. Its scores need statistics of their own."""
         recipe = dataclasses.replace(recipe, offload=self.subject.config.offload)
         model = copy.deepcopy(self.subject.model)
@@ -490,7 +490,8 @@ def main(config):
 
 
 def run_alone(records, config, name, recipe):
-    """Record what the cut of a row takes in a process of its own, unless the records have it."""
+    """Record what the cut of a row takes in a process of its own, unless the records have it. Where that
+    process was ended from outside there is no record, and the same command tries again."""
     keep = 0.5 if name in HALF else config.grid_keep
     about = dict(tag="alone", name=name, keep=keep)
     if records.find(**about) or not can_run(name):
@@ -499,18 +500,23 @@ def run_alone(records, config, name, recipe):
         with timing.freed_at_once():
             took = timing.own_process(cut_alone, config, name, recipe, keep)
     except UserError as problem:
-        took = {"refused": str(problem)}
+        print(f"alone      {name:34} {problem}", flush=True)
+        return
     records.add(**about, **took)
     print(f"alone      {name:34} " + "  ".join(f"{key} {value}" for key, value in took.items()), flush=True)
 
 
 def cut_alone(config, name, recipe, keep):
-    """{seconds, peak_bytes, threads} of one cut with the calibration that it needs, and no other."""
+    """{seconds, peak_bytes, threads} of one cut with the calibration that it needs, and no other; {refused}
+    where there is no such cut."""
     subject = open_subject(config)
     cuts = Cuts(subject, fields=prune.needs(recipe) if recipe else None)
     start = time.perf_counter()
-    with timing.peak(subject.config.device) as memory:
-        cuts.cut(name, recipe, keep, seed=0)
+    try:
+        with timing.peak(subject.config.device) as memory:
+            cuts.cut(name, recipe, keep, seed=0)
+    except UserError as problem:
+        return {"refused": str(problem)}
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "peak_bytes": memory["peak_bytes"], "threads": torch.get_num_threads()}
 

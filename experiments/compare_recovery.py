@@ -1,4 +1,4 @@
-"""One common recovery: the best cut of each family is trained on equally many tokens, in two ways.
+"""One common recovery: a cut of each family is trained on equally many tokens, in two ways.
 
     python -m experiments.compare smollm2 --out runs/compare.jsonl --tokens 8192 --part recovery
 
@@ -108,19 +108,27 @@ class Recovery:
         if not is_calibration or file.read_bytes() != line:
             raise UserError(f"stdlib or {file} is not the comparison's calibration text; delete {self.folder}")
 
-    def cut(self, name, recipe, keep):
-        """The path of the model that a row's training begins with. A cut that is not there is made."""
+    def path_of(self, name, recipe, keep):
+        """Where the model is that a row's training begins with."""
         if recipe is None:
             return self.config.init
-        path = self.folder / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{keep:g}"
-        if not checkpoint.newest(path):
-            model = self.cuts.cut(name, recipe, keep, SEED)
-            config = self.config
-            recipe = dataclasses.replace(recipe, init=config.init, keep=keep, windows=config.windows, seed=SEED,
-                                         block_size=config.block_size, micro_batch=config.micro_batch,
-                                         data=data.recorded(self.sources))
-            prune.save(recipe, model, path, self.subject.tokenizer, self.corpus.fingerprint)
-        return str(path)
+        return str(self.folder / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{keep:g}")
+
+    def saved_recipe(self, recipe, keep):
+        """The recipe that the file of a cut holds: with the settings of the comparison."""
+        config = self.config
+        return dataclasses.replace(recipe, init=config.init, keep=keep, windows=config.windows, seed=SEED,
+                                   block_size=config.block_size, micro_batch=config.micro_batch,
+                                   data=data.recorded(self.sources))
+
+    def check_cut(self, path, recipe, keep, about):
+        """Raise UserError if the file of a cut, whose content is `about`, was made by another recipe: by an
+        earlier comparison with the same --out."""
+        expected = dataclasses.asdict(self.saved_recipe(recipe, keep))
+        actual = about["run"].get("recipe", {})
+        differ = [name for name in {**expected, **actual} if actual.get(name) != expected.get(name)]
+        if differ:
+            raise UserError(f"{path} was cut with another {', '.join(differ)}; delete {self.folder}")
 
     def measured(self, path):
         """The losses of the model at `path` on the test parts, and what its file says."""
@@ -144,8 +152,11 @@ class Recovery:
         return [str(flag) for flag in flags]
 
     def train(self, about, init, before):
-        """Train the model at `init` as `about` says, and record that with its losses."""
+        """Train the model at `init` as `about` says, and record that with its losses. Raises UserError if the
+        process that a killed call began trains there still."""
         out = Path(f"{self.folder / Path(init).name}-{about['way']}-{about['keep']:g}")
+        with checkpoint.locked(out):
+            pass
         checkpoint.remove(out)                    # a killed call's: its seconds would be those of a part
         flags = self.flags(about, init, out)
         took = timing.own_process(run_command, about["way"], flags, out, self.config.device)
@@ -160,15 +171,21 @@ class Recovery:
 
     def run_row(self, name, recipe, keep, missing):
         """Make the records of a row that are missing. Where it cannot be cut they say so."""
-        try:
-            init = self.cut(name, recipe, keep)
-        except UserError as problem:
-            for about in missing:
-                self.cuts.records.add(**about, refused=str(problem))
-            return
+        init = self.path_of(name, recipe, keep)
+        if recipe is not None and not checkpoint.newest(init):
+            try:
+                model = self.cuts.cut(name, recipe, keep, SEED)
+            except UserError as problem:
+                for about in missing:
+                    self.cuts.records.add(**about, refused=str(problem))
+                return
+            prune.save(self.saved_recipe(recipe, keep), model, Path(init), self.subject.tokenizer,
+                       self.corpus.fingerprint)
         before = None
         if name != LORAPRUNE:
-            losses, _ = self.measured(init)
+            losses, made = self.measured(init)
+            if recipe is not None:
+                self.check_cut(init, recipe, keep, made)
             before = math.exp(fmean(losses.values()))
         for about in missing:
             self.train(about, init, before)

@@ -75,15 +75,14 @@ HALF = {
     "half, Wanda / mended": ANY_HALF(score="wanda", mend="least-squares"),
     "half, SparseGPT / mended": ANY_HALF(score="sparsegpt", mend="least-squares"),
 }
-# What a row does otherwise than the code that its authors released, or wrote where there is none. All rows have
-# the text of this comparison, statistics of one pass over the dense model, and no training after the cut. Scores
-# of units are means over their entries.
+# What a row does otherwise than the code that its authors released, or wrote where there is none. What all rows
+# have in common stands in docs/pruning.md: the text, one calibration pass, means over entries, no training.
 DIFFERS = {
     "random": "",
-    "magnitude": "no release; tables of papers have norms of layers or of all",
-    "Wanda-sp": "its pass sees layers that are cut already",
+    "magnitude": "no release; means of |w|, where papers have L2 norms",
+    "Wanda-sp": "there each layer is calibrated behind cut ones",
     "Wanda-sp, FFN": "the same; FFNs alone",
-    "FLAP": "attention's score is not squared, as in the paper; an exact variance",
+    "FLAP": "attention's score is squared there, not in the paper; an exact variance",
     "FLAP, squared": "an exact variance",
     "LLM-Pruner": "whole KV groups; 16,384 tokens for 640",
     "LLM-Pruner, FFN": "the same; FFNs alone",
@@ -93,27 +92,30 @@ DIFFERS = {
     "Minitron, channels": "the paper's order of means",
     "Minitron, width, means": "the release's order of means; whole KV groups for query heads",
     "Minitron, FFN, means": "the release's order of means; FFNs alone",
-    "Adapt-Pruner": "2 % at a time as there; shares from the original widths; embeddings do not count in the budget",
+    "Adapt-Pruner": "2 % at a time as there, measured on half of the windows in turns, on new text there; shares "
+                    "from the original widths; embeddings do not count in the budget",
     "Adapt-Pruner, FFN": "the same; FFNs alone",
     "ShortGPT": "no release",
-    "Shortened LLaMA, PPL": "all layers compete; 16 windows",
-    "Shortened LLaMA, PPL+": "an eighth and a sixteenth of the layers stay, four and two there; 16 windows",
+    "Shortened LLaMA, PPL": "all layers compete, there the first four and last two stay; 16 of the windows",
+    "Shortened LLaMA, PPL+": "the first eighth and last sixteenth of the layers stay: of 30 four and two, as there; 16 "
+                             "of the windows",
     "Shortened LLaMA, Taylor+": "the same layers stay; norms do not count",
-    "Bypass Back-propagation": "one budget; 300 steps for 15,000",
-    "SliceGPT": "its shortcuts count in the budget, so fewer directions stay",
-    "SliceGPT, own budget": "as there: 0.8 of the directions, shortcuts on top, so it keeps more than the other rows",
+    "Bypass Back-propagation": "one budget for both kinds; begins inside of (0, 1); 300 steps for 15,000",
+    "SliceGPT": "its shortcuts count in the budget, so fewer directions stay; float32",
+    "SliceGPT, own budget": "as there: `keep` counts directions, shortcuts come on top, so it keeps more than the "
+                            "other rows",
     "torch-pruning": "its own example and code",
     "2:4, magnitude": "",
-    "2:4, Wanda": "its pass sees layers that are cut already",
-    "2:4, DSnoT": "the same; a row stops at the best exchange; FFNs too",
-    "2:4, SparseGPT": "its pass sees layers that are cut already; float64",
+    "2:4, Wanda": "there each layer is calibrated behind cut ones",
+    "2:4, DSnoT": "the same; a row stops when no exchange helps; FFNs too",
+    "2:4, SparseGPT": "there each layer is calibrated behind cut ones; float64",
     "2:4, MRP": "no release; 40 steps of conjugate gradients",
     "2:4, Wanda, layer by layer": "",
     "2:4, SparseGPT, layer by layer": "float64",
-    "half, magnitude": "weights of a row compete, as in Wanda's code",
-    "half, Wanda": "its pass sees layers that are cut already",
-    "half, DSnoT": "the same; a row stops at the best exchange; FFNs too",
-    "half, SparseGPT": "its pass sees layers that are cut already; float64",
+    "half, magnitude": "weights of a row compete, in Wanda's code those of a matrix",
+    "half, Wanda": "there each layer is calibrated behind cut ones",
+    "half, DSnoT": "the same; a row stops when no exchange helps; FFNs too",
+    "half, SparseGPT": "there each layer is calibrated behind cut ones; float64",
     "half, Wanda, layer by layer": "",
     "half, SparseGPT, layer by layer": "float64",
 }

@@ -172,8 +172,8 @@ def test_every_published_row_says_what_differs():
     assert lines[-1] == "| **taylor / global** | ours | 5 | 1.0 |"
 
 
-def test_a_cut_in_a_process_of_its_own(folder, tmp_path, capsys):
-    """It calibrates for itself alone, and no second time."""
+def test_a_cut_in_a_process_of_its_own(folder, tmp_path, monkeypatch):
+    """It is made and recorded once. A process that was ended leaves no record, a cut that is impossible does."""
     config = compare.Compare(str(folder), out=str(tmp_path / "alone.jsonl"), part="alone", **SMALL)
     records = compare.Records(config.out, {})
     for name in ("Wanda-sp", "Wanda-sp", "Bypass Back-propagation"):
@@ -184,6 +184,15 @@ def test_a_cut_in_a_process_of_its_own(folder, tmp_path, capsys):
     rows = [record for record in compare.read(config.out) if record["tag"] == "alone"]
     assert [row["name"] for row in rows] == ["Wanda-sp", "Bypass Back-propagation"]
     assert all(row["seconds"] > 0 and row["peak_bytes"] > 1e7 and row["threads"] for row in rows)
+
+    def ended(*_, **__):
+        raise UserError("the process was ended")
+
+    monkeypatch.setattr(compare.Cuts, "cut", ended)
+    assert compare.cut_alone(config, "FLAP", compare.PUBLISHED["FLAP"], .8) == {"refused": "the process was ended"}
+    monkeypatch.setattr(compare.timing, "own_process", ended)
+    compare.run_alone(records, config, "FLAP", compare.PUBLISHED["FLAP"])
+    assert records.find(tag="alone", name="FLAP") is None
 
 
 def test_cost_is_a_ratio_of_one_run(folder, tmp_path):

@@ -190,6 +190,10 @@ def test_refusals(recovery, tmp_path, monkeypatch):
     refused("--lora-lr 0 must be positive", lora_lr=0)
     refused("--recovery-tokens has no effect without --part recovery", part="grid")
     assert not (tmp_path / "x.jsonl").exists()
+    # The process of a call that was killed may train on.
+    about = {"name": "dense", "way": "full", "lr": 1e-2, "tokens": 128, "keep": 1.0}
+    with checkpoint.locked(recovery.folder / "tiny-full-1"), pytest.raises(UserError, match="another process works in"):
+        recovery.train(about, "tiny", None)
     # A row that cannot be cut is a finding.
     monkeypatch.setattr(compare_recovery, "RECOVERED", ("Minitron, channels",))
 
@@ -200,6 +204,16 @@ def test_refusals(recovery, tmp_path, monkeypatch):
     compare.main(compare.Compare("tiny", **{**SMALL, "out": recovery.config.out}))
     assert {record["refused"] for (name, _), record in records_of(recovery).items() if "channels" in name} == {
         "no such budget"}
+    # A full disk is none.
+    before = Path(recovery.config.out).read_bytes()
+    monkeypatch.setattr(compare_recovery, "RECOVERED", ("Minitron, width",))
+    monkeypatch.setattr(compare.Cuts, "cut", lambda *_: recovery.subject.model)
+    monkeypatch.setattr(compare_recovery.prune, "save", refuse)
+    refused("no such budget", out=recovery.config.out)
+    assert Path(recovery.config.out).read_bytes() == before
+    # Nor may a cut be that of an earlier comparison, whose records are gone.
+    monkeypatch.setattr(compare_recovery, "RECOVERED", (ROWS[0],))
+    refused("minitron-ffn-0.8 was cut with another windows; delete out/all/runs", out="out/all.json", windows=16)
     # Neither text may be another part of the comparison.
     for text, parts in recovery.subject.texts.items():
         texts = {**recovery.subject.texts, text: {"calibration": parts["test"]}}
