@@ -1,6 +1,6 @@
 """Every criterion and allocation and the published methods on one pretrained model, on equal terms.
 
-    python -m experiments.compare smollm2 --out runs/compare.jsonl --tokens 8192      # 12 core-hours
+    python -m experiments.compare smollm2 --out runs/compare.jsonl --tokens 8192      # 14 core-hours
     python -m experiments.compare smollm2 --out results/smollm2.jsonl --part report   # tables only
 
 There are two texts: the standard library's Python source, and English prose (the language reference

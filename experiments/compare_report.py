@@ -253,8 +253,8 @@ def row_tables(records):
 
 def recovery_tables(records):
     """A table for each number of tokens: perplexity before and after training, a row for each cut and a
-    column for each way and peak rate. The best after any training comes first; the dense row tells what
-    the text alone gives."""
+    column for each way and peak rate. The column that most rows have ranks them, so that nobody gains from
+    many rates; the dense row tells what the text alone gives."""
     tables = {}
     for record in records:
         if record["tag"] == "recovered" and "perplexity" in record:
@@ -263,9 +263,11 @@ def recovery_tables(records):
             row["after"][record["way"], record["lr"]] = record["perplexity"]
     texts = []
     for tokens, cuts in sorted(tables.items()):
-        ways = sorted(set().union(*[row["after"] for row in cuts.values()]))
+        measured = [way for row in cuts.values() for way in row["after"]]
+        ways = sorted(set(measured))
+        commonest = max(ways, key=measured.count)
         rows = []
-        for (name, keep), row in sorted(cuts.items(), key=lambda item: min(item[1]["after"].values())):
+        for (name, keep), row in sorted(cuts.items(), key=lambda item: item[1]["after"].get(commonest, math.inf)):
             after = [number(row["after"][way]) if way in row["after"] else "" for way in ways]
             before = number(row["before"]) if row["before"] else ""
             rows.append([label(name), f"{keep:g}", before, *after])
