@@ -237,11 +237,13 @@ def test_the_table_is_the_written_numbers():
 
     records = [record("FLAP", "full", 30., 60.), record("FLAP", "lora", 20., 60.), record("dense", "full", 9., 10.),
                record("taylor / global", "full", 25., 40.), record("taylor / global", "full", 15., 40., 1e-3),
-               record("LLM-Pruner", "full", 22., 50.), record("FLAP", "full", 12., 60., tokens=4096), {"tag": "recovered", "refused": "why"}]
+               record("LLM-Pruner", "full", 22., 50.), record("FLAP", "full", 12., 60., tokens=4096),
+               {"tag": "recovered", "refused": "why"}]
     first, second = compare_report.recovery_tables(records)
     assert first.splitlines()[2:] == [
         "| method | keep | as cut | full training, rate 0.0001 | full training, rate 0.001 | LoRA, rate 0.0001 |",
         "| --- | --- | --- | --- | --- | --- |", "| dense | 0.8 | 10.00 | 9.00 |  |  |",
-        "| LLM-Pruner | 0.8 | 50.00 | 22.00 |  |  |", "| **taylor / global** | 0.8 | 40.00 | 25.00 | 15.00 |  |", "| FLAP | 0.8 | 60.00 | 30.00 |  | 20.00 |"]
+        "| LLM-Pruner | 0.8 | 50.00 | 22.00 |  |  |", "| **taylor / global** | 0.8 | 40.00 | 25.00 | 15.00 |  |",
+        "| FLAP | 0.8 | 60.00 | 30.00 |  | 20.00 |"]
     assert "2,048 tokens" in first and "4,096 tokens" in second and "| FLAP | 0.8 | 60.00 | 12.00 |" in second
     assert compare_report.recovery_tables([]) == []
