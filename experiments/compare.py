@@ -490,15 +490,18 @@ def main(config):
 
 
 def run_alone(records, config, name, recipe):
-    """Record what the cut of a row takes in a process of its own, unless the records have it. Where that
-    process was ended from outside there is no record, and the same command tries again."""
+    """Record what the cut of a row takes, unless the records have it: its seconds in a process of its own,
+    and its memory in another one, since freeing memory at once takes time. Where a process was ended from
+    outside there is no record, and the same command tries again."""
     keep = 0.5 if name in HALF else config.grid_keep
     about = dict(tag="alone", name=name, keep=keep)
     if records.find(**about) or not can_run(name):
         return
     try:
-        with timing.freed_at_once():
-            took = timing.own_process(cut_alone, config, name, recipe, keep)
+        took = timing.own_process(cut_alone, config, name, recipe, keep)
+        if "refused" not in took:
+            with timing.freed_at_once():
+                took["peak_bytes"] = timing.own_process(cut_alone, config, name, recipe, keep)["peak_bytes"]
     except UserError as problem:
         print(f"alone      {name:34} {problem}", flush=True)
         return
