@@ -78,7 +78,7 @@ HALF = {
 # What a row does otherwise than the code that its authors released, or wrote where there is none. What all rows
 # have in common stands in docs/pruning.md: the text, one calibration pass, means over entries, no training.
 DIFFERS = {
-    "random": "",
+    "random": "no release; a control",
     "magnitude": "no release; means of |w|, where papers have L2 norms",
     "Wanda-sp": "there each layer is calibrated behind cut ones",
     "Wanda-sp, FFN": "the same; FFNs alone",
@@ -105,18 +105,18 @@ DIFFERS = {
     "SliceGPT, own budget": "as there: `keep` counts directions, shortcuts come on top, so it keeps more than the "
                             "other rows",
     "torch-pruning": "its own example and code",
-    "2:4, magnitude": "",
+    "2:4, magnitude": "as in Wanda's code",
     "2:4, Wanda": "there each layer is calibrated behind cut ones",
     "2:4, DSnoT": "the same; a row stops when no exchange helps; FFNs too",
     "2:4, SparseGPT": "there each layer is calibrated behind cut ones; float64",
     "2:4, MRP": "no release; 40 steps of conjugate gradients",
-    "2:4, Wanda, layer by layer": "",
+    "2:4, Wanda, layer by layer": "as released",
     "2:4, SparseGPT, layer by layer": "float64",
     "half, magnitude": "weights of a row compete, in Wanda's code those of a matrix",
     "half, Wanda": "there each layer is calibrated behind cut ones",
     "half, DSnoT": "the same; a row stops when no exchange helps; FFNs too",
     "half, SparseGPT": "there each layer is calibrated behind cut ones; float64",
-    "half, Wanda, layer by layer": "",
+    "half, Wanda, layer by layer": "as released",
     "half, SparseGPT, layer by layer": "float64",
 }
 DEPTH = ("ShortGPT", "Shortened LLaMA, PPL", "Shortened LLaMA, PPL+", "Shortened LLaMA, Taylor+")
