@@ -263,7 +263,7 @@ def recovery_tables(records):
             row["after"][record["way"], record["lr"]] = record["perplexity"]
     texts = []
     for tokens, cuts in sorted(tables.items()):
-        measured = [way for row in cuts.values() for way in row["after"]]
+        measured = list(itertools.chain.from_iterable(row["after"] for row in cuts.values()))
         ways = sorted(set(measured))
         commonest = max(ways, key=measured.count)
         rows = []
