@@ -121,22 +121,6 @@ def matrices(model, layer=None):
 
 
 @torch.no_grad()
-def masks(model, pattern, norms=None):
-    """Which weights stay: {parameter name: (out, in) bool}, on the model's device. The model is left
-    as it is.
-
-    The largest by |w| stay. With `norms`, the largest by |w| · norm stay (Wanda, arXiv 2306.11695,
-    eq. 1); `norms` are {parameter name: (in,)}, the L2 norm over the calibration tokens of each input
-    of the matrix. Raises UserError as `check_widths` does."""
-    check_widths(model, pattern)
-    kept = {}
-    for name, p in matrices(model):
-        score = p.abs() if norms is None else p.abs() * norms[name].to(p.device)
-        kept[name] = pattern.best(score)
-    return kept
-
-
-@torch.no_grad()
 def random_masks(model, sparsity, seed):
     """Masks that leave out the same share of each matrix at random, for sparse pretraining and dense
     fine-tuning (SPDF, arXiv 2303.10464): {parameter name: (out, in) bool}, spread as the parameters

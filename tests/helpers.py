@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import prune
+from methods import sparse
 from model import GPT, GPTConfig
 
 SHAPE = dict(vocab_size=13, block_size=8, d_model=12, head_dim=4)
@@ -143,3 +144,13 @@ def imports(file):
         if isinstance(node, ast.ImportFrom):
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names
+
+
+def masks_of(model, pattern, norms=None):
+    """Which weights magnitude keeps, or with the norms of all inputs {name: (in,)} Wanda: {name: (out, in)}."""
+    score = sparse.magnitude if norms is None else sparse.wanda
+    masks = {}
+    for name, p in sparse.matrices(model):
+        square = None if norms is None else norms[name].to(p).square()
+        _, masks[name] = score(p.detach(), sparse.Inputs(None, square, None), pattern)
+    return masks

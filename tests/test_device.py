@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import masks_of
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
@@ -174,7 +175,7 @@ def test_a_run_with_cuts_and_a_slice_stays_on_its_device(device, teacher):
 
 def test_a_model_of_two_in_four_stays_on_its_device(device):
     setup, state = setup_and_state(device, teacher=False)
-    state.masks = sparse.masks(state.model, sparse.Pattern(2, 4))
+    state.masks = masks_of(state.model, sparse.Pattern(2, 4))
     train.train(setup, state, FIRST_CUT)
     assert on_device(state, device)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
+from helpers import masks_of
 from test_train import ROOT, TORCHRUN, result, start, toy, train_toy
 
 import checkpoint
@@ -130,7 +131,7 @@ def test_two_machines_with_a_copy_each_and_a_given_sparse_model(tmp_path):
     """HSDP over 2 x 2 processes; and 2:4 weights, whose zeros stay."""
     train_toy(tmp_path / "dense", plan="scratch", steps=10)
     model, about = checkpoint.load(tmp_path / "dense")
-    masks = sparse.masks(model, sparse.Pattern(2, 4))
+    masks = masks_of(model, sparse.Pattern(2, 4))
     sparse.hold_(model, None, masks)
     checkpoint.save(tmp_path / "sparse.pt", model, run=about["run"], tokenizer_files=about["tokenizer_files"],
                     masks=sparse.pack(masks))

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CONFIGS, batch, loss_of, new
+from helpers import CONFIGS, batch, loss_of, masks_of, new
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -190,7 +190,7 @@ def test_a_tensor_larger_than_its_file_is_refused_before_memory_goes(tmp_path):
     lambda name, mask: {name: (mask[0], mask[1][1:])}, lambda name, mask: {name: 5}, lambda name, mask: 3])
 def test_masks_that_are_not_the_model_s_are_refused(change, tmp_path):
     _, model = sent(tmp_path)
-    masks = sparse.pack(sparse.masks(model, sparse.Pattern(0.5)))
+    masks = sparse.pack(masks_of(model, sparse.Pattern(0.5)))
     file, _ = sent(tmp_path, masks=masks)
     assert sparse.unpack(checkpoint.load(file)[1]["masks"]).keys() == masks.keys()
     file, _ = sent(tmp_path, masks=change("blocks.0.ffn.up.weight", masks["blocks.0.ffn.up.weight"]))

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from helpers import CONFIGS, WITH_HOLES, batch, entries, loss_of, new, untouched
+from helpers import CONFIGS, WITH_HOLES, batch, entries, loss_of, masks_of, new, untouched
 from helpers import fingerprint as as_it_was
 
 import checkpoint
@@ -18,7 +18,7 @@ from formats.model_card import model_card
 from formats.tokenizer import open_tokenizer
 from methods import grow as command
 from methods.grow import Grow, grow, shares
-from methods.sparse import Pattern, masks, pack
+from methods.sparse import Pattern, pack
 from methods.target_shape import grown_config, source_layers
 from model import GPT, GPTConfig, reader_of
 
@@ -251,7 +251,7 @@ def test_refusals_are_one_sentence(folder, settings, words, monkeypatch):
 
 def test_a_masked_model_does_not_grow(folder):
     model, about = checkpoint.load(folder / "small")
-    checkpoint.save(folder / "ckpt_00000000.pt", model, step=0, masks=pack(masks(model, Pattern(2, 4))),
+    checkpoint.save(folder / "ckpt_00000000.pt", model, step=0, masks=pack(masks_of(model, Pattern(2, 4))),
                     tokenizer_files=about["tokenizer_files"], run={"tokenizer": "bytes"})
     with pytest.raises(UserError, match="has weights that a mask holds at zero.*grow the dense model"):
         command.main(Grow(init=str(folder / "ckpt_00000000.pt"), out=str(folder / "new"), enlarge_ff=2, device="cpu"))

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import masks_of
 from test_shard import sharded_copy
 
 import checkpoint
@@ -28,7 +29,7 @@ from methods.dsnot import refined
 from methods.refit import refit
 from methods.sparsegpt import mrp, sparsegpt
 from model import GPT, GPTConfig, preset
-from score import collect
+from score import Stats, collect
 
 ROOT = Path(__file__).parents[2]
 CONFIG = GPTConfig(vocab_size=13, block_size=8, d_model=12, head_dim=4, n_head=(2, 0, 3), n_kv_head=(1, 0, 3),
@@ -67,12 +68,12 @@ def test_the_two_best_of_each_four_stay(values, wanda):
     norms = {name: torch.randint(0, values + 1, (p.size(1),), generator=g).float()
              for name, p in sparse.matrices(model)}
     before = {name: p.clone() for name, p in model.named_parameters()}
-    found = sparse.masks(model, TWO_FOUR, norms=norms if wanda else None)
+    found = masks_of(model, TWO_FOUR, norms=norms if wanda else None)
     assert found.keys() == MATRICES
     for name, mask in found.items():
         score = before[name].abs() * (norms[name] if wanda else 1)
         assert mask.tolist() == brute(score) and (mask.unflatten(1, (-1, 4)).sum(-1) == 2).all()
-    magnitude = sparse.masks(model, TWO_FOUR)
+    magnitude = masks_of(model, TWO_FOUR)
     assert all(torch.equal(magnitude[name], found[name]) for name in found) != wanda       # the norms decide
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
@@ -84,7 +85,7 @@ def test_a_written_example():
     norms = {name: torch.ones(p.size(1)) for name, p in sparse.matrices(model)}
     norms["blocks.0.attn.q.weight"][:4] = torch.tensor([9., 1, 1, 7])
     for given, first in ((None, [0, 1, 1, 0]), (norms, [1, 1, 0, 0])):
-        mask = sparse.masks(model, TWO_FOUR, norms=given)["blocks.0.attn.q.weight"]
+        mask = masks_of(model, TWO_FOUR, norms=given)["blocks.0.attn.q.weight"]
         assert mask[0].int().tolist() == [*first, 1, 1, 0, 0, 1, 1, 0, 0]
 
 
@@ -111,7 +112,7 @@ OPTIMIZERS = {"adamw": (lambda p: torch.optim.AdamW(p, lr=5e-3, weight_decay=.1,
 def test_2_4_holds_over_50_steps_and_not_without_hold(kind, held):
     model = new()
     assert sparse.share(model, TWO_FOUR) == 0
-    masks = sparse.masks(model, TWO_FOUR)
+    masks = masks_of(model, TWO_FOUR)
     make, moments = OPTIMIZERS[kind]
     optimizer = make(model.parameters())
     sparse.hold_(model, None, masks)
@@ -136,7 +137,7 @@ def test_hold_touches_nothing_but_what_the_masks_leave_out():
     steps(model, optimizer, None, 3)
     everything_of = lambda: {(name, key): t.clone() for name, p in model.named_parameters()
                              for key, t in (("w", p.detach()), *optimizer.state[p].items())}
-    before, masks = everything_of(), sparse.masks(model, TWO_FOUR)
+    before, masks = everything_of(), masks_of(model, TWO_FOUR)
     sparse.hold_(model, optimizer, masks)
     for (name, key), t in everything_of().items():
         masked = name in masks and key != "step"
@@ -145,7 +146,7 @@ def test_hold_touches_nothing_but_what_the_masks_leave_out():
 
 def test_share_counts_blocks():
     model = new()
-    sparse.hold_(model, None, sparse.masks(model, TWO_FOUR))
+    sparse.hold_(model, None, masks_of(model, TWO_FOUR))
     blocks = sum(p.numel() // 4 for _, p in sparse.matrices(model))
     model.blocks[0].ffn.up.weight.data[3] = 1                        # 12 inputs: 3 blocks
     assert sparse.share(model, TWO_FOUR) == 1 - 3 / blocks
@@ -155,14 +156,14 @@ def test_share_counts_blocks():
 
 def test_packed_masks_come_back_through_a_checkpoint(tmp_path):
     model, g = new(), torch.Generator().manual_seed(0)
-    masks = sparse.masks(model, TWO_FOUR) | {f"odd.{n}": torch.rand(5, n, generator=g) < .5 for n in (1, 7, 8, 9, 64)}
+    masks = masks_of(model, TWO_FOUR) | {f"odd.{n}": torch.rand(5, n, generator=g) < .5 for n in (1, 7, 8, 9, 64)}
     packed = sparse.pack(masks)
     assert {name: bits.numel() for name, (_, bits) in packed.items()} == {
         name: mask.size(0) * -(-mask.size(1) // 8) for name, mask in masks.items()}
     checkpoint.save(tmp_path / "cut.pt", model, masks={name: packed[name] for name in packed if "odd" not in name})
     _, about = checkpoint.load(tmp_path / "cut.pt")
     back = sparse.unpack(about["masks"])
-    assert back.keys() == sparse.masks(model, TWO_FOUR).keys()
+    assert back.keys() == masks_of(model, TWO_FOUR).keys()
     back |= sparse.unpack({name: packed[name] for name in packed if "odd" in name})      # no model has such
     for name, mask in masks.items():
         assert back[name].dtype == torch.bool and torch.equal(back[name], mask)
@@ -176,7 +177,7 @@ def test_packed_masks_come_back_through_a_checkpoint(tmp_path):
 def test_widths_that_are_no_multiple_of_4_are_refused(shape, says):
     model = GPT(GPTConfig(**{**dict(vocab_size=13, block_size=8, d_model=12, head_dim=4, n_head=(3, 3),
                                     n_kv_head=(3, 3), d_ff=(20, 8)), **shape}))
-    for call in (sparse.masks, sparse.share):
+    for call in (sparse.share, lambda model, pattern: sparse.cut_(model, Stats(), pattern, "magnitude")):
         with pytest.raises(UserError, match=says) as refusal:
             call(model, TWO_FOUR)
         assert "\n" not in str(refusal.value)
@@ -497,7 +498,7 @@ def obeys(out, masks):
 def given(tmp_path_factory):
     """-> (folder of a dense model, folder of it cut to 2:4, the masks)."""
     home, model = tmp_path_factory.mktemp("given"), new(preset("toy", 256)[0], torch.float32)
-    masks, about = sparse.masks(model, TWO_FOUR), {"step": 0, "run": {"tokenizer": "bytes"}}
+    masks, about = masks_of(model, TWO_FOUR), {"step": 0, "run": {"tokenizer": "bytes"}}
     checkpoint.save(home / "plain" / "ckpt_00000000.pt", model, **about)
     sparse.hold_(model, None, masks)
     checkpoint.save(home / "cut" / "ckpt_00000000.pt", model, masks=sparse.pack(masks), **about)
